@@ -1,0 +1,1 @@
+"""Triton kernels of minivlm: imports torch and triton only, and nothing of `minivlm`."""

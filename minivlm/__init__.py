@@ -1,0 +1,32 @@
+"""minivlm: Idefics2, LLaVA-NeXT and IDEFICS from scratch in PyTorch, under the names that `transformers` users know.
+
+Names are looked up when they are first used, so that `import minivlm` costs next to nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AutoModelForImageTextToText": "minivlm.auto",
+    "AutoProcessor": "minivlm.auto",
+    "GenerationConfig": "minivlm.generation",
+    "Idefics2Config": "minivlm.models.idefics2",
+    "Idefics2ForConditionalGeneration": "minivlm.models.idefics2",
+    "Idefics2ImageProcessor": "minivlm.processing.idefics2",
+    "Idefics2Model": "minivlm.models.idefics2",
+    "Idefics2Processor": "minivlm.processing.idefics2",
+    "KVCache": "minivlm.modules.cache",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minivlm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,289 @@
+"""From a folder of safetensors to a model and back: config, meta-device model, one tensor at a time to its final place.
+
+    source ─ config.json ─ model on the meta device ─ headers of all shards checked ─ tensors, one by one ─ model
+
+A tensor whose dtype and device are already right is never copied: it stays a view of the memory-mapped file.
+Knows no family: a model class brings its `config_class` and its table of Hub names.
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minivlm import hub
+from minivlm.generation import GenerationConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def from_pretrained(
+    cls: type[Model],
+    name_or_folder: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    low_cpu_mem_usage: bool | None = None,
+    use_flash_attention_2: bool | None = None,
+) -> Model:
+    """Load a checkpoint: a folder, a name that ships with the package, or a Hub id.
+
+    dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
+    device_map: None, "auto" (the GPU if there is one) or one device; models here live on one device.
+    low_cpu_mem_usage is accepted and always on. The model comes back in eval mode.
+
+    Raises OSError for files that are missing or cannot be fetched, ValueError for a config or weights that do not fit:
+    every missing, unexpected and misshapen tensor is named in one error.
+    """
+    if quantization_config is not None:
+        raise ValueError("quantization_config is not supported yet; load without it")
+    if use_flash_attention_2:
+        attn_implementation = attn_implementation or "flash_attention_2"
+    files = hub.source(
+        name_or_folder, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+    config = read_config(files, cls.config_class)
+    with torch.device("meta"):
+        model = cls(config, attn_implementation=attn_implementation)
+    shards = weight_files(files)
+    fill(model, shards, wanted_dtype(dtype or torch_dtype, config.dtype), wanted_device(device_map))
+    model.generation_config = GenerationConfig.from_hub(files.json("generation_config.json", required=False) or {})
+    return model.eval()
+
+
+def read_config(files: hub.Source, config_class: Any) -> Any:
+    """The checkpoint's `config.json` as a `config_class`; ValueError if it is of another model type."""
+    values = files.json("config.json")
+    expected = config_class.model_type
+    if values.get("model_type") != expected:
+        raise ValueError(
+            f"{files.name} holds a model of type {values.get('model_type')!r}, expected {expected!r}; "
+            "AutoModelForImageTextToText picks the class by itself"
+        )
+    try:
+        return config_class.from_hub(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{files.name}: config.json does not describe a {expected} model: {error}") from error
+
+
+def weight_files(files: hub.Source) -> list[Path]:
+    """Local paths of all safetensors shards: the single file, or those that the index names."""
+    single = files.file(WEIGHTS, required=False)
+    if single is not None:
+        return [single]
+    index = files.json(INDEX, required=False)
+    if index is None:
+        pickled = files.file("pytorch_model.bin.index.json", False) or files.file("pytorch_model.bin", False)
+        raise OSError(
+            f"{files.name} holds only pickled weights ({pickled.name}), which can run code when read; "
+            "convert them to safetensors first"
+            if pickled
+            else f"{files.name} has neither {WEIGHTS} nor {INDEX}"
+        )
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{INDEX} of {files.name} should map tensor names to file names under 'weight_map'")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ValueError(f"{INDEX} of {files.name} names {shard!r}, which is not a safetensors file of its folder")
+    return [files.file(shard) for shard in shards]
+
+
+def fill(model: nn.Module, shards: list[Path], dtype: torch.dtype | None, device: torch.device) -> None:
+    """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
+
+    dtype None keeps each tensor's own.
+    """
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(_open(path)) for path in shards]
+        places = _match(model, readers, shards)
+        for name, (reader, hub_name) in places.items():
+            tensor = reader.get_tensor(hub_name)
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            _assign(model, name, tensor.to(device, wanted))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        head = path.open("rb").read(64) if path.is_file() else b""
+        if head.startswith(b"version https://git-lfs"):
+            raise OSError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` or download it") from error
+        raise OSError(
+            f"{path} is not a complete safetensors file ({error}); found {path.stat().st_size:,} bytes, "
+            "the download may have been cut: fetch it again"
+        ) from error
+
+
+def _match(model: nn.Module, readers: list[Any], shards: list[Path]) -> dict[str, tuple[Any, str]]:
+    """Parameter name → (file, name in the file). One ValueError lists all that is missing, unexpected or misshapen."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    places: dict[str, tuple[Any, str]] = {}
+    unexpected, misshapen, doubled = [], [], []
+    for reader in readers:
+        for hub_name in reader.keys():  # noqa: SIM118  (a reader is no dict)
+            name = local_name(hub_name, model.hub_prefixes)
+            found = tuple(reader.get_slice(hub_name).get_shape())
+            if name not in shapes:
+                unexpected.append(f"{hub_name} {list(found)}")
+            elif found != shapes[name]:
+                misshapen.append(f"{hub_name} {list(found)}, expected {list(shapes[name])}")
+            elif name in places:
+                doubled.append(hub_name)
+            places[name] = (reader, hub_name)
+    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in places]
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "given twice": doubled,
+    }
+    if any(problems.values()):
+        folder = shards[0].parent if shards else "the checkpoint"
+        raise ValueError(f"the weights in {folder} do not fit the model:\n" + "\n".join(_listed(problems)))
+    return places
+
+
+def _listed(problems: dict[str, list[str]], most: int = 10) -> list[str]:
+    lines = []
+    for kind, names in problems.items():
+        if names:
+            more = f"\n    and {len(names) - most} more" if len(names) > most else ""
+            lines.append(f"  {len(names)} tensors {kind}:\n    " + "\n    ".join(names[:most]) + more)
+    return lines
+
+
+def local_name(hub_name: str, prefixes: dict[str, str]) -> str:
+    """A tensor's name in our modules, given its name in a file: the first prefix that fits is exchanged."""
+    for theirs, ours in prefixes.items():
+        if hub_name.startswith(theirs):
+            return ours + hub_name.removeprefix(theirs)
+    return hub_name
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+
+
+def wanted_dtype(asked: torch.dtype | str | None, stored: str | None) -> torch.dtype | None:
+    """The dtype to load in: what was asked for, else what `config.json` names, else None = as stored in the files."""
+    if isinstance(asked, torch.dtype) and asked in DTYPES.values():
+        return asked
+    if asked is None or asked == "auto":
+        return DTYPES.get(stored)
+    name = str(asked).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype {asked!r} is not supported; known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def wanted_device(device_map: Any) -> torch.device:
+    """One device from a `device_map`: None → cpu, "auto" → the GPU if there is one, a device, or {"": device}."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map={device_map!r} is not supported: a model lives on one device here; "
+            'pass "auto", "cpu", "cuda" or "cuda:0"'
+        ) from error
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+    """Write config, generation settings and weights under their Hub names, so that `transformers` loads the folder too.
+
+    Every file is written beside its final name and then renamed, so a folder can be saved onto itself and an
+    interruption leaves what was there. max_shard_size: bytes, or a string such as "5GB".
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {_hub_name(name, model.hub_prefixes): value for name, value in model.state_dict().items()}
+    shards = _split(tensors, _bytes(max_shard_size))
+    names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        ready = {key: value.detach().contiguous() for key, value in shard.items()}
+        _write(folder / name, lambda path, ready=ready: save_file(ready, path, metadata={"format": "pt"}))
+    for stale in folder.glob("model*.safetensors"):
+        if stale.name not in names:
+            stale.unlink()
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(value.nbytes for value in tensors.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", {**model.config.to_hub(), "dtype": dtype, "torch_dtype": dtype})
+    _write_json(folder / "generation_config.json", model.generation_config.to_hub())
+
+
+def _hub_name(name: str, prefixes: dict[str, str]) -> str:
+    return local_name(name, {ours: theirs for theirs, ours in prefixes.items()})
+
+
+def _split(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """Consecutive groups of at most `most` bytes each (a larger tensor gets a file of its own)."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+
+
+def _bytes(size: int | str) -> int:
+    found = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).upper())
+    if not found or not int(found[1]):
+        raise ValueError(f'max_shard_size should be a number of bytes or a string such as "5GB", found {size!r}')
+    return int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Any) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""One vision-language model per file, each read top to bottom."""

@@ -1,0 +1,126 @@
+"""Scaled dot-product attention behind one function, its mask described rather than materialised.
+
+B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D head width.
+
+    eager     the formula, spelled out; the slow twin of the others
+    sdpa      torch's fused kernel; a mask is built only where a description does not suffice
+    grouped   few queries on a CPU: query heads that share keys become rows of one matmul, so keys are never repeated
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Names that users know from the reference, and what serves them here.
+IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa"}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What each of the last T of S slots may attend to: True = may attend, everywhere in this codebase.
+
+    causal: query i (in slot S − T + i) sees no later slot.
+    window: with `causal`, it sees the last `window` slots, its own included.
+    valid: (B, S) bool, False for padding slots; None where there is none.
+    """
+
+    queries: int
+    keys: int
+    causal: bool = False
+    window: int | None = None
+    valid: Tensor | None = None
+    device: torch.device | None = None
+
+    @property
+    def first(self) -> int:
+        """Slots before this one are outside every query's window: attention drops them before any arithmetic."""
+        return 0 if self.window is None else max(0, self.keys - self.queries - self.window + 1)
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """The lower triangle and nothing else: what fused kernels know without being shown a mask."""
+        windowed = self.window is not None and self.keys > self.window
+        return self.causal and self.queries == self.keys and self.valid is None and not windowed
+
+    @property
+    def is_full(self) -> bool:
+        """Every query sees every key from `first` on."""
+        return self.valid is None and (not self.causal or self.queries == 1)
+
+    @cached_property
+    def dense(self) -> Tensor | None:
+        """(B or 1, 1, T, S − first) bool, or None if `is_full`; built once and shared by all layers."""
+        if self.is_full:
+            return None
+        valid = None if self.valid is None else self.valid[:, None, None, self.first :].bool()
+        return valid if not self.causal else self._causal(valid)
+
+    def _causal(self, valid: Tensor | None) -> Tensor:
+        slots = torch.arange(self.first, self.keys, device=self.device)
+        query_slots = slots[-self.queries :, None]
+        seen = slots <= query_slots
+        if self.window is not None:
+            seen &= slots > query_slots - self.window
+        if valid is None:
+            return seen[None, None]
+        # A padding query sees its own slot, so that no row is empty and no backend makes NaN of it.
+        return (seen & valid) | (slots == query_slots)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, backend: str | None = None) -> Tensor:
+    """softmax(q·kᵀ·scale + mask)·v. q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D).
+
+    `backend` is one of IMPLEMENTATIONS or None for the best one here; ValueError for another name.
+    """
+    if mask.first:
+        k, v = k[:, :, mask.first :], v[:, :, mask.first :]
+    chosen = choose_backend(backend, q, mask)
+    if chosen == "grouped":
+        return _grouped(q, k, v, mask, scale)
+    if chosen == "eager":
+        return _eager(q, k, v, mask, scale)
+    return _sdpa(q, k, v, mask, scale)
+
+
+def choose_backend(requested: str | None, q: Tensor, mask: Mask) -> str:
+    """The path of a call: what was asked for; None and `sdpa` leave room for `grouped`."""
+    backend = "sdpa" if requested is None else check_implementation(requested)
+    if backend == "sdpa" and mask.queries == 1 and q.device.type == "cpu":
+        return "grouped"
+    return backend
+
+
+def check_implementation(name: str) -> str:
+    """The backend behind a value of `attn_implementation`. Raises ValueError for unknown names."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attn_implementation={name!r} is not supported; known: {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name]
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+    scores = q @ k.transpose(2, 3) * scale  # (B, H, T, S)
+    if mask.dense is not None:
+        scores = scores.masked_fill(~mask.dense, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    causal = mask.is_plain_causal and mask.queries > 1
+    dense = None if causal else mask.dense
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, dense, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    batch, heads, _, width = q.shape
+    rows = q.view(batch, k.shape[1], -1, width)  # (B, K, H/K, D): the heads that share keys, as rows
+    scores = rows @ k.transpose(2, 3) * scale  # (B, K, H/K, S)
+    if mask.dense is not None:
+        scores = scores.masked_fill(~mask.dense, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).view(batch, heads, 1, width)

@@ -1,0 +1,68 @@
+"""The keys and values of tokens already seen, in one preallocated tensor: every decode step has the same shapes.
+
+L layers, B batch, K key/value heads, S slots, D head width.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys (after rotation) and values, (L, B, K, S, D) each; `length` of the S slots are filled.
+
+    A layer writes its new keys with `update`; the decoder calls `advance` once after its last layer, so all layers of
+    one forward pass see the same `length`:
+
+        cache = KVCache(layers=2, batch=1, heads=8, slots=100, width=128)
+        keys, values = cache.update(0, k, v)     # k, v (B, K, T, D) → views of the first length + T slots
+        cache.advance(T)
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        slots: int,
+        width: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.data = torch.empty(2, layers, batch, heads, slots, width, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def slots(self) -> int:
+        return self.data.shape[4]
+
+    @property
+    def batch(self) -> int:
+        return self.data.shape[2]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, K, T, D) behind the filled slots of `layer`; return views (B, K, length + T, D) of both."""
+        end = self.length + k.shape[2]
+        if end > self.slots or k.shape[0] != self.batch:
+            raise ValueError(
+                f"the cache holds {self.batch} rows of {self.slots} tokens; "
+                f"{k.shape[0]} rows of {self.length} + {k.shape[2]} do not fit"
+            )
+        self.data[0, layer, :, :, self.length : end] = k
+        self.data[1, layer, :, :, self.length : end] = v
+        return self.data[0, layer, :, :, :end], self.data[1, layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` slots as filled, after every layer has written them."""
+        self.length += tokens
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
+        self.length = length
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was (beam search): rows (B,) int64. Only filled slots move."""
+        filled = self.data[..., : self.length, :]
+        filled.copy_(filled.index_select(2, rows.to(self.data.device)))

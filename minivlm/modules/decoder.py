@@ -1,0 +1,201 @@
+"""The text decoder: Llama (Touvron et al. 2023), Mistral (Jiang et al. 2023) and Qwen2 are settings of one network.
+
+B batch, T new tokens, S keys in view, C hidden width, H query heads, K key/value heads, D head width.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.modules import config as hub_config
+from minivlm.modules.attention import Mask, attention
+from minivlm.modules.cache import KVCache
+from minivlm.modules.layers import GatedMLP, RMSNorm, rotary_cos_sin, rotary_frequencies, rotate
+
+# Class defaults of the reference where they differ from `DecoderConfig`: real config files leave most fields out.
+CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "llama": {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+    },
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder, in the Hub's words; the defaults are those of Mistral 7B."""
+
+    model_type: str = "mistral"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8  # null: as many as query heads
+    head_dim: int | None = None  # null: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 4096
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list | None = 2
+
+    def __post_init__(self) -> None:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        hub_config.positive(self, *names, "max_position_embeddings")
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        hub_config.positive(self, "num_key_value_heads", "head_dim")
+        hub_config.divides(self, "num_key_value_heads", "num_attention_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, found {self.head_dim}")
+        if self.attention_bias or self.mlp_bias:
+            raise ValueError("decoders with attention_bias or mlp_bias are not supported: no checkpoint here has them")
+        if self.sliding_window is not None:
+            hub_config.positive(self, "sliding_window")
+
+    @classmethod
+    def from_hub(cls, values: dict[str, Any], **defaults: Any) -> "DecoderConfig":
+        """Read a `text_config`. `defaults` are what the model around it prefers over the class defaults."""
+        kind = values.get("model_type", "mistral")
+        if kind not in CLASS_DEFAULTS:
+            raise ValueError(f"text_config.model_type {kind!r} is not supported; known: {', '.join(CLASS_DEFAULTS)}")
+        return hub_config.from_hub(cls, _plain_rope(values), **{**CLASS_DEFAULTS[kind], **defaults})
+
+    def to_hub(self) -> dict[str, Any]:
+        """A `text_config` that spells every field out."""
+        return asdict(self)
+
+
+def _plain_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before) as one plain `rope_theta`."""
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope type {kind!r} is not supported; known: default")
+    return {**values, "rope_theta": rope["rope_theta"]} if "rope_theta" in rope else dict(values)
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023) with rotary positions."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask,
+        cache: KVCache | None,
+        layer: int,
+        backend: str | None,
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        heads = (batch, tokens, -1, self.head_dim)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, K, S, D)
+        mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, backend=backend)  # (B, H, T, D)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm attention and gated MLP, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, final norm. The head that makes logits belongs to the model around it."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        backend: str | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """inputs_embeds (B, T, C) → (B, T, C).
+
+        attention_mask: (B, S), 1 = real token, for all S = cached + T slots; None = no padding.
+        position_ids: (B, T); None = the slots themselves, whatever the padding (as the reference).
+        hidden_states: a list that receives the embeddings and every block's output, the last one normalised.
+        """
+        x = inputs_embeds
+        past = 0 if cache is None else cache.length
+        mask = self.mask(x, attention_mask, past)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, x.device)
+        cos, sin = rotary_cos_sin(position_ids, frequencies, x.dtype)  # (B, 1, T, D)
+        for index, block in enumerate(self.layers):
+            if hidden_states is not None:
+                hidden_states.append(x)
+            x = block(x, cos, sin, mask, cache, index, backend)
+        x = self.norm(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        if cache is not None:
+            cache.advance(inputs_embeds.shape[1])
+        return x
+
+    def mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Mask:
+        """What the T tokens of x (B, T, C) see, `past` tokens before them being cached."""
+        slots = past + x.shape[1]
+        if attention_mask is not None and attention_mask.shape != (x.shape[0], slots):
+            raise ValueError(
+                f"attention_mask should be (batch, cached + new tokens) = {(x.shape[0], slots)}, "
+                f"found {tuple(attention_mask.shape)}"
+            )
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        window = self.config.sliding_window
+        return Mask(x.shape[1], slots, causal=True, window=window, valid=attention_mask, device=x.device)
+
+    def new_cache(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty cache for `batch` rows of `slots` tokens."""
+        config = self.config
+        sizes = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        return KVCache(*sizes, device=device, dtype=dtype)

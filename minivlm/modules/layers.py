@@ -1,0 +1,102 @@
+"""Small parts that several networks share: RMSNorm, rotary embedding, plain and gated MLP, random initialisation.
+
+B batch, T new tokens, H heads, D head width, C hidden width, F MLP width.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function behind a config's `hidden_act`. Raises ValueError for a name that no released checkpoint uses."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown hidden_act {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (Zhang & Sennrich 2019). Statistics in fp32, weight applied after the cast back."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C) → (..., C), same dtype."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # The order of the reference: in bf16, w·bf16(x̂) is not bf16(w·x̂).
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))) with biases: the vision transformers."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.act = activation(hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)) without biases (Shazeer 2020, "GLU variants"): decoders and the Idefics2 connector."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, hidden_act: str, output_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, output_size or hidden_size, bias=False)
+        self.act = activation(hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+@functools.lru_cache(maxsize=16)
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(−2i/D) for i < D/2, in fp32 whatever the model's dtype: a bf16 copy moves logits by 0.1."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return 1.0 / (theta**exponents)
+
+
+def rotary_cos_sin(position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rotation table of RoFormer (Su et al. 2021). position_ids (B, T) → cos, sin, each (B, 1, T, D)."""
+    with torch.autocast(position_ids.device.type, enabled=False):
+        angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+D/2}): halves, not neighbours, as Hub weights are laid out. x: (B, H, T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, std: float) -> None:
+    """Random weights as the reference draws them: normal(0, std) matrices, zero biases, unit norms."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
