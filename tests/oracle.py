@@ -1,0 +1,125 @@
+"""Tiny random reference models, and how far ours may be from them.
+
+The yardstick of every comparison is measured, not typed in: how far the reference's own two attention backends are
+apart on the same input. We allow twice that, with a floor of 1e-5 of the largest value (DESIGN, decision 1).
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+IMAGE = 99  # image token of the tiny vocabularies
+LATENTS = 5
+
+
+def idefics2_config(
+    *,
+    heads: tuple[int, int] = (4, 2),
+    perceiver_heads: tuple[int, int] = (4, 2),
+    depth: int = 2,
+    window: int | None = 7,
+    image_size: int = 28,
+    patch_size: int = 4,
+    text_width: int = 64,
+) -> Any:
+    """A reference configuration, small in every dimension. Window 7 is shorter than the prompts below."""
+    return transformers.Idefics2Config(
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": image_size,
+            "patch_size": patch_size,
+        },
+        perceiver_config={
+            "hidden_size": text_width,
+            "resampler_n_latents": LATENTS,
+            "resampler_depth": depth,
+            "resampler_n_heads": perceiver_heads[0],
+            "num_key_value_heads": perceiver_heads[1],
+            "resampler_head_dim": 12,
+        },
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": 100,
+            "hidden_size": text_width,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1],
+            "sliding_window": window,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        image_token_id=IMAGE,
+    )
+
+
+@torch.no_grad()
+def random_reference(config: Any, seed: int = 0) -> Any:
+    """A reference Idefics2 whose weights are large enough for errors to show: no near-zero branches, no unit norms."""
+    torch.manual_seed(seed)
+    model = transformers.Idefics2ForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("latents"):
+            parameter += 0.2 * torch.randn_like(parameter)
+        else:
+            parameter *= 4
+    return model
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    """Write a reference model to `folder`, without its progress bar."""
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def random_inputs(images: tuple[int, ...], patch: int, seed: int = 1, text: int = 6) -> dict[str, Tensor]:
+    """A left-padded batch: row r holds images[r] pictures of LATENTS tokens each, of odd sizes, padded to one size."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = itertools.cycle([(6 * patch + 2, 5 * patch + 1), (3 * patch, 6 * patch), (5 * patch + 3, 2 * patch + 1)])
+    longest = max(images) * (LATENTS + 1) + text + len(images)
+    rows, most = len(images), max(1, *images) if len(images) > 1 else max(1, images[0])
+    ids = torch.zeros(rows, longest, dtype=torch.long)
+    mask = torch.zeros(rows, longest, dtype=torch.long)
+    pixels = torch.zeros(rows, most, 3, 6 * patch + 2, 6 * patch + 1)
+    pixel_mask = torch.zeros(rows, most, 6 * patch + 2, 6 * patch + 1, dtype=torch.long)
+    for row, count in enumerate(images):
+        content = [1]
+        for index in range(count):
+            high, wide = next(sizes)
+            pixels[row, index, :, :high, :wide] = torch.randn(3, high, wide, generator=generator)
+            pixel_mask[row, index, :high, :wide] = 1
+            content += [IMAGE] * LATENTS + [3]
+        content += torch.randint(4, 90, (text + row - 1,), generator=generator).tolist()
+        ids[row, longest - len(content) :] = torch.tensor(content)
+        mask[row, longest - len(content) :] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if any(images):
+        inputs |= {"pixel_values": pixels, "pixel_attention_mask": pixel_mask}
+    return inputs
+
+
+def labels(inputs: dict[str, Tensor]) -> Tensor:
+    """The ids, padding left out; the first real token too, for a padding slot would have to predict it."""
+    real = inputs["attention_mask"].bool()
+    predicted = real.roll(1, dims=1) & real
+    predicted[:, 0] = False
+    return inputs["input_ids"].masked_fill(~predicted, -100)
+
+
+def assert_close(ours: Tensor, eager: Tensor, sdpa: Tensor, what: str) -> None:
+    """|ours − sdpa| ≤ 2·|eager − sdpa|, floor 1e-5 of the largest value; the message says by how much and where not."""
+    assert ours.shape == sdpa.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(sdpa.shape)}"
+    ours, eager, sdpa = ours.double(), eager.double(), sdpa.double()
+    bound = max(2 * (eager - sdpa).abs().max().item(), 1e-5 * sdpa.abs().max().item())
+    error = (ours - sdpa).abs()
+    worst = error.max().item()
+    where = tuple(int(index) for index in torch.unravel_index(error.argmax(), error.shape))
+    assert worst <= bound, f"{what}: |Δ| {worst:.3g} at {where} (mean {error.mean():.3g}), allowed {bound:.3g}"

@@ -1,0 +1,95 @@
+"""Imports point one way: from the command line down to the kernels, never back."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# room → rooms of ours that it may import from. A room is a module of `minivlm`, or a folder of them.
+MAY_IMPORT = {
+    "minivlm_kernels": set(),
+    "minivlm.hub": set(),
+    "minivlm.modules": {"minivlm_kernels"},
+    "minivlm.generation": {"minivlm.modules"},
+    "minivlm.loading": {"minivlm.hub", "minivlm.generation", "minivlm.modules"},
+    "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.loading"},
+    "minivlm.processing": {"minivlm.hub", "minivlm.modules"},
+    "minivlm.auto": {"minivlm.hub", "minivlm.models", "minivlm.processing"},
+    "minivlm.cli": None,  # anything; and nothing imports it
+}
+# Third-party packages that only some rooms may see; `transformers` is for tests alone.
+ONLY_IN = {
+    "transformers": set(),
+    "tokenizers": {"minivlm.processing"},
+    "PIL": {"minivlm.processing", "minivlm.cli"},
+    "jinja2": {"minivlm.processing"},
+    "huggingface_hub": {"minivlm.hub"},
+    "safetensors": {"minivlm.loading"},
+    "triton": {"minivlm_kernels"},
+}
+FILES = [path for top in ("minivlm", "kernels/minivlm_kernels") for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" else parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "minivlm" else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "minivlm" else node.module for alias in node.names
+            }
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_direction(path: Path) -> None:
+    here = room(module_name(path))
+    if here == "minivlm":
+        return  # the front door names everything, as strings
+    allowed = MAY_IMPORT[here]
+    for module in imports(path):
+        if module.split(".")[0] in ("minivlm", "minivlm_kernels"):
+            target = room(module)
+            assert target == here or allowed is None or target in allowed, f"{here} may not import {target}"
+            assert target != "minivlm.cli" or here == target, "nothing imports the command line"
+        top = module.split(".")[0]
+        assert top not in ONLY_IN or here in ONLY_IN[top], f"{here} may not import {top}"
+
+
+def test_models_do_not_know_each_other() -> None:
+    for folder in ("models", "processing"):
+        families = {"idefics", "idefics2", "llava_next"}
+        for path in (ROOT / "minivlm" / folder).glob("*.py"):
+            if path.stem in families:
+                others = {f"minivlm.{folder}.{name}" for name in families - {path.stem}}
+                assert not others & imports(path)
+
+
+def test_import_is_light() -> None:
+    """`import minivlm` loads neither torch nor any of its friends; every public name can be reached."""
+    code = (
+        "import sys, minivlm\n"
+        "heavy = {'torch', 'transformers', 'PIL', 'tokenizers', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "for name in minivlm.__all__: getattr(minivlm, name)\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -1,0 +1,257 @@
+"""From folder to model and back: exact round trips, memory-mapped tensors, one clear error for what does not fit."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from minivlm import AutoModelForImageTextToText, Idefics2Config, Idefics2ForConditionalGeneration
+from minivlm.loading import INDEX, WEIGHTS, wanted_device, wanted_dtype
+
+Model = Idefics2ForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return oracle.random_reference(oracle.idefics2_config())
+
+
+@pytest.fixture(scope="module")
+def saved(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that transformers 5 wrote."""
+    return oracle.save(reference, tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def same_weights(model: Any, reference: Any, dtype: torch.dtype = torch.float32) -> bool:
+    theirs = reference.state_dict()
+    return all(torch.equal(value, theirs[name].to(dtype)) for name, value in model.state_dict().items())
+
+
+def test_single_and_sharded_files(reference: Any, saved: Path, tmp_path: Path) -> None:
+    sharded = oracle.save(reference, tmp_path, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    for folder in (saved, sharded, str(saved)):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert isinstance(model, Model)
+        assert not model.training
+        assert same_weights(model, reference)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", ["5GB", "100KB", 150_000])
+def test_what_we_save_transformers_loads(saved: Path, tmp_path: Path, size: str | int) -> None:
+    ours = Model.from_pretrained(saved, attn_implementation="sdpa")
+    ours.save_pretrained(tmp_path, max_shard_size=size)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="sdpa")
+    again = Model.from_pretrained(tmp_path, attn_implementation="sdpa")
+    original = transformers.AutoModelForImageTextToText.from_pretrained(saved, attn_implementation="sdpa")
+    inputs = oracle.random_inputs((1,), 4)
+    assert torch.equal(theirs(**inputs).logits, original(**inputs).logits)
+    assert torch.equal(again(**inputs).logits, ours(**inputs).logits)
+    assert again.config.text_config == ours.config.text_config
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, "bfloat16", "torch.float16", "auto", None]
+)
+def test_dtypes(reference: Any, saved: Path, dtype: Any) -> None:
+    expected = {"bfloat16": torch.bfloat16, "torch.float16": torch.float16, "auto": torch.float32, None: torch.float32}
+    model = Model.from_pretrained(saved, torch_dtype=dtype)
+    assert model.dtype == expected.get(dtype, dtype)
+    assert same_weights(model, reference, model.dtype)
+
+
+def test_stored_dtype_is_kept(reference: Any, tmp_path: Path) -> None:
+    """Without dtype=, config.json decides (as the reference); where it is silent, each tensor keeps its own."""
+    Model.from_pretrained(oracle.save(reference, tmp_path / "a")).to(torch.bfloat16).save_pretrained(tmp_path / "b")
+    assert Model.from_pretrained(tmp_path / "b").dtype == torch.bfloat16
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps({**config, "dtype": None, "torch_dtype": None}))
+    assert Model.from_pretrained(tmp_path / "b").dtype == torch.bfloat16
+    (tmp_path / "b/config.json").write_text(json.dumps({**config, "dtype": "float32", "torch_dtype": "float32"}))
+    assert Model.from_pretrained(tmp_path / "b").dtype == torch.float32
+
+
+def test_tensors_of_the_right_dtype_stay_mapped(tmp_path: Path) -> None:
+    """Every tensor's memory lies inside a mapping of the file; a cast copies."""
+    Model(Idefics2Config.from_hub(oracle.idefics2_config().to_dict())).save_pretrained(tmp_path)
+    mapped = Model.from_pretrained(tmp_path)
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc to see what is mapped")
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(tmp_path) in line:
+            start, end = line.split()[0].split("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    for name, value in mapped.named_parameters():
+        assert any(start <= value.data_ptr() < end for start, end in ranges), name
+    cast = Model.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert not any(start <= cast.lm_head.weight.data_ptr() < end for start, end in ranges)
+
+
+def test_mapped_weights_can_be_trained_and_saved_onto_themselves(folder: Path) -> None:
+    """Writing to a mapped tensor changes memory, never the file; saving replaces the file in one step."""
+    model = Model.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    changed = model.lm_head.weight.clone()
+    assert not torch.equal(load_file(folder / WEIGHTS)["lm_head.weight"], changed)
+    model.save_pretrained(folder)
+    assert torch.equal(load_file(folder / WEIGHTS)["lm_head.weight"], changed)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert not (folder / WEIGHTS).exists()  # or transformers would prefer it to the new shards
+    assert torch.equal(Model.from_pretrained(folder).lm_head.weight, changed)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_random_weights_from_a_config() -> None:
+    config = Idefics2Config.from_hub(oracle.idefics2_config().to_dict())
+    model = AutoModelForImageTextToText.from_config(config)
+    assert abs(model.lm_head.weight.std() - 0.02) < 0.002
+    assert not model.model.vision_model.encoder.layers[0].mlp.fc1.bias.any()
+
+
+def edit_json(name: str, **values: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return edit
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def only(*names: str) -> Callable[[Path], None]:
+    """Leave config.json, and empty files of these names, in place of the weights."""
+
+    def edit(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        for name in names:
+            (folder / name).write_bytes(b"")
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size // 2)
+
+
+def index(weight_map: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    return edit
+
+
+LATENTS = "model.connector.perceiver_resampler.latents"
+BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "missing tensor": (edit_weights(lambda t: t.pop("lm_head.weight")), ValueError, r"1 tensors missing:\n +lm_head"),
+    "unexpected tensor": (edit_weights(lambda t: t.update(x=torch.ones(2))), ValueError, r"unexpected:\n +x \[2\]"),
+    "misshapen tensor": (
+        edit_weights(lambda t: t.update({LATENTS: torch.ones(4, 64)})),
+        ValueError,
+        r"latents \[4, 64\], expected \[5, 64\]",
+    ),
+    "many missing tensors": (
+        edit_weights(lambda t: [t.pop(name) for name in list(t) if "vision" in name]),
+        ValueError,
+        r"53 tensors missing:(.|\n)*and 43 more",
+    ),
+    "unknown model_type": (edit_json("config.json", model_type="blip"), ValueError, "'blip'"),
+    "config of no sense": (edit_json("config.json", text_config=3), ValueError, "config.json does not describe"),
+    "config is a list": (write("config.json", b"[]"), ValueError, "JSON object"),
+    "config is no JSON": (write("config.json", b"{'a"), ValueError, "not valid JSON"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), OSError, "has no config.json; found"),
+    "no weights": (only(), OSError, "neither model.safetensors nor"),
+    "only a pickle": (only("pytorch_model.bin"), OSError, "only pickled weights"),
+    "truncated file": (truncate, OSError, "not a complete safetensors file"),
+    "empty file": (write(WEIGHTS, b""), OSError, "not a complete safetensors file"),
+    "Git LFS pointer": (
+        write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        OSError,
+        "Git LFS pointer",
+    ),
+    "index that leaves the folder": (index({"a": "../../x.safetensors"}), ValueError, "not a safetensors file of its"),
+    "index that names a pickle": (index({"a": "model.bin"}), ValueError, "not a safetensors file of its"),
+    "index without a map": (index([]), ValueError, "weight_map"),
+    "index with a lost shard": (index({"a": "lost.safetensors"}), OSError, "has no lost.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_folders(case: str, folder: Path) -> None:
+    damage, error, message = BROKEN[case]
+    damage(folder)
+    with pytest.raises(error, match=message):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int3"}, "dtype 'int3' is not supported"),
+        ({"dtype": torch.int8}, "not supported"),
+        ({"device_map": {"model": 0, "lm_head": 1}}, "one device"),
+        ({"device_map": "balanced"}, "one device"),
+        ({"attn_implementation": "paged"}, "known: eager"),
+        ({"quantization_config": object()}, "quantization_config"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str, saved: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Model.from_pretrained(saved, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (3, TypeError, "string or path"),
+        ("", OSError, "no such folder"),
+        ("/no/such/folder", OSError, "no such folder"),
+        ("./here", OSError, "no such folder"),
+        ("not-cached/model", OSError, "not in the local cache"),
+        ("bad id!", OSError, "neither a folder"),
+    ],
+)
+def test_bad_names(name: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AutoModelForImageTextToText.from_pretrained(name)
+
+
+def test_file_instead_of_folder(saved: Path) -> None:
+    with pytest.raises(OSError, match="is a file; pass the folder"):
+        Model.from_pretrained(saved / WEIGHTS)
+
+
+def test_settings_are_read_as_the_reference_reads_them() -> None:
+    assert wanted_dtype(None, "bfloat16") == torch.bfloat16
+    assert wanted_dtype("auto", None) is None
+    assert wanted_dtype(torch.float16, "bfloat16") == torch.float16
+    assert wanted_device(None) == wanted_device({"": "cpu"}) == torch.device("cpu")
+    assert wanted_device("cuda:1") == torch.device("cuda:1")
