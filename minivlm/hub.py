@@ -113,6 +113,8 @@ def source(
     if not isinstance(name_or_folder, str | Path):
         raise TypeError(f"a checkpoint is named by a string or path, found {type(name_or_folder).__name__}")
     name = str(name_or_folder)
+    if not name:
+        raise OSError("no such folder: the name of the checkpoint is empty")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Source(name, folder)
@@ -120,7 +122,7 @@ def source(
         raise OSError(f"{name} is a file; pass the folder that holds config.json and the safetensors files")
     if name in built_in():
         return Source(name, BUILT_IN / name)
-    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise OSError(f"no such folder: {name!r}")
     cache = None if cache_dir is None else str(cache_dir)
     return Source(name, None, revision, cache, token, local_files_only)

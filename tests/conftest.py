@@ -1,4 +1,4 @@
-"""Shared settings and fixtures. The reference (`transformers`) is the oracle; tiny random models of it build in 0.2 s."""
+"""Shared settings and fixtures. The reference (`transformers`) is the oracle: tiny random models build at once."""
 
 import os
 

@@ -28,7 +28,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         server: Any = self.server
-        _, org, repo, _, revision, name = self.path.split("?")[0].split("/", 5)
+        _, org, _, _, revision, name = self.path.split("?")[0].split("/", 5)
         path = server.folder / name
         refusal = {"gated": (403, "GatedRepo"), "unknown": (401, "RepoNotFound")}.get(org)
         if refusal is None and revision not in ("main", "v1", COMMIT):
