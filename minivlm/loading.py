@@ -66,7 +66,9 @@ def from_pretrained(
         model = cls(config, attn_implementation=attn_implementation)
     shards = weight_files(files)
     fill(model, shards, wanted_dtype(dtype or torch_dtype, config.dtype), wanted_device(device_map))
-    model.generation_config = GenerationConfig.from_hub(files.json("generation_config.json", required=False) or {})
+    settings = files.json("generation_config.json", required=False)
+    if settings is not None:
+        model.generation_config = GenerationConfig.from_hub(settings)
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 """Generation against transformers on tiny random Idefics2 models, and every rule on tables worked out by hand."""
 
+import copy
 import warnings
 
 import hypothesis.strategies as st
@@ -144,6 +145,10 @@ def test_bad_words_match_the_end_of_each_row():
     words = [torch.tensor(word) for word in ([3], [1, 4], [0, 1, 5], [2, 2, 2, 2])]
     scores = generation.ban_words(torch.zeros(2, 6), torch.tensor([[0, 1], [1, 1]]), words)
     assert (scores == NEGATIVE).nonzero().tolist() == [[0, 3], [0, 4], [0, 5], [1, 3], [1, 4]]
+
+
+def test_a_bad_word_longer_than_the_prompt_waits():
+    assert not generation.ban_words(torch.zeros(1, 4), torch.tensor([[2]]), [torch.tensor([2, 2, 3])]).any()
 
 
 def test_rules_come_in_the_reference_order():
@@ -400,9 +405,22 @@ def test_generated_ids_may_be_used_in_training(model):
     model.zero_grad()
 
 
-def test_abandoned_streams_leave_gradients_on(model):
-    next(generation.stream(model, torch.tensor([[8, 9]]), max_new_tokens=3))
+def test_int32_ids_do_as_well(model):
+    ids = torch.tensor([[8, 9]])
+    assert torch.equal(model.generate(ids.int(), repetition_penalty=1.3), model.generate(ids, repetition_penalty=1.3))
+
+
+def test_steps_record_no_gradients_and_abandoned_streams_leave_them_on(model):
+    cache = model.new_cache(1, 5)
+    next(generation.stream(model, torch.tensor([[8, 9]]), max_new_tokens=3, past_key_values=cache))
+    assert not cache.data.requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_scores_are_float32_whatever_the_model_computes_in(pair):
+    model = copy.deepcopy(pair[1]).bfloat16()
+    with torch.no_grad():
+        assert generation.prefill(model, torch.tensor([[8, 9]])).dtype == torch.float32
 
 
 IDEFICS2 = {
@@ -490,6 +508,10 @@ ERRORS = [
     ({"bad_words_ids": [[3, V]]}, "bad_words_ids has the id 99, but the vocabulary has 99 tokens"),
     ({"attention_mask": torch.ones(1, 3)}, r"attention_mask should have one entry per prompt token, \(1, 2\)"),
     ({"input_ids": torch.tensor([8, 9])}, r"input_ids should be integers \(B, P\)"),
+    (
+        {"input_ids": {"input_ids": [[8, 9]]}},
+        r"input_ids should be a tensor .*, found dict; write generate\(\*\*inputs",
+    ),
     ({"input_ids": torch.rand(1, 2)}, r"input_ids should be integers \(B, P\)"),
     ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"input_ids should be integers \(B, P\)"),
     ({"input_ids": None, "bos_token_id": None}, "nothing to continue"),

@@ -329,7 +329,7 @@ class Idefics2ForConditionalGeneration(nn.Module):
         super().__init__()
         self.config = config
         self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
-        self.generation_config = generation.GenerationConfig()
+        self.generation_config = generation.GenerationConfig.from_model_config(config)
         self.model = Idefics2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)

@@ -189,8 +189,8 @@ class Decoder(nn.Module):
                 f"attention_mask should be (batch, cached + new tokens) = {(x.shape[0], slots)}, "
                 f"found {tuple(attention_mask.shape)}"
             )
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
+        if attention_mask is not None and x.shape[1] > 1 and attention_mask.all():
+            attention_mask = None  # asked in prefill only: the answer waits for the device
         window = self.config.sliding_window
         return Mask(x.shape[1], slots, causal=True, window=window, valid=attention_mask, device=x.device)
 

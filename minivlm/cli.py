@@ -1,0 +1,286 @@
+"""`minivlm ask` and `minivlm inspect`: ask a question about pictures; see what a checkpoint is made of.
+
+Exit codes: 0 done, 1 bad input, 2 wrong usage, 130 interrupted; an error is one line. Answers and tables go to stdout,
+everything else to stderr. torch is imported inside the verbs, so that `--help` is instant.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minivlm import __version__
+
+DEFAULT_MODEL = "shapes-idefics2"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit code; argparse exits with 2 (or 0 after `--help`) by itself."""
+    argv = sys.argv[1:] if argv is None else argv
+    top = _Parser("minivlm", description="Small vision-language models: ask them, look inside them.")
+    top.add_argument("--version", action="version", version=f"minivlm {__version__}")
+    top.add_argument("verb", choices=VERBS, help="what to do; `minivlm VERB --help` says more")
+    verb, build = VERBS[top.parse_args(argv[:1]).verb]
+    parser = build()
+    args = parser.parse_intermixed_args(argv[1:])  # options may stand between the pictures and the question
+    try:
+        verb(args, parser)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone, as in `minivlm ask … | head -c 1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        return _fail(error)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return _fail(f"{str(error).split('. ')[0]}; try --dtype bfloat16, --no-split or --device cpu")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"minivlm: error: {message}; see `{self.prog} --help`\n")
+
+
+def _fail(error: Exception | str) -> int:
+    print("minivlm: error:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
+    return 1
+
+
+# ---- ask ----
+
+
+def _ask_parser() -> _Parser:
+    parser = _Parser("minivlm ask", description="Answer a question about pictures, word by word.")
+    parser.usage = "%(prog)s IMAGE… QUESTION [options]"
+    weights = "of the weights; auto (default): the checkpoint's own on a CPU, bfloat16 on a GPU"
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="picture files or URLs, then the question")
+    parser.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=weights)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    parser.add_argument(
+        "--attn", choices=["eager", "sdpa", "triton"], help="attention backend (default: best for both)"
+    )
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="stop there (default: 256)")
+    parser.add_argument("--no-split", action="store_true", help="send each picture once, without its four quarters")
+    parser.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def ask(args: argparse.Namespace, parser: _Parser) -> None:
+    """Stream the answer to stdout, or print it as JSON. Pictures and prompt are checked before any weight is read."""
+    *pictures, question = args.words
+    if os.path.isfile(question):
+        parser.error(f"the last argument is the question, but {question!r} is a file")
+    if not pictures:
+        parser.error(f"no picture before the question {question!r}")
+    name = args.model or DEFAULT_MODEL
+    if args.model is None:
+        print(f"minivlm: no --model given, asking {name}, a small model that knows simple shapes", file=sys.stderr)
+
+    from minivlm import AutoModelForImageTextToText, AutoProcessor
+    from minivlm.generation import stream
+    from minivlm.processing.images import load_image
+
+    device, dtype = _device_and_dtype(args)
+    content = [{"type": "image", "image": load_image(picture)} for picture in pictures]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    processor = AutoProcessor.from_pretrained(name)
+    if args.no_split:
+        if not hasattr(processor.image_processor, "do_image_splitting"):
+            raise ValueError(f"--no-split: {name} does not split pictures")
+        processor.image_processor.do_image_splitting = False
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    options = {"device_map": device, "dtype": dtype, "attn_implementation": args.attn}
+    model = AutoModelForImageTextToText.from_pretrained(name, **options)
+
+    start = time.perf_counter()
+    tokens = stream(model, **inputs.to(device), max_new_tokens=args.max_new_tokens)
+    decode = partial(processor.decode, skip_special_tokens=True)
+    if not args.json:
+        _print_pieces(incremental_text(decode, map(int, tokens)))
+        return
+    ids = [int(token) for token in tokens]
+    answer = decode(ids).strip()
+    sizes = {"prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": len(ids)}
+    seconds = round(time.perf_counter() - start, 3)
+    print(json.dumps({"answer": answer, "model": name, **sizes, "seconds": seconds}))
+
+
+def _device_and_dtype(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Where to run, and in what; None keeps the checkpoint's own dtype. ValueError for a device that is not there."""
+    import torch
+
+    from minivlm.loading import wanted_device
+
+    device = wanted_device(args.device or "auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if args.dtype != "auto":
+        return str(device), args.dtype
+    return str(device), "bfloat16" if device.type == "cuda" else None
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    """Print as they come, without leading blanks and control characters (a model may write escape sequences)."""
+    begun = False
+    for piece in pieces:
+        piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", piece if begun else piece.lstrip())
+        begun = begun or bool(piece)
+        print(piece, end="", flush=True)
+    print()
+
+
+def incremental_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """Pieces of text as ids arrive; together they are `decode` of all ids, if that has no U+FFFD.
+
+    All ids are decoded anew at each step, because what a token reads as depends on its neighbours. U+FFFD at the end
+    is held back: it stands for a character that has not all its bytes yet. Where bytes turn out to be no character at
+    all, SentencePiece takes back the whole run of bytes that they are in, and what has been told of it stays told.
+    """
+    seen, told = [], ""
+    for id in ids:
+        seen.append(id)
+        text = decode(seen).rstrip("\ufffd")
+        if len(text) > len(told) and text.startswith(told):
+            yield text[len(told) :]
+            told = text
+    rest = decode(seen)[len(told) :]
+    if rest:
+        yield rest
+
+
+# ---- inspect ----
+
+
+def _inspect_parser() -> _Parser:
+    parser = _Parser("minivlm inspect", description="What a checkpoint is made of, from its config alone.")
+    parser.add_argument(
+        "model", help="folder, built-in name, Hub id, or the name of a known release (needs no network)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+# Attribute of the model → attribute of its config that holds its sizes, and the sizes worth showing.
+PART_CONFIGS = {"vision_model": "vision_config", "connector": "perceiver_config", "text_model": "text_config"}
+SIZES = {
+    **{"num_hidden_layers": "layers", "resampler_depth": "layers", "hidden_size": "width", "intermediate_size": "MLP"},
+    **{"num_attention_heads": "heads", "resampler_n_heads": "heads", "num_key_value_heads": "KV heads"},
+    **{"resampler_n_latents": "latents", "image_size": "image", "patch_size": "patch", "vocab_size": "vocabulary"},
+    **{"sliding_window": "window"},
+}
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def inspect(args: argparse.Namespace, parser: _Parser) -> None:
+    """Print parts, sizes, parameters and memory as a table or as JSON."""
+    found = describe(args.model)
+    print(json.dumps(found) if args.json else _table(found))
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What `inspect` prints, as plain data. The model is built on the meta device: no weights, no memory."""
+    import torch
+
+    from minivlm import auto, hub, loading
+
+    if name in auto.PRESETS and not Path(name).is_dir():
+        config = auto.PRESETS[name]
+        model_type = config.to_hub()["model_type"]
+    else:
+        files = hub.source(name)
+        model_type = files.json("config.json").get("model_type")
+        config = loading.read_config(files, auto.family(model_type, name)[0].config_class)
+    with torch.device("meta"):
+        model = auto.family(model_type, name)[0](config)
+    parts = [_part(part, module, config) for part, module in _parts(model)]
+    total = sum(part["parameters"] for part in parts)
+    text, latents = config.text_config, config.perceiver_config.resampler_n_latents
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return {
+        "model": name,
+        "model_type": model_type,
+        "dtype": config.dtype,
+        "parts": parts,
+        "parameters": total,
+        "bytes": {dtype: total * size for dtype, size in BYTES.items()},
+        "tokens_per_image": {"whole": latents, "split": 5 * latents},  # split: four quarters and the whole
+        "max_position_embeddings": text.max_position_embeddings,
+        "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
+    }
+
+
+def _parts(model: Any) -> Iterator[tuple[str, Any]]:
+    """The head, and the parts of the model under it."""
+    for name, child in model.named_children():
+        yield from child.named_children() if name == "model" else [(name, child)]
+
+
+def _part(name: str, module: Any, config: Any) -> dict[str, Any]:
+    part = getattr(config, PART_CONFIGS.get(name, ""), None)
+    sizes = {size: getattr(part, size) for size in SIZES if getattr(part, size, None) is not None}
+    if part is None:
+        sizes = {"hidden_size": module.in_features, "vocab_size": module.out_features}
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    memory = {dtype: parameters * size for dtype, size in BYTES.items()}
+    return {"part": name, "class": type(module).__name__, "sizes": sizes, "parameters": parameters, "bytes": memory}
+
+
+def _table(found: dict[str, Any]) -> str:
+    rows = [("part", "class", "parameters", *BYTES, "sizes")]
+    for part in [*found["parts"], {**found, "part": "total", "class": "", "sizes": {}}]:
+        sizes = ", ".join(f"{SIZES[name]} {value}" for name, value in part["sizes"].items())
+        memory = (_memory(part["bytes"][dtype]) for dtype in BYTES)
+        rows.append((part["part"], part["class"], f"{part['parameters']:,}", *memory, sizes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = {0, 1, len(widths) - 1}
+    lines = [
+        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in columns).rstrip()
+        for columns in (enumerate(zip(row, widths, strict=True)) for row in rows)
+    ]
+    tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
+    return "\n".join(
+        [
+            f"{found['model']} ({found['model_type']}, stored as {found['dtype'] or 'unknown dtype'})\n",
+            *lines,
+            f"\ntokens per image: {tokens['whole']}, with image splitting {tokens['split']}",
+            f"positions: {found['max_position_embeddings']:,}",
+            f"cache per 1,000 tokens: {', '.join(f'{_memory(1000 * cache[dtype])} in {dtype}' for dtype in BYTES)}",
+        ]
+    )
+
+
+def _memory(size: int) -> str:
+    """Bytes in the largest unit that leaves at least 1: 1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.2f} GiB"
+
+
+VERBS = {"ask": (ask, _ask_parser), "inspect": (inspect, _inspect_parser)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""Idefics2's pictures and prompts (Laurençon et al. 2024, "What matters when building vision-language models?").
+
+A picture keeps its aspect ratio: its longest side is brought down to 980, both sides are brought up to 378. With image
+splitting its four quarters go first, each resized by the same rule, then the whole. In the text every `<image>` stands
+for 64 places between `<fake_token_around_image>` marks, five times over when the picture is split.
+
+Letters: B prompts, N pictures (crops included) in the fullest prompt, H and W the largest height and width of all.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivlm import hub
+from minivlm.processing import chat_template as chat
+from minivlm.processing.files import read_configs, write_json
+from minivlm.processing.images import (
+    image_rows,
+    load_image,
+    nest_images,
+    pixel_table,
+    resize,
+    write_pixels,
+)
+from minivlm.processing.inputs import Inputs
+from minivlm.processing.tokenizer import Tokenizer
+
+FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+
+
+def resized_size(height: int, width: int, shortest: int = 378, longest: int = 980) -> tuple[int, int]:
+    """Final (height, width) of a picture or crop. int() cuts off: 1001x1500 becomes 653x980 (653.98…).
+
+    The second rule may change the aspect ratio: 100x2000 becomes 378x980.
+    """
+    ratio = width / height
+    if width >= height and width > longest:
+        height, width = int(longest / ratio), longest
+    elif height > width and height > longest:
+        height, width = longest, int(longest * ratio)
+    return max(height, shortest), max(width, shortest)
+
+
+def crop_boxes(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of the four quarters, row by row; odd pixels go to the right and the bottom."""
+    y, x = height // 2, width // 2
+    return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+
+
+def expand_prompt(text: str, image_seq_len: int, splitting: bool) -> str:
+    """Each `<image>` as the places that its features will take; adjacent pictures share one mark between them."""
+    places = f"{FAKE}{IMAGE * image_seq_len}{FAKE}" * (5 if splitting else 1)
+    return text.replace(IMAGE, places).replace(FAKE + FAKE, FAKE)
+
+
+@dataclass
+class Idefics2ImageProcessor:
+    """Pictures → pixel_values and pixel_attention_mask. The fields are those of preprocessor_config.json.
+
+    `do_convert_rgb` changes nothing: pictures always become upright RGB by the rules of `load_image`.
+    """
+
+    do_convert_rgb: bool = True
+    do_resize: bool = True
+    size: dict[str, int] = field(default_factory=lambda: {"longest_edge": 980, "shortest_edge": 378})
+    resample: int = 2  # Pillow's number for bilinear
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    do_pad: bool = True
+    do_image_splitting: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.size if isinstance(self.size, dict) else {}
+        edges = [size.get("shortest_edge"), size.get("longest_edge")]
+        if [type(edge) for edge in edges] != [int, int] or not 1 <= edges[0] <= edges[1] <= 8192:
+            raise ValueError(
+                f'size is {{"shortest_edge": a, "longest_edge": b}} with 1 <= a <= b <= 8192, found {self.size!r:.80}'
+            )
+        if self.resample not in range(6):
+            raise ValueError(f"resample is one of Pillow's filters, 0 to 5 (2: bilinear), found {self.resample!r}")
+        for name, values in {
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+            "rescale_factor": [self.rescale_factor] * 3,
+        }.items():
+            numbers = isinstance(values, list | tuple) and len(values) == 3
+            if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+                raise ValueError(f"{name} is made of numbers, one per channel (3), found {getattr(self, name)!r:.80}")
+        if 0 in self.image_std:
+            raise ValueError(f"image_std divides the pixels and so must not be 0, found {self.image_std}")
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "Idefics2ImageProcessor":
+        """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
+        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "Idefics2ImageProcessor":
+        """From a folder or Hub id; `where` is what `hub.source` takes."""
+        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, as transformers reads it."""
+        names = {"image_processor_type": "Idefics2ImageProcessor", "processor_class": "Idefics2Processor"}
+        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+
+    def __call__(self, images: Any, return_tensors: str | None = None) -> Inputs:
+        """One image, a flat list (one prompt's) or a list per prompt → pixel_values (B, N, 3, H, W) float32,
+        pixel_attention_mask (B, N, H, W) int64, 1 on the picture. Padding, right and below, is exactly 0.0.
+        """
+        rows = [[part for image in row for part in self.parts(load_image(image))] for row in nest_images(images)]
+        sizes = [part.size for row in rows for part in row]
+        if not sizes:
+            raise ValueError("no image: pass at least one, or leave images out for a prompt of text alone")
+        width, height = (max(lengths) for lengths in zip(*sizes, strict=True))
+        count = max(len(row) for row in rows)
+        if not self.do_pad and (len(set(sizes)) > 1 or any(len(row) != count for row in rows)):
+            raise ValueError(f"pictures of {len(set(sizes))} sizes are not one tensor without padding; set do_pad=True")
+        pixels = np.zeros((len(rows), count, 3, height, width), np.float32)
+        mask = np.zeros((len(rows), count, height, width), np.int64)
+        table = pixel_table(
+            self.rescale_factor if self.do_rescale else None,
+            *((self.image_mean, self.image_std) if self.do_normalize else (None, None)),
+        )
+        for b, row in enumerate(rows):
+            for n, part in enumerate(row):
+                write_pixels(part, table, pixels[b, n])
+                mask[b, n, : part.height, : part.width] = 1
+        inputs = Inputs(pixel_values=pixels)
+        if self.do_pad:
+            inputs["pixel_attention_mask"] = mask
+        return inputs.convert(return_tensors)
+
+    def parts(self, image: Any) -> list[Any]:
+        """An RGB picture, resized; when splitting, its four resized quarters come first."""
+        quarters = []
+        if self.do_image_splitting:
+            if min(image.size) < 2:
+                raise ValueError(
+                    f"a picture of {image.width}x{image.height} has no quarters; leave it out or set "
+                    "image_processor.do_image_splitting = False"
+                )
+            quarters = [image.crop(box) for box in crop_boxes(image.height, image.width)]
+        parts = [*quarters, image]
+        if not self.do_resize:
+            return parts
+        edges = self.size["shortest_edge"], self.size["longest_edge"]
+        sizes = [resized_size(part.height, part.width, *edges) for part in parts]
+        return [resize(part, *size, self.resample) for part, size in zip(parts, sizes, strict=True)]
+
+
+class Idefics2Processor:
+    """Prompts and pictures → everything that the model takes; ids → text.
+
+    Differs from `transformers` 5.23 in the ids after special tokens, where this follows the checkpoint's tokenizer.json
+    (as transformers 4 does), and in refusing prompts whose `<image>` do not match the images.
+    """
+
+    def __init__(
+        self,
+        image_processor: Idefics2ImageProcessor,
+        tokenizer: Tokenizer,
+        image_seq_len: int = 64,
+        chat_template: str | None = None,
+    ) -> None:
+        if not isinstance(image_seq_len, int) or not 1 <= image_seq_len <= 2**16:
+            raise ValueError(f"image_seq_len is the number of places per picture, found {image_seq_len!r}")
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.image_seq_len, self.chat_template = image_seq_len, chat_template
+        tokenizer.add_tokens([FAKE, IMAGE, END_OF_UTTERANCE], special=True)
+        self.image_token, self.fake_image_token, self.end_of_utterance_token = IMAGE, FAKE, END_OF_UTTERANCE
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        use_fast: bool | None = None,
+        **changes: Any,
+    ) -> "Idefics2Processor":
+        """From a folder or Hub id. `changes` override fields of the image processor (do_image_splitting=False,
+        size={…}), padding_side, image_seq_len or chat_template. `use_fast` is accepted: there is one way here."""
+        source = hub.source(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        image_config, config = read_configs(source)
+        image_processor = Idefics2ImageProcessor.from_dict(image_config)
+        tokenizer = Tokenizer.from_source(source)
+        tokenizer.padding_side = changes.pop("padding_side", tokenizer.padding_side)
+        template = changes.pop("chat_template", None) or chat.find_template(source, config, tokenizer.config)
+        image_seq_len = changes.pop("image_seq_len", config.get("image_seq_len", 64))
+        unknown = set(changes) - {f.name for f in fields(Idefics2ImageProcessor)}
+        if unknown:
+            raise TypeError(f"from_pretrained got unknown options: {', '.join(sorted(unknown))}")
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return cls(replace(image_processor, **changes), tokenizer, image_seq_len, template)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        config = {"image_seq_len": self.image_seq_len, "processor_class": "Idefics2Processor"}
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        write_json(Path(folder) / "processor_config.json", template | config)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        *,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> Inputs:
+        """input_ids and attention_mask (B, T), and with images pixel_values (B, N, 3, H, W) and pixel_attention_mask.
+
+        `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
+        `<image>` in a text needs one. ValueError for counts that differ and for truncation that would cut a picture.
+        """
+        if text is None and images is None:
+            raise ValueError("pass text, images or both")
+        if text is None:
+            return self.image_processor(images, return_tensors)
+        prompts = [text] if isinstance(text, str) else text
+        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"text is a string or a list of strings, found {text!r:.80}")
+        return self.encode_prompts(
+            prompts,
+            images,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            add_special_tokens=add_special_tokens,
+        )
+
+    def encode_prompts(
+        self,
+        prompts: list[str],
+        images: Any = None,
+        *,
+        guard: str | None = None,
+        return_tensors: str | None = None,
+        **options: Any,
+    ) -> Inputs:
+        """What `__call__` and `apply_chat_template` share; see `Tokenizer.encode_guarded` for `guard`."""
+        rows = image_rows(images, [prompt.count(IMAGE) for prompt in prompts], IMAGE)
+        splitting = self.image_processor.do_image_splitting
+        expanded = [expand_prompt(prompt, self.image_seq_len, splitting) for prompt in prompts]
+        if guard is None:
+            bodies = [self.tokenizer.encode(text, add_special_tokens=False) for text in expanded]
+        else:
+            bodies = [self.tokenizer.encode_guarded(text, guard) for text in expanded]
+        inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
+        if any(rows):
+            inputs.update(self.image_processor(rows))
+        return inputs.convert(return_tensors)
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
+        """Messages → prompt (default), ids (`tokenize`) or all inputs (`return_dict`); see `chat_template.apply`."""
+        return chat.apply(self, conversation, **options)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
+        """`Tokenizer.decode`."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """`Tokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)

@@ -1,0 +1,263 @@
+"""Pictures in, normalised float32 pixels out: what the three models' image processors share.
+
+Every route by which a picture enters goes through `load_image`, so one rule holds for all of them:
+
+- the EXIF orientation is applied (a tag that makes no sense is ignored);
+- the result is 8-bit RGB, and **transparency is dropped, not composited**: the colours under it appear. This is what
+  `transformers` does when its *processor* is called (its bare image processors composite on white instead);
+- grey becomes three equal channels, palettes, CMYK and YCbCr go through Pillow, 1-bit becomes 0 and 255;
+- 16-bit grey is scaled by 1/257 (65535 → 255), where Pillow's own conversion would turn it white;
+- 32-bit integer and float pictures (modes I and F) carry no range, so they are refused;
+- of an animation the first frame is taken (of an open `PIL.Image`, the frame it stands at).
+"""
+
+import base64
+import binascii
+import io
+import struct
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders for anything else are never reached
+MAX_DOWNLOAD = 32 * 2**20  # bytes
+TIMEOUT = 20.0  # seconds, for one answer of the server and for the whole download
+
+
+def load_image(source: Any) -> Image.Image:
+    """An upright RGB picture from a `PIL.Image`, a path, an http(s) or data URL, bytes, an array or a tensor.
+
+    Arrays and tensors hold uint8, or floats in [0, 1], as (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+    Raises TypeError for anything else, OSError for missing, unreachable or damaged files, ValueError for data that is
+    no picture, is ambiguous, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (checked before decoding).
+    """
+    if isinstance(source, Image.Image):
+        return _finish(source, "the PIL image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source), f"the picture given as {len(source)} bytes")
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        return _decode(io.BytesIO(_download(source)), source)
+    if isinstance(source, str) and source.startswith("data:"):
+        return _decode(io.BytesIO(_from_data_url(source)), "the picture in the data: URL")
+    if isinstance(source, str) and "://" in source[:12]:
+        raise ValueError(f"only http:// and https:// URLs are fetched, found {source[:60]!r}")
+    if isinstance(source, str | Path):
+        return _open_path(source)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(_array_to_uint8(source)).convert("RGB")
+    raise TypeError(
+        "a picture is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
+        f"found {type(source).__name__}"
+    )
+
+
+def _open_path(source: str | Path) -> Image.Image:
+    try:
+        path = Path(source).expanduser()
+        is_file = path.is_file()
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, an unknown ~user
+        raise OSError(f"{str(source)[:200]!r} cannot be a path of a picture: {error}") from error
+    if not is_file:
+        raise OSError(f"no picture at {str(source)[:200]!r}: give an existing file or a full http(s):// URL")
+    return _decode(path, str(path))
+
+
+def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return _finish(image, name)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture (or its header is damaged)") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is too large: {error}") from error
+
+
+def _finish(image: Image.Image, name: str) -> Image.Image:
+    """Size check, decoding, orientation, RGB, in this order."""
+    check_pixel_count(*image.size, name)
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:  # Pillow's, for bad files
+        raise OSError(f"{name} is damaged or cut off ({error}); fetch or export it again") from error
+    return _to_rgb(_upright(image), name)
+
+
+def check_pixel_count(width: int, height: int, name: str) -> None:
+    """ValueError for an empty picture or one above Pillow's own limit, whose decoded size could fill the memory."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if min(width, height) < 1:
+        raise ValueError(f"{name} is empty ({width}x{height})")
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"{name} has {width}x{height} pixels, more than the limit of {limit:,}; make it smaller, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+    except Exception:  # Pillow's parser fails in many ways on a broken tag, and the picture is fine without it
+        return image
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"{name} has 32-bit values (mode {image.mode}), which have no fixed range; scale them to 0..255 yourself "
+            "and pass a uint8 array"
+        )
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot turn into RGB") from error
+
+
+def _array_to_uint8(array: np.ndarray) -> np.ndarray:
+    """(H, W), (H, W, C) or (C, H, W), uint8 or float in [0, 1] → uint8 (H, W) or (H, W, 3); alpha is dropped."""
+    if array.ndim not in (2, 3):
+        raise ValueError(f"one picture has 2 or 3 dimensions, found shape {array.shape}; pass a list for several")
+    if array.ndim == 3:
+        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+        if first == last:
+            raise ValueError(
+                f"shape {array.shape} is {'both' if first else 'neither'} (H, W, C) {'and' if first else 'nor'} "
+                "(C, H, W) with 1, 3 or 4 channels; pass PIL.Image.fromarray(...) of the (H, W, C) uint8 array"
+            )
+        array = np.moveaxis(array, 0, 2) if first else array
+        array = array[..., 0] if array.shape[2] == 1 else array[..., :3]
+    check_pixel_count(array.shape[1], array.shape[0], "the array")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"pixels are uint8, or floats in [0, 1]; found {array.dtype}: cast or scale them first")
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 1):  # this way round NaN fails too
+        advice = "call .astype('uint8')" if 1 < high <= 255 and low >= 0 else "undo the normalisation first"
+        raise ValueError(f"float pixels must lie in [0, 1], found {low:.4g} to {high:.4g}; {advice}")
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_redirections = 5
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.startswith(("http://", "https://")):
+            raise urllib.error.URLError(f"redirected to {newurl[:60]!r}, which is not http or https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str) -> bytes:
+    """The body behind an http(s) URL, within TIMEOUT and MAX_DOWNLOAD; OSError or ValueError that names the URL."""
+    deadline = time.monotonic() + TIMEOUT
+    body = bytearray()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "minivlm"})
+        with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT) as response:
+            while chunk := response.read1(2**16):
+                body += chunk
+                if len(body) > MAX_DOWNLOAD:
+                    raise ValueError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not finished after {TIMEOUT:.0f} s")
+    except Exception as error:  # urllib, http.client, ssl and codecs each raise their own
+        raise OSError(f"could not fetch {url[:200]} ({error}); download it yourself and pass the file") from error
+    return bytes(body)
+
+
+def _from_data_url(url: str) -> bytes:
+    header, _, payload = url.partition(",")
+    if not header.endswith(";base64") or len(payload) > MAX_DOWNLOAD * 4 // 3 + 4:
+        raise ValueError(f"a data: URL holds base64 of at most {MAX_DOWNLOAD // 2**20} MiB, found {header[:60]!r}")
+    try:
+        return base64.b64decode(payload)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"the data: URL is not valid base64: {error}") from error
+
+
+def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
+    """Pillow's antialiased resize of the bytes (resample 2 is bilinear); nothing is copied if the size is right."""
+    return image if image.size == (width, height) else image.resize((width, height), resample)
+
+
+def pixel_table(rescale_factor: float | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> np.ndarray:
+    """(3, 256) float32: the value of each byte per channel after rescaling and normalising (None skips that step).
+
+    A picture has only 256 values per channel, so a table is both the fastest way and exact by construction: its
+    entries are computed in the reference's order, bytes times factor in float64, cast to float32, minus mean, over std.
+    """
+    values = np.arange(256, dtype=np.float64)
+    if rescale_factor is not None:
+        values = values * rescale_factor
+    table = np.stack([values.astype(np.float32)] * 3)
+    if mean is None or std is None:
+        return table
+    return (table - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+
+
+def write_pixels(image: Image.Image, table: np.ndarray, out: np.ndarray) -> None:
+    """Write an RGB picture's values under `table` (3, 256) into the top left of `out` (3, H, W); the rest stays."""
+    pixels = np.asarray(image)  # (h, w, 3)
+    height, width, _ = pixels.shape
+    for channel in range(3):
+        # "clip" never acts on bytes; it lets numpy write into `out` without a buffer
+        np.take(table[channel], pixels[..., channel], out=out[channel, :height, :width], mode="clip")
+
+
+def image_rows(images: Any, found: list[int], image_token: str) -> list[list[Any]]:
+    """The caller's images as one list per prompt, checked against the number of placeholders `found` in each prompt.
+
+    One image, a flat list (dealt out in order of appearance) or one list per prompt. ValueError names the prompt.
+    """
+    rows = nest_images(images)
+    if images is None or not _is_nested(images):
+        flat = rows[0] if rows else []
+        if len(flat) != sum(found):
+            raise ValueError(
+                f"{len(flat)} images for {sum(found)} {image_token} in the text "
+                f"({', '.join(f'prompt {i}: {n}' for i, n in enumerate(found[:10]))}{', …' * (len(found) > 10)}); "
+                f"write {image_token} once per image, where the image belongs"
+            )
+        remaining = iter(flat)
+        return [[next(remaining) for _ in range(count)] for count in found]
+    if len(rows) != len(found):
+        raise ValueError(f"{len(rows)} lists of images for {len(found)} prompts; pass one list per prompt, [] for none")
+    for index, (row, count) in enumerate(zip(rows, found, strict=True)):
+        if len(row) != count:
+            raise ValueError(
+                f"prompt {index} has {count} {image_token} but {len(row)} images; write {image_token} once per image"
+            )
+    return rows
+
+
+def nest_images(images: Any) -> list[list[Any]]:
+    """None → [], an image or a flat list → one row, one list per prompt → as it is (None for an empty one)."""
+    if images is None:
+        return []
+    if not isinstance(images, list | tuple):
+        return [[images]]
+    if not _is_nested(images):
+        return [list(images)]
+    if not all(row is None or isinstance(row, list | tuple) for row in images):
+        raise ValueError("images mixes pictures and lists of pictures; pass a flat list, or one list per prompt")
+    return [list(row or []) for row in images]
+
+
+def _is_nested(images: Any) -> bool:
+    return isinstance(images, list | tuple) and any(isinstance(row, list | tuple) or row is None for row in images)

@@ -1,0 +1,370 @@
+"""Text to ids and back, by the `tokenizers` library on the checkpoint's own `tokenizer.json`, used as it is.
+
+`transformers` 5 rebuilds the Llama-type tokenizers instead and so loses the "▁" (28705 in Mistral's vocabulary) that
+the file puts before text after a special token; the models were trained with it. The other JSON files only say which
+tokens play which part (bos, eos, pad, unk) and on which side to pad.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+
+from minivlm import hub
+from minivlm.processing.files import write_json
+from minivlm.processing.inputs import Inputs
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"
+
+
+class Tokenizer:
+    """Callable like transformers' tokenizers: `tokenizer(texts, padding=True, return_tensors="pt")`.
+
+    bos_token, eos_token, unk_token and pad_token are strings or None and may be set; `…_token_id` follows.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
+        self.backend = backend
+        self.config = dict(config or {})
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (_text(self.config.get(r)) for r in ROLES)
+        self.padding_side = self.config.get("padding_side", "left")  # right for no decoder: it continues the last token
+        self.truncation_side = self.config.get("truncation_side", "right")
+        self.model_max_length = self.config.get("model_max_length") or UNLIMITED
+        if not isinstance(self.model_max_length, int | float) or self.model_max_length < 1:
+            raise ValueError(f"model_max_length is a number of tokens, found {self.model_max_length!r:.80}")
+        backend.no_padding()
+        backend.no_truncation()
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "Tokenizer":
+        """From a folder or Hub id; `where` is what `hub.source` takes (revision, cache_dir, token, …)."""
+        return cls.from_source(hub.source(name_or_folder, **where))
+
+    @classmethod
+    def from_source(cls, source: hub.Source) -> "Tokenizer":
+        """Read tokenizer.json, and what the older small files say beside it. ValueError for a damaged or odd file."""
+        path = source.file("tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except BaseException as error:
+            _raise_value_error(error, f"{path} is no tokenizer.json that `tokenizers` {tokenizers.__version__} reads")
+        config = source.json("tokenizer_config.json", required=False) or {}
+        roles = source.json("special_tokens_map.json", required=False) or {}
+        tokenizer = cls(backend, config | {role: roles[role] for role in ROLES if role in roles})
+        listed = {i: (token, True) for token, i in (source.json("added_tokens.json", required=False) or {}).items()}
+        for i, token in (config.get("added_tokens_decoder") or {}).items():
+            listed[int(i)] = _text(token), token.get("special", True)
+        for expected, (token, special) in sorted(listed.items()):
+            if backend.token_to_id(token) is None:
+                tokenizer.add_tokens([token], special=special)
+            found = backend.token_to_id(token)
+            if found != expected:
+                raise ValueError(
+                    f"{source.name}: {token!r} has id {found} by tokenizer.json but {expected} by the files beside it; "
+                    "these files are not from one checkpoint"
+                )
+        return tokenizer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        special = {i: t for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
+        others = [token.content for token in special.values() if token.content not in roles.values()]
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        decoder = {
+            str(i): {flag: getattr(token, flag) for flag in flags}
+            for i, token in self.backend.get_added_tokens_decoder().items()
+        }
+        config = self.config | roles | {"padding_side": self.padding_side, "added_tokens_decoder": decoder}
+        config |= {"additional_special_tokens": others, "model_max_length": self.model_max_length}
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "special_tokens_map.json", roles | {"additional_special_tokens": others})
+
+    # ---- text → ids
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> Inputs:
+        """`input_ids` and `attention_mask` (1 = token, 0 = padding): flat lists for one string, else one per text."""
+        single = isinstance(text, str)
+        texts = [text] if single else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"text is a string or a list of strings, found {text!r:.80}")
+        bodies = [self.encode(t, add_special_tokens=False) for t in texts]
+        inputs = self.assemble(bodies, padding, truncation, max_length, add_special_tokens)
+        if single and return_tensors is None:
+            return Inputs({name: rows[0] for name, rows in inputs.items()})
+        return inputs.convert(return_tensors)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of one string. Special tokens that are written out in it become their ids."""
+        return _encode(self.backend, text, add_special_tokens)
+
+    def encode_guarded(self, text: str, guard: str) -> list[int]:
+        """Ids of a prompt in which special tokens count only where `guard` has not been put inside them.
+
+        `guard` is a character that marks what a user typed (see `chat_template`). It is removed after the prompt has
+        been cut at its own special tokens; then nothing in the text between them can become special any more.
+        Between the same special tokens, the ids are those of `encode` on the text without guards.
+        """
+        ids: list[int] = []
+        if self._special_runs is None:
+            return self._encode_plain(text.replace(guard, ""), at_start=True)
+        position = 0
+        for match in [*self._special_runs.finditer(text), None]:
+            plain = text[position : match.start() if match else len(text)].replace(guard, "")
+            if plain:
+                ids += self._encode_plain(plain, at_start=position == 0)
+            if match:
+                ids += self.encode(match.group(), add_special_tokens=False)
+                position = match.end()
+        return ids
+
+    def guard(self, text: str, guard: str) -> str:
+        """Put `guard` after every character with which a special token could begin."""
+        for first in {token[0] for token in self.all_special_tokens}:
+            text = text.replace(first, first + guard)
+        return text
+
+    def assemble(
+        self,
+        bodies: list[list[int]],
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        keep: int | None = None,
+    ) -> Inputs:
+        """Ids of texts → rows: truncate the text, put bos/eos around it as tokenizer.json says, pad.
+
+        The options mean what they do in transformers, where `max_length` alone also truncates. ValueError if truncation
+        would remove an id `keep`: the places of an image cannot be cut.
+        """
+        before, after = self._around if add_special_tokens else ([], [])
+        limit = self._limit(padding, truncation, max_length)
+        rows = []
+        for number, body in enumerate(bodies):
+            room = len(body) if limit is None else max(0, limit - len(before) - len(after))
+            cut = body[max(0, len(body) - room) :] if self.truncation_side == "left" else body[:room]
+            if keep is not None and cut.count(keep) < body.count(keep):
+                raise ValueError(
+                    f"prompt {number} has {len(before) + len(body) + len(after)} tokens with its images, and "
+                    f"max_length={limit} would cut into an image; raise it, shorten the text or use fewer images"
+                )
+            rows.append([*before, *cut, *after])
+        masks = [[1] * len(row) for row in rows]
+        if (length := self._padded_length(rows, padding, max_length)) is not None:
+            rows = [self._pad(row, self._pad_id(), length) for row in rows]
+            masks = [self._pad(mask, 0, length) for mask in masks]
+        return Inputs(input_ids=rows, attention_mask=masks)
+
+    def _limit(self, padding: bool | str, truncation: bool | str | None, max_length: int | None) -> int | None:
+        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f'padding is True, False, "longest" or "max_length", found {padding!r}')
+        if truncation not in (True, False, None, "longest_first", "only_first", "do_not_truncate"):
+            raise ValueError(f'truncation is True, False or "longest_first", found {truncation!r}')
+        if max_length is not None and (type(max_length) is not int or not 1 <= max_length < UNLIMITED):
+            raise ValueError(f"max_length is a whole number from 1 to {UNLIMITED - 1:,}, found {max_length!r}")
+        if truncation is None:
+            truncation = max_length is not None and padding is False
+        if truncation in (False, "do_not_truncate"):
+            return None
+        limit = self.model_max_length if max_length is None else max_length
+        return None if limit >= UNLIMITED else int(limit)
+
+    def _padded_length(self, rows: list[list[int]], padding: bool | str, max_length: int | None) -> int | None:
+        limit = max_length or self.model_max_length
+        if padding in (False, "do_not_pad") or (padding == "max_length" and limit >= UNLIMITED):
+            return None
+        return max([len(row) for row in rows] + ([int(limit)] if padding == "max_length" else []))
+
+    def _pad(self, row: list[int], value: int, length: int) -> list[int]:
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side is "left" or "right", found {self.padding_side!r}')
+        filler = [value] * (length - len(row))
+        return filler + row if self.padding_side == "left" else row + filler
+
+    def _pad_id(self) -> int:
+        if self.pad_token is None:
+            raise ValueError("this tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token, for one")
+        return self.pad_token_id
+
+    # ---- ids → text
+
+    def decode(
+        self, ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> str | list[str]:
+        """Text of one sequence of ids (list, array, tensor or one int); of a batch of sequences, a list of texts.
+
+        `clean_up_tokenization_spaces` is accepted and does nothing, as in transformers 5 for this kind of tokenizer.
+        """
+        ids = _to_lists(ids)
+        ids = [ids] if isinstance(ids, int) else ids
+        if isinstance(ids, list) and any(isinstance(row, list) for row in ids):
+            return [self.decode(row, skip_special_tokens) for row in ids]
+        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+            raise TypeError(f"ids are whole numbers in a list, array or tensor, found {ids!r:.80}")
+        if ids and not 0 <= min(ids) <= max(ids) < 2**32:
+            raise ValueError(
+                f"ids lie in 0..{len(self) - 1}, found {min(ids)} to {max(ids)}; replace label fillers (-100)"
+            )
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
+        """One text per sequence."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """Id of a token or ids of tokens; the unk id (None without one) for what is not in the vocabulary."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        found = self.backend.token_to_id(tokens)
+        return self.unk_token_id if found is None else found
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        """Token of an id or tokens of ids; None outside the vocabulary."""
+        if isinstance(ids, int):
+            return self.backend.id_to_token(ids)
+        return [self.backend.id_to_token(int(i)) for i in ids]
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    # ---- special tokens
+
+    def add_tokens(self, tokens: Sequence[str], special: bool = False) -> int:
+        """Append tokens that are not there yet; how many were added. The model needs an embedding row for each."""
+        new = [t for t in dict.fromkeys(tokens) if self.backend.token_to_id(t) is None]
+        make = [tokenizers.AddedToken(t, normalized=False, special=special) for t in new]
+        count = (self.backend.add_special_tokens if special else self.backend.add_tokens)(make)
+        for name in ("_special_runs", "_plain", "_around"):  # computed from the old vocabulary
+            self.__dict__.pop(name, None)
+        return count
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Every token that `tokenizer.json` marks as special, in id order."""
+        return [t.content for _, t in sorted(self.backend.get_added_tokens_decoder().items()) if t.special]
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The parts that are played: {"bos_token": "<s>", …}; chat templates see these names."""
+        return {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """Special tokens that are neither bos, eos, unk nor pad."""
+        return [t for t in self.all_special_tokens if t not in self.special_tokens_map.values()]
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        return self.convert_tokens_to_ids(self.additional_special_tokens)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id_of(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id_of(self.eos_token)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        return self._id_of(self.unk_token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id_of(self.pad_token)
+
+    def _id_of(self, token: str | None) -> int | None:
+        found = None if token is None else self.backend.token_to_id(token)
+        if token is not None and found is None:
+            raise ValueError(f"{token!r} is not in the vocabulary; add it with tokenizer.add_tokens([{token!r}])")
+        return found
+
+    @cached_property
+    def _special_runs(self) -> re.Pattern[str] | None:
+        """Matches a run of special tokens, with the blanks that a token with lstrip or rstrip swallows."""
+        special = [t for t in self.backend.get_added_tokens_decoder().values() if t.special]
+        special.sort(key=lambda t: -len(t.content))  # the longest match wins, as in `tokenizers`
+        each = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special]
+        return re.compile(f"(?:{'|'.join(each)})+") if each else None
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The ids that are put before and after a text, found by looking at one."""
+        encoded = self.backend.encode("a")
+        inside = [i for i, special in enumerate(encoded.special_tokens_mask) if not special]
+        if not inside:
+            raise ValueError("this tokenizer.json gives no token for the letter a; it is not one of a language model")
+        return encoded.ids[: inside[0]], encoded.ids[inside[-1] + 1 :]
+
+    @cached_property
+    def _plain(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """Two copies that know no special tokens: for text at the start of a prompt, and for text after a token.
+
+        They differ only where Metaspace puts its "▁" on the first piece of a prompt alone (LLaVA's vicuna).
+        """
+        start = copy.deepcopy(self.backend)
+        start.encode_special_tokens = True
+        spec = json.loads(start.to_str())
+        if '"prepend_scheme": "first"' not in json.dumps([spec["pre_tokenizer"], spec["normalizer"]]):
+            return start, start
+        parts = json.dumps(spec["pre_tokenizer"]).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        later = tokenizers.Tokenizer.from_str(json.dumps(spec | {"pre_tokenizer": json.loads(parts)}))
+        later.encode_special_tokens = True
+        return start, later
+
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
+        return _encode(self._plain[0 if at_start else 1], text, False)
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except BaseException as error:
+        if not isinstance(text, str):
+            raise TypeError(f"text is a string, found {type(text).__name__}") from None
+        _raise_value_error(error, f"the text {text[:40]!r} cannot be encoded (a lone surrogate, for one, is no text)")
+
+
+def _raise_value_error(error: BaseException, message: str) -> None:
+    """Turn what `tokenizers` raises, Rust panics included (no `Exception`s), into a ValueError; pass on the rest."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        raise ValueError(f"{message}: {error}") from error
+    raise error
+
+
+def _text(token: Any) -> str | None:
+    """The string of a token, which JSON files write as it is or as {"content": …}."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"a token in tokenizer_config.json is a string, found {token!r:.80}")
+    return text
+
+
+def _to_lists(ids: Any) -> Any:
+    """Arrays and tensors, also inside lists, as Python numbers in lists."""
+    if isinstance(ids, torch.Tensor | np.ndarray | np.generic):
+        return ids.tolist()
+    return [_to_lists(i) for i in ids] if isinstance(ids, list | tuple) else ids

@@ -1,0 +1,325 @@
+"""Loading and pixels: every route, every refusal, and equality with the reference's arithmetic."""
+
+import base64
+import contextlib
+import http.server
+import io
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minivlm.processing import images
+from minivlm.processing.images import image_rows, load_image, nest_images, pixel_table, write_pixels
+
+PICTURES = sorted(p.name for p in (Path(__file__).parents[1] / "data" / "images").iterdir() if p.suffix != ".md")
+
+
+def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(image: Image.Image) -> list[list[int]]:
+    assert image.mode == "RGB"
+    return np.asarray(image).reshape(-1, 3).tolist()
+
+
+# ---- the same picture by every route
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_route_gives_the_reference_picture(pictures, name):
+    from transformers.image_utils import load_image as reference
+
+    path = pictures / name
+    expected = np.asarray(reference(str(path)))
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    routes = (path, str(path), path.read_bytes(), Image.open(path), f"data:image/any;base64,{encoded}")
+    for route in routes:
+        image = load_image(route)
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), expected), type(route)
+    for array in (expected, expected.transpose(2, 0, 1), expected / 255, expected.astype(np.float32) / 255):
+        assert np.array_equal(np.asarray(load_image(array)), expected)
+        assert np.array_equal(np.asarray(load_image(torch.from_numpy(array.copy()))), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_on_every_route(orientation):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = png(image, exif=exif)
+    from PIL import ImageOps
+
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(stored))))
+    assert np.array_equal(np.asarray(load_image(stored)), upright)
+    assert np.array_equal(np.asarray(load_image(Image.open(io.BytesIO(stored)))), upright)
+    assert upright.shape[:2] == ((2, 4) if orientation < 5 else (4, 2))
+
+
+@pytest.mark.parametrize("tag", [0, 9, 77])
+def test_a_senseless_orientation_is_ignored(tag):
+    image, exif = Image.new("RGB", (4, 2), "red"), Image.Exif()
+    exif[0x0112] = tag
+    assert load_image(png(image, exif=exif)).size == (4, 2)
+    assert load_image(png(image, "JPEG", exif=b"Exif\0\0broken" * 3)).size == (4, 2)
+
+
+# ---- modes
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "rgb"),
+    [
+        ("L", 70, [70, 70, 70]),
+        ("LA", (70, 0), [70, 70, 70]),
+        ("RGBA", (10, 20, 30, 0), [10, 20, 30]),  # dropped, not composited
+        ("CMYK", (100, 50, 20, 10), [149, 197, 226]),
+        ("1", 1, [255, 255, 255]),
+        ("I;16", 65535, [255, 255, 255]),
+        ("I;16", 257 * 80, [80, 80, 80]),  # Pillow's conversion would give 255
+        ("I;16", 128, [0, 0, 0]),
+        ("I;16", 129, [1, 1, 1]),
+        ("I;16B", 257 * 80, [80, 80, 80]),
+    ],
+)
+def test_modes(mode, value, rgb):
+    assert pixels(load_image(Image.new(mode, (2, 1), value))) == [rgb, rgb]
+
+
+def test_palette_with_transparency():
+    image = Image.new("P", (1, 1), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.info["transparency"] = 1
+    assert pixels(load_image(image)) == [[200, 100, 50]]
+
+
+def test_16_bit_file_and_animation():
+    grey = Image.fromarray(np.array([[0, 257 * 9]], np.uint16))
+    assert pixels(load_image(png(grey))) == [[0] * 3, [9] * 3]
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    animated = png(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels(load_image(animated))[0] == [255, 0, 0]  # the first frame
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_range_are_refused(mode):
+    with pytest.raises(ValueError, match="no fixed range"):
+        load_image(Image.new(mode, (2, 2)))
+
+
+@pytest.mark.parametrize("mode", ["RGBX", "RGBa", "La", "PA", "YCbCr", "HSV", "LAB"])
+def test_rare_modes_convert_or_say_why_not(mode):
+    converts = mode in ("RGBX", "PA", "YCbCr", "HSV")
+    with contextlib.nullcontext() if converts else pytest.raises(ValueError, match=mode):
+        assert load_image(Image.new(mode, (2, 2))).mode == "RGB"
+
+
+# ---- arrays
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 3, 4, 5), np.uint8), "2 or 3 dimensions"),
+        (np.zeros(3, np.uint8), "2 or 3 dimensions"),
+        (np.zeros((3, 5, 3), np.uint8), "both"),
+        (np.zeros((5, 5, 5), np.uint8), "neither"),
+        (np.zeros((0, 5, 3), np.uint8), "empty"),
+        (np.zeros((5, 5), np.int64), "int64"),
+        (np.zeros((5, 5), np.uint16), "uint16"),
+        (np.full((5, 5), 7.0), "astype"),
+        (np.full((5, 5), -0.5), "normalisation"),
+        (np.full((5, 5), np.nan), r"\[0, 1\]"),
+        (np.full((5, 5), np.inf), r"\[0, 1\]"),
+        (np.zeros((5, 5), object), "object"),
+        (np.zeros((5, 5), np.complex64), "complex"),
+        (torch.zeros(5, 5, dtype=torch.bool), "bool"),
+    ],
+)
+def test_unclear_arrays_are_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(array)
+
+
+def test_array_layouts():
+    assert pixels(load_image(np.full((1, 2), 7, np.uint8))) == [[7] * 3] * 2
+    assert pixels(load_image(np.full((5, 1, 2), 7, np.uint8)[:1])) == [[7] * 3] * 2  # (1, 1, 2): one channel first
+    assert load_image(np.zeros((4, 5, 6), np.uint8)).size == (6, 5)  # CHW with alpha
+    assert load_image(np.zeros((5, 6, 4), np.uint8)).size == (6, 5)
+    assert pixels(load_image(torch.full((3, 1, 2), 0.5, dtype=torch.bfloat16))) == [[128] * 3] * 2
+    assert pixels(load_image(torch.full((3, 1, 2), 1.0, requires_grad=True))) == [[255] * 3] * 2
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("thing", [None, 3, 2.5, object(), {"url": "x"}, ["a.png"], ("a.png",)], ids=repr)
+def test_other_types(thing):
+    with pytest.raises(TypeError, match=r"PIL\.Image, a path, an http"):
+        load_image(thing)
+
+
+def test_bad_files(tmp_path, pictures):
+    for path in ("nowhere.png", tmp_path, "a\0b", "x" * 5000, "~nobody-has-this-name/x.png", ""):
+        with pytest.raises(OSError, match=r"path of a picture|no picture at"):
+            load_image(path)
+    for content in (b"", b"hello", b"\x89PNG\r\n\x1a\n", b"version https://git-lfs.github.com/spec/v1"):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises((OSError, ValueError), match=r"bad\.png"):
+            load_image(tmp_path / "bad.png")
+    whole = (pictures / "china.jpg").read_bytes()
+    with pytest.raises(OSError, match="damaged or cut off"):
+        load_image(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="damaged or cut off"):
+        load_image(Image.open(io.BytesIO(whole[: len(whole) // 2])))
+    with pytest.raises(ValueError, match="not a JPEG"):
+        load_image(b"P6 1 1 255 abc")  # PPM: a format that Pillow knows and we do not open
+
+
+def test_pixel_limit_is_checked_before_decoding(monkeypatch):
+    small = png(Image.new("RGB", (40, 40)))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for limit in (1599, 10):  # Pillow itself warns above its limit and raises above twice that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for action in ("ignore", "error"):
+            with warnings.catch_warnings():
+                warnings.simplefilter(action)
+                with pytest.raises(ValueError, match="limit"):
+                    load_image(small)
+    monkeypatch.undo()
+    assert load_image(small).size == (40, 40)
+
+
+@given(st.integers(0, 400), st.integers(0, 255), st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]))
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_file_never_crashes(position, value, kind):
+    rng = np.random.default_rng(0)
+    data = bytearray(png(Image.fromarray(rng.integers(0, 255, (9, 7, 3), np.uint8)), kind))
+    data[position % len(data)] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(OSError, ValueError):
+            assert load_image(bytes(data)).mode == "RGB"
+
+
+# ---- URLs: a server on this machine
+
+
+@pytest.fixture
+def server(pictures):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/china.jpg":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write((pictures / "china.jpg").read_bytes())
+            elif self.path.startswith("/to/"):
+                self.send_response(302)
+                self.send_header("Location", self.path.removeprefix("/to/"))
+                self.end_headers()
+            elif self.path == "/large":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(bytes(5000))
+            else:
+                self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_urls(server, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    assert load_image(f"{server}/china.jpg").size == (640, 427)
+    assert load_image(f"{server}/to/{server}/china.jpg").size == (640, 427)
+    for path, message in {
+        "/nothing": "404",
+        "/to/file:///etc/hostname": "not allowed",
+        "/to/ftp://127.0.0.1/x": "not http or https",
+        "/to//to//to//to//to//to//to//to//to//to/x": "fetch",
+        f"/to/{server}/nothing": "404",
+    }.items():
+        with pytest.raises(OSError, match=message):
+            load_image(server + path)
+    monkeypatch.setattr(images, "MAX_DOWNLOAD", 4000)
+    with pytest.raises(OSError, match="MiB"):
+        load_image(f"{server}/large")
+
+
+def test_other_schemes_and_dead_hosts():
+    for url in ("ftp://host/x.png", "file:///etc/hostname", "s3://bucket/x.png"):
+        with pytest.raises(ValueError, match="only http"):
+            load_image(url)
+    for url in ("http://127.0.0.1:1/x.png", "http://[bad/x.png", "https://", "http:// space/"):
+        with pytest.raises(OSError, match="could not fetch"):
+            load_image(url)
+    for url in ("data:,hello", "data:image/png;base64,!", "data:image/png;base64,AAAA"):
+        with pytest.raises(ValueError, match=r"base64|not a JPEG"):
+            load_image(url)
+
+
+# ---- pixels
+
+
+@given(
+    st.one_of(st.none(), st.floats(1e-4, 2)),
+    st.one_of(
+        st.none(),
+        st.tuples(
+            st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3),
+            st.lists(st.floats(0.125, 2, width=32), min_size=3, max_size=3),
+        ),
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_table_equals_the_reference_arithmetic(factor, normalisation):
+    from transformers.image_transforms import normalize, rescale
+
+    mean, std = normalisation or (None, None)
+    image = np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8)
+    expected = image if factor is None else rescale(image, factor)
+    expected = expected if mean is None else normalize(expected, mean, std, input_data_format="channels_first")
+    out = np.full((3, 20, 18), np.nan, np.float32)
+    write_pixels(Image.fromarray(image.transpose(1, 2, 0)), pixel_table(factor, mean, std), out)
+    assert np.array_equal(out[:, :16, :16], expected.astype(np.float32))
+    assert np.isnan(out[:, 16:]).all()
+    assert np.isnan(out[:, :, 16:]).all()
+
+
+# ---- images per prompt
+
+
+def test_rows():
+    a, b, c = "a.png", "b.png", "c.png"
+    assert image_rows(None, [0, 0], "<image>") == [[], []]
+    assert image_rows([], [0], "<image>") == [[]]
+    assert image_rows(a, [1], "<image>") == [[a]]
+    assert image_rows([a, b, c], [1, 0, 2], "<image>") == [[a], [], [b, c]]
+    assert image_rows([[a], [], (b, c)], [1, 0, 2], "<image>") == [[a], [], [b, c]]
+    assert image_rows([[a], None], [1, 0], "<image>") == [[a], []]
+    assert nest_images([a, b]) == [[a, b]]
+    for images_, found, message in (
+        (None, [1], "0 images for 1 <image> in the text"),
+        ([a], [0], "1 images for 0 <image>"),
+        ([a, b], [1, 2], r"prompt 0: 1, prompt 1: 2"),
+        ([[a], [b]], [1, 2], "prompt 1 has 2 <image> but 1 images"),
+        ([[a], [b]], [1, 1, 0], "2 lists of images for 3 prompts"),
+        ([[a], b], [1, 1], "mixes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            image_rows(images_, found, "<image>")

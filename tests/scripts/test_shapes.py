@@ -1,0 +1,175 @@
+"""The shapes task is deterministic and its answers are right; the checkpoint that ships has learned it."""
+
+import itertools
+import random
+import re
+
+import pytest
+import shapes
+import torch
+from eval_shapes import answers
+from PIL import Image, ImageDraw, ImageFont
+from shapes import COLOURS, COUNTS, KINDS, NONE, PHRASINGS, PLURALS, TYPES, Scene, ask, make_scene
+
+from minivlm import AutoModelForImageTextToText, AutoProcessor
+from minivlm.hub import BUILT_IN
+
+CHECKPOINT = BUILT_IN / "shapes-idefics2"
+SCENES = [make_scene(seed) for seed in range(200)]
+trained = pytest.mark.skipif(not (CHECKPOINT / "model.safetensors").exists(), reason="not trained yet")
+
+
+def matching(scene: Scene, text: str) -> list[shapes.Shape]:
+    """The shapes that the colour and kind words of a text fit; an independent, literal reading."""
+    words = re.findall("[a-z]+", text.lower())
+    kinds = [kind for kind in KINDS if kind in words or PLURALS[kind] in words]
+    colours = [colour for colour in COLOURS if colour in words]
+    return [s for s in scene.shapes if (not kinds or s.kind in kinds) and (not colours or s.colour in colours)]
+
+
+def test_a_seed_gives_one_scene_and_one_picture():
+    assert make_scene(7) == make_scene(7)
+    assert make_scene(7) != make_scene(8)
+    assert shapes.draw(make_scene(7)).tobytes() == shapes.draw(make_scene(7)).tobytes()
+    assert all(shapes.size_of(scene.seed) == (scene.width, scene.height) for scene in SCENES)
+
+
+def test_shapes_are_inside_ordered_and_apart():
+    for scene in SCENES:
+        xs = [shape.x for shape in scene.shapes]
+        assert all(b - a >= 5 for a, b in itertools.pairwise(xs))
+        for shape in scene.shapes:
+            assert shape.size / 2 < shape.x < scene.width - shape.size / 2
+            assert shape.size / 2 < shape.y < scene.height - shape.size / 2
+
+
+@pytest.mark.parametrize("kind", ["colour", "shape", "count", "exists"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_answers_follow_from_the_scene(kind, held_out):
+    rng = random.Random(0)
+    for scene in SCENES:
+        text, answer = ask(scene, kind, rng, held_out) or ("", None)
+        found = matching(scene, text)
+        if answer is None or "a number" in text:
+            continue
+        if kind == "count":
+            assert answer == f"{COUNTS[len(found)]}."
+        elif kind == "exists":
+            assert answer == ("yes." if found else "no.")
+        elif answer == NONE:
+            assert not found
+        else:
+            assert [f"{getattr(shape, 'kind' if kind == 'shape' else 'colour')}." for shape in found] == [answer]
+
+
+def test_corners_and_sides_follow_from_the_scene():
+    rng = random.Random(0)
+    for scene in SCENES:
+        text, answer = ask(scene, "where", rng) or ("", NONE)
+        found = [scene.number] if "the number" in text else matching(scene, text)
+        if answer.count(" ") == 1 and len(found) == 1:  # "top left."
+            assert ("top" in answer) == (found[0].y < scene.height / 2)
+            assert ("left" in answer) == (found[0].x < scene.width / 2)
+
+
+def test_description_and_number():
+    scene = next(scene for scene in SCENES if len(scene.shapes) == 3 and scene.number)
+    first, second, third = (f"{shape.colour} {shape.kind}" for shape in scene.shapes)
+    plain = re.sub(r"\ban? ", "", shapes.describe(scene))
+    assert plain == f"{first}, {second}, {third} and the number {scene.number.text}."
+    assert ask(scene, "number", random.Random(0))[1] == f"{scene.number.text}."
+
+
+def test_patches_are_labelled_with_their_object():
+    for scene in SCENES[:50]:
+        labels = shapes.patch_labels(scene)
+        assert labels.shape == (scene.height // 8, scene.width // 8, len(shapes.LABELS))
+        for shape in scene.shapes:
+            kind, colour = labels[int(shape.y // 8), int(shape.x // 8), :2]
+            near = {KINDS.index(other.kind) + 1 for other in scene.shapes if abs(other.x - shape.x) < 20} | {7}
+            assert kind in near or kind == 0
+            assert kind != KINDS.index(shape.kind) + 1 or list(COLOURS)[colour - 1] in {s.colour for s in scene.shapes}
+
+
+def test_no_phrasing_is_both_trained_and_held_out():
+    for trained_on, kept in PHRASINGS.values():
+        assert not set(trained_on.split("|")) & set(kept.split("|"))
+    asked = shapes.held_out(5)
+    assert len(asked) == 5 * len(TYPES)
+    assert all(seed >= shapes.HELD_OUT_SEED for seed, *_ in asked)
+
+
+def test_the_tokenizer_knows_every_word_and_spells_the_others():
+    from train_shapes import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    assert all(len(tokenizer.encode(word).ids) == 2 for word in shapes.vocabulary())  # <s> and the word
+    for text in ("a red star, an orange cross and the number 47.", "there is none.", "zebra? yes: no!"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert 0 not in tokenizer.encode("What's THIS: a zebra (2)?").ids
+
+
+def test_labels_count_the_assistants_words_only():
+    from train_shapes import END, answer_labels, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    text = "User: how many?<end_of_utterance>\nAssistant: two.<end_of_utterance>\nUser: sure?<end_of_utterance>\n"
+    ids = torch.tensor([tokenizer.encode(text + "Assistant: yes.<end_of_utterance>\n").ids])
+    labels = answer_labels(ids, tokenizer.token_to_id("assistant"), tokenizer.token_to_id(":"))
+    counted = [token for token in labels[0].tolist() if token != -100]
+    words = [tokenizer.token_to_id(token) for token in ("two", ".", "yes", ".")]
+    assert counted == [*words[:2], END, *words[2:], END]
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return AutoModelForImageTextToText.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT)
+
+
+@trained
+def test_the_checkpoint_is_small():
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 4_000_000
+
+
+@trained
+def test_the_checkpoint_has_learned_the_task(ours):
+    questions = shapes.held_out(20)
+    found = answers(*ours, questions)
+    right = [answer == reply for (*_, answer), reply in zip(questions, found, strict=True)]
+    assert sum(right) / len(right) >= 0.85
+
+
+@trained
+def test_a_hand_drawn_picture(ours):
+    model, processor = ours
+    picture = Image.new("RGB", (640, 480), (225, 225, 215))
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((80, 80, 220, 220), fill=(220, 40, 40))
+    pen.rectangle((420, 260, 550, 390), fill=(40, 90, 210))
+    pen.text((120, 300), "47", fill=(20, 20, 20), font=ImageFont.load_default(size=150))
+    expected = {
+        "What colour is the circle?": "red.",
+        "What shape is the blue shape?": "square.",
+        "How many shapes are there?": "two.",
+        "Is there a green star?": "no.",
+        "Where is the circle?": "top left.",
+        "What number is written?": "47.",
+        "Describe the picture.": "a red circle, a blue square and the number 47.",
+    }
+    found = {}
+    for question in expected:
+        messages = shapes.conversation([(question, None)])
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(text=prompt, images=[picture], return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        found[question] = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert found == expected
+
+
+@trained
+def test_transformers_gives_the_same_answers(ours):
+    transformers = pytest.importorskip("transformers")
+    questions = shapes.held_out(5)
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(CHECKPOINT).eval()
+    theirs = answers(reference, transformers.AutoProcessor.from_pretrained(CHECKPOINT), questions)
+    assert answers(*ours, questions) == theirs

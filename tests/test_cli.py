@@ -1,0 +1,308 @@
+"""The command line, on a tiny random checkpoint with Idefics2's real tokenizer and chat template."""
+
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import hypothesis.strategies as st
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+
+import minivlm
+from minivlm import cli
+from minivlm.models.idefics2 import PRESETS, Idefics2ForConditionalGeneration
+
+SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "special_tokens_map.json")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, request):
+    """A folder with random weights, pictures of at most 56 pixels, and everything else as Idefics2-8b has it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    released = request.path.parent / "data" / "hub" / "HuggingFaceM4" / "idefics2-8b"
+    for name in SMALL_FILES:
+        shutil.copy(released / name, folder)
+    pictures = json.loads((released / "preprocessor_config.json").read_text())
+    pictures["size"] = {"longest_edge": 56, "shortest_edge": 28}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    config = oracle.idefics2_config(window=None, image_size=56, patch_size=14)
+    config.perceiver_config.resampler_n_latents = 64
+    config.text_config.vocab_size, config.image_token_id = 32003, 32001
+    oracle.save(oracle.random_reference(config), folder)
+    (folder / "generation_config.json").write_bytes((released / "generation_config.json").read_bytes())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two picture files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    names = [str(folder / "red.png"), str(folder / "blue.jpg")]
+    Image.new("RGB", (40, 30), "red").save(names[0])
+    Image.new("RGB", (30, 50), "blue").save(names[1])
+    return names
+
+
+def expected(checkpoint, pictures, question, splitting=True, **options):
+    """(prompt tokens, new ids, answer) by the library alone."""
+    processor = minivlm.AutoProcessor.from_pretrained(checkpoint, do_image_splitting=splitting)
+    model = minivlm.AutoModelForImageTextToText.from_pretrained(checkpoint, **options)
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    ids = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+    return inputs["input_ids"].shape[1], ids, processor.decode(ids, skip_special_tokens=True)
+
+
+def fails(capsys, *argv):
+    """The one line on stderr of a call that prints nothing else and exits with 1."""
+    assert cli.main(list(argv)) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    assert err.startswith("minivlm: error: ")
+    return err
+
+
+def misused(capsys, *argv):
+    """The one line on stderr of a wrong usage, which exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(argv))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    return err
+
+
+# ---- ask ----
+
+
+def test_ask_streams_the_answer_of_the_library(checkpoint, pictures, capsys):
+    assert cli.main(["ask", *pictures, "What is it?", "--model", checkpoint, "--max-new-tokens", "6"]) == 0
+    out, err = capsys.readouterr()
+    answer = expected(checkpoint, pictures, "What is it?")[2]
+    assert out == answer.lstrip() + "\n"
+    assert err == ""
+
+
+def test_ask_prints_json_and_takes_options_anywhere(checkpoint, pictures, capsys):
+    options = ["--json", pictures[0], "--max-new-tokens", "6", "What is it?", "--model", checkpoint, "--attn", "eager"]
+    assert cli.main(["ask", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    prompt, ids, answer = expected(checkpoint, pictures[:1], "What is it?")
+    assert found.pop("seconds") > 0
+    sizes = {"prompt_tokens": prompt, "new_tokens": len(ids)}
+    assert found == {"answer": answer.strip(), "model": checkpoint, **sizes}
+
+
+def test_no_split_and_dtype_reach_the_library(checkpoint, pictures, capsys):
+    options = ["--model", checkpoint, "--max-new-tokens", "6", "--no-split", "--dtype", "bfloat16", "--json"]
+    assert cli.main(["ask", pictures[0], "What is it?", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    prompt, _, answer = expected(checkpoint, pictures[:1], "What is it?", splitting=False, dtype=torch.bfloat16)
+    assert (found["prompt_tokens"], found["answer"]) == (prompt, answer.strip())
+
+
+def test_a_typed_image_token_is_plain_text(checkpoint, pictures, capsys):
+    options = ["--model", checkpoint, "--max-new-tokens", "2", "--json"]
+    assert cli.main(["ask", pictures[0], "What is <image>?", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 2
+
+
+def test_ask_names_the_default_model_on_stderr(pictures, capsys, monkeypatch, checkpoint):
+    monkeypatch.setattr(cli, "DEFAULT_MODEL", checkpoint)
+    assert cli.main(["ask", pictures[0], "What is it?", "--max-new-tokens", "1"]) == 0
+    assert f"no --model given, asking {checkpoint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: verb"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["ask"], "required: IMAGE… QUESTION"),
+        (["ask", "What is it?"], "no picture before the question 'What is it?'"),
+        (["ask", "RED"], "the last argument is the question, but 'RED' is a file"),
+        (["ask", "RED", "RED"], "the last argument is the question, but 'RED' is a file"),
+        (["ask", "RED", "q", "--max-new-tokens", "0"], "expected a whole number above 0, found '0'"),
+        (["ask", "RED", "q", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["ask", "RED", "q", "--colour"], "unrecognized arguments: --colour"),
+        (["inspect"], "required: model"),
+    ],
+)
+def test_wrong_usage_exits_with_2(capsys, pictures, argv, message):
+    argv = [pictures[0] if word == "RED" else word for word in argv]
+    assert message.replace("RED", pictures[0]) in misused(capsys, *argv)
+
+
+def test_bad_pictures_exit_with_1(capsys, tmp_path, checkpoint):
+    text = tmp_path / "notes.png"
+    text.write_text("not a picture")
+    assert "no picture at 'nowhere.png'" in fails(capsys, "ask", "nowhere.png", "q", "--model", checkpoint)
+    assert "notes.png is not a JPEG, PNG" in fails(capsys, "ask", str(text), "q", "--model", checkpoint)
+
+
+def test_long_questions_are_no_file_names(checkpoint, pictures):
+    argv = ["ask", pictures[0], "Why? " * 200, "--model", checkpoint, "--max-new-tokens", "1", "--json"]
+    assert cli.main(argv) == 0
+
+
+def test_bad_models_and_devices_exit_with_1(capsys, tmp_path, pictures):
+    question = ["ask", pictures[0], "q", "--model"]
+    assert "no such folder" in fails(capsys, *question, str(tmp_path / "nowhere"))
+    assert "has no config.json" in fails(capsys, *question, str(tmp_path))
+    assert "CUDA devices; use --device cpu" in fails(capsys, *question, str(tmp_path), "--device", "cuda:99")
+    assert "is not supported" in fails(capsys, *question, str(tmp_path), "--device", "toaster")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "model_type 'bert'; minivlm implements idefics2" in fails(capsys, *question, str(tmp_path))
+
+
+def test_a_prompt_too_long_for_the_model_exits_with_1(capsys, checkpoint, pictures, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "positions for 100" in fails(capsys, "ask", pictures[0], "q", "--model", str(folder))
+
+
+def test_interrupts_exit_with_130(monkeypatch):
+    def interrupt(args, parser):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "inspect", (interrupt, cli._inspect_parser))
+    assert cli.main(["inspect", "x"]) == 130
+
+
+def test_running_out_of_memory_is_one_line_and_a_bug_is_a_traceback(monkeypatch, capsys):
+    def fail(args, parser):
+        raise RuntimeError("CUDA out of memory. Tried to allocate" if args.model == "big" else "a bug")
+
+    monkeypatch.setitem(cli.VERBS, "inspect", (fail, cli._inspect_parser))
+    assert "CUDA out of memory; try --dtype bfloat16" in fails(capsys, "inspect", "big")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["inspect", "small"])
+
+
+def test_help_and_version_need_no_torch():
+    """Also the only run of the module as a program."""
+    code = """
+import sys
+from minivlm import cli
+try:
+    cli.main(["--version"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"minivlm {minivlm.__version__}\nFalse\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "minivlm.cli", "ask", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: minivlm ask IMAGE… QUESTION [options]")
+
+
+def test_a_reader_that_leaves_early_is_no_error(checkpoint, pictures):
+    command = [sys.executable, "-m", "minivlm.cli", "ask", *pictures, "q", "--model", checkpoint, "--device", "cpu"]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+# ---- Text as it comes ----
+
+
+def as_bytes(ids):
+    return bytes(ids).decode(errors="replace")
+
+
+@given(st.text(max_size=12).map(lambda text: list(text.encode())) | st.lists(st.integers(0, 255), max_size=12))
+def test_pieces_are_the_whole_text(ids):
+    """Bytes as tokens, whole characters and broken ones."""
+    assert "".join(cli.incremental_text(as_bytes, ids)) == as_bytes(ids)
+
+
+def test_no_piece_is_half_a_character():
+    assert list(cli.incremental_text(as_bytes, "aé🙂b".encode())) == ["a", "é", "🙂", "b"]
+
+
+pieces_of_text = st.text(max_size=8) | st.sampled_from(["</s>", "<image>", "\n", "é🙂", " a"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(259, 32002), max_size=4), st.lists(pieces_of_text, max_size=4))
+def test_pieces_of_a_real_tokenizer_are_the_whole_text(real_tokenizer, ids, texts):
+    """Any tokens but bytes, then bytes that form characters, leading blanks, special tokens that vanish."""
+    ids = [*ids, *(id for text in texts for id in real_tokenizer.encode(text, add_special_tokens=False))]
+    whole = real_tokenizer.decode(ids, skip_special_tokens=True)
+    pieces = list(cli.incremental_text(partial(real_tokenizer.decode, skip_special_tokens=True), ids))
+    assert "".join(pieces) == whole
+    assert "\ufffd" in whole or not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(checkpoint):
+    return minivlm.AutoProcessor.from_pretrained(checkpoint).tokenizer
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    cli._print_pieces(["  ", " \x1b[31mred", "\x07\nline\t", "\x9b2J🙂\u200d"])
+    assert capsys.readouterr().out == "[31mred\nline\t2J🙂\u200d\n"
+
+
+# ---- inspect ----
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_inspect_counts_the_parameters_of_released_checkpoints(name, capsys):
+    assert cli.main(["inspect", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with torch.device("meta"):
+        model = Idefics2ForConditionalGeneration(PRESETS[name])
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["bytes"]["bfloat16"] == 2 * found["parameters"]
+    assert [part["part"] for part in found["parts"]] == ["vision_model", "connector", "text_model", "lm_head"]
+    assert found["tokens_per_image"] == {"whole": 64, "split": 320}
+    assert found["cache_bytes_per_token"]["bfloat16"] == 2 * 2 * 32 * 8 * 128
+
+
+def test_inspect_prints_a_table(capsys):
+    assert cli.main(["inspect", "HuggingFaceM4/idefics2-8b"]) == 0
+    out = capsys.readouterr().out
+    assert "8,402,768,112  31.30 GiB  15.65 GiB" in out
+    assert "tokens per image: 64, with image splitting 320" in out
+    assert max(map(len, out.splitlines())) < 160
+
+
+def test_inspect_needs_the_config_alone(checkpoint, tmp_path, capsys):
+    shutil.copy(f"{checkpoint}/config.json", tmp_path)
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert cli.main(["inspect", checkpoint, "--json"]) == 0
+    assert {**alone, "model": checkpoint} == json.loads(capsys.readouterr().out)
+
+
+def test_inspect_refuses_in_one_line(tmp_path, capsys):
+    assert "is not in the local cache" in fails(capsys, "inspect", "nobody/nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "idefics2", "text_config": {"hidden_size": "wide"}}')
+    assert "hidden_size should be int" in fails(capsys, "inspect", str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    assert "should hold a JSON object" in fails(capsys, "inspect", str(tmp_path))
+
+
+def test_memory_is_printed_in_readable_units():
+    assert [cli._memory(size) for size in (12, 1536, 5 * 2**20, 3 * 2**30)] == ["12 B", "1.5 KiB", "5 MiB", "3.00 GiB"]
