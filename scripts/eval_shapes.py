@@ -1,0 +1,90 @@
+"""Exact-match accuracy on the shapes task: pictures and phrasings that no model was trained on.
+
+    python scripts/eval_shapes.py                        the checkpoint that ships, as a markdown table
+    python scripts/eval_shapes.py FOLDER --show 20       another one, with some of its mistakes
+    python scripts/eval_shapes.py --reference            also the same questions through transformers
+
+Every question starts a conversation of its own, with its picture; decoding is greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from shapes import OFF_TOPIC, TYPES, conversation, draw, held_out, make_scene
+
+NAMES = {
+    "colour": "colour",
+    "shape": "shape",
+    "count": "how many",
+    "exists": "is there",
+    "where": "where (corner; left, right, above, below)",
+    "number": "which number is written",
+    "describe": "full description",
+    "other": f'off topic ("{OFF_TOPIC}")',
+}
+
+
+def answers(model: Any, processor: Any, questions: list[tuple[int, str, str, str]], batch: int = 50) -> list[str]:
+    """The model's answers to (seed, type, question, right answer), in the same order."""
+    found = []
+    for start in range(0, len(questions), batch):
+        part = questions[start : start + batch]
+        prompts = [
+            processor.apply_chat_template(conversation([(text, None)]), add_generation_prompt=True)
+            for _, _, text, _ in part
+        ]
+        pictures = [[draw(make_scene(seed))] for seed, *_ in part]
+        inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        found += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in found]
+
+
+def table(questions: list[tuple[int, str, str, str]], found: list[str]) -> str:
+    """A markdown table of exact matches by type; off-topic questions stay out of the overall figure."""
+    right: dict[str, list[bool]] = {kind: [] for kind in TYPES}
+    for (_, kind, _, answer), reply in zip(questions, found, strict=True):
+        right[kind].append(answer == reply)
+    rows = [(NAMES[kind], right[kind]) for kind in TYPES if kind != "other" and right[kind]]
+    rows.append(("**all of these**", [value for _, values in rows for value in values]))
+    rows += [(NAMES["other"], right["other"])] if right["other"] else []
+    lines = [f"| {name} | {len(values)} | {100 * sum(values) / len(values):.1f} % |" for name, values in rows]
+    return "\n".join(["| question | asked | exactly right |", "|---|---|---|", *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", default="shapes-idefics2", help="folder or name; default: the one that ships"
+    )
+    parser.add_argument("--count", type=int, default=300, help="questions of each type")
+    parser.add_argument("--show", type=int, default=0, help="how many wrong answers to print")
+    parser.add_argument("--reference", action="store_true", help="compare with transformers, answer by answer")
+    args = parser.parse_args()
+
+    from minivlm import AutoModelForImageTextToText, AutoProcessor, hub
+
+    questions, begun = held_out(args.count), time.monotonic()
+    model = AutoModelForImageTextToText.from_pretrained(args.model)
+    processor = AutoProcessor.from_pretrained(args.model)
+    found = answers(model, processor, questions)
+    print(table(questions, found))
+    print(f"\n{len(questions)} questions in {time.monotonic() - begun:.0f} s")
+    wrong = [(question, reply) for question, reply in zip(questions, found, strict=True) if question[3] != reply]
+    for (seed, kind, text, answer), reply in wrong[:: max(1, len(wrong) // args.show) if args.show else len(wrong) + 1]:
+        print(f"scene {seed}, {kind}: {text!r} is {answer!r}, the model said {reply!r}")
+    if args.reference:
+        import transformers
+
+        folder = hub.source(args.model).folder
+        reference = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+        theirs = answers(reference, transformers.AutoProcessor.from_pretrained(folder), questions)
+        same = sum(ours == reply for ours, reply in zip(found, theirs, strict=True))
+        print(f"transformers {transformers.__version__} gives the same answer to {same} of {len(questions)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""Train the small Idefics2 that ships with the package, from scratch, on the shapes task.
+
+    torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/shapes --out minivlm/checkpoints/shapes-idefics2
+
+Two stages, as the real model had: first the vision tower alone learns to say of each patch what was drawn there
+(those labels cost nothing here), then the whole model learns to answer. Both write a checkpoint every few minutes
+and go on from it when the command is given again. Each process of torchrun takes one core and its share of the batch:
+on a shared machine that waits far less than threads, which meet at every operation. Plain `python` works as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import string
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from multiprocessing import Pool as Workers
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from shapes import (
+    LABELS,
+    SIZES,
+    TYPES,
+    conversation,
+    draw,
+    held_out,
+    make_scene,
+    patch_labels,
+    size_of,
+    turns,
+    vocabulary,
+)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+
+from minivlm import Idefics2Config, Idefics2ForConditionalGeneration, Idefics2Processor
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+END = SPECIAL.index("<end_of_utterance>")
+LATENTS = 16
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{message['role'].capitalize()}}{% if message['content'][0]['type'] == 'image' %}"
+    "{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
+    "{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+# ------------------------------------------------------------------------------------- the model and its words
+
+
+def build_tokenizer() -> Tokenizer:
+    """The task's words, and letters to spell all others with; capitals do not count."""
+    letters = string.ascii_lowercase + string.digits
+    tokens = [*SPECIAL, "user", "assistant", *string.punctuation, *letters, *("##" + letter for letter in letters)]
+    tokens += [word for word in vocabulary() if word not in tokens]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="##"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece("##", cleanup=True), decoders.Replace(" :", ":")])
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def write_processor(folder: Path) -> None:
+    """Everything but weights and their configuration, in the files that the Hub's Idefics2 checkpoints have."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tokenizer().save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    names["additional_special_tokens"] = SPECIAL[3:]
+    preprocessor = {
+        **dict.fromkeys(("do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize"), True),
+        "do_image_splitting": False,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Idefics2ImageProcessor",
+        "processor_class": "Idefics2Processor",
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": 64, "shortest_edge": 32},
+    }
+    files = {
+        "special_tokens_map.json": names,
+        "tokenizer_config.json": {
+            **names,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 2048,
+            "processor_class": "Idefics2Processor",
+            "tokenizer_class": "PreTrainedTokenizerFast",  # so that transformers takes tokenizer.json as it is
+        },
+        "preprocessor_config.json": preprocessor,
+        "processor_config.json": {"image_seq_len": LATENTS, "processor_class": "Idefics2Processor"},
+    }
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def model_config() -> Idefics2Config:
+    """A real Idefics2, small in every dimension: 1.94 million parameters, 3.9 MB in half precision."""
+    size = {"hidden_size": 128, "initializer_range": 0.05}
+    text = {"intermediate_size": 288, "head_dim": 32, "vocab_size": build_tokenizer().get_vocab_size()}
+    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"model_type": "mistral", "max_position_embeddings": 2048, "sliding_window": None}
+    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5}
+    vision = {"intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64}
+    resampler = {"resampler_n_latents": LATENTS, "resampler_depth": 2, "resampler_n_heads": 4}
+    resampler |= {"resampler_head_dim": 32, "num_key_value_heads": 2, "hidden_size": 128, "rms_norm_eps": 1e-5}
+    return Idefics2Config.from_hub(
+        {
+            "model_type": "idefics2",
+            "image_token_id": SPECIAL.index("<image>"),
+            "vision_config": {**size, **vision, "patch_size": 8, "model_type": "idefics2"},
+            "perceiver_config": {**resampler, "model_type": "idefics2"},
+            "text_config": {**size, **text},
+        }
+    )
+
+
+def save_package(model: nn.Module, folder: Path) -> None:
+    """The checkpoint that ships: weights in half precision, to be computed with in float32."""
+    write_processor(folder)
+    half = Idefics2ForConditionalGeneration(model.config)
+    half.load_state_dict(model.state_dict())
+    half.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    generation = {"bad_words_ids": [[3], [4]], "bos_token_id": 1, "eos_token_id": [2, END], "pad_token_id": 0}
+    generation["max_new_tokens"] = 64
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+def _drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """One scene as the processor will shrink it, and its patch labels, both on a 64 × 64 canvas."""
+    scene = make_scene(seed)
+    picture, labels = np.zeros((64, 64, 3), np.uint8), np.zeros((8, 8, 6), np.uint8)
+    small = draw(scene).resize((scene.width, scene.height), Image.BILINEAR)
+    picture[: scene.height, : scene.width] = np.asarray(small)
+    labels[: scene.height // 8, : scene.width // 8] = patch_labels(scene)
+    return picture, labels
+
+
+def make_pool(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The training pictures of seeds 0 to count - 1, drawn once and kept in `folder`, memory-mapped."""
+    paths = folder / f"pictures_{count}.npy", folder / f"labels_{count}.npy"
+    if not all(path.exists() for path in paths):
+        pictures, labels = np.empty((count, 64, 64, 3), np.uint8), np.empty((count, 8, 8, 6), np.uint8)
+        with Workers() as workers:
+            for index, (picture, label) in enumerate(workers.imap(_drawn, range(count), chunksize=500)):
+                pictures[index], labels[index] = picture, label
+        np.save(paths[0], pictures)
+        np.save(paths[1], labels)
+    return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
+
+
+# ------------------------------------------------------------------------------------------------------ loop
+
+
+class Run:
+    """Optimiser, schedule, log and resumable checkpoint of one stage; `modules` are saved and trained together.
+
+    The stage ends, its learning rate having fallen along half a cosine, after `steps` or `minutes`, whichever is first.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, modules: dict[str, nn.Module], steps: int, minutes: float, lr: float
+    ) -> None:
+        self.path, self.log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
+        self.modules, self.steps, self.minutes, self.lr = modules, steps, minutes, lr
+        parameters = [p for module in modules.values() for p in module.parameters()]
+        decayed, plain = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+        self.parameters, self.step, self.seconds = parameters, 0, 0.0
+        if self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        saved = torch.load(self.path, weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(saved[name])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+
+    def _average_gradients(self) -> None:
+        """One mean over all processes; the clock goes along, so that all of them stop at the same step."""
+        flat = torch.cat([*(p.grad.flatten() for p in self.parameters), torch.tensor([self.seconds])])
+        dist.all_reduce(flat)
+        *parts, seconds = (flat / WORLD).split([*(p.numel() for p in self.parameters), 1])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+        self.seconds = seconds.item()
+
+    def save(self) -> None:
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds}
+        torch.save(state, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").replace(self.path)
+
+    @property
+    def done(self) -> float:
+        """How much of the stage is behind us, 0 to 1."""
+        return min(1.0, max(self.step / self.steps, self.seconds / (60 * self.minutes)))
+
+    def train(self, loss_of_step, log_every: int = 50, save_every: float = 240.0) -> None:
+        """Calls loss_of_step(step) → (loss, numbers to log) until all steps are done."""
+        saved = begun = time.monotonic()
+        before, sums = self.seconds, {}
+        while self.done < 1:
+            warm, fall = min(1.0, (self.step + 1) / 200), (1 + math.cos(math.pi * self.done)) / 2
+            rate = self.lr * warm * (0.02 + 0.98 * fall)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            loss, numbers = loss_of_step(self.step)
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self.seconds = before + time.monotonic() - begun
+            if WORLD > 1:
+                self._average_gradients()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimiser.step()
+            self.step += 1
+            for key, value in {"loss": loss.item(), **numbers}.items():
+                sums.setdefault(key, []).append(value)
+            if RANK > 0:
+                continue
+            now = time.monotonic()
+            if self.step % log_every == 0 or self.done == 1:
+                means = {key: round(float(np.nanmean(values)), 4) for key, values in sums.items()}
+                line = json.dumps({"step": self.step, "seconds": round(self.seconds), **means})
+                print(line, flush=True)
+                with self.log_path.open("a") as log:
+                    log.write(line + "\n")
+                sums = {}
+            if now - saved > save_every or self.done == 1:
+                self.save()
+                saved = now
+
+
+# ---------------------------------------------------------------------------------------------------- stage 1
+
+
+def patch_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """logits (N, P, sum of LABELS), labels (N, P, 6). Every patch has a kind; the rest counts on objects only."""
+    losses, numbers = [], {}
+    parts = logits.float().split(list(LABELS.values()), dim=-1)
+    for index, (name, part) in enumerate(zip(LABELS, parts, strict=True)):
+        target = labels[..., index].long()
+        known = torch.ones_like(target, dtype=torch.bool) if name == "kind" else target > 0
+        losses.append(F.cross_entropy(part[known], target[known]) if known.any() else part.sum() * 0)
+        if known.any():
+            numbers[name] = (part[known].argmax(-1) == target[known]).float().mean().item()
+    return torch.stack(losses).mean(), numbers
+
+
+def train_vision(folder: Path, tower: nn.Module, pool: tuple, batch: int, steps: int, minutes: float) -> None:
+    """Stage 1: the tower and one linear layer name what each patch shows. A batch holds pictures of one size."""
+    pictures, labels = pool
+    head = nn.Linear(tower.config.hidden_size, sum(LABELS.values()))
+    run = Run(folder, "vision", {"tower": tower, "head": head}, steps, minutes, lr=2e-3)
+    groups = [[] for _ in SIZES]
+    for seed in range(len(pictures)):
+        groups[SIZES.index(size_of(seed))].append(seed)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng(step * WORLD + RANK)
+        size = rng.integers(len(SIZES))
+        (width, height), picked = SIZES[size], np.sort(rng.choice(groups[size], batch, replace=False))
+        pixels = torch.from_numpy(pictures[picked][:, :height, :width]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        target = torch.from_numpy(labels[picked][:, : height // 8, : width // 8]).flatten(1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head(tower(pixels))
+        return patch_loss(logits, target)
+
+    run.train(loss_of_step)
+
+
+# ---------------------------------------------------------------------------------------------------- stage 2
+
+
+def answer_labels(ids: Tensor, assistant: int, colon: int) -> Tensor:
+    """Labels that count an assistant's words and its closing END, and nothing else. ids (B, T) → (B, T)."""
+    place = torch.arange(ids.shape[1]).expand_as(ids)
+    opens = F.pad((ids[:, :-1] == assistant) & (ids[:, 1:] == colon), (1, 0))
+    ends = F.pad(ids[:, :-1] == END, (1, 0))  # the place after an END
+    opened = torch.where(opens, place, -1).cummax(dim=1).values
+    ended = torch.where(ends, place, 0).cummax(dim=1).values
+    return ids.masked_fill(~((opened >= ended) & (place > opened)), -100)
+
+
+def make_batch(processor: Any, pictures: list[Image.Image], asked: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
+    """Pictures and their question-answer turns through the project's processor, with labels.
+
+    Rows are filled up on the right, where a causal decoder never looks, so no mask is needed and attention is cheaper.
+    """
+    processor.tokenizer.padding_side = "right"
+    text = [processor.apply_chat_template(conversation(each)) for each in asked]
+    inputs = processor(text=text, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
+    ids = processor.tokenizer.convert_tokens_to_ids
+    del inputs["attention_mask"]
+    return {**inputs, "labels": answer_labels(inputs["input_ids"], ids("assistant"), ids(":"))}
+
+
+@torch.no_grad()
+def exact_match(model: nn.Module, processor: Any, questions: list[tuple[int, str, str, str]]) -> dict[str, float]:
+    """Share of answers, by type, whose every token is the likeliest given those before: what greedy decoding gets."""
+    right: dict[str, list[bool]] = {}
+    model.eval()
+    for start in range(0, len(questions), 64):
+        part = questions[start : start + 64]
+        batch = make_batch(processor, [draw(make_scene(seed)) for seed, *_ in part], [[q[2:]] for q in part])
+        labels = batch.pop("labels")[:, 1:]
+        wrong = (model(**batch).logits[:, :-1].argmax(-1) != labels) & (labels != -100)
+        for (_, kind, *_), bad in zip(part, wrong.any(dim=1).tolist(), strict=True):
+            right.setdefault(kind, []).append(not bad)
+    model.train()
+    return {kind: sum(values) / len(values) for kind, values in right.items()}
+
+
+MIX = ["colour", "shape", "count", "exists", "where", "where", "number", "describe"]
+
+
+def joint_step(model: nn.Module, processor: Any, pictures: np.ndarray, batch: int, most: int) -> Callable:
+    """Stage 2: a step on `batch` pictures with up to `most` question-answer turns each."""
+    scene_of = lru_cache(maxsize=None)(make_scene)
+    check = held_out(40)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(step * WORLD + RANK)
+        seeds = [rng.randrange(len(pictures)) for _ in range(batch)]
+        drawn = [Image.fromarray(pictures[seed][: scene_of(seed).height, : scene_of(seed).width]) for seed in seeds]
+        asked = []
+        for seed in seeds:
+            kinds = rng.sample(MIX, min(most, len(MIX)))
+            kinds[-1] = "other" if rng.random() < 0.1 else kinds[-1]
+            asked.append(turns(scene_of(seed), rng, kinds) or [("describe the picture.", "nothing.")])
+        inputs = make_batch(processor, drawn, asked)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(**inputs)
+        counted = inputs["labels"][:, 1:] != -100
+        hits = (output.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:])[counted].float().mean().item()
+        numbers = {"token": hits, "length": inputs["input_ids"].shape[1]}
+        if step % 500 == 499 and RANK == 0:
+            numbers |= exact_match(model, processor, check)
+        return output.loss, numbers
+
+    return loss_of_step
+
+
+def plot(folder: Path, path: Path) -> None:
+    """Both stages' logs as one small picture: accuracy per label, then exact match per question type."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=80)
+    for axis, stage, keys in zip(axes, ("vision", "joint"), (LABELS, ("token", *TYPES[:-1])), strict=True):
+        log = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+        for key in keys:
+            points = {line["step"]: 100 * line[key] for line in log if key in line}  # a resumed step counts once
+            axis.plot(*zip(*sorted(points.items()), strict=True), label=key, linewidth=2 if key == "token" else 1)
+        axis.set(xlabel="step", ylabel="right, %", ylim=(0, 101))
+        axis.legend(fontsize=7, loc="lower right")
+        axis.grid(alpha=0.3)
+    axes[0].set_title("1. vision tower: labels of each patch", fontsize=9)
+    axes[1].set_title("2. whole model: answer tokens, and held-out questions by type", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for pictures, logs and checkpoints")
+    parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
+    parser.add_argument("--plot", type=Path, help="PNG file for the training curves")
+    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--vision-steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--minutes", type=float, default=70, help="most minutes of stage 2; stage 1 takes a third more")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=8, help="question-answer turns per picture")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+    if WORLD > 1:
+        dist.init_process_group("gloo")
+    if RANK == 0:
+        args.work.mkdir(parents=True, exist_ok=True)
+        write_processor(args.work / "processor")
+        make_pool(args.work, args.pictures)
+    if WORLD > 1:
+        dist.barrier()
+    pool = make_pool(args.work, args.pictures)
+    torch.manual_seed(0)
+    model = Idefics2ForConditionalGeneration(model_config())
+    train_vision(args.work, model.model.vision_model, pool, 128 // WORLD, args.vision_steps, args.minutes / 3)
+    processor = Idefics2Processor.from_pretrained(args.work / "processor")
+    joint = Run(args.work, "joint", {"model": model}, args.steps, args.minutes, args.lr)
+    joint.train(joint_step(model, processor, pool[0], args.batch // WORLD, args.turns))
+    if args.out and RANK == 0:
+        save_package(model, args.out)
+    if args.plot and RANK == 0:
+        plot(args.work, args.plot)
+
+
+if __name__ == "__main__":
+    main()
