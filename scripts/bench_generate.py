@@ -3,12 +3,14 @@
     python scripts/bench_generate.py [--dtype float32 bfloat16] [--context 2900] [--rounds 5]
 
 Both sides load the same random checkpoint (about 200 M parameters, the Idefics2 architecture) and do the same work in
-turns, ours and theirs within one round, so that a machine whose speed drifts treats them alike; the figures are medians,
+turns, ours and theirs within one round, so that a machine whose speed drifts treats them alike; figures are medians,
 the ratio is reference / ours (above 1: ours is faster or smaller). Load time and memory are taken in fresh processes.
 Before anything is timed, both sides must choose the same greedy tokens (in fp32).
 """
 
 import argparse
+import importlib
+import itertools
 import json
 import os
 import statistics
@@ -16,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def write_checkpoint(folder: Path) -> int:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    vision = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8)
-    text = dict(hidden_size=768, intermediate_size=2304, num_hidden_layers=16, num_attention_heads=12)
+    vision = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+    text = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 16, "num_attention_heads": 12}
     config = transformers.Idefics2Config(
         vision_config={**vision, "image_size": 980, "patch_size": 14},
         perceiver_config={"hidden_size": 768, "resampler_n_heads": 8, "num_key_value_heads": 2},
@@ -77,53 +78,66 @@ def split_prompt(tokens: int) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
-    return model.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int, **options: Any) -> torch.Tensor:
+    settings = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(**inputs, **settings, **options)
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def seconds(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> float:
     start = time.perf_counter()
-    call()
+    generate(model, inputs, tokens)
     return time.perf_counter() - start
 
 
 def measure(models: dict[str, Any], context: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of each piece of work on each side. A decode step is (1 + n tokens) − (1 token), over n."""
-    whole, split, long = prompt(97, 1, (980, 980)), split_prompt(353), prompt(context, 1, (378, 378))
-    times: dict[str, dict[str, list[float]]] = {}
-
-    def note(what: str, side: str, value: float) -> None:
-        times.setdefault(what, {name: [] for name in SIDES})[side].append(value)
-
-    steps = 16
+    work = {
+        "prefill, one 980×980 picture": prompt(97, 1, (980, 980)),
+        "prefill, 480×640 split into 5": split_prompt(353),
+        f"prefill, {context} tokens": prompt(context, 1, (378, 378)),
+        "decode a token at 97": prompt(97, 1, (378, 378)),
+        f"decode a token at {context}": prompt(context, 1, (378, 378)),
+    }
+    times = {what: {side: [] for side in SIDES} for what in work}
     for index in range(rounds + 1):
-        for side in SIDES if index % 2 else SIDES[::-1]:
-            model = models[side]
-            figures = {
-                "prefill, one 980×980 picture": seconds(lambda: generate(model, whole, 1)),
-                "prefill, 480×640 split into 5": seconds(lambda: generate(model, split, 1)),
-                f"prefill, {context} tokens": seconds(lambda: generate(model, long, 1)),
-            }
-            short = prompt(97, 0, (0, 0))
-            base = seconds(lambda: generate(model, short, 1))
-            figures["decode a token at 97"] = (seconds(lambda: generate(model, short, 1 + steps)) - base) / steps
-            base = figures[f"prefill, {context} tokens"]
-            total = seconds(lambda: generate(model, long, 1 + steps))
-            figures[f"decode a token at {context}"] = (total - base) / steps
-            if index:  # the first round warms up
-                for what, value in figures.items():
-                    note(what, side, value)
+        for what, inputs in work.items():
+            for side in SIDES if index % 2 else SIDES[::-1]:
+                value = decode_seconds(models[side], inputs) if "decode" in what else seconds(models[side], inputs, 1)
+                if index:  # the first round warms up
+                    times[what][side].append(value)
     return {what: {side: statistics.median(values) for side, values in both.items()} for what, both in times.items()}
+
+
+def decode_seconds(model: Any, inputs: dict[str, torch.Tensor], steps: int = 16) -> float:
+    """A decode step: the time of each token after the first, by the clock of a streamer that both sides feed."""
+    clock = Clock()
+    generate(model, inputs, 1 + steps, streamer=clock)
+    return statistics.median(late - early for early, late in itertools.pairwise(clock.times[1:]))
+
+
+class Clock:
+    """A streamer that notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def child(side: str, folder: str, dtype: str, context: int) -> None:
     """In a fresh process: seconds to import and load; private and peak memory after loading and after generating."""
-    import_time = seconds(lambda: __import__(side).AutoModelForImageTextToText)
-    before = memory("RssAnon")
-    load_time = seconds(lambda: globals().update(model=load(side, folder, dtype)))
-    loaded = memory("RssAnon") - before
-    generate(globals()["model"], prompt(context, 1, (980, 980)), 4)
-    figures = {"import": import_time, "load": load_time, "loaded": loaded, "peak": memory("VmHWM")}
+    start = time.perf_counter()
+    _ = importlib.import_module(side).AutoModelForImageTextToText
+    imported, before = time.perf_counter(), memory("RssAnon")
+    model = load(side, folder, dtype)
+    loaded = time.perf_counter()
+    figures = {"import": imported - start, "load": loaded - imported, "loaded": memory("RssAnon") - before}
+    generate(model, prompt(context, 1, (980, 980)), 4)
+    figures["peak"] = memory("VmHWM")
     print(json.dumps(figures))
 
 
@@ -143,10 +157,10 @@ def fresh(folder: str, dtype: str, context: int, rounds: int) -> dict[str, dict[
             command = [sys.executable, __file__, "--child", side, folder, dtype, str(context)]
             runs[side].append(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
     names = {
-        "import": "import",
-        "load": "load (warm cache)",
+        "import": "import, torch included",
+        "load": "load, files in the page cache",
         "loaded": "private memory after loading",
-        "peak": "peak memory",
+        "peak": "peak memory, load and generate",
     }
     return {
         text: {side: statistics.median(run[key] for run in runs[side]) for side in SIDES} for key, text in names.items()

@@ -72,14 +72,21 @@ def _open_path(source: str | Path) -> Image.Image:
     return _decode(path, str(path))
 
 
+# what Pillow's decoders raise for bad files
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, struct.error)
+
+
 def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            return _finish(image, name)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture (or its header is damaged)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is too large: {error}") from error
+        raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
+    except _BROKEN as error:
+        raise OSError(f"{name} cannot be read ({error}); fetch or export it again") from error
+    with image:
+        return _finish(image, name)
 
 
 def _finish(image: Image.Image, name: str) -> Image.Image:
@@ -87,7 +94,7 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     check_pixel_count(*image.size, name)
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:  # Pillow's, for bad files
+    except _BROKEN as error:
         raise OSError(f"{name} is damaged or cut off ({error}); fetch or export it again") from error
     return _to_rgb(_upright(image), name)
 

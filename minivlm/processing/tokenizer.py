@@ -231,8 +231,10 @@ class Tokenizer:
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> list[str]:
-        """One text per sequence."""
-        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+        """One text per sequence; a flat list of ids counts as one sequence, as in transformers."""
+        sequences = _to_lists(sequences)
+        texts = self.decode(sequences, skip_special_tokens) if sequences != [] else []
+        return [texts] if isinstance(texts, str) else texts
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Id of a token or ids of tokens; the unk id (None without one) for what is not in the vocabulary."""

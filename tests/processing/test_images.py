@@ -119,8 +119,7 @@ def test_values_without_a_range_are_refused(mode):
 
 @pytest.mark.parametrize("mode", ["RGBX", "RGBa", "La", "PA", "YCbCr", "HSV", "LAB"])
 def test_rare_modes_convert_or_say_why_not(mode):
-    converts = mode in ("RGBX", "PA", "YCbCr", "HSV")
-    with contextlib.nullcontext() if converts else pytest.raises(ValueError, match=mode):
+    with pytest.raises(ValueError, match=mode) if mode == "La" else contextlib.nullcontext():
         assert load_image(Image.new(mode, (2, 2))).mode == "RGB"
 
 
@@ -208,8 +207,11 @@ def test_a_damaged_file_never_crashes(position, value, kind):
     data[position % len(data)] = value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with contextlib.suppress(OSError, ValueError):
-            assert load_image(bytes(data)).mode == "RGB"
+        try:
+            image = load_image(bytes(data))
+        except (OSError, ValueError) as refusal:
+            image = refusal
+    assert getattr(image, "mode", None) == "RGB" or "the picture given as" in str(image)
 
 
 # ---- URLs: a server on this machine

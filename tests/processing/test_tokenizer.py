@@ -121,6 +121,8 @@ def test_decode_equals_the_rebuilt_reference_too(ours, reference):
     for skip in (False, True):
         assert ours.batch_decode(ids, skip) == reference.batch_decode(ids, skip_special_tokens=skip)
     assert ours.decode(22557) == reference.decode(22557)
+    assert ours.batch_decode([1, 22557]) == reference.batch_decode([1, 22557]) == ["<s> Hello"]
+    assert ours.batch_decode([]) == ours.batch_decode(torch.zeros(0, 5, dtype=torch.int64)) == []
 
 
 def test_names_and_ids(ours, theirs):
