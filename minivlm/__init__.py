@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AutoModelForImageTextToText": "minivlm.auto",
     "AutoProcessor": "minivlm.auto",
-    "GenerationConfig": "minivlm.generation",
+    "GenerationConfig": "minivlm.generation_config",
     "Idefics2Config": "minivlm.models.idefics2",
     "Idefics2ForConditionalGeneration": "minivlm.models.idefics2",
     "Idefics2ImageProcessor": "minivlm.processing.idefics2",

@@ -11,199 +11,19 @@ B rows, P prompt ids, K prompt keys (P, or the length of `inputs_embeds`), N new
 The rules act on float32 scores in the order of `logits_rules`; they follow transformers 5.23, including its oddities.
 """
 
-import difflib
-import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minivlm.modules import config as hub_config
+from minivlm.generation_config import GenerationConfig, settings_of
 from minivlm.modules.cache import KVCache
-
-Rule = Callable[[Tensor, Tensor], Tensor]  # (scores (B, V), ids (B, S)) -> scores (B, V)
+from minivlm.sampling import Rule, check, logits_rules, sample
 
 NEW_TOKENS = 20  # when neither max_new_tokens nor max_length is set anywhere
-DEFAULTS = {
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": 50,  # on whenever sampling: 0 or None switches it off
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "use_cache": True,
-}
-
-# What else transformers can be told. None and the value given here change nothing; any other value is an error.
-UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(("num_beams", "num_return_sequences", "typical_p", "guidance_scale"), 1),
-    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff"), 0),
-    **dict.fromkeys(("remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "output_scores"), False),
-    **dict.fromkeys(("output_logits", "output_attentions", "output_hidden_states"), False),
-    **dict.fromkeys(("top_h", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id")),
-    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings", "max_time")),
-    **dict.fromkeys(("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "watermarking_config")),
-    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "negative_prompt_ids")),
-}
-# These never change the ids of greedy search or sampling.
-HARMLESS = {
-    *("transformers_version", "_from_model_config", "_commit_hash", "decoder_start_token_id", "synced_gpus", "labels"),
-    *("early_stopping", "length_penalty", "cache_implementation", "low_memory", "disable_compile", "tokenizer"),
-}
-
-
-@dataclass(slots=True)
-class GenerationConfig:
-    """How to generate, in the Hub's words. None is not set: the checkpoint's value, else that of `DEFAULTS`."""
-
-    max_new_tokens: int | None = None  # wins over max_length
-    max_length: int | None = None  # prompt and new tokens together
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    bad_words_ids: list[list[int]] | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None  # fills rows that have ended; the first eos id if not set
-    bos_token_id: int | None = None
-    use_cache: bool | None = None
-    other: dict[str, Any] = field(default_factory=dict)  # settings of the file that we keep but do not know how to obey
-
-    @classmethod
-    def from_hub(cls, json: dict[str, Any]) -> "GenerationConfig":
-        """From generation_config.json; what we do not know is kept in `other`, where `generate` refuses it."""
-        known = {name: value for name, value in json.items() if name in SETTINGS}
-        config = hub_config.from_hub(cls, known)
-        config.other = {name: value for name, value in json.items() if name not in SETTINGS}
-        return config
-
-    @classmethod
-    def from_model_config(cls, config: Any) -> "GenerationConfig":
-        """For a model without generation_config.json: the special ids of its config, or else of its text config."""
-        sources = (config, getattr(config, "text_config", None))
-        ids = {}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            found = (getattr(source, name, None) for source in sources)
-            ids[name] = next((value for value in found if value is not None), None)
-        return cls(**ids)
-
-    def to_hub(self) -> dict[str, Any]:
-        """What generation_config.json would hold: everything that is set."""
-        return {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None} | self.other
-
-    def over(self, base: "GenerationConfig") -> "GenerationConfig":
-        """This config where it is set, `base` elsewhere."""
-        given = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
-        return replace(base, **given, other=base.other | self.other)
-
-    @property
-    def eos_ids(self) -> list[int]:
-        """The ids that end a row, as a list."""
-        return [] if self.eos_token_id is None else torch.as_tensor(self.eos_token_id).flatten().tolist()
-
-
-SETTINGS = tuple(item.name for item in fields(GenerationConfig) if item.name != "other")
-
-
-# ---- The rules: scores (B, V) float32 in, scores out; a token that may not come gets -inf ----
-
-
-def repetition_penalty(scores: Tensor, ids: Tensor, penalty: float, padding: Tensor | None = None) -> Tensor:
-    """Make every id seen so far, prompt included, less likely: negative scores × penalty, others ÷ penalty.
-
-    The first `padding` (B,) ids of a row are left pads and do not count. CTRL (arXiv 1909.05858), section 4.1.
-    """
-    V = scores.shape[-1]
-    ids = ids.clamp(max=V)  # column V stands for "no token"
-    if padding is not None:
-        ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < padding[:, None], V)
-    seen = torch.zeros(len(scores), V + 1, dtype=torch.bool, device=scores.device).scatter_(1, ids, True)[:, :V]
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-
-
-def ban_words(scores: Tensor, ids: Tensor, words: list[Tensor]) -> Tensor:
-    """Ban each word's last id where the ids so far end with the ones before it; a word of one id is always banned."""
-    banned = torch.zeros_like(scores, dtype=torch.bool)
-    for word in words:
-        start = word[:-1]  # (n - 1,)
-        if len(start) <= ids.shape[1]:
-            banned[:, word[-1]] |= (ids[:, ids.shape[1] - len(start) :] == start).all(1)
-    return scores.masked_fill(banned, -torch.inf)
-
-
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Keep the k highest scores, and whatever ties with the k-th."""
-    return scores.masked_fill(scores < scores.topk(min(k, scores.shape[-1])).values[:, -1:], -torch.inf)
-
-
-def top_p(scores: Tensor, p: float) -> Tensor:
-    """Keep the likeliest tokens that reach p together, at least one: a tail of mass ≤ 1 − p goes (arXiv 1904.09751)."""
-    ascending, order = scores.sort()
-    tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    tail[:, -1] = False
-    return scores.masked_fill(tail.scatter(1, order, tail), -torch.inf)
-
-
-def min_p(scores: Tensor, p: float) -> Tensor:
-    """Keep tokens at least p times as likely as the likeliest (arXiv 2407.01082)."""
-    probabilities = scores.softmax(-1)
-    return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
-
-
-def logits_rules(settings: GenerationConfig, vocab_size: int, padding: Tensor | None, device: Any) -> list[Rule]:
-    """The rules that `settings` switches on, in the order in which the reference applies them.
-
-    `padding` (B,) counts each row's left pads. Raises ValueError for a value that a rule cannot take.
-    """
-    rules: list[Rule] = []
-    if (penalty := settings.repetition_penalty) not in (None, 1):
-        _check("repetition_penalty", penalty, isinstance(penalty, float) and penalty > 0, "a float > 0, such as 1.2")
-        rules.append(lambda scores, ids: repetition_penalty(scores, ids, penalty, padding))
-    if settings.bad_words_ids is not None:
-        words = [torch.tensor(word, device=device) for word in _bad_words(settings, vocab_size)]
-        rules.append(lambda scores, ids: ban_words(scores, ids, words))
-    if not settings.do_sample:
-        return rules
-    if (temperature := settings.temperature) not in (None, 1):
-        fits = isinstance(temperature, float) and temperature > 0
-        _check("temperature", temperature, fits, "a float > 0 (for greedy search, pass do_sample=False)")
-        rules.append(lambda scores, ids: scores / temperature)
-    if (k := settings.top_k) not in (None, 0):
-        _check("top_k", k, isinstance(k, int) and k > 0, "an integer > 0, or 0 to switch it off")
-        rules.append(lambda scores, ids: top_k(scores, k))
-    if (p := settings.top_p) is not None and p != 1:
-        _check("top_p", p, 0 <= p < 1, "between 0 and 1")
-        rules.append(lambda scores, ids: top_p(scores, p))
-    if (floor := settings.min_p) is not None:
-        _check("min_p", floor, 0 <= floor <= 1, "between 0 and 1")
-        rules.append(lambda scores, ids: min_p(scores, floor))
-    return rules
-
-
-def _check(name: str, value: Any, fits: bool, expected: str) -> None:
-    if not fits:
-        raise ValueError(f"{name} should be {expected}, found {value!r}")
-
-
-def _bad_words(settings: GenerationConfig, vocab_size: int) -> list[list[int]]:
-    """The checked words, without those that are just an eos id (which would never let a row end)."""
-    words = settings.bad_words_ids
-    lists = isinstance(words, list | tuple) and len(words) > 0 and all(isinstance(word, list | tuple) for word in words)
-    ids = [id for word in words for id in word] if lists else []
-    fits = lists and all(words) and all(isinstance(id, int) and id >= 0 for id in ids)
-    _check("bad_words_ids", words, fits, "a list of words, each a list of token ids, such as [[32000], [5, 7]]")
-    if max(ids) >= vocab_size:
-        raise ValueError(f"bad_words_ids has the id {max(ids)}, but the vocabulary has {vocab_size} tokens")
-    return [list(word) for word in words if not (len(word) == 1 and word[0] in settings.eos_ids)]
-
-
-def sample(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One id (B,) for each row of scores (B, V), with the probabilities softmax(scores)."""
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
 
 
 # ---- The model's two steps ----
@@ -371,7 +191,7 @@ def _prepare(
     seed: int | None,
     kwargs: dict[str, Any],
 ) -> _Run:
-    settings, inputs = _settings(model, config, kwargs)
+    settings, inputs = settings_of(model, config, kwargs)
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     cache, embeds = inputs.pop("past_key_values", None), inputs.get("inputs_embeds")
@@ -395,42 +215,6 @@ def _prepare(
         rules=logits_rules(settings, _vocab_size(model), _padding(mask, embeds), device),
         generator=_generator(generator, seed, device),
     )
-
-
-def _settings(model: Any, config: GenerationConfig | None, kwargs: dict) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Split `kwargs` into settings (laid over the call's config, the checkpoint's and `DEFAULTS`) and model inputs."""
-    settings = GenerationConfig(**DEFAULTS)
-    for layer in (getattr(model, "generation_config", None), config):
-        settings = settings if layer is None else layer.over(settings)
-    takes = set(inspect.signature(model.forward).parameters) - {*UNSUPPORTED, *HARMLESS, "logits_to_keep"}
-    inputs = {name: value for name, value in kwargs.items() if name in takes and value is not None}
-    settings = replace(settings, **{name: value for name, value in kwargs.items() if name in SETTINGS})
-    other = settings.other | {name: value for name, value in kwargs.items() if name not in {*SETTINGS, *takes}}
-    for name, value in other.items():
-        _refuse(name, value, takes)
-    if settings.pad_token_id is None and settings.eos_ids:
-        settings = replace(settings, pad_token_id=settings.eos_ids[0])
-    _warn_unused(settings, kwargs)
-    return settings, inputs
-
-
-def _refuse(name: str, value: Any, takes: set[str]) -> None:
-    """Raise unless leaving `name` out changes nothing."""
-    if value is None or name in HARMLESS:
-        return
-    if name not in UNSUPPORTED:
-        close = difflib.get_close_matches(name, {*SETTINGS, *UNSUPPORTED, *takes}, n=1)
-        raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    if value != (neutral := UNSUPPORTED[name]) and value != []:
-        raise ValueError(f"{name}={value!r} is not supported, leave it at {neutral!r}; greedy search and sampling are")
-
-
-def _warn_unused(settings: GenerationConfig, kwargs: dict) -> None:
-    """Sampling settings in a greedy call do nothing; the caller probably forgot do_sample=True."""
-    neutral = {"temperature": (1, 0), "top_k": (50, 0), "top_p": (1,), "min_p": (0,)}
-    unused = [name for name, values in neutral.items() if kwargs.get(name) not in (None, *values)]
-    if unused and not settings.do_sample:
-        warnings.warn(f"{', '.join(unused)} has no effect without do_sample=True", stacklevel=5)
 
 
 def _prompt(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, Any]) -> Tensor:
@@ -477,7 +261,7 @@ def _new_tokens(settings: GenerationConfig, K: int, length: int, limit: int) -> 
             "use fewer or smaller images (or no image splitting), or a shorter text"
         )
     if (N := settings.max_new_tokens) is not None:
-        _check("max_new_tokens", N, isinstance(N, int) and N > 0, "an integer > 0")
+        check("max_new_tokens", N, isinstance(N, int) and N > 0, "an integer > 0")
     elif settings.max_length is not None:
         N = settings.max_length - K
         if N <= 0:

@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minivlm import hub
-from minivlm.generation import GenerationConfig
+from minivlm.generation_config import GenerationConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -119,7 +120,7 @@ def fill(model: nn.Module, shards: list[Path], dtype: torch.dtype | None, device
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(_open(path)) for path in shards]
         places = _match(model, readers, shards)
-        for name, (reader, hub_name) in places.items():
+        for name, (reader, hub_name) in tqdm(places.items(), "loading", delay=2, leave=False):
             tensor = reader.get_tensor(hub_name)
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             _assign(model, name, tensor.to(device, wanted))

@@ -10,8 +10,8 @@ import transformers
 from hypothesis import given, settings
 from transformers.generation import logits_process
 
-from minivlm import generation
-from minivlm.generation import GenerationConfig
+from minivlm import generation, generation_config, sampling
+from minivlm.generation_config import GenerationConfig
 from minivlm.models.idefics2 import Idefics2ForConditionalGeneration
 
 V, IMAGE, PAD, LATENTS, SIDE = 99, 98, 0, 2, 12
@@ -106,49 +106,49 @@ LOG_PROBABILITIES = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
 
 @pytest.mark.parametrize(("p", "kept"), [(0.4, 1), (0.5, 2), (0.7, 2), (0.9, 3), (0.95, 4), (0.0, 1)])
 def test_top_p_keeps_the_token_that_crosses_p(p, kept):
-    scores = generation.top_p(LOG_PROBABILITIES, p)
+    scores = sampling.top_p(LOG_PROBABILITIES, p)
     assert torch.equal(scores[:, :kept], LOG_PROBABILITIES[:, :kept])
     assert (scores[:, kept:] == NEGATIVE).all()
 
 
 def test_top_k_keeps_ties():
-    scores = generation.top_k(torch.tensor([[1.0, 1.0, 1.0, 0.0]]), 2)
+    scores = sampling.top_k(torch.tensor([[1.0, 1.0, 1.0, 0.0]]), 2)
     assert scores.tolist() == [[1, 1, 1, NEGATIVE]]
 
 
 def test_top_k_larger_than_the_vocabulary_keeps_all():
-    assert torch.equal(generation.top_k(LOG_PROBABILITIES, 50), LOG_PROBABILITIES)
+    assert torch.equal(sampling.top_k(LOG_PROBABILITIES, 50), LOG_PROBABILITIES)
 
 
 def test_min_p_measures_from_the_likeliest():
-    assert (generation.min_p(LOG_PROBABILITIES, 0.4) > NEGATIVE).tolist() == [[True, True, True, False]]
-    assert (generation.min_p(LOG_PROBABILITIES, 0.6) > NEGATIVE).tolist() == [[True, True, False, False]]
-    assert (generation.min_p(LOG_PROBABILITIES, 1.0) > NEGATIVE).tolist() == [[True, False, False, False]]
+    assert (sampling.min_p(LOG_PROBABILITIES, 0.4) > NEGATIVE).tolist() == [[True, True, True, False]]
+    assert (sampling.min_p(LOG_PROBABILITIES, 0.6) > NEGATIVE).tolist() == [[True, True, False, False]]
+    assert (sampling.min_p(LOG_PROBABILITIES, 1.0) > NEGATIVE).tolist() == [[True, False, False, False]]
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores_once():
-    scores = generation.repetition_penalty(torch.tensor([[2.0, -1.0, 3.0]]), torch.tensor([[0, 1, 1, 0]]), 2.0)
+    scores = sampling.repetition_penalty(torch.tensor([[2.0, -1.0, 3.0]]), torch.tensor([[0, 1, 1, 0]]), 2.0)
     assert scores.tolist() == [[1, -2, 3]]
 
 
 def test_repetition_penalty_leaves_out_left_pads():
     ids = torch.tensor([[0, 0, 1, 3], [0, 2, 1, 3]])
-    scores = generation.repetition_penalty(torch.ones(2, 4), ids, 2.0, padding=torch.tensor([2, 0]))
+    scores = sampling.repetition_penalty(torch.ones(2, 4), ids, 2.0, padding=torch.tensor([2, 0]))
     assert scores.tolist() == [[1, 0.5, 1, 0.5], [0.5, 0.5, 0.5, 0.5]]
 
 
 def test_repetition_penalty_ignores_ids_that_have_no_score():
-    assert generation.repetition_penalty(torch.ones(1, 2), torch.tensor([[5, 0]]), 2.0).tolist() == [[0.5, 1]]
+    assert sampling.repetition_penalty(torch.ones(1, 2), torch.tensor([[5, 0]]), 2.0).tolist() == [[0.5, 1]]
 
 
 def test_bad_words_match_the_end_of_each_row():
     words = [torch.tensor(word) for word in ([3], [1, 4], [0, 1, 5], [2, 2, 2, 2])]
-    scores = generation.ban_words(torch.zeros(2, 6), torch.tensor([[0, 1], [1, 1]]), words)
+    scores = sampling.ban_words(torch.zeros(2, 6), torch.tensor([[0, 1], [1, 1]]), words)
     assert (scores == NEGATIVE).nonzero().tolist() == [[0, 3], [0, 4], [0, 5], [1, 3], [1, 4]]
 
 
 def test_a_bad_word_longer_than_the_prompt_waits():
-    assert not generation.ban_words(torch.zeros(1, 4), torch.tensor([[2]]), [torch.tensor([2, 2, 3])]).any()
+    assert not sampling.ban_words(torch.zeros(1, 4), torch.tensor([[2]]), [torch.tensor([2, 2, 3])]).any()
 
 
 def test_rules_come_in_the_reference_order():
@@ -156,19 +156,19 @@ def test_rules_come_in_the_reference_order():
         repetition_penalty=1.5, bad_words_ids=[[0]], do_sample=True, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1
     )
     scores, ids = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]), torch.tensor([[1]])
-    for rule in generation.logits_rules(everything, 5, None, "cpu"):
+    for rule in sampling.logits_rules(everything, 5, None, "cpu"):
         scores = rule(scores, ids)
     # 4 / 1.5; 5 banned; (2.67, 3, 2, 1) / 0.5; the top 3 have probabilities 0.31, 0.61, 0.08, and 0.08 is below 1 - p
     assert scores.tolist() == [[NEGATIVE, pytest.approx(16 / 3), 6, NEGATIVE, NEGATIVE]]
 
 
 def test_greedy_search_has_no_sampling_rules():
-    assert not generation.logits_rules(GenerationConfig(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5), 9, None, "cpu")
+    assert not sampling.logits_rules(GenerationConfig(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5), 9, None, "cpu")
 
 
 def test_a_bad_word_that_is_an_eos_id_is_not_banned():
     config = GenerationConfig(bad_words_ids=[[3], [4]], eos_token_id=[3, 8])
-    (rule,) = generation.logits_rules(config, 9, None, "cpu")
+    (rule,) = sampling.logits_rules(config, 9, None, "cpu")
     assert (rule(torch.zeros(1, 9), torch.tensor([[1]])) == NEGATIVE).nonzero().tolist() == [[0, 4]]
 
 
@@ -179,18 +179,18 @@ probability = st.floats(0, 1).map(lambda x: round(x, 3))
 @settings(max_examples=40, deadline=None)
 @given(scores_of, st.integers(1, V + 5), probability, probability, st.data())
 def test_rules_equal_the_reference(scores, k, p, floor, data):
-    assert torch.equal(generation.top_k(scores, k), logits_process.TopKLogitsWarper(k)(None, scores))
-    assert torch.equal(generation.top_p(scores, p), logits_process.TopPLogitsWarper(p)(None, scores))
-    assert torch.equal(generation.min_p(scores, floor), logits_process.MinPLogitsWarper(floor)(None, scores))
+    assert torch.equal(sampling.top_k(scores, k), logits_process.TopKLogitsWarper(k)(None, scores))
+    assert torch.equal(sampling.top_p(scores, p), logits_process.TopPLogitsWarper(p)(None, scores))
+    assert torch.equal(sampling.min_p(scores, floor), logits_process.MinPLogitsWarper(floor)(None, scores))
     ids = torch.tensor([data.draw(st.lists(st.integers(0, V - 1), min_size=3, max_size=9))])
     padding = torch.tensor([data.draw(st.integers(0, 3))])
     penalty = data.draw(st.floats(0.1, 3))
     theirs = logits_process.RepetitionPenaltyLogitsProcessor(penalty, padding)(ids, scores.clone())
-    assert torch.equal(generation.repetition_penalty(scores, ids, penalty, padding), theirs)
+    assert torch.equal(sampling.repetition_penalty(scores, ids, penalty, padding), theirs)
     words = data.draw(st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=3), min_size=1, max_size=5))
     words.append([*ids[0, -2:].tolist(), 3])
     theirs = logits_process.NoBadWordsLogitsProcessor(words, [])(ids, scores)
-    assert torch.equal(generation.ban_words(scores, ids, [torch.tensor(word) for word in words]), theirs)
+    assert torch.equal(sampling.ban_words(scores, ids, [torch.tensor(word) for word in words]), theirs)
 
 
 def test_positions_count_real_tokens():
@@ -474,7 +474,7 @@ def test_a_checkpoint_setting_we_lack_is_refused_when_used_and_can_be_overruled(
 
 def test_settings_that_change_nothing_are_accepted(model):
     ids = torch.tensor([[8, 9]])
-    neutral = {**generation.UNSUPPORTED, "synced_gpus": False, "early_stopping": True, "logits_processor": []}
+    neutral = {**generation_config.UNSUPPORTED, "synced_gpus": False, "early_stopping": True, "logits_processor": []}
     assert torch.equal(model.generate(ids, **neutral), model.generate(ids))
 
 

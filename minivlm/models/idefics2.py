@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generation, loading
+from minivlm.generation_config import GenerationConfig
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention, check_implementation
 from minivlm.modules.cache import KVCache
@@ -329,7 +330,7 @@ class Idefics2ForConditionalGeneration(nn.Module):
         super().__init__()
         self.config = config
         self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
-        self.generation_config = generation.GenerationConfig.from_model_config(config)
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.model = Idefics2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)

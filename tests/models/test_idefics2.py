@@ -164,6 +164,16 @@ def test_embeddings_instead_of_ids(pair: Any) -> None:
 
 
 @torch.no_grad()
+def test_casting_a_loaded_model_keeps_rotary_frequencies(pair: Any, tmp_path: Path) -> None:
+    """The reference's `.to(bfloat16)` rounds its inv_freq buffer and moves logits; ours equals loading in bfloat16."""
+    reference, _, inputs = pair
+    folder = oracle.save(reference, tmp_path)
+    cast = Idefics2ForConditionalGeneration.from_pretrained(folder).to(torch.bfloat16)
+    loaded = Idefics2ForConditionalGeneration.from_pretrained(folder, dtype="bfloat16")
+    assert torch.equal(cast(**inputs).logits, loaded(**inputs).logits)
+
+
+@torch.no_grad()
 def test_features_can_be_reused_and_the_picture_matters(pair: Any) -> None:
     _, ours, inputs = pair
     text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -264,7 +274,7 @@ BAD_CONFIGS = {
     "unknown decoder": ({"text_config": {"model_type": "gpt2"}}, "'gpt2' is not supported"),
     "unknown activation": ({"text_config": {"hidden_act": "swish9"}}, "swish9"),
     "no layers": ({"text_config": {"num_hidden_layers": 0}}, "must be positive"),
-    "rope of another kind": ({"text_config": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
+    "rope of another kind": ({"text_config": {"rope_parameters": {"rope_type": "mrope", "factor": 2.0}}}, "mrope"),
     "a list for a part": ({"vision_config": [1]}, "JSON object"),
 }
 
