@@ -98,9 +98,9 @@ SETTINGS = tuple(item.name for item in fields(GenerationConfig) if item.name != 
 
 def settings_of(model: Any, config: GenerationConfig | None, kwargs: dict) -> tuple[GenerationConfig, dict[str, Any]]:
     """Split `kwargs` into settings (laid over the call's config, the checkpoint's and `DEFAULTS`) and model inputs."""
-    settings = GenerationConfig(**DEFAULTS)
-    for layer in (getattr(model, "generation_config", None), config):
-        settings = settings if layer is None else layer.over(settings)
+    settings = model.generation_config.over(GenerationConfig(**DEFAULTS))
+    settings.use_cache = True  # LLaVA 34B ships False, which gives the same ids and encodes the pictures at every token
+    settings = settings if config is None else config.over(settings)
     takes = set(inspect.signature(model.forward).parameters) - {*UNSUPPORTED, *HARMLESS, "logits_to_keep"}
     inputs = {name: value for name, value in kwargs.items() if name in takes and value is not None}
     settings = replace(settings, **{name: value for name, value in kwargs.items() if name in SETTINGS})

@@ -4,10 +4,11 @@ B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys
 
     eager     the formula, spelled out; the slow twin of the others
     sdpa      torch's fused kernel; a mask is built only where a description does not suffice
-    grouped   few queries on a CPU: query heads that share keys become rows of one matmul, so keys are never repeated
+    blocked   on a CPU, for one query or in half precision: matmuls over blocks of queries, in which the heads that
+              share keys are rows, so that keys are never repeated and blocks never look at keys that no query sees
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 # Names that users know from the reference, and what serves them here.
 IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa"}
+BLOCK = 128  # queries at a time: their scores stay in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,17 @@ class Mask:
         return self.valid is None and (not self.causal or self.queries == 1)
 
     @cached_property
+    def blocks(self) -> list[tuple[slice, "Mask"]]:
+        """The queries in runs of BLOCK, each with its own mask over the keys up to its last query."""
+        parts = []
+        for start in range(0, self.queries, BLOCK):
+            stop = min(start + BLOCK, self.queries)
+            keys = self.keys - self.queries + stop if self.causal else self.keys
+            valid = None if self.valid is None else self.valid[:, :keys]
+            parts.append((slice(start, stop), replace(self, queries=stop - start, keys=keys, valid=valid)))
+        return parts
+
+    @cached_property
     def dense(self) -> Tensor | None:
         """(B or 1, 1, T, S − first) bool, or None if `is_full`; built once and shared by all layers."""
         if self.is_full:
@@ -75,21 +88,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, back
 
     `backend` is one of IMPLEMENTATIONS or None for the best one here; ValueError for another name.
     """
+    chosen = choose_backend(backend, q, mask)
+    if chosen == "blocked":
+        return _blocked(q, k, v, mask, scale)
     if mask.first:
         k, v = k[:, :, mask.first :], v[:, :, mask.first :]
-    chosen = choose_backend(backend, q, mask)
-    if chosen == "grouped":
-        return _grouped(q, k, v, mask, scale)
-    if chosen == "eager":
-        return _eager(q, k, v, mask, scale)
-    return _sdpa(q, k, v, mask, scale)
+    return _eager(q, k, v, mask, scale) if chosen == "eager" else _sdpa(q, k, v, mask, scale)
 
 
 def choose_backend(requested: str | None, q: Tensor, mask: Mask) -> str:
-    """The path of a call: what was asked for; None and `sdpa` leave room for `grouped`."""
+    """The path of a call: what was asked for; None and `sdpa` leave room for `blocked` where that is faster.
+
+    Measured on 2 cores: one query over 2,900 keys takes 0.55 ms instead of 10.7 in bf16, and torch's CPU kernel runs at
+    60 % of the blocks' rate in bf16, but above it in fp32. Under autograd the blocks would keep all their weights.
+    """
     backend = "sdpa" if requested is None else check_implementation(requested)
-    if backend == "sdpa" and mask.queries == 1 and q.device.type == "cpu":
-        return "grouped"
+    if backend == "sdpa" and q.device.type == "cpu":
+        half = q.dtype != torch.float32 and not torch.is_grad_enabled()
+        return "blocked" if half or mask.queries == 1 else backend
     return backend
 
 
@@ -116,11 +132,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, dense, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    batch, heads, _, width = q.shape
-    rows = q.view(batch, k.shape[1], -1, width)  # (B, K, H/K, D): the heads that share keys, as rows
-    scores = rows @ k.transpose(2, 3) * scale  # (B, K, H/K, S)
-    if mask.dense is not None:
-        scores = scores.masked_fill(~mask.dense, torch.finfo(scores.dtype).min)
+def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    blocks = []
+    for queries, part in mask.blocks:
+        keys = slice(part.first, part.keys)
+        blocks.append(_grouped(q[:, :, queries], k[:, :, keys], v[:, :, keys], part.dense, scale))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None, scale: float) -> Tensor:
+    batch, heads, queries, width = q.shape
+    rows = q.reshape(batch, k.shape[1], -1, width)  # (B, K, H/K·T, D): heads that share keys stand below each other
+    scores = rows @ k.transpose(2, 3) * scale  # (B, K, H/K·T, S)
+    if dense is not None:
+        split = scores.view(batch, k.shape[1], -1, queries, k.shape[2])  # (B, K, H/K, T, S)
+        split.masked_fill_(~dense[:, :, None], torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v).view(batch, heads, 1, width)
+    return (weights @ v).view(batch, heads, queries, width)

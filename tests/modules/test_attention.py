@@ -1,12 +1,14 @@
 """Every path of `attention` against the formula in fp64, for every kind of mask; and the cache's bookkeeping."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from minivlm.modules.attention import Mask, attention, choose_backend
+from minivlm.modules.attention import Mask, _blocked, attention, choose_backend
 from minivlm.modules.cache import KVCache
 
 
@@ -57,14 +59,21 @@ def test_all_paths_follow_the_formula(case: tuple[Tensor, Tensor, Tensor, Mask])
     for backend in ("eager", "sdpa", None):
         found = attention(q, k, v, mask, scale=0.4, backend=backend)
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("minivlm.modules.attention.BLOCK", 2)
+        found = _blocked(q, k, v, replace(mask), 0.4)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_choice() -> None:
     one, many = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 5, 8)
-    assert choose_backend(None, one, Mask(1, 9, causal=True)) == "grouped"
-    assert choose_backend("sdpa", one, Mask(1, 9, causal=True)) == "grouped"
+    assert choose_backend(None, one, Mask(1, 9, causal=True)) == "blocked"
+    assert choose_backend("sdpa", one, Mask(1, 9, causal=True)) == "blocked"
     assert choose_backend("eager", one, Mask(1, 9, causal=True)) == "eager"
     assert choose_backend(None, many, Mask(5, 9, causal=True)) == "sdpa"
+    with torch.no_grad():
+        assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == "blocked"
+    assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == "sdpa"
     with pytest.raises(ValueError, match="known: eager, sdpa"):
         choose_backend("fast", one, Mask(1, 9))
 
