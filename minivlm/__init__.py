@@ -17,7 +17,17 @@ _HOME = {
     "Idefics2ImageProcessor": "minivlm.processing.idefics2",
     "Idefics2Model": "minivlm.models.idefics2",
     "Idefics2Processor": "minivlm.processing.idefics2",
+    "IdeficsConfig": "minivlm.models.idefics",
+    "IdeficsForVisionText2Text": "minivlm.models.idefics",
+    "IdeficsImageProcessor": "minivlm.processing.idefics",
+    "IdeficsModel": "minivlm.models.idefics",
+    "IdeficsProcessor": "minivlm.processing.idefics",
     "KVCache": "minivlm.modules.cache",
+    "LlavaNextConfig": "minivlm.models.llava_next",
+    "LlavaNextForConditionalGeneration": "minivlm.models.llava_next",
+    "LlavaNextImageProcessor": "minivlm.processing.llava_next",
+    "LlavaNextModel": "minivlm.models.llava_next",
+    "LlavaNextProcessor": "minivlm.processing.llava_next",
 }
 __all__ = sorted(_HOME)
 

@@ -6,14 +6,18 @@ from typing import Any
 from torch import nn
 
 from minivlm import hub
-from minivlm.models import idefics2
+from minivlm.models import idefics, idefics2, llava_next
+from minivlm.processing.idefics import IdeficsProcessor
 from minivlm.processing.idefics2 import Idefics2Processor
+from minivlm.processing.llava_next import LlavaNextProcessor
 
 # model_type → (model class, processor class)
 FAMILIES = {
+    "idefics": (idefics.IdeficsForVisionText2Text, IdeficsProcessor),
     "idefics2": (idefics2.Idefics2ForConditionalGeneration, Idefics2Processor),
+    "llava_next": (llava_next.LlavaNextForConditionalGeneration, LlavaNextProcessor),
 }
-PRESETS = {**idefics2.PRESETS}
+PRESETS = {**idefics.PRESETS, **idefics2.PRESETS, **llava_next.PRESETS}
 
 
 def family(model_type: Any, name: str = "this configuration") -> tuple[Any, Any]:

@@ -181,8 +181,7 @@ def _inspect_parser() -> _Parser:
     return parser
 
 
-# Attribute of the model → attribute of its config that holds its sizes, and the sizes worth showing.
-PART_CONFIGS = {"vision_model": "vision_config", "connector": "perceiver_config", "text_model": "text_config"}
+# The sizes of a part that are worth showing, and what to call them.
 SIZES = {
     **{"num_hidden_layers": "layers", "resampler_depth": "layers", "hidden_size": "width", "intermediate_size": "MLP"},
     **{"num_attention_heads": "heads", "resampler_n_heads": "heads", "num_key_value_heads": "KV heads"},
@@ -213,9 +212,9 @@ def describe(name: str) -> dict[str, Any]:
         config = loading.read_config(files, auto.family(model_type, name)[0].config_class)
     with torch.device("meta"):
         model = auto.family(model_type, name)[0](config)
-    parts = [_part(part, module, config) for part, module in _parts(model)]
+    parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
-    text, latents = config.text_config, config.perceiver_config.resampler_n_latents
+    text = config.text_config
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "model": name,
@@ -224,26 +223,30 @@ def describe(name: str) -> dict[str, Any]:
         "parts": parts,
         "parameters": total,
         "bytes": {dtype: total * size for dtype, size in BYTES.items()},
-        "tokens_per_image": {"whole": latents, "split": 5 * latents},  # split: four quarters and the whole
+        "tokens_per_image": config.image_tokens,
         "max_position_embeddings": text.max_position_embeddings,
         "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
     }
 
 
 def _parts(model: Any) -> Iterator[tuple[str, Any]]:
-    """The head, and the parts of the model under it."""
+    """The head, the parts of the model under it, and the parameters that it holds itself (LLaVA's `image_newline`)."""
     for name, child in model.named_children():
-        yield from child.named_children() if name == "model" else [(name, child)]
+        if name == "model":
+            yield from child.named_children()
+            yield from child.named_parameters(recurse=False)
+        else:
+            yield name, child
 
 
-def _part(name: str, module: Any, config: Any) -> dict[str, Any]:
-    part = getattr(config, PART_CONFIGS.get(name, ""), None)
-    sizes = {size: getattr(part, size) for size in SIZES if getattr(part, size, None) is not None}
-    if part is None:
-        sizes = {"hidden_size": module.in_features, "vocab_size": module.out_features}
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+def _part(name: str, part: Any) -> dict[str, Any]:
+    config = getattr(part, "config", None)
+    sizes = {size: getattr(config, size) for size in SIZES if getattr(config, size, None) is not None}
+    if name == "lm_head":
+        sizes = {"hidden_size": part.in_features, "vocab_size": part.out_features}
+    parameters = sum(parameter.numel() for parameter in ([part] if hasattr(part, "numel") else part.parameters()))
     memory = {dtype: parameters * size for dtype, size in BYTES.items()}
-    return {"part": name, "class": type(module).__name__, "sizes": sizes, "parameters": parameters, "bytes": memory}
+    return {"part": name, "class": type(part).__name__, "sizes": sizes, "parameters": parameters, "bytes": memory}
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -263,7 +266,7 @@ def _table(found: dict[str, Any]) -> str:
         [
             f"{found['model']} ({found['model_type']}, stored as {found['dtype'] or 'unknown dtype'})\n",
             *lines,
-            f"\ntokens per image: {tokens['whole']}, with image splitting {tokens['split']}",
+            f"\ntokens per image: {', '.join(f'{count} ({kind})' for kind, count in tokens.items())}",
             f"positions: {found['max_position_embeddings']:,}",
             f"cache per 1,000 tokens: {', '.join(f'{_memory(1000 * cache[dtype])} in {dtype}' for dtype in BYTES)}",
         ]

@@ -147,6 +147,8 @@ def _match(model: nn.Module, readers: list[Any], shards: list[Path]) -> dict[str
     for reader in readers:
         for hub_name in reader.keys():  # noqa: SIM118  (a reader is no dict)
             name = local_name(hub_name, model.hub_prefixes)
+            if name not in shapes and is_ignored(hub_name, model):
+                continue
             found = tuple(reader.get_slice(hub_name).get_shape())
             if name not in shapes:
                 unexpected.append(f"{hub_name} {list(found)}")
@@ -185,9 +187,16 @@ def local_name(hub_name: str, prefixes: dict[str, str]) -> str:
     return hub_name
 
 
+def is_ignored(hub_name: str, model: Any) -> bool:
+    """Whether a tensor of a file is one that the model class knows and does not need: its `hub_ignored` says why."""
+    return any(re.fullmatch(pattern, hub_name) for pattern in getattr(model, "hub_ignored", ()))
+
+
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    module = model.get_submodule(path)
+    trainable = tensor.is_floating_point() and getattr(module, leaf).requires_grad  # a model can freeze its parts
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=trainable))
 
 
 def wanted_dtype(asked: torch.dtype | str | None, stored: str | None) -> torch.dtype | None:
@@ -248,7 +257,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | 
 
 
 def _hub_name(name: str, prefixes: dict[str, str]) -> str:
-    return local_name(name, {ours: theirs for theirs, ours in prefixes.items()})
+    """The way back. Of several spellings in files, the table's first is the one that is written."""
+    return local_name(name, {ours: theirs for theirs, ours in reversed(prefixes.items())})
 
 
 def _split(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,7 +24,15 @@ import torch
 import transformers
 from PIL import Image
 
-from minivlm import Idefics2ImageProcessor
+from minivlm.processing.idefics2 import Idefics2ImageProcessor
+from minivlm.processing.llava_next import LlavaNextImageProcessor
+
+TILES = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+CASES = {
+    "Idefics2, whole": (Idefics2ImageProcessor, {"do_image_splitting": False}),
+    "Idefics2, split into 5": (Idefics2ImageProcessor, {"do_image_splitting": True}),
+    "LLaVA-NeXT, base and 4 tiles": (LlavaNextImageProcessor, TILES),
+}
 
 
 def photograph(width: int = 4000, height: int = 3000) -> bytes:
@@ -37,14 +46,14 @@ def photograph(width: int = 4000, height: int = 3000) -> bytes:
     return file.getvalue()
 
 
-def sides(splitting: bool) -> dict[str, Callable[[bytes], Any]]:
+def sides(kind: type, options: dict[str, Any]) -> dict[str, Callable[[bytes], Any]]:
     """Name → bytes of a JPEG to pixel_values. Decoding is part of the work on every side."""
-    ours = Idefics2ImageProcessor(do_image_splitting=splitting)
+    ours = kind(**options)
     found = {"minivlm": lambda data: ours(data, return_tensors="pt")}
-    for backend in ("pil", "torchvision"):
-        name = {"pil": "Idefics2ImageProcessorPil", "torchvision": "Idefics2ImageProcessor"}[backend]
-        if hasattr(transformers, name):
-            theirs = getattr(transformers, name)(do_image_splitting=splitting)
+    for backend, suffix in {"pil": "Pil", "torchvision": ""}.items():
+        # without torchvision the name is there all the same, and is the Pillow backend again
+        if backend == "pil" or find_spec("torchvision"):
+            theirs = getattr(transformers, kind.__name__ + suffix)(**options)
             found[f"transformers, {backend}"] = lambda data, theirs=theirs: theirs(
                 Image.open(io.BytesIO(data)), return_tensors="pt"
             )
@@ -58,8 +67,8 @@ def main() -> None:
     data = photograph()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"JPEG of {len(data) / 1e6:.1f} MB, {torch.get_num_threads()} threads, {versions}")
-    for splitting in (False, True):
-        calls = sides(splitting)
+    for title, case in CASES.items():
+        calls = sides(*case)
         pixels = {name: call(data)["pixel_values"] for name, call in calls.items()}
         assert torch.equal(pixels["minivlm"], pixels["transformers, pil"]), "the pixels differ: nothing to time"
         times = {name: [] for name in calls}
@@ -69,7 +78,7 @@ def main() -> None:
                 calls[name](data)
                 times[name].append(time.perf_counter() - start)
         ours = statistics.median(times["minivlm"])
-        print(f"\n| {'split into 5' if splitting else 'whole'} | median | best | ratio |\n| --- | ---: | ---: | ---: |")
+        print(f"\n| {title} | median | best | ratio |\n| --- | ---: | ---: | ---: |")
         for name, values in times.items():
             middle = statistics.median(values)
             print(f"| {name} | {middle * 1e3:.0f} ms | {min(values) * 1e3:.0f} ms | {middle / ours:.2f} |")

@@ -100,6 +100,12 @@ class Idefics2Config:
             "architectures": ["Idefics2ForConditionalGeneration"],
         }
 
+    @property
+    def image_tokens(self) -> dict[str, int]:
+        """Tokens that a picture takes in the prompt: alone, and with its four quarters."""
+        latents = self.perceiver_config.resampler_n_latents
+        return {"whole": latents, "split": 5 * latents}
+
 
 def _released(vocab_size: int) -> Idefics2Config:
     return Idefics2Config(
@@ -192,6 +198,7 @@ class Connector(nn.Module):
 
     def __init__(self, config: Idefics2Config) -> None:
         super().__init__()
+        self.config = config.perceiver_config
         vision, text = config.vision_config, config.text_config
         self.modality_projection = GatedMLP(
             vision.hidden_size, text.intermediate_size, text.hidden_act, text.hidden_size

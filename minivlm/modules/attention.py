@@ -26,7 +26,7 @@ class Mask:
 
     causal: query i (in slot S − T + i) sees no later slot.
     window: with `causal`, it sees the last `window` slots, its own included.
-    valid: (B, S) bool, False for padding slots; None where there is none.
+    valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
     """
 
     queries: int
@@ -59,7 +59,9 @@ class Mask:
         for start in range(0, self.queries, BLOCK):
             stop = min(start + BLOCK, self.queries)
             keys = self.keys - self.queries + stop if self.causal else self.keys
-            valid = None if self.valid is None else self.valid[:, :keys]
+            valid = self.valid
+            if valid is not None:
+                valid = valid[:, :keys] if valid.ndim == 2 else valid[:, start:stop, :keys]
             parts.append((slice(start, stop), replace(self, queries=stop - start, keys=keys, valid=valid)))
         return parts
 
@@ -68,7 +70,10 @@ class Mask:
         """(B or 1, 1, T, S − first) bool, or None if `is_full`; built once and shared by all layers."""
         if self.is_full:
             return None
-        valid = None if self.valid is None else self.valid[:, None, None, self.first :].bool()
+        valid = self.valid
+        if valid is not None:
+            valid = valid[:, None, None] if valid.ndim == 2 else valid[:, None]  # (B, 1, 1 or T, S)
+            valid = valid[..., self.first :].bool()
         return valid if not self.causal else self._causal(valid)
 
     def _causal(self, valid: Tensor | None) -> Tensor:

@@ -3,6 +3,8 @@
 L layers, B batch, K key/value heads, S slots, D head width.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,10 @@ class KVCache:
     ) -> None:
         self.data = torch.empty(2, layers, batch, heads, slots, width, device=device, dtype=dtype)
         self.length = 0
+        # For cross-attention (IDEFICS), as the model leaves them at prefill: keys and values of the M pictures that new
+        # tokens see, (B, H, M·Q, D) each, one pair for each of its blocks, and which of them a row sees, (B, 1, M).
+        self.cross: list[tuple[Tensor, Tensor]] = []
+        self.cross_seen: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -62,7 +68,29 @@ class KVCache:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
         self.length = length
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row rows[i] was (beam search): rows (B,) int64. Only filled slots move."""
-        filled = self.data[..., : self.length, :]
-        filled.copy_(filled.index_select(2, rows.to(self.data.device)))
+    def expand(self, times: int, slots: int) -> "KVCache":
+        """A copy with `slots` slots in which each row stands `times` times in a row; this cache stays as it is."""
+        wide = copy.copy(self)
+        shape = list(self.data.shape)
+        shape[2], shape[4] = self.batch * times, slots
+        wide.data = self.data.new_empty(shape)
+        split = wide.data.unflatten(2, (self.batch, times))  # (2, L, B, times, K, slots, D)
+        split[..., : self.length, :] = self.data[:, :, :, None, :, : self.length]
+        wide._move_pictures(torch.arange(self.batch, device=self.data.device).repeat_interleave(times))
+        return wide
+
+    def reorder(self, rows: Tensor, shared: int = 0) -> None:
+        """Row i becomes what row rows[i] was (beam search): rows (B,) int64. Only filled slots move.
+
+        With `shared`, rows[i] has seen the same pictures as row i and the same first `shared` tokens: these stay.
+        """
+        rows = rows.to(self.data.device)
+        moved = self.data[..., shared : self.length, :]
+        moved.copy_(moved.index_select(2, rows))
+        if not shared:
+            self._move_pictures(rows)
+
+    def _move_pictures(self, rows: Tensor) -> None:
+        """Row i sees the pictures of row rows[i]."""
+        self.cross = [(k[rows], v[rows]) for k, v in self.cross]
+        self.cross_seen = None if self.cross_seen is None else self.cross_seen[rows]

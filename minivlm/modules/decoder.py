@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
-from minivlm.modules.layers import GatedMLP, RMSNorm, rotary_cos_sin, rotary_frequencies, rotate
+from minivlm.modules.layers import GatedMLP, RMSNorm
+from minivlm.modules.rope import RopeScaling, read_rope, rotary_cos_sin, rotary_frequencies, rotate
 
 # Class defaults of the reference where they differ from `DecoderConfig`: real config files leave most fields out.
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -22,6 +23,16 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
         "sliding_window": None,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+        "bos_token_id": None,
+        "eos_token_id": None,
     },
 }
 
@@ -41,8 +52,11 @@ class DecoderConfig:
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 131072
-    sliding_window: int | None = 4096
+    sliding_window: int | None = 4096  # tokens that a layer sees, the newest included; null: all
+    use_sliding_window: bool = True  # Qwen2 keeps a size in sliding_window and says here that it is off
+    max_window_layers: int = 0  # layers below this one see everything whatever the window (Qwen2)
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
@@ -52,7 +66,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        hub_config.positive(self, *names, "max_position_embeddings")
+        hub_config.positive(self, *names, "max_position_embeddings", "rope_theta")
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -63,8 +77,14 @@ class DecoderConfig:
             raise ValueError(f"rotary embedding needs an even head_dim, found {self.head_dim}")
         if self.attention_bias or self.mlp_bias:
             raise ValueError("decoders with attention_bias or mlp_bias are not supported: no checkpoint here has them")
+        if self.model_type == "llama" or not self.use_sliding_window:
+            object.__setattr__(self, "sliding_window", None)
         if self.sliding_window is not None:
             hub_config.positive(self, "sliding_window")
+        for name in ("short_factor", "long_factor"):
+            divisors = getattr(self.rope_scaling, name, None)
+            if divisors is not None and len(divisors) != self.head_dim // 2:
+                raise ValueError(f"rope_scaling.{name} should have head_dim / 2 = {self.head_dim // 2} entries")
 
     @classmethod
     def from_hub(cls, values: dict[str, Any], **defaults: Any) -> "DecoderConfig":
@@ -72,20 +92,26 @@ class DecoderConfig:
         kind = values.get("model_type", "mistral")
         if kind not in CLASS_DEFAULTS:
             raise ValueError(f"text_config.model_type {kind!r} is not supported; known: {', '.join(CLASS_DEFAULTS)}")
-        return hub_config.from_hub(cls, _plain_rope(values), **{**CLASS_DEFAULTS[kind], **defaults})
+        known = {"max_position_embeddings": cls.max_position_embeddings, **CLASS_DEFAULTS[kind], **defaults, **values}
+        config = hub_config.from_hub(cls, {**known, "model_type": kind, **read_rope(known)})
+        layers = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
+        if kind == "qwen2" and values.get("layer_types") not in (None, layers):
+            raise ValueError("layer_types should follow from use_sliding_window and max_window_layers; leave it out")
+        return config
 
     def to_hub(self) -> dict[str, Any]:
         """A `text_config` that spells every field out."""
-        return asdict(self)
+        return {**asdict(self), "rope_scaling": self.rope_scaling and self.rope_scaling.to_hub()}
 
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2"
 
-def _plain_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before) as one plain `rope_theta`."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope type {kind!r} is not supported; known: default")
-    return {**values, "rope_theta": rope["rope_theta"]} if "rope_theta" in rope else dict(values)
+    @property
+    def windows(self) -> list[int | None]:
+        """For each layer the number of tokens it sees, the newest included; None = all."""
+        layers = range(self.num_hidden_layers)
+        return [self.sliding_window if layer >= self.max_window_layers else None for layer in layers]
 
 
 class DecoderAttention(nn.Module):
@@ -96,9 +122,9 @@ class DecoderAttention(nn.Module):
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(
@@ -144,6 +170,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.windows = config.windows
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -165,15 +192,14 @@ class Decoder(nn.Module):
         """
         x = inputs_embeds
         past = 0 if cache is None else cache.length
-        mask = self.mask(x, attention_mask, past)
+        masks = {window: self.mask(x, attention_mask, past, window) for window in set(self.windows)}
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, x.device)
-        cos, sin = rotary_cos_sin(position_ids, frequencies, x.dtype)  # (B, 1, T, D)
+        cos, sin = self.rotations(position_ids, x.dtype)  # (B, 1, T, D)
         for index, block in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = block(x, cos, sin, mask, cache, index, backend)
+            x = block(x, cos, sin, masks[self.windows[index]], cache, index, backend)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
@@ -181,7 +207,14 @@ class Decoder(nn.Module):
             cache.advance(inputs_embeds.shape[1])
         return x
 
-    def mask(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Mask:
+    def rotations(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin for the positions (B, T) of the new tokens, each (B, 1, T, D)."""
+        config, scaling = self.config, self.config.rope_scaling
+        trained = config.max_position_embeddings
+        frequencies = rotary_frequencies(position_ids, config.head_dim, config.rope_theta, scaling, trained)
+        return rotary_cos_sin(position_ids, frequencies, dtype, scaling.attention_scale if scaling else 1.0)
+
+    def mask(self, x: Tensor, attention_mask: Tensor | None, past: int, window: int | None) -> Mask:
         """What the T tokens of x (B, T, C) see, `past` tokens before them being cached."""
         slots = past + x.shape[1]
         if attention_mask is not None and attention_mask.shape != (x.shape[0], slots):
@@ -191,7 +224,6 @@ class Decoder(nn.Module):
             )
         if attention_mask is not None and x.shape[1] > 1 and attention_mask.all():
             attention_mask = None  # asked in prefill only: the answer waits for the device
-        window = self.config.sliding_window
         return Mask(x.shape[1], slots, causal=True, window=window, valid=attention_mask, device=x.device)
 
     def new_cache(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVCache:

@@ -1,7 +1,4 @@
-"""Small parts that several networks share: RMSNorm, rotary embedding, plain and gated MLP, random initialisation.
-
-B batch, T new tokens, H heads, D head width, C hidden width, F MLP width.
-"""
+"""Small parts that several networks share: RMSNorm, plain and gated MLP, random initialisation. C hidden width."""
 
 import functools
 from collections.abc import Callable
@@ -69,27 +66,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-@functools.lru_cache(maxsize=16)
-def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(−2i/D) for i < D/2, in fp32 whatever the model's dtype: a bf16 copy moves logits by 0.1."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    return 1.0 / (theta**exponents)
-
-
-def rotary_cos_sin(position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rotation table of RoFormer (Su et al. 2021). position_ids (B, T) → cos, sin, each (B, 1, T, D)."""
-    with torch.autocast(position_ids.device.type, enabled=False):
-        angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+D/2}): halves, not neighbours, as Hub weights are laid out. x: (B, H, T, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ for 64 places between `<fake_token_around_image>` marks, five times over when th
 Letters: B prompts, N pictures (crops included) in the fullest prompt, H and W the largest height and width of all.
 """
 
-import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,9 @@ import numpy as np
 
 from minivlm import hub
 from minivlm.processing import chat_template as chat
+from minivlm.processing.common import as_prompts, check_pixel_options, encode_all, pixel_table_of, read_processor
 from minivlm.processing.files import read_configs, write_json
-from minivlm.processing.images import (
-    image_rows,
-    load_image,
-    nest_images,
-    pixel_table,
-    resize,
-    write_pixels,
-)
+from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
 
@@ -82,18 +75,7 @@ class Idefics2ImageProcessor:
             raise ValueError(
                 f'size is {{"shortest_edge": a, "longest_edge": b}} with 1 <= a <= b <= 8192, found {self.size!r:.80}'
             )
-        if self.resample not in range(6):
-            raise ValueError(f"resample is one of Pillow's filters, 0 to 5 (2: bilinear), found {self.resample!r}")
-        for name, values in {
-            "image_mean": self.image_mean,
-            "image_std": self.image_std,
-            "rescale_factor": [self.rescale_factor] * 3,
-        }.items():
-            numbers = isinstance(values, list | tuple) and len(values) == 3
-            if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-                raise ValueError(f"{name} is made of numbers, one per channel (3), found {getattr(self, name)!r:.80}")
-        if 0 in self.image_std:
-            raise ValueError(f"image_std divides the pixels and so must not be 0, found {self.image_std}")
+        check_pixel_options(self)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "Idefics2ImageProcessor":
@@ -124,10 +106,7 @@ class Idefics2ImageProcessor:
             raise ValueError(f"pictures of {len(set(sizes))} sizes are not one tensor without padding; set do_pad=True")
         pixels = np.zeros((len(rows), count, 3, height, width), np.float32)
         mask = np.zeros((len(rows), count, height, width), np.int64)
-        table = pixel_table(
-            self.rescale_factor if self.do_rescale else None,
-            *((self.image_mean, self.image_std) if self.do_normalize else (None, None)),
-        )
+        table = pixel_table_of(self)
         for b, row in enumerate(rows):
             for n, part in enumerate(row):
                 write_pixels(part, table, pixels[b, n])
@@ -198,17 +177,9 @@ class Idefics2Processor:
             token=token,
             local_files_only=local_files_only,
         )
-        image_config, config = read_configs(source)
-        image_processor = Idefics2ImageProcessor.from_dict(image_config)
-        tokenizer = Tokenizer.from_source(source)
-        tokenizer.padding_side = changes.pop("padding_side", tokenizer.padding_side)
-        template = changes.pop("chat_template", None) or chat.find_template(source, config, tokenizer.config)
-        image_seq_len = changes.pop("image_seq_len", config.get("image_seq_len", 64))
-        unknown = set(changes) - {f.name for f in fields(Idefics2ImageProcessor)}
-        if unknown:
-            raise TypeError(f"from_pretrained got unknown options: {', '.join(sorted(unknown))}")
-        changes = {name: value for name, value in changes.items() if value is not None}
-        return cls(replace(image_processor, **changes), tokenizer, image_seq_len, template)
+        names = ["image_seq_len"]
+        image_processor, tokenizer, settings = read_processor(source, Idefics2ImageProcessor, names, changes)
+        return cls(image_processor, tokenizer, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
@@ -238,11 +209,8 @@ class Idefics2Processor:
             raise ValueError("pass text, images or both")
         if text is None:
             return self.image_processor(images, return_tensors)
-        prompts = [text] if isinstance(text, str) else text
-        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"text is a string or a list of strings, found {text!r:.80}")
         return self.encode_prompts(
-            prompts,
+            as_prompts(text),
             images,
             padding=padding,
             truncation=truncation,
@@ -264,10 +232,7 @@ class Idefics2Processor:
         rows = image_rows(images, [prompt.count(IMAGE) for prompt in prompts], IMAGE)
         splitting = self.image_processor.do_image_splitting
         expanded = [expand_prompt(prompt, self.image_seq_len, splitting) for prompt in prompts]
-        if guard is None:
-            bodies = [self.tokenizer.encode(text, add_special_tokens=False) for text in expanded]
-        else:
-            bodies = [self.tokenizer.encode_guarded(text, guard) for text in expanded]
+        bodies = encode_all(self.tokenizer, expanded, guard)
         inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
         if any(rows):
             inputs.update(self.image_processor(rows))

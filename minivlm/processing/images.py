@@ -4,7 +4,8 @@ Every route by which a picture enters goes through `load_image`, so one rule hol
 
 - the EXIF orientation is applied (a tag that makes no sense is ignored);
 - the result is 8-bit RGB, and **transparency is dropped, not composited**: the colours under it appear. This is what
-  `transformers` does when its *processor* is called (its bare image processors composite on white instead);
+  `transformers` does when its *processor* is called (its bare image processors composite on white instead). Only
+  IDEFICS asks for a `background`: it was trained on pictures laid on white;
 - grey becomes three equal channels, palettes, CMYK and YCbCr go through Pillow, 1-bit becomes 0 and 255;
 - 16-bit grey is scaled by 1/257 (65535 → 255), where Pillow's own conversion would turn it white;
 - 32-bit integer and float pictures (modes I and F) carry no range, so they are refused;
@@ -31,13 +32,19 @@ MAX_DOWNLOAD = 32 * 2**20  # bytes
 TIMEOUT = 20.0  # seconds, for one answer of the server and for the whole download
 
 
-def load_image(source: Any) -> Image.Image:
+def load_image(source: Any, background: str | None = None) -> Image.Image:
     """An upright RGB picture from a `PIL.Image`, a path, an http(s) or data URL, bytes, an array or a tensor.
 
     Arrays and tensors hold uint8, or floats in [0, 1], as (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+    Transparent parts show the colours under them, or `background`, if a colour is named there.
     Raises TypeError for anything else, OSError for missing, unreachable or damaged files, ValueError for data that is
     no picture, is ambiguous, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (checked before decoding).
     """
+    return _to_rgb(*_open(source), background)
+
+
+def _open(source: Any) -> tuple[Image.Image, str]:
+    """The picture, upright and in its own mode, and what to call it in errors."""
     if isinstance(source, Image.Image):
         return _finish(source, "the PIL image")
     if isinstance(source, bytes | bytearray | memoryview):
@@ -54,14 +61,14 @@ def load_image(source: Any) -> Image.Image:
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     if isinstance(source, np.ndarray):
-        return Image.fromarray(_array_to_uint8(source)).convert("RGB")
+        return Image.fromarray(_array_to_uint8(source)), "the array"
     raise TypeError(
         "a picture is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
         f"found {type(source).__name__}"
     )
 
 
-def _open_path(source: str | Path) -> Image.Image:
+def _open_path(source: str | Path) -> tuple[Image.Image, str]:
     try:
         path = Path(source).expanduser()
         is_file = path.is_file()
@@ -76,7 +83,7 @@ def _open_path(source: str | Path) -> Image.Image:
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, struct.error)
 
 
-def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
+def _decode(file: Path | io.BytesIO, name: str) -> tuple[Image.Image, str]:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -89,14 +96,14 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
         return _finish(image, name)
 
 
-def _finish(image: Image.Image, name: str) -> Image.Image:
-    """Size check, decoding, orientation, RGB, in this order."""
+def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
+    """Size check, decoding, orientation, in this order."""
     check_pixel_count(*image.size, name)
     try:
         image.load()
     except _BROKEN as error:
         raise OSError(f"{name} is damaged or cut off ({error}); fetch or export it again") from error
-    return _to_rgb(_upright(image), name)
+    return _upright(image), name
 
 
 def check_pixel_count(width: int, height: int, name: str) -> None:
@@ -119,8 +126,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB":
+def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Image:
+    transparent = background is not None and image.has_transparency_data
+    if image.mode == "RGB" and not transparent:
         return image
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint32)
@@ -131,13 +139,15 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             "and pass a uint8 array"
         )
     try:
+        if transparent:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot turn into RGB") from error
 
 
 def _array_to_uint8(array: np.ndarray) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W), uint8 or float in [0, 1] → uint8 (H, W) or (H, W, 3); alpha is dropped."""
+    """(H, W), (H, W, C) or (C, H, W), uint8 or float in [0, 1] → uint8 (H, W), (H, W, 3) or (H, W, 4)."""
     if array.ndim not in (2, 3):
         raise ValueError(f"one picture has 2 or 3 dimensions, found shape {array.shape}; pass a list for several")
     if array.ndim == 3:
@@ -148,7 +158,7 @@ def _array_to_uint8(array: np.ndarray) -> np.ndarray:
                 "(C, H, W) with 1, 3 or 4 channels; pass PIL.Image.fromarray(...) of the (H, W, C) uint8 array"
             )
         array = np.moveaxis(array, 0, 2) if first else array
-        array = array[..., 0] if array.shape[2] == 1 else array[..., :3]
+        array = array[..., 0] if array.shape[2] == 1 else array
     check_pixel_count(array.shape[1], array.shape[0], "the array")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)

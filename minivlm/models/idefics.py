@@ -1,0 +1,619 @@
+"""IDEFICS (Laurençon et al. 2023, "OBELICS", arXiv 2306.16527), an open Flamingo (Alayrac et al. 2022).
+
+    pictures ─ CLIP ViT-H ─ perceiver resampler ─ 64 vectors a picture ─┬─ keys, values ─┬─ keys, values ─ …
+                                                                        ▼                ▼
+    token ids ─ embedding ────────────────────────── gated cross-attention ─ 4 blocks ─ gated … ─ 4 blocks ─ … logits
+                                                                    └── Llama, 32 blocks in all ──┘
+
+What is special: pictures never become tokens. Their <image> token only says where they stand, and the text looks at
+them from extra blocks woven between those of a ready-made Llama, each behind a gate tanh(α) that is closed (α = 0)
+before training. `image_attention_mask` says which pictures a token sees: the processor allows the last one before it.
+Pictures do not depend on the text, so their keys and values are computed once, at prefill, and wait in the cache.
+
+B batch, T new tokens, N pictures of a row, P patches and the class token, Q vectors of a picture (latents, or P without
+a resampler), Cv vision width, C text width, H heads, D head width, V vocabulary, A added tokens.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minivlm import generation, loading
+from minivlm.generation_config import GenerationConfig
+from minivlm.modules import config as hub_config
+from minivlm.modules.attention import Mask, attention, check_implementation
+from minivlm.modules.cache import KVCache
+from minivlm.modules.clip import ClipConfig, ClipVisionTower
+from minivlm.modules.decoder import Decoder, DecoderConfig
+from minivlm.modules.layers import GatedMLP, RMSNorm, initialize
+from minivlm.modules.outputs import Output, next_token_loss
+from minivlm.modules.rope import RopeScaling, read_rope
+
+Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated block
+
+# ---- Configuration ---------------------------------------------------------------------------------------------------
+
+# The tower's class defaults: ViT-H in all but its width, which every checkpoint gives as `embed_dim` (1280).
+_SIZES = {"hidden_size": 768, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+VISION = ClipConfig(**_SIZES, patch_size=14, hidden_act="gelu")
+# What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
+FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
+ALPHA_TYPES = ("float", "vector")
+ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
+
+
+@dataclass(frozen=True)
+class PerceiverConfig:
+    """Sizes of the perceiver resampler, in the Hub's words; its width is that of the vision tower."""
+
+    resampler_n_latents: int = 64
+    resampler_depth: int = 6
+    resampler_n_heads: int = 16
+    resampler_head_dim: int = 96
+    qk_layer_norms_perceiver: bool = False
+
+    def __post_init__(self) -> None:
+        hub_config.positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
+
+
+@dataclass(frozen=True)
+class IdeficsConfig:
+    """The text model's fields lie flat beside what joins it to the pictures, as on the Hub.
+
+    `dropout`, 0 in every checkpoint, is not among them: there is none here.
+    """
+
+    model_type: ClassVar[str] = "idefics"
+
+    vision_config: ClipConfig = VISION
+    perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
+    use_resampler: bool = False
+    cross_layer_interval: int = 1  # a gated block before every so many-th decoder block, the first included
+    qk_layer_norms: bool = False  # in gated blocks only
+    alpha_type: str = "float"  # one gate for all channels, or "vector": one for each
+    alpha_initializer: str = "zeros"
+    alphas_initializer_range: float = 0.0
+    vocab_size: int = 32000
+    additional_vocab_size: int = 0  # tokens behind the vocabulary, with tables of their own
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list | None = 2
+    freeze_text_layers: bool = True
+    freeze_text_module_exceptions: list | tuple = ()
+    freeze_vision_layers: bool = True
+    freeze_vision_module_exceptions: list | tuple = ()
+    freeze_lm_head: bool = False
+    tie_word_embeddings: bool = False
+    dtype: str | None = None  # of the stored weights
+
+    def __post_init__(self) -> None:
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=true is not supported: no released IDEFICS checkpoint ties them")
+        hub_config.positive(self, "cross_layer_interval", "num_attention_heads")
+        hub_config.divides(self, "cross_layer_interval", "num_hidden_layers")
+        hub_config.divides(self, "num_attention_heads", "hidden_size")
+        _ = self.decoder  # which checks its fields
+        if self.additional_vocab_size < 0:
+            raise ValueError(f"additional_vocab_size should be 0 or more, found {self.additional_vocab_size}")
+        for name, known in {"alpha_type": ALPHA_TYPES, "alpha_initializer": ALPHA_INITIALIZERS}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} should be one of {', '.join(known)}, found {getattr(self, name)!r}")
+        for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if unknown := set(getattr(self, name)) - set(FREEZE_EXCEPTIONS):
+                raise ValueError(f"{name} knows {', '.join(FREEZE_EXCEPTIONS)}; found {sorted(unknown)}")
+
+    @classmethod
+    def from_hub(cls, values: dict[str, Any]) -> "IdeficsConfig":
+        """Read a `config.json`. Raises ValueError that names a field of a wrong type or size.
+
+        As the reference, it knows sizes of the tower and the resampler only inside their parts, not at the top level.
+        """
+        values = {name: value for name, value in values.items() if value is not None}
+        vision = values.get("vision_config", {})
+        if isinstance(vision, dict) and "embed_dim" in vision:
+            vision = {**vision, "hidden_size": vision["embed_dim"]}
+        parts = {
+            "vision_config": hub_config.from_hub(ClipConfig, vision, **asdict(VISION)),
+            "perceiver_config": hub_config.from_hub(PerceiverConfig, values.get("perceiver_config", {})),
+            "dtype": values.get("dtype", values.get("torch_dtype")),
+        }
+        positions = {"max_position_embeddings": cls.max_position_embeddings}
+        return hub_config.from_hub(cls, {**values, **parts, **read_rope({**positions, **values})})
+
+    def to_hub(self) -> dict[str, Any]:
+        """A `config.json` that spells every field out."""
+        vision = asdict(self.vision_config)
+        return {
+            **asdict(self),
+            "vision_config": {"embed_dim": vision.pop("hidden_size"), **vision, "model_type": "idefics_vision"},
+            "rope_scaling": self.rope_scaling and self.rope_scaling.to_hub(),
+            "model_type": self.model_type,
+            "architectures": ["IdeficsForVisionText2Text"],
+        }
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The Llama inside: our fields of the same names."""
+        shared = {item.name for item in fields(self)} & {item.name for item in fields(DecoderConfig)}
+        ours = {name: getattr(self, name) for name in shared}
+        return DecoderConfig(**ours, model_type="llama", num_key_value_heads=None, sliding_window=None)
+
+
+def _released(added: int, **text: Any) -> IdeficsConfig:
+    return IdeficsConfig(
+        vision_config=replace(VISION, hidden_size=1280),
+        perceiver_config=PerceiverConfig(qk_layer_norms_perceiver=True),
+        use_resampler=True,
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        additional_vocab_size=added,
+        freeze_text_layers=False,
+        freeze_vision_layers=False,
+        dtype="bfloat16",
+        **text,
+    )
+
+
+_80B = {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
+
+PRESETS = {
+    "HuggingFaceM4/idefics-9b": _released(2),  # <fake_token_around_image>, <image>
+    "HuggingFaceM4/idefics-9b-instruct": _released(3),  # and <end_of_utterance>
+    "HuggingFaceM4/idefics-80b": _released(2, **_80B, rms_norm_eps=1e-5),
+    "HuggingFaceM4/idefics-80b-instruct": _released(3, **_80B, rms_norm_eps=1e-5),
+}
+
+# ---- Perceiver resampler ---------------------------------------------------------------------------------------------
+
+
+class PerceiverAttention(nn.Module):
+    """The latents look at the patches and at themselves; both are normalised first, apart. No biases in the maps."""
+
+    def __init__(self, config: PerceiverConfig, width: int) -> None:
+        super().__init__()
+        self.head_dim = config.resampler_head_dim
+        inner = config.resampler_n_heads * self.head_dim  # 1536 in the checkpoints, where `width` is 1280
+        self.context_layer_norm = nn.LayerNorm(width)
+        self.latents_layer_norm = nn.LayerNorm(width)
+        norm = nn.LayerNorm if config.qk_layer_norms_perceiver else nn.Identity
+        self.q_layer_norm, self.k_layer_norm = norm(self.head_dim), norm(self.head_dim)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.output_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        """latents (n, Q, Cv), context (n, P, Cv) → (n, Q, Cv)."""
+        latents = self.latents_layer_norm(latents)
+        everything = torch.cat([self.context_layer_norm(context), latents], dim=1)  # (n, P + Q, Cv)
+        heads = (-1, self.head_dim)
+        q = self.q_layer_norm(self.q_proj(latents).unflatten(-1, heads).transpose(1, 2))  # (n, H, Q, D)
+        k = self.k_layer_norm(self.k_proj(everything).unflatten(-1, heads).transpose(1, 2))  # (n, H, P + Q, D)
+        v = self.v_proj(everything).unflatten(-1, heads).transpose(1, 2)
+        # Not `attention`, whose softmax is in fp32: the reference scales q first and stays in the model's dtype.
+        scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (n, H, Q, P + Q)
+        weights = (scores - scores.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1)
+        return self.output_proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class PerceiverMLP(nn.Module):
+    """c_proj(relu(fc(norm(x)))) without biases."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, 4 * width, bias=False)
+        self.c_proj = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.fc(self.ln(x)).relu())
+
+
+class PerceiverResampler(nn.Module):
+    """All patches of a picture in, `resampler_n_latents` vectors out (Flamingo, section 3.1)."""
+
+    def __init__(self, config: PerceiverConfig, width: int) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(config.resampler_n_latents, width))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(config, width), PerceiverMLP(width)])
+            for _ in range(config.resampler_depth)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """context (n, P, Cv) → (n, Q, Cv)."""
+        latents = self.latents.expand(len(context), -1, -1)
+        for attend, mlp in self.blocks:
+            latents = latents + attend(latents, context)
+            latents = latents + mlp(latents)
+        return self.layer_norm(latents)
+
+
+# ---- Gated cross-attention -------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """Queries from the text, keys and values from the pictures. No positions, no biases."""
+
+    def __init__(self, config: IdeficsConfig) -> None:
+        super().__init__()
+        text, vision = config.hidden_size, config.vision_config.hidden_size
+        self.head_dim = text // config.num_attention_heads
+        self.q_proj = nn.Linear(text, text, bias=False)
+        self.k_proj = nn.Linear(vision, text, bias=False)
+        self.v_proj = nn.Linear(vision, text, bias=False)
+        self.o_proj = nn.Linear(text, text, bias=False)
+        norm = RMSNorm if config.qk_layer_norms else nn.Identity
+        self.q_layer_norm = norm(self.head_dim, config.rms_norm_eps)
+        self.k_layer_norm = norm(self.head_dim, config.rms_norm_eps)
+
+    def keys_values(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """vectors (B, N·Q, Cv) → keys and values (B, H, N·Q, D) each: all that is ever needed of the pictures."""
+        k = self.k_proj(vectors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(vectors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.k_layer_norm(k), v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str | None) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        mixed = attention(self.q_layer_norm(q), k, v, mask, scale=self.head_dim**-0.5, backend=backend)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class GatedBlock(nn.Module):
+    """Cross-attention, then an MLP, each behind its own gate (Flamingo, section 3.2).
+
+    The MLP also runs for tokens, and whole prompts, that see no picture.
+    """
+
+    def __init__(self, config: IdeficsConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn = CrossAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.alpha_cross_attn = _alpha(config)
+        self.alpha_dense = _alpha(config)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Mask, blind: Tensor, backend: str | None) -> Tensor:
+        """x (B, T, C), k and v (B, H, N·Q, D); blind (B, T, 1) bool marks the tokens that see no picture."""
+        found = self.cross_attn(self.input_layernorm(x), k, v, mask, backend)
+        x = x + self.alpha_cross_attn.tanh() * found.masked_fill(blind, 0.0)
+        return x + self.alpha_dense.tanh() * self.mlp(self.post_attention_layernorm(x))
+
+
+def _alpha(config: IdeficsConfig) -> nn.Parameter:
+    """A gate's α as it starts. (The reference fails for random ones of type "float".)"""
+    shape = (1,) if config.alpha_type == "float" else (1, 1, config.hidden_size)
+    if config.alpha_initializer in ("zeros", "ones"):
+        return nn.Parameter(torch.full(shape, float(config.alpha_initializer == "ones")))
+    return nn.Parameter(torch.randn(shape) * config.alphas_initializer_range)
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+
+class IdeficsModel(nn.Module):
+    """Vision tower, resampler, decoder with gated blocks in between: everything but the heads that make logits."""
+
+    def __init__(self, config: IdeficsConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, added = config.vision_config.hidden_size, config.additional_vocab_size
+        self.vision_model = ClipVisionTower(config.vision_config)
+        self.perceiver_resampler = PerceiverResampler(config.perceiver_config, width) if config.use_resampler else None
+        self.text_model = Decoder(config.decoder)
+        self.additional_embedding = nn.Embedding(added, config.hidden_size) if added else None
+        gated = config.num_hidden_layers // config.cross_layer_interval
+        self.gated_cross_attn_layers = nn.ModuleList(GatedBlock(config) for _ in range(gated))
+        if config.freeze_text_layers:
+            _freeze(self.text_model.layers, config.freeze_text_module_exceptions)
+            _freeze(self.text_model.norm, config.freeze_text_module_exceptions)
+            _freeze(self.text_model.embed_tokens)
+        if config.freeze_vision_layers:
+            _freeze(self.vision_model, config.freeze_vision_module_exceptions)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, T) → (B, T, C): ids from V on are rows of the additional table. IndexError beyond V + A."""
+        if self.additional_embedding is None:
+            return self.text_model.embed_tokens(input_ids)
+        added = input_ids >= self.config.vocab_size
+        known = self.text_model.embed_tokens(input_ids.masked_fill(added, 0))
+        new = self.additional_embedding((input_ids - self.config.vocab_size).clamp(min=0))
+        return torch.where(added[..., None], new, known)
+
+    def encode(self, name: str, pictures: Tensor, seen: Tensor, interpolate: bool, backend: str | None) -> Tensor:
+        """The pictures' vectors (B, N, Q, Cv), from what the argument of this name holds. seen: (B, T, N) bool.
+
+        Pictures that no token sees, such as those that fill up rows with fewer, do not go through the tower: their
+        vectors are zeros, and only one each where nothing is seen at all.
+        """
+        pictures = pictures.to(self.text_model.norm.weight.dtype)
+        if name == "perceiver_embeddings":
+            return pictures
+        wanted = seen.any(dim=1)  # (B, N)
+        if not wanted.any():
+            return pictures.new_zeros(*wanted.shape, 1, self.config.vision_config.hidden_size)
+        patches = pictures[wanted]  # (n, 3, height, width) or (n, P, Cv)
+        if name == "pixel_values":  # all P hidden states of the last block, class token and all, not normalised
+            patches = self.vision_model(patches, backend=backend, interpolate=interpolate)[0]
+        vectors = patches if self.perceiver_resampler is None else self.perceiver_resampler(patches)  # (n, Q, Cv)
+        everything = vectors.new_zeros(*wanted.shape, *vectors.shape[1:])
+        everything[wanted] = vectors
+        return everything
+
+    def look(
+        self, given: dict[str, Tensor], mask: Tensor | None, x: Tensor, cache: KVCache | None, *options: Any
+    ) -> tuple[Tensor | None, Pairs, Tensor]:
+        """What the tokens x (B, T, C) see: the pictures' vectors (B, N, Q, Cv) or None from the cache, their keys and
+        values (B, H, N·Q, D) for each gated block, and which of them each token sees, (B, T, N) bool.
+
+        given: the arguments that hold pictures, by name. mask: image_attention_mask. options: as of `encode`.
+        """
+        if not given and cache is not None and cache.cross:
+            return None, cache.cross, cache.cross_seen.expand(-1, x.shape[1], -1)
+        name, pictures = self._checked(given, len(x))
+        seen = _seen(mask, pictures.shape[1], x, 0 if cache is None else cache.length)
+        vectors = self.encode(name, pictures, seen, *options)
+        cross = [gated.cross_attn.keys_values(vectors.flatten(1, 2)) for gated in self.gated_cross_attn_layers]
+        if cache is not None:
+            cache.cross, cache.cross_seen = _latest(cross, seen)
+        return vectors, cross, seen
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_encoder_embeddings: Tensor | None = None,
+        perceiver_embeddings: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        interpolate_pos_encoding: bool = False,
+        backend: str | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """→ (final hidden states (B, T, C), picture vectors (B, N, Q, Cv), or None from the cache). Arguments as below.
+
+        hidden_states: a list that receives what enters the first decoder block (behind the first gated one, as in the
+        reference) and every decoder block's output, the last one normalised.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds, and not both")
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        cache, past = past_key_values, 0 if past_key_values is None else past_key_values.length
+        if cache is not None and cache.batch != len(x):
+            raise ValueError(f"the cache holds {cache.batch} rows, found {len(x)}")
+        mask = self.text_model.mask(x, attention_mask, past, None)
+        if position_ids is None:
+            position_ids = _positions(x, attention_mask, past)
+        cos, sin = self.text_model.rotations(position_ids, x.dtype)  # (B, 1, T, D)
+        given = {
+            "pixel_values": pixel_values,
+            "image_encoder_embeddings": image_encoder_embeddings,
+            "perceiver_embeddings": perceiver_embeddings,
+        }
+        given = {name: pictures for name, pictures in given.items() if pictures is not None}
+        vectors, cross, seen = self.look(given, image_attention_mask, x, cache, interpolate_pos_encoding, backend)
+        sight = _sight(seen, cross[0][0].shape[2])
+
+        for index, block in enumerate(self.text_model.layers):
+            number, rest = divmod(index, self.config.cross_layer_interval)
+            if rest == 0:
+                x = self.gated_cross_attn_layers[number](x, *cross[number], *sight, backend)
+            if index == 0 and hidden_states is not None:
+                hidden_states.append(x)
+            x = block(x, cos, sin, mask, cache, index, backend)
+            if hidden_states is not None:
+                hidden_states.append(x)
+        x = self.text_model.norm(x)
+        if hidden_states is not None:
+            hidden_states[-1] = x
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return x, vectors
+
+    def _checked(self, given: dict[str, Tensor], rows: int) -> tuple[str, Tensor]:
+        """Name and content of the one argument that holds the pictures."""
+        if len(given) != 1:
+            raise ValueError(
+                "pass exactly one of pixel_values, image_encoder_embeddings and perceiver_embeddings, found "
+                f"{', '.join(given) or 'none'}; the processor makes pixel_values for prompts without pictures too"
+            )
+        ((name, pictures),) = given.items()
+        if name == "perceiver_embeddings" and self.perceiver_resampler is None:
+            raise ValueError("this model has no resampler (use_resampler=false); pass image_encoder_embeddings")
+        width = self.config.vision_config.hidden_size
+        fits = pictures.ndim == 5 if name == "pixel_values" else pictures.ndim == 4 and pictures.shape[3] == width
+        if not fits or len(pictures) != rows or not pictures.shape[1]:
+            rest = "channels, height, width" if name == "pixel_values" else f"vectors, {width}"
+            raise ValueError(f"{name} should be (batch = {rows}, pictures, {rest}), found {tuple(pictures.shape)}")
+        return name, pictures
+
+
+def _positions(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+    """(B or 1, T). Of the three families' references only this one derives them from the mask; padding gets 1."""
+    if attention_mask is None:
+        return torch.arange(past, past + x.shape[1], device=x.device)[None]
+    places = attention_mask.long().cumsum(1) - 1
+    return places.masked_fill(attention_mask == 0, 1)[:, past:]
+
+
+def _seen(mask: Tensor | None, number: int, x: Tensor, past: int) -> Tensor:
+    """Which of N pictures each new token sees, (B, T, N) bool, from image_attention_mask (B, R, N).
+
+    Its R rows are those of the T new tokens, or of all from the first one on. Tokens behind the last row, generated
+    since, see what it sees.
+    """
+    rows, tokens = x.shape[:2]
+    found = None if mask is None else tuple(mask.shape)
+    fits = found is not None and len(found) == 3 and (found[0], found[2]) == (rows, number)
+    if not fits or not (found[1] == tokens or past < found[1] <= past + tokens):
+        raise ValueError(
+            f"image_attention_mask should be (batch, tokens, pictures) = {(rows, past + tokens, number)}, found {found}"
+        )
+    if found[1] != tokens:
+        later = mask[:, -1:].expand(-1, past + tokens - found[1], -1)
+        mask = torch.cat([mask, later], dim=1)[:, past:]
+    return mask.bool()
+
+
+def _latest(cross: Pairs, seen: Tensor) -> tuple[Pairs, Tensor]:
+    """What the cache keeps: keys and values of the pictures that the last token sees, for new tokens see the same.
+
+    That is one picture, as a rule, however many there are: a decode step costs the same after 16 as after 1.
+    cross (B, H, N·Q, D), seen (B, T, N) → (B, H, M·Q, D), (B, 1, M), M the most that a row sees, or 1.
+    """
+    last = seen[:, -1:]  # (B, 1, N)
+    most = max(1, int(last.sum(dim=2).max()))
+    order = last.int().argsort(dim=2, descending=True, stable=True)[:, :, :most]  # (B, 1, M): the seen ones first
+
+    def kept(tensor: Tensor) -> Tensor:
+        pictures = tensor.unflatten(2, (seen.shape[2], -1))  # (B, H, N, Q, D)
+        return pictures.take_along_dim(order[..., None, None], dim=2).flatten(2, 3)
+
+    return [(kept(k), kept(v)) for k, v in cross], last.take_along_dim(order, dim=2)
+
+
+def _sight(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
+    """Of seen (B, T, N) the mask over all N·Q keys, and which tokens see no picture, (B, T, 1) bool.
+
+    These are let see everything, so that no softmax is empty; what they get is set to 0 afterwards.
+    """
+    blind = ~seen.any(dim=2, keepdim=True)
+    valid = (seen | blind).repeat_interleave(keys // seen.shape[2], dim=2)  # (B, T, N·Q)
+    return Mask(seen.shape[1], keys, valid=valid), blind
+
+
+def _freeze(module: nn.Module, exceptions: tuple[str, ...] = ()) -> None:
+    """Training leaves the parameters of `module` alone, but for those of the layers named (`FREEZE_EXCEPTIONS`)."""
+    trained = tuple(FREEZE_EXCEPTIONS[name] for name in exceptions)
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.requires_grad_(isinstance(part, trained))
+
+
+class IdeficsForVisionText2Text(nn.Module):
+    """The model with its heads: logits, loss, `generate`, `from_pretrained`, `save_pretrained`."""
+
+    config_class = IdeficsConfig
+    # Prefixes of names on the Hub → here. transformers 4 and 5 write the same ones.
+    hub_prefixes: ClassVar[dict[str, str]] = {
+        "model.embed_tokens.additional_embedding.": "model.additional_embedding.",
+        "model.embed_tokens.": "model.text_model.embed_tokens.",
+        "model.layers.": "model.text_model.layers.",
+        "model.norm.": "model.text_model.norm.",
+        "lm_head.additional_fc.": "additional_fc.",
+    }
+    # Buffers of early versions, in the released files only: pattern of the name → why it is not needed.
+    hub_ignored: ClassVar[dict[str, str]] = {
+        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "follows from rope_theta and the head width",
+        r"model\.gated_cross_attn_layers\.\d+\.cross_attn\.rotary_emb\.inv_freq": "cross-attention has no positions",
+        r"model\.vision_model\.embeddings\.position_ids": "the numbers 0, 1, 2, …",
+    }
+
+    from_pretrained = classmethod(loading.from_pretrained)
+    save_pretrained = loading.save_pretrained
+    generate = generation.generate
+
+    def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.model = IdeficsModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        added = config.additional_vocab_size
+        self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
+        initialize(self, config.initializer_range)
+        if config.freeze_lm_head:
+            _freeze(self.lm_head)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for `batch` rows of `slots` tokens, to be passed as `past_key_values`."""
+        return self.model.text_model.new_cache(batch, slots, self.device, self.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_encoder_embeddings: Tensor | None = None,
+        perceiver_embeddings: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+    ) -> Output:
+        """One pass over T new tokens.
+
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
+        past_key_values: a cache from `new_cache`, extended in place. It also keeps what the last token sees of the
+        pictures: a call without pictures goes on with these.
+        pixel_values: (B, N, 3, height, width), or in its place image_encoder_embeddings: (B, N, P, Cv), last states of
+        `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
+        pictures that no token saw are zeros.
+        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token sees this picture. Rows that are missing
+        at the end are like the last one.
+        interpolate_pos_encoding: stretch the tower's positions to pictures of another size.
+        labels: (B, T) like input_ids, −100 = not counted. The loss is over all V + A logits; the reference's, which
+        counts on V, fails for every released checkpoint.
+        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
+
+        Raises ValueError where the shapes do not fit, or pictures or their mask are missing.
+        """
+        hidden_states = [] if output_hidden_states else None
+        x, vectors = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            pixel_values,
+            image_encoder_embeddings,
+            perceiver_embeddings,
+            image_attention_mask,
+            inputs_embeds,
+            past_key_values,
+            interpolate_pos_encoding,
+            self.attn_implementation,
+            hidden_states,
+        )
+        x = x[:, -logits_to_keep:]
+        logits = self.lm_head(x)  # (B, T or logits_to_keep, V)
+        if self.additional_fc is not None:
+            logits = torch.cat([logits, self.additional_fc(x)], dim=-1)  # (…, V + A)
+        return Output(
+            logits=logits,
+            loss=None if labels is None else next_token_loss(logits, labels),
+            past_key_values=past_key_values,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            image_hidden_states=vectors,
+        )

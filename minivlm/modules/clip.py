@@ -1,0 +1,135 @@
+"""CLIP's vision transformer (Radford et al. 2021), for LLaVA-NeXT (ViT-L/14 at 336 pixels) and IDEFICS (ViT-H/14).
+
+N pictures (or tiles) of S×S pixels, P patches each, C hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm.modules import config as hub_config
+from minivlm.modules.attention import Mask
+from minivlm.modules.siglip import SiglipEncoder
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of the vision tower, in the Hub's words; defaults as in the reference's CLIPVisionConfig."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+        hub_config.positive(self, *names, "patch_size")
+        hub_config.divides(self, "num_attention_heads", "hidden_size")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
+
+    @classmethod
+    def from_hub(cls, values: dict[str, Any]) -> "ClipConfig":
+        """Read a `vision_config`. Raises ValueError if it is of another kind of tower."""
+        config = hub_config.from_hub(cls, values)
+        kind = values.get("model_type", "clip_vision_model")
+        if kind != "clip_vision_model":
+            raise ValueError(f"vision_config.model_type {kind!r} is not supported; known: clip_vision_model")
+        return config
+
+    def to_hub(self) -> dict[str, Any]:
+        """A `vision_config` that spells every field out."""
+        return {**asdict(self), "model_type": "clip_vision_model"}
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+
+class ClipEmbeddings(nn.Module):
+    """The class token, then a linear map of each patch, row by row; every place has a learned position."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch, size = config.patch_size, config.hidden_size
+        self.class_embedding = nn.Parameter(torch.randn(size) * size**-0.5)
+        self.patch_embedding = nn.Conv2d(config.num_channels, size, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(1 + config.grid**2, size)
+
+    def forward(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
+        """pixel_values (N, 3, S, S), or of another size with `interpolate` → (N, 1 + P, C). Else raises ValueError."""
+        channels, size = self.config.num_channels, self.config.image_size
+        found = tuple(pixel_values.shape[1:])
+        stretch = interpolate and found[0] == channels and min(found[1:]) >= self.config.patch_size
+        if found != (channels, size, size) and not stretch:
+            raise ValueError(
+                f"this vision tower takes pictures of {(channels, size, size)}, found {found}; IDEFICS takes others "
+                "with interpolate_pos_encoding=True"
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (N, C, h, w)
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1) + self.positions(*found[1:])
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The learned positions (1 + P, C), those of patches stretched to a picture of height x width pixels."""
+        learned, grid, patch = self.position_embedding.weight, self.config.grid, self.config.patch_size
+        high, wide = height // patch, width // patch
+        if height == width and high == grid:
+            return learned
+        # The order of the reference: scales rather than sizes, and 0.1 against rounding; both move the sampling points.
+        scale = ((high + 0.1) / grid, (wide + 0.1) / grid)
+        square = learned[1:].unflatten(0, (grid, grid)).permute(2, 0, 1)[None]  # (1, C, G, G)
+        stretched = F.interpolate(square.float(), scale_factor=scale, mode="bicubic", align_corners=False)
+        return torch.cat([learned[:1], stretched[0].flatten(1).T.to(learned.dtype)])
+
+
+class ClipVisionTower(nn.Module):
+    """Pictures in, hidden states out. The blocks are those of SigLIP, which changed CLIP's loss and not its network.
+
+    The Hub spells the first norm `pre_layrnorm`. `post_layernorm` is for CLIP's pooled output, which no model here
+    uses; it is part of every checkpoint, so it is kept and nothing passes through it.
+    """
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = ClipEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = SiglipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        layers: Sequence[int] = (-1,),
+        backend: str | None = None,
+        interpolate: bool = False,
+    ) -> list[Tensor]:
+        """pixel_values (N, 3, S, S) → the hidden states (N, 1 + P, C) of each of `layers`, class token first.
+
+        State 0 enters the first block, state i leaves the i-th, and −1 is the last one. Blocks behind the highest state
+        asked for do not run. `interpolate`: pictures of any size, to which the learned positions are stretched.
+        Raises ValueError for pictures of another size without it, IndexError for a state there is not.
+        """
+        blocks = self.encoder.layers
+        wanted = [range(len(blocks) + 1)[layer] for layer in layers]
+        x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate))
+        mask = Mask(x.shape[1], x.shape[1])
+        states = {0: x}
+        for index, block in enumerate(blocks[: max(wanted)], start=1):
+            x = block(x, mask, backend)
+            if index in wanted:
+                states[index] = x
+        return [states[layer] for layer in wanted]

@@ -1,0 +1,80 @@
+"""What the processors of the three models share: reading their folders, checking their settings, encoding prompts."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from minivlm import hub
+from minivlm.processing import chat_template as chat
+from minivlm.processing.files import read_configs
+from minivlm.processing.images import pixel_table
+from minivlm.processing.tokenizer import Tokenizer
+
+# red, green and blue of the pictures that CLIP was trained on
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def read_processor(
+    source: hub.Source, image_processor_class: type, names: Iterable[str], changes: dict[str, Any]
+) -> tuple[Any, Tokenizer, dict[str, Any]]:
+    """The image processor and the tokenizer of a checkpoint, and what it says about the processor's settings `names`.
+
+    `changes` are the caller's and win: fields of the image processor, padding_side, chat_template and `names`. One of
+    None counts as not given. TypeError for any other name.
+    """
+    image_config, config = read_configs(source)
+    image_processor = image_processor_class.from_dict(image_config)
+    tokenizer = Tokenizer.from_source(source)
+    template = chat.find_template(source, config, tokenizer.config)
+    settings = {name: config.get(name) for name in names} | {"chat_template": template}
+    image_fields = {f.name for f in fields(image_processor_class)}
+    unknown = set(changes) - image_fields - set(settings) - {"padding_side"}
+    if unknown:
+        raise TypeError(f"from_pretrained got unknown options: {', '.join(sorted(unknown))}")
+    changes = {name: value for name, value in changes.items() if value is not None}
+    tokenizer.padding_side = changes.get("padding_side", tokenizer.padding_side)
+    settings |= {name: changes[name] for name in settings if name in changes}
+    image_changes = {name: value for name, value in changes.items() if name in image_fields}
+    return (
+        replace(image_processor, **image_changes),
+        tokenizer,
+        {name: value for name, value in settings.items() if value is not None},
+    )
+
+
+def check_pixel_options(options: Any) -> None:
+    """ValueError unless an image processor's resample, image_mean, image_std and rescale_factor make sense."""
+    if options.resample not in range(6):
+        raise ValueError(f"resample is one of Pillow's filters, 0 to 5 (2: bilinear), found {options.resample!r}")
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        found = getattr(options, name)
+        values = [found] * 3 if name == "rescale_factor" else found
+        numbers = isinstance(values, list | tuple) and len(values) == 3
+        if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+            raise ValueError(f"{name} is made of numbers, one per channel (3), found {found!r:.80}")
+    if 0 in options.image_std:
+        raise ValueError(f"image_std divides the pixels and so must not be 0, found {options.image_std}")
+
+
+def pixel_table_of(options: Any) -> np.ndarray:
+    """`pixel_table` (3, 256) by the fields of an image processor."""
+    mean, std = (options.image_mean, options.image_std) if options.do_normalize else (None, None)
+    return pixel_table(options.rescale_factor if options.do_rescale else None, mean, std)
+
+
+def as_prompts(text: Any) -> list[str]:
+    """One prompt or several as a list. ValueError for anything else."""
+    prompts = [text] if isinstance(text, str) else text
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"text is a string or a list of strings, found {text!r:.80}")
+    return list(prompts)
+
+
+def encode_all(tokenizer: Tokenizer, prompts: list[str], guard: str | None) -> list[list[int]]:
+    """Ids of each prompt, without bos; with `guard`, see `Tokenizer.encode_guarded`."""
+    if guard is None:
+        return [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    return [tokenizer.encode_guarded(prompt, guard) for prompt in prompts]

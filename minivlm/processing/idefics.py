@@ -1,0 +1,338 @@
+"""IDEFICS's pictures and prompts (Laurençon et al. 2023, "OBELICS", arXiv 2306.16527, section 5).
+
+A prompt is a list in which texts and pictures take turns. Each picture is squeezed into a square; in the text it is one
+`<image>` (I) between `<fake_token_around_image>` marks (F). Its features never enter the text: the decoder looks at
+them through cross-attention, each token at the latest picture before it, as `image_attention_mask` says.
+
+    ["Two:", cat, dog, "the last is"]  →  <s> Two : F I F I F the last is
+    sees picture                           –   –  – – 0 0 1 1  1   1   1
+
+Letters: B prompts, T tokens, N pictures of the fullest prompt (at least 1), S the side of the square.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from minivlm import hub
+from minivlm.processing import chat_template as chat
+from minivlm.processing.common import check_pixel_options, encode_all, pixel_table_of, read_processor
+from minivlm.processing.files import read_configs, write_json
+from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing.inputs import Inputs
+from minivlm.processing.tokenizer import Tokenizer
+
+FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+PICTURES = (Image.Image, Path, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)  # in a prompt, beside URLs
+URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]\S*|data:image/\S*", re.IGNORECASE)
+FILE_NAME = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+
+
+@dataclass
+class IdeficsImageProcessor:
+    """Pictures → pixel values. The fields are those of preprocessor_config.json, in old files and new ones.
+
+    Differs from `transformers` 5.23, where the way in decides: here every picture is turned upright first, and what is
+    transparent is laid on white, as in training. (There, `PIL` pictures keep their orientation, and those from URLs
+    lose their transparency.)
+    """
+
+    image_size: int = 224
+    image_num_channels: int = 3
+    image_mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
+    image_std: list[float] = field(default_factory=lambda: list(CLIP_STD))
+    resample: int = 3  # Pillow's number for bicubic
+    do_resize: bool = True
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if type(self.image_size) is not int or not 1 <= self.image_size <= 8192:
+            raise ValueError(f"image_size is the side of a square in pixels, 1 to 8192, found {self.image_size!r:.80}")
+        if self.image_num_channels != 3:
+            raise ValueError(f"image_num_channels is 3, for pictures are RGB; found {self.image_num_channels!r:.80}")
+        check_pixel_options(self)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "IdeficsImageProcessor":
+        """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
+        size = config.get("size") or {"height": None}
+        if not isinstance(size, dict) or len(set(size.values())) > 1:
+            raise ValueError(f"IDEFICS's pictures are squares, found size={size!r:.80}")
+        config = {"image_size": size.get("height"), **config}
+        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "IdeficsImageProcessor":
+        """From a folder or Hub id; `where` is what `hub.source` takes."""
+        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, as transformers reads it."""
+        names = {"image_processor_type": "IdeficsImageProcessor", "processor_class": "IdeficsProcessor"}
+        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+
+    def __call__(
+        self, images: Any, return_tensors: str | None = None, transform: Callable[[Image.Image], Any] | None = None
+    ) -> Any:
+        """One picture or lists of them → (N, 3, S, S) float32, an array or, for "pt", a tensor (and no dict, as there).
+
+        `transform`, for training, takes the place of all steps: it gets the upright RGB picture and returns a tensor.
+        """
+        pictures = self.fetch_images(images)
+        if not pictures:
+            raise ValueError("no image: pass at least one")
+        if transform is not None:
+            pixels = np.stack([np.asarray(transform(picture)) for picture in pictures])
+            return Inputs(pixel_values=pixels).convert(return_tensors)["pixel_values"]
+        if self.do_resize:
+            pictures = [resize(picture, self.image_size, self.image_size, self.resample) for picture in pictures]
+        if len(sizes := {picture.size for picture in pictures}) > 1:
+            raise ValueError(f"pictures of {len(sizes)} sizes are not one tensor; set do_resize=True")
+        width, height = pictures[0].size
+        pixels = np.empty((len(pictures), 3, height, width), np.float32)
+        table = pixel_table_of(self)
+        for picture, out in zip(pictures, pixels, strict=True):
+            write_pixels(picture, table, out)
+        return Inputs(pixel_values=pixels).convert(return_tensors)["pixel_values"]
+
+    def fetch_images(self, images: Any) -> list[Image.Image]:
+        """URLs, files and all else that `load_image` takes, as upright RGB pictures on white."""
+        return [load_image(image, background="white") for row in nest_images(images) for image in row]
+
+
+class IdeficsProcessor:
+    """Prompts of texts and pictures → everything that the model takes; ids → text.
+
+    Differs from `transformers` 5.23 in four ways, and a test names each:
+
+    - `processor(prompts)` works, as its documentation has it (there it fails: the first argument is `images` now);
+    - ids follow the checkpoint's tokenizer.json, as in transformers 4: a blank after a special token stays;
+    - `<end_of_utterance>` goes between two texts if the tokenizer knows it, as in transformers 4 (5.23 looks in the
+      wrong place, and so never does it), but not where the prompt has written it itself (there it then stands twice);
+    - behind a `</s>` a text still sees its picture (there it does not, and an answer behind one is given blindly); what
+      ends the view is `</s><s>`, the border between packed documents.
+
+    And what would pass unnoticed there is refused: marks of pictures typed in a text, truncation that cuts a picture.
+    """
+
+    def __init__(
+        self,
+        image_processor: IdeficsImageProcessor,
+        tokenizer: Tokenizer,
+        image_size: int | None = None,
+        add_end_of_utterance_token: bool | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        if image_size is not None:
+            image_processor = replace(image_processor, image_size=image_size)
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.add_end_of_utterance_token, self.chat_template = add_end_of_utterance_token, chat_template
+        tokenizer.add_tokens([FAKE, IMAGE], special=True)
+        self.fake_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids([FAKE, IMAGE])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        use_fast: bool | None = None,
+        **changes: Any,
+    ) -> "IdeficsProcessor":
+        """From a folder or Hub id. `changes` override fields of the image processor (image_size=…), padding_side,
+        add_end_of_utterance_token or chat_template. `use_fast` is accepted: there is one way here."""
+        source = hub.source(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        names = ("add_end_of_utterance_token",)
+        image_processor, tokenizer, settings = read_processor(source, IdeficsImageProcessor, names, changes)
+        return cls(image_processor, tokenizer, **settings)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        config = {
+            "add_end_of_utterance_token": self.add_end_of_utterance_token,
+            "chat_template": self.chat_template,
+            "processor_class": "IdeficsProcessor",
+        }
+        known = {name: value for name, value in config.items() if value is not None}
+        write_json(Path(folder) / "processor_config.json", known)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        *,
+        padding: bool | str = "longest",
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+        add_end_of_utterance_token: bool | None = None,
+        add_eos_token: bool = False,
+        transform: Callable[[Image.Image], Any] | None = None,
+    ) -> Inputs:
+        """input_ids, attention_mask (B, T), pixel_values (B, N, 3, S, S), image_attention_mask (B, T, N).
+
+        Given alone, either argument is the prompts, `processor(prompts)`. A prompt is a list of texts and pictures; a
+        batch is a list of such lists. **A flat list is one prompt**, `["hello", "bye"]` too: it reads "hellobye". A
+        string alone is a prompt of one text. Pictures are `PIL` images, URLs in a string of their own (which are
+        fetched, so let no stranger write an item), `pathlib.Path`s, bytes, arrays and tensors. Blanks at the ends of a
+        text are dropped. Given both, `text` is one string per prompt and `images` one picture for each, which goes
+        before the text, or a list for each, which goes after it (as there).
+
+        Prompts without pictures get one of zeros that no token sees. `add_eos_token` ends every prompt with `</s>`.
+        ValueError for marks of pictures in a text and for truncation that would cut a picture.
+        """
+        separator = self._separator(add_end_of_utterance_token)
+        prompts = [write_prompt(p, separator, f"prompt {n}") for n, p in enumerate(read_prompts(images, text))]
+        begin = self.tokenizer.bos_token or ""
+        end = (self.tokenizer.eos_token or "") if add_eos_token else ""
+        bodies = encode_all(self.tokenizer, [begin + written + end for written, _ in prompts], None)
+        options = {"padding": padding, "truncation": truncation, "max_length": max_length, "add_special_tokens": False}
+        ids = self.tokenizer.assemble(bodies, keep=self.fake_token_id, **options)
+        return self._with_pictures(ids, [pictures for _, pictures in prompts], transform).convert(return_tensors)
+
+    def _separator(self, wanted: bool | None) -> str:
+        wanted = self.add_end_of_utterance_token if wanted is None else wanted
+        known = END_OF_UTTERANCE in self.tokenizer.all_special_tokens
+        if wanted and not known:
+            raise ValueError(f"add_end_of_utterance_token: the tokenizer of this checkpoint has no {END_OF_UTTERANCE}")
+        return END_OF_UTTERANCE if known and wanted is not False else ""
+
+    def encode_prompts(
+        self,
+        prompts: list[str],
+        images: Any = None,
+        *,
+        guard: str | None = None,
+        return_tensors: str | None = None,
+        **options: Any,
+    ) -> Inputs:
+        """For chat templates: prompts with `<image>` for each picture; see `Tokenizer.encode_guarded` for `guard`."""
+        rows = image_rows(images, [prompt.count(IMAGE) for prompt in prompts], IMAGE)
+        marked = [prompt.replace(IMAGE, FAKE + IMAGE + FAKE).replace(FAKE + FAKE, FAKE) for prompt in prompts]
+        ids = self.tokenizer.assemble(encode_all(self.tokenizer, marked, guard), keep=self.fake_token_id, **options)
+        return self._with_pictures(ids, rows).convert(return_tensors)
+
+    def _with_pictures(self, inputs: Inputs, rows: list[list[Any]], transform: Any = None) -> Inputs:
+        """Add pixel_values and image_attention_mask; `keep` above needs only F: no cut takes an I and leaves its Fs."""
+        most, side = max(1, *map(len, rows)), self.image_processor.image_size
+        pixels = self.image_processor(rows, transform=transform) if any(rows) else np.zeros((0, 3, side, side))
+        inputs["pixel_values"] = np.zeros((len(rows), most, *pixels.shape[1:]), np.float32)
+        inputs["pixel_values"][np.arange(most) < np.array([[len(row)] for row in rows])] = pixels
+        ids = [np.array(row) for row in inputs["input_ids"]]
+        border = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        masks = [visible(row, self.image_token_id, border, most) for row in ids]
+        masks = [mask.astype(np.int64) for mask in masks] if any(rows) else masks  # bool in text alone, as there
+        inputs["image_attention_mask"] = np.stack(masks) if len({len(row) for row in ids}) == 1 else masks
+        return inputs
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
+        """Messages → prompt (default), ids (`tokenize`) or all inputs (`return_dict`); see `chat_template.apply`.
+
+        The released checkpoints have no template. With one, what users typed, URLs too, stays text.
+        """
+        return chat.apply(self, conversation, **options)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
+        """`Tokenizer.decode`."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """`Tokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def read_prompts(images: Any, text: Any) -> list[list[Any]]:
+    """The two arguments of a call as one list of items per prompt; see `IdeficsProcessor.__call__`."""
+    if images is None and text is None:
+        raise ValueError("pass prompts, or images and text")
+    if images is not None and text is not None:
+        images = images if isinstance(images, list | tuple) else [images]
+        return _pairs(images, [text] if isinstance(text, str) else text)
+    prompts = text if images is None else images
+    prompts = prompts if isinstance(prompts, list | tuple) else [prompts]
+    nested = [isinstance(prompt, list | tuple) for prompt in prompts]
+    if not prompts or any(nested) != all(nested):
+        raise ValueError(f"prompts are a list of texts and pictures, or a list of such lists; found {prompts!r:.80}")
+    return [list(prompt) for prompt in prompts] if all(nested) else [list(prompts)]
+
+
+def _pairs(images: list[Any], texts: Any) -> list[list[Any]]:
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"beside images, text is a string or a list of strings, found {texts!r:.80}")
+    if not texts or len(texts) != len(images):
+        raise ValueError(f"{len(images)} images for {len(texts)} texts; pass one per text, or a list of them per text")
+    nested = any(row is None or isinstance(row, list | tuple) for row in images)
+    rows = nest_images(images) if nested else [[image] for image in images]
+    rows = [[Path(item) if _is_text(item) else item for item in row] for row in rows]  # under images, a name of a file
+    return [[text, *row] if nested else [*row, text] for text, row in zip(texts, rows, strict=True)]
+
+
+def write_prompt(items: list[Any], separator: str, name: str) -> tuple[str, list[Any]]:
+    """A prompt's text, with marks for its pictures, and the pictures. `separator` goes between a text and the next.
+
+    TypeError for an item that is neither text nor picture, ValueError for a text with marks of pictures.
+    """
+    written, pictures, before = "", [], None
+    for number, item in enumerate(items):
+        if _is_text(item):
+            item = item.strip(" ")
+            _check_text(item, f"{name}, item {number}")
+            if isinstance(before, str) and not (before.endswith(END_OF_UTTERANCE) or item.startswith(END_OF_UTTERANCE)):
+                written += separator
+            written, before = written + item, item
+        elif isinstance(item, (str, *PICTURES)):
+            written += IMAGE + FAKE if before is pictures else FAKE + IMAGE + FAKE
+            pictures.append(item.strip() if isinstance(item, str) else item)
+            before = pictures
+        else:
+            raise TypeError(
+                f"{name}, item {number}: an item is a text, a URL, a PIL.Image, a pathlib.Path, bytes, an array or a "
+                f"tensor; found {type(item).__name__}"
+            )
+    return written, pictures
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, str) and not URL.fullmatch(item.strip())
+
+
+def _check_text(text: str, name: str) -> None:
+    if found := [mark for mark in (FAKE, IMAGE) if mark in text]:
+        raise ValueError(
+            f"{name} is a text with {found[0]} typed in it; put the picture itself there, as an item of its own "
+            '(["User:", picture, "What is this?"])'
+        )
+    if FILE_NAME.fullmatch(text):
+        warnings.warn(f"{name}: {text!r} is read as text; for the picture pass pathlib.Path({text!r})", stacklevel=4)
+
+
+def visible(ids: np.ndarray, image_id: int, border: tuple[int | None, int | None], pictures: int) -> np.ndarray:
+    """ids (T,) → (T, pictures) bool: a token sees the latest picture before it, from its own `<image>` on.
+
+    `border` is (eos, bos): where both stand side by side, another document begins, which sees nothing of those before.
+    """
+    count = np.cumsum(ids == image_id)  # pictures so far
+    begins = np.append(False, (ids[:-1] == border[0]) & (ids[1:] == border[1]))
+    earlier = np.maximum.accumulate(np.where(begins, count, 0))  # of them, those before this document
+    return np.where(count > earlier, count, 0)[:, None] == np.arange(1, pictures + 1)

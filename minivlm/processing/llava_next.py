@@ -1,0 +1,322 @@
+"""LLaVA-NeXT's pictures and prompts (Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge").
+
+A picture is seen whole, squeezed into a square, and enlarged, on a canvas that is cut into squares; the geometry is
+drawn in `modules/anyres.py`. In the text every `<image>` becomes as many as the model will have features for: 576 to
+2928 with the released settings, and nothing around them.
+
+Letters: B prompts, N pictures of all prompts in order of appearance, T squares of the picture with most, S their side.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from minivlm import hub
+from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement, tile_grid
+from minivlm.processing import chat_template as chat
+from minivlm.processing.common import (
+    CLIP_MEAN,
+    CLIP_STD,
+    as_prompts,
+    check_pixel_options,
+    encode_all,
+    pixel_table_of,
+    read_processor,
+)
+from minivlm.processing.files import read_configs, write_json
+from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing.inputs import Inputs
+from minivlm.processing.tokenizer import Tokenizer
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@dataclass
+class LlavaNextImageProcessor:
+    """Pictures → pixel_values and image_sizes. The fields are those of preprocessor_config.json.
+
+    The defaults are the values of all released checkpoints; transformers' own, squares of 224, are those of none.
+    `do_convert_rgb` changes nothing: pictures always become upright RGB by the rules of `load_image`. (For paths and
+    URLs 5.23 does the same. A `PIL.Image` it does not turn, and lays on white what is transparent in it.)
+    """
+
+    do_convert_rgb: bool = True
+    do_resize: bool = True
+    size: dict[str, int] = field(default_factory=lambda: {"shortest_edge": 336})
+    resample: int = 3  # Pillow's number for bicubic
+    do_center_crop: bool = True
+    crop_size: dict[str, int] = field(default_factory=lambda: {"height": 336, "width": 336})
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
+    image_std: list[float] = field(default_factory=lambda: list(CLIP_STD))
+    do_pad: bool = True
+    image_grid_pinpoints: list[list[int]] = field(default_factory=lambda: [list(p) for p in PINPOINTS])
+
+    def __post_init__(self) -> None:
+        edge, tile = _side("size", self.size), self.tile
+        if edge != tile and not self.do_center_crop:
+            raise ValueError(f"squares of {edge} (size) are no tiles of {tile} (crop_size); set do_center_crop=True")
+        check_pinpoints(self.image_grid_pinpoints, tile)
+        check_pixel_options(self)
+
+    @property
+    def tile(self) -> int:
+        """S, the side of the base and of every tile, in pixels: what the vision tower takes."""
+        return _side("crop_size", self.crop_size)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "LlavaNextImageProcessor":
+        """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
+        if config.get("image_grid_pinpoints") is None:
+            raise ValueError(
+                "these settings of an image processor have no image_grid_pinpoints, so they are not LLaVA-NeXT's; pass "
+                f"them as [[height, width], …], for the released checkpoints {PINPOINTS}"
+            )
+        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "LlavaNextImageProcessor":
+        """From a folder or Hub id; `where` is what `hub.source` takes."""
+        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, as transformers reads it."""
+        names = {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
+        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+
+    def __call__(self, images: Any, return_tensors: str | None = None) -> Inputs:
+        """Images, flat or in lists → pixel_values (N, T, 3, S, S) float32, the base first, then the tiles row by row,
+        and image_sizes (N, 2) int64, the (height, width) of the pictures as they came. Missing tiles are exactly 0.0.
+        """
+        pictures = [load_image(image) for row in nest_images(images) for image in row]
+        if not pictures:
+            raise ValueError("no image: pass at least one, or leave images out for a prompt of text alone")
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        grids = [tile_grid(size, self.image_grid_pinpoints, self.tile) for size in sizes]
+        counts = [1 + rows * columns for rows, columns in grids]
+        if not self.do_pad and len(set(counts)) > 1:
+            raise ValueError(f"pictures of {sorted(set(counts))} squares are not one tensor; set do_pad=True")
+        pixels = np.zeros((len(pictures), max(counts), 3, self.tile, self.tile), np.float32)
+        table = pixel_table_of(self)
+        for n, picture in enumerate(pictures):
+            for t, square in enumerate(self.squares(picture)):
+                write_pixels(square, table, pixels[n, t])
+        return Inputs(pixel_values=pixels, image_sizes=np.array(sizes, np.int64)).convert(return_tensors)
+
+    def squares(self, picture: Image.Image) -> Iterator[Image.Image]:
+        """The base and the tiles of an RGB picture. What is padding on the canvas is black, not 0.0."""
+        edge, tile = _side("size", self.size), self.tile
+        yield self._centre(resize(picture, edge, edge, self.resample))
+        size = picture.height, picture.width
+        canvas_height, canvas_width = best_resolution(size, self.image_grid_pinpoints)
+        top, left, height, width = placement(size, (canvas_height, canvas_width))
+        canvas = Image.new("RGB", (canvas_width, canvas_height))
+        canvas.paste(resize(picture, height, width, self.resample), (left, top))
+        for y in range(0, canvas_height, tile):
+            for x in range(0, canvas_width, tile):
+                square = canvas.crop((x, y, x + tile, y + tile))
+                yield self._centre(resize(square, edge, edge, self.resample) if self.do_resize else square)
+
+    def _centre(self, square: Image.Image) -> Image.Image:
+        """Its middle of side S, with black around it where it is smaller; nothing to do in the released settings."""
+        if not self.do_center_crop or square.width == self.tile:
+            return square
+        start = (square.width - self.tile) // 2
+        return square.crop((start, start, start + self.tile, start + self.tile))
+
+
+class LlavaNextProcessor:
+    """Prompts and pictures → everything that the model takes; ids → text.
+
+    `num_additional_image_tokens` counts the class token that CLIP puts before its patches. It is 1 unless it is given;
+    `transformers` 5.23 takes 0 then, which makes one place too few for the model. Batches are padded on the left, as
+    generation needs it, unless the checkpoint's files or the caller say otherwise.
+    """
+
+    def __init__(
+        self,
+        image_processor: LlavaNextImageProcessor,
+        tokenizer: Tokenizer,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str = "default",
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 1,
+    ) -> None:
+        if not isinstance(image_token, str) or not image_token:
+            raise ValueError(f"image_token is the text that marks the place of a picture, found {image_token!r:.80}")
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.patch_size, self.vision_feature_select_strategy = patch_size, vision_feature_select_strategy
+        self.chat_template, self.num_additional_image_tokens = chat_template, num_additional_image_tokens
+        tokenizer.add_tokens([image_token], special=True)
+        if image_token not in tokenizer.all_special_tokens:
+            raise ValueError(
+                f"tokenizer.json has {image_token} as ordinary text, not as the special token it should be"
+            )
+        self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
+        if patch_size is not None:
+            self.image_places(1, 1)  # bad settings are found here, not at the first picture
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        use_fast: bool | None = None,
+        **changes: Any,
+    ) -> "LlavaNextProcessor":
+        """From a folder or Hub id. `changes` override fields of the image processor (image_grid_pinpoints=[…]),
+        padding_side, chat_template, patch_size, … `use_fast` is accepted: there is one way here.
+
+        Older processor files lack patch_size; it is then read from the model's config.json.
+        """
+        source = hub.source(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        names = ("patch_size", "vision_feature_select_strategy", "image_token", "num_additional_image_tokens")
+        image_processor, tokenizer, settings = read_processor(source, LlavaNextImageProcessor, names, changes)
+        if not {"patch_size", "vision_feature_select_strategy"} <= settings.keys():
+            settings = _from_model_config(source) | settings
+        return cls(image_processor, tokenizer, **settings)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        config = {
+            "chat_template": self.chat_template,
+            "image_token": self.image_token,
+            "num_additional_image_tokens": self.num_additional_image_tokens,
+            "patch_size": self.patch_size,
+            "processor_class": "LlavaNextProcessor",
+            "vision_feature_select_strategy": self.vision_feature_select_strategy,
+        }
+        known = {name: value for name, value in config.items() if value is not None}
+        write_json(Path(folder) / "processor_config.json", known)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        *,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> Inputs:
+        """input_ids and attention_mask (B, L), and with images pixel_values (N, T, 3, S, S) and image_sizes (N, 2).
+
+        `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
+        `<image>` in a text needs one. `processor(prompt, image)`, as older documentation writes it, works too.
+        ValueError for counts that differ and for truncation that would cut a picture.
+        """
+        if self._is_prompt(images) and not self._is_prompt(text):
+            images, text = text, images
+        if text is None and images is None:
+            raise ValueError("pass text, images or both")
+        if text is None:
+            return self.image_processor(images, return_tensors)
+        return self.encode_prompts(
+            as_prompts(text),
+            images,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            add_special_tokens=add_special_tokens,
+        )
+
+    def encode_prompts(
+        self,
+        prompts: list[str],
+        images: Any = None,
+        *,
+        guard: str | None = None,
+        return_tensors: str | None = None,
+        **options: Any,
+    ) -> Inputs:
+        """What `__call__` and `apply_chat_template` share; see `Tokenizer.encode_guarded` for `guard`."""
+        rows = image_rows(images, [prompt.count(self.image_token) for prompt in prompts], self.image_token)
+        pictures = self.image_processor(rows) if any(rows) else Inputs()
+        sizes = pictures.image_sizes.tolist() if pictures else []
+        places = iter([self.image_places(*size) for size in sizes])
+        bodies = encode_all(self.tokenizer, prompts, guard)
+        bodies = [expand(body, self.image_token_id, places) for body in bodies]
+        inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
+        inputs.update(pictures)
+        return inputs.convert(return_tensors)
+
+    def image_places(self, height: int, width: int) -> int:
+        """How many `<image>` a picture of this size takes in the prompt; no picture is needed to ask."""
+        if self.patch_size is None:
+            raise ValueError(
+                "patch_size, the side of the vision tower's patches, is in none of the checkpoint's files; pass "
+                "patch_size=14 to from_pretrained, or set processor.patch_size = model.config.vision_config.patch_size"
+            )
+        return image_token_count(
+            (height, width),
+            self.image_processor.image_grid_pinpoints,
+            self.image_processor.tile,
+            self.patch_size,
+            self.vision_feature_select_strategy,
+            self.num_additional_image_tokens,
+        )
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
+        """Messages → prompt (default), ids (`tokenize`) or all inputs (`return_dict`); see `chat_template.apply`.
+
+        The templates of all seven checkpoints put a message's pictures before its text, whatever order it has them in.
+        """
+        return chat.apply(self, conversation, **options)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
+        """`Tokenizer.decode`."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """`Tokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def _is_prompt(self, value: Any) -> bool:
+        texts = value if isinstance(value, list | tuple) else [value]
+        return all(isinstance(t, str) for t in texts) and any(self.image_token in t for t in texts)
+
+
+def expand(ids: list[int], image_token_id: int, places: Iterator[int]) -> list[int]:
+    """Each image id repeated as often as the next picture has features. Same ids as of the text with them repeated."""
+    return [i for i in ids for _ in range(next(places) if i == image_token_id else 1)]
+
+
+def _side(name: str, value: Any) -> int:
+    """Side of a square, which files write as 336, {"shortest_edge": 336} or {"height": 336, "width": 336}."""
+    sides = value if isinstance(value, dict) else {"shortest_edge": value}
+    sides = {key: side for key, side in sides.items() if side is not None}
+    side = next(iter(sides.values()), None)
+    known = sides.keys() in ({"shortest_edge"}, {"height", "width"})
+    if not known or type(side) is not int or set(sides.values()) != {side} or not 1 <= side <= 8192:
+        raise ValueError(f'{name} is a square, for instance {{"height": 336, "width": 336}}, found {value!r:.80}')
+    return side
+
+
+def _from_model_config(source: hub.Source) -> dict[str, Any]:
+    """What the model's config.json, if there is one, says about two of the processor's settings."""
+    config = source.json("config.json", required=False) or {}
+    vision = config.get("vision_config")
+    patch_size = vision.get("patch_size") if isinstance(vision, dict) else None
+    found = {"patch_size": patch_size, "vision_feature_select_strategy": config.get("vision_feature_select_strategy")}
+    return {name: value for name, value in found.items() if value is not None}

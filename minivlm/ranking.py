@@ -1,0 +1,98 @@
+"""Rank classification: how likely a model finds each of some given answers, instead of letting it write one.
+
+    prompt and pictures ──prefill, once──► cache      what has to be run for them
+                                             ├─ blue           nothing: the prefill tells of every first token
+                                             ├─ red circle     red
+                                             └─ red square     nothing: "red" is still in the cache
+
+Candidates are scored one after another against the one cache, in the order of their ids: those that begin alike are
+neighbours then, and the cache is cut back only to where two of them part. The last token of one is never run.
+
+B prompts, P prompt ids, T tokens to run, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivlm.generation import positions, prefill
+from minivlm.modules.cache import KVCache
+
+
+@torch.no_grad()
+def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]], mean: bool = False) -> Tensor:
+    """log P(candidate | prompt, pictures) of every candidate after every prompt: (B, candidates) float32.
+
+    `inputs` is what a processor returns, with padding on the left. A candidate is a list of token ids, such as
+    `tokenizer("red circle", add_special_tokens=False).input_ids`. The more tokens, the less likely: end all candidates
+    alike (with the id that ends an answer), or compare the `mean` over the tokens of each.
+
+        best = rank(model, processor(prompts), labels).argmax(1)      # (B,)
+
+    Raises ValueError for candidates that are empty or no ids, for prompts that are padded on the right or do not fit
+    the model, and for scores that are not finite.
+    """
+    inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+    candidates = _checked(candidates)
+    mask = _room(model, ids, mask, max(map(len, candidates)) - 1)
+    cache = model.new_cache(*mask.shape)
+    first = prefill(model, ids, cache, mask[:, : ids.shape[1]], **inputs)  # (B, V)
+    if (highest := max(map(max, candidates))) >= first.shape[-1]:
+        raise ValueError(f"a candidate has the id {highest}, but the vocabulary has {first.shape[-1]} tokens")
+    scores = first.new_empty(len(ids), len(candidates))
+    cached, after = [], [first.log_softmax(-1)]  # after[k] (B, V): log-probabilities behind k cached tokens
+    for index in sorted(range(len(candidates)), key=candidates.__getitem__):
+        *begin, _ = candidate = candidates[index]
+        kept = _alike(begin, cached)
+        cache.crop(ids.shape[1] + kept)
+        after = after[: kept + 1] + _run(model, cache, begin[kept:], mask)
+        cached = begin
+        scores[:, index] = sum(after[k][:, token] for k, token in enumerate(candidate))
+    if not scores.isfinite().all():
+        raise ValueError("scores are not finite: activations overflow; load with dtype=torch.bfloat16 or torch.float32")
+    lengths = torch.tensor([len(candidate) for candidate in candidates], device=scores.device)
+    return scores / lengths if mean else scores
+
+
+def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Tensor]:
+    """Run the same tokens (T) behind every row of the cache: T log-probabilities (B, V) of what may follow each."""
+    if not tokens:
+        return []
+    end = cache.length + len(tokens)
+    output = model(
+        input_ids=torch.tensor(tokens, device=mask.device).expand(len(mask), -1),  # (B, T)
+        attention_mask=mask[:, :end],
+        position_ids=positions(mask[:, :end])[:, cache.length :],
+        past_key_values=cache,
+    )
+    return list(output.logits.float().log_softmax(-1).unbind(1))
+
+
+def _alike(a: list[int], b: list[int]) -> int:
+    """How many tokens the two have in common at their beginnings."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _checked(candidates: Any) -> list[list[int]]:
+    lists = isinstance(candidates, list | tuple) and all(isinstance(one, list | tuple) and one for one in candidates)
+    if not lists or not candidates or not all(type(id) is int and id >= 0 for id in chain(*candidates)):
+        raise ValueError(
+            "candidates are lists of token ids, none of them empty, such as "
+            f'tokenizer(["cat", "dog"], add_special_tokens=False).input_ids; found {candidates!r:.80}'
+        )
+    return [list(candidate) for candidate in candidates]
+
+
+def _room(model: Any, ids: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
+    """The padding mask (B, P + tokens) bool of the prompts with so many more tokens, once it is clear that they fit."""
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not mask[:, -1].all():
+        raise ValueError('a prompt ends in padding, where its candidates would begin; set padding_side="left"')
+    limit = getattr(model.config, "text_config", model.config).max_position_embeddings
+    if (length := int(mask.sum(1).max()) + tokens) > limit:
+        raise ValueError(f"prompt and longest candidate have {length} tokens, this model has positions for {limit}")
+    return torch.cat([mask, mask.new_ones(len(mask), tokens)], 1)
