@@ -15,7 +15,7 @@ from PIL import Image
 
 import minivlm
 from minivlm import cli
-from minivlm.models.idefics2 import PRESETS, Idefics2ForConditionalGeneration
+from minivlm.auto import PRESETS
 
 SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "special_tokens_map.json")
 
@@ -165,7 +165,7 @@ def test_bad_models_and_devices_exit_with_1(capsys, tmp_path, pictures):
     assert "CUDA devices; use --device cpu" in fails(capsys, *question, str(tmp_path), "--device", "cuda:99")
     assert "is not supported" in fails(capsys, *question, str(tmp_path), "--device", "toaster")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "model_type 'bert'; minivlm implements idefics2" in fails(capsys, *question, str(tmp_path))
+    assert "model_type 'bert'; minivlm implements idefics" in fails(capsys, *question, str(tmp_path))
 
 
 def test_a_prompt_too_long_for_the_model_exits_with_1(capsys, checkpoint, pictures, tmp_path):
@@ -272,19 +272,28 @@ def test_inspect_counts_the_parameters_of_released_checkpoints(name, capsys):
     assert cli.main(["inspect", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     with torch.device("meta"):
-        model = Idefics2ForConditionalGeneration(PRESETS[name])
+        model = minivlm.AutoModelForImageTextToText.from_config(PRESETS[name])
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["bytes"]["bfloat16"] == 2 * found["parameters"]
+
+
+def test_inspect_names_the_parts(capsys):
+    assert cli.main(["inspect", "HuggingFaceM4/idefics2-8b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert [part["part"] for part in found["parts"]] == ["vision_model", "connector", "text_model", "lm_head"]
     assert found["tokens_per_image"] == {"whole": 64, "split": 320}
     assert found["cache_bytes_per_token"]["bfloat16"] == 2 * 2 * 32 * 8 * 128
+    assert cli.main(["inspect", "llava-hf/llava-v1.6-mistral-7b-hf", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"image_newline", "multi_modal_projector"} < {part["part"] for part in found["parts"]}
+    assert found["tokens_per_image"]["672×672"] == 576 + 48 * 49
 
 
 def test_inspect_prints_a_table(capsys):
     assert cli.main(["inspect", "HuggingFaceM4/idefics2-8b"]) == 0
     out = capsys.readouterr().out
     assert "8,402,768,112  31.30 GiB  15.65 GiB" in out
-    assert "tokens per image: 64, with image splitting 320" in out
+    assert "tokens per image: 64 (whole), 320 (split)" in out
     assert max(map(len, out.splitlines())) < 160
 
 

@@ -8,7 +8,6 @@ import hashlib
 import http.server
 import json
 import random
-import string
 import threading
 import warnings
 from pathlib import Path
@@ -20,12 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_idefics import SPECIAL, write_small
 
 from minivlm.processing import images
 from minivlm.processing.idefics import IdeficsImageProcessor, IdeficsProcessor, visible
 
 SHARED = Path(__file__).parents[3] / "shared" / "hub" / "HuggingFaceM4"
-SPECIAL = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 UNK, BOS, EOS, F, I, EOU = range(6)
 FAKE, IMAGE, END = SPECIAL[3:]
 KEYS = ["input_ids", "attention_mask", "pixel_values", "image_attention_mask"]
@@ -42,34 +41,6 @@ PHOTOGRAPHS = [
     "receipt_wifi.jpg",
     "waterview.jpg",
 ]
-
-
-def write_small(folder: Path, special: list[str] = SPECIAL) -> Path:
-    """A checkpoint's processor files: letters as vocabulary, the normaliser of Llama's tokenizer.json."""
-    letters = ["▁", "\n", *string.ascii_letters, *string.digits, *string.punctuation]
-    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
-    normalizers = tokenizers.normalizers
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    decoders = tokenizers.decoders
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    backend.add_special_tokens(special)
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    extra = {"additional_special_tokens": special[3:]}
-    size = {"image_size": 24, "image_num_channels": 3}
-    files = {
-        "preprocessor_config.json": size | {"image_processor_type": "IdeficsImageProcessor"},
-        "special_tokens_map.json": roles | extra,
-        "tokenizer_config.json": roles
-        | extra
-        | {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "IdeficsProcessor", "padding_side": "left"},
-    }
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values))
-    return folder
 
 
 def load_reference(folder: Path):
@@ -335,6 +306,19 @@ def test_any_prompts_equal_the_reference(small, reference, prompts):
     for option in (True, False):
         arguments = {"add_end_of_utterance_token": option}
         assert_equal(ours(prompts, **arguments), reference(text=prompts, **arguments))
+
+
+@given(st.lists(st.text(), max_size=4), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_any_text_gives_ids_or_one_error(small, texts, eos):
+    ours = IdeficsProcessor.from_pretrained(small)
+    try:
+        shapes = {name: value.shape[:2] for name, value in ours([texts], add_eos_token=eos).items()}
+        said = ""
+    except ValueError as error:  # a lone surrogate; or, by a rare chance, a URL of another scheme or a typed mark
+        shapes, said = {}, str(error)
+    assert shapes == {} or shapes["input_ids"] == shapes["attention_mask"] == shapes["image_attention_mask"]
+    assert said == "" or any(word in said for word in ("surrogate", "only http", "typed in"))
 
 
 def test_guide_snippets(released):
