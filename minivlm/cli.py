@@ -214,7 +214,7 @@ def describe(name: str) -> dict[str, Any]:
         model = auto.family(model_type, name)[0](config)
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
-    text = config.text_config
+    text = getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "model": name,
@@ -277,7 +277,7 @@ def _memory(size: int) -> str:
     """Bytes in the largest unit that leaves at least 1: 1536 -> 1.5 KiB."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
-            return f"{size:.3g} {unit}"
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:,.2f} GiB"
 

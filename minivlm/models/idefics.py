@@ -121,14 +121,13 @@ class IdeficsConfig:
 
         As the reference, it knows sizes of the tower and the resampler only inside their parts, not at the top level.
         """
-        values = {name: value for name, value in values.items() if value is not None}
-        vision = values.get("vision_config", {})
+        vision = values.get("vision_config") or {}
         if isinstance(vision, dict) and "embed_dim" in vision:
             vision = {**vision, "hidden_size": vision["embed_dim"]}
         parts = {
             "vision_config": hub_config.from_hub(ClipConfig, vision, **asdict(VISION)),
-            "perceiver_config": hub_config.from_hub(PerceiverConfig, values.get("perceiver_config", {})),
-            "dtype": values.get("dtype", values.get("torch_dtype")),
+            "perceiver_config": hub_config.from_hub(PerceiverConfig, values.get("perceiver_config") or {}),
+            "dtype": values.get("dtype") or values.get("torch_dtype"),
         }
         positions = {"max_position_embeddings": cls.max_position_embeddings}
         return hub_config.from_hub(cls, {**values, **parts, **read_rope({**positions, **values})})
@@ -143,6 +142,13 @@ class IdeficsConfig:
             "model_type": self.model_type,
             "architectures": ["IdeficsForVisionText2Text"],
         }
+
+    @property
+    def image_tokens(self) -> dict[str, int]:
+        """A picture takes one token of the prompt; what the decoder looks at are vectors outside of it."""
+        latents = self.perceiver_config.resampler_n_latents
+        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2 + 1
+        return {"in the prompt": 1, "looked at": latents if self.use_resampler else patches}
 
     @property
     def decoder(self) -> DecoderConfig:

@@ -1,5 +1,6 @@
 """IDEFICS against the reference: hidden states, logits, loss, gradients, ids, names, on tiny random models."""
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -129,6 +130,16 @@ def test_half_precision(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     for backend in ("eager", "sdpa"):
         ours.attn_implementation = backend
         oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, f"{dtype} logits, {backend}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_resampler_in_the_dtype_of_the_model(plain: Any, dtype: torch.dtype) -> None:
+    """To the bit: its softmax is not in fp32. On copies, so that no other test sees the dtype."""
+    reference, ours, _ = plain
+    theirs, mine = (copy.deepcopy(model.model.perceiver_resampler).to(dtype) for model in (reference, ours))
+    patches = torch.randn(3, 10, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(mine(patches), theirs(patches))
 
 
 @pytest.mark.parametrize("images", [(0,), (0, 0), (1,), (4,), (3, 3)])
@@ -460,6 +471,7 @@ def assert_reads_alike(ours: IdeficsConfig, reference: Any) -> None:
 CONFIG_FILES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "empty parts": {"vision_config": None, "perceiver_config": None},
+    "no special ids": {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
     "width as hidden_size": {"vision_config": {"hidden_size": 64}},
     "sizes of the parts at the top, which count for nothing": {
         **{"vision_embed_dim": 1280, "embed_dim": 1280, "image_size": 280, "patch_size": 20},
