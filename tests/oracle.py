@@ -5,12 +5,15 @@ apart on the same input. We allow twice that, with a floor of 1e-5 of the larges
 """
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+
+from minivlm.loading import local_name
 
 IMAGE = 99  # image token of the tiny vocabularies
 LATENTS = 5
@@ -123,3 +126,43 @@ def assert_close(ours: Tensor, eager: Tensor, sdpa: Tensor, what: str) -> None:
     worst = error.max().item()
     where = tuple(int(index) for index in torch.unravel_index(error.argmax(), error.shape))
     assert worst <= bound, f"{what}: |Δ| {worst:.3g} at {where} (mean {error.mean():.3g}), allowed {bound:.3g}"
+
+
+def both(reference: Any, call: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """What `call` gives for the reference with each of its two attention backends: (eager, sdpa)."""
+    transformers.utils.logging.set_verbosity_error()  # it warns at every change, of parts that have no backend
+    results = []
+    for implementation in ("eager", "sdpa"):
+        reference.set_attn_implementation(implementation)
+        results.append(call(reference))
+    return results[0], results[1]
+
+
+@torch.no_grad()
+def assert_half_precision(reference: Any, model_class: Any, inputs: dict[str, Any], dtype: Any, folder: Path) -> None:
+    """Logits of both our backends, loaded in `dtype`; the yardstick is the reference's in the same `dtype`."""
+    save(reference, folder)
+    half = type(reference).from_pretrained(folder, dtype=dtype)
+    real = inputs["attention_mask"].bool()
+    eager, sdpa = both(half, lambda model: model(**inputs).logits[real])
+    ours = model_class.from_pretrained(folder, dtype=dtype)
+    assert ours.dtype == dtype
+    for backend in ("eager", "sdpa"):
+        ours.attn_implementation = backend
+        assert_close(ours(**inputs).logits[real], eager, sdpa, f"{dtype} logits, {backend}")
+
+
+def assert_gradients(ours: Any, reference: Any) -> None:
+    """After both ran backward: the same parameters have gradients, which differ by at most 1e-4 of their size."""
+    expected = {
+        local_name(name, ours.hub_prefixes): parameter.grad
+        for name, parameter in reference.named_parameters()
+        if parameter.grad is not None
+    }
+    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    assert found.keys() == expected.keys()
+    rounding = 1e-6 * max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        # A bias of a vision tower's keys moves all scores of a query alike: its gradient is nothing but rounding.
+        slack = rounding if name.endswith("k_proj.bias") else 1e-8
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + slack, name

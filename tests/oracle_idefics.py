@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +91,6 @@ def random_inputs(images: tuple[int, ...], added: int = 2, seed: int = 1, text: 
             seen[row, start + 2 + 3 * index :, index] = 1
     pixels = torch.randn(rows, most, 3, SIZE, SIZE, generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_attention_mask": seen}
-
-
-def both(reference: Any, call: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """What `call` gives for the reference with each of its two attention backends: (eager, sdpa)."""
-    transformers.utils.logging.set_verbosity_error()  # it warns at every change, of parts that have no backend
-    results = []
-    for implementation in ("eager", "sdpa"):
-        reference.set_attn_implementation(implementation)
-        results.append(call(reference))
-    return results[0], results[1]
 
 
 def released_tensors(name: str, data: Path) -> dict[str, list[int]]:

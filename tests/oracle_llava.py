@@ -97,15 +97,6 @@ def llava_inputs(
     return inputs
 
 
-def both(reference: Any, call: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """What `call` gives for the reference with each of its two attention backends: (eager, sdpa)."""
-    results = []
-    for implementation in ("eager", "sdpa"):
-        reference.set_attn_implementation(implementation)
-        results.append(call(reference))
-    return results[0], results[1]
-
-
 # ---- Names in files --------------------------------------------------------------------------------------------------
 
 

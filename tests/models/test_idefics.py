@@ -11,7 +11,7 @@ import oracle_idefics as tiny
 import pytest
 import torch
 import transformers
-from oracle_idefics import SIZE, VOCABULARY, both
+from oracle_idefics import SIZE, VOCABULARY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,7 +79,7 @@ def test_hidden_states_logits_and_loss(pair: Any, backend: str | None) -> None:
     used = inputs["image_attention_mask"].any(1)  # and we do not look at pictures that nobody sees
     labels = oracle.labels(inputs)
     comparable = {"labels": labels} if not ours.config.additional_vocab_size else {}
-    eager, sdpa = both(reference, lambda model: model(**inputs, **comparable, output_hidden_states=True))
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs, **comparable, output_hidden_states=True))
     ours.attn_implementation = backend
     found = ours(**inputs, labels=labels, output_hidden_states=True)
     features = (output.image_hidden_states[used] for output in (found, eager, sdpa))
@@ -106,30 +106,13 @@ def test_gradients(pair: Any) -> None:
         model.zero_grad()
         logits = model(**inputs).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
-    expected = {local_name(name, ours.hub_prefixes): gradient for name, gradient in expected.items()}
-    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
-    assert found.keys() == expected.keys()
-    # A bias of the tower's keys moves all scores of a query alike: its gradient is nothing but rounding.
-    rounding = 1e-6 * max(gradient.norm() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + rounding, name
+    oracle.assert_gradients(ours, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@torch.no_grad()
 def test_half_precision(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The yardstick is the same in half precision: the distance between the reference's two backends."""
     reference, _, inputs = pair
-    folder = oracle.save(reference, tmp_path)
-    half = type(reference).from_pretrained(folder, dtype=dtype)
-    real = inputs["attention_mask"].bool()
-    eager, sdpa = both(half, lambda model: model(**inputs).logits[real])
-    ours = Model.from_pretrained(folder, dtype=dtype)
-    assert ours.dtype == dtype
-    for backend in ("eager", "sdpa"):
-        ours.attn_implementation = backend
-        oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, f"{dtype} logits, {backend}")
+    oracle.assert_half_precision(reference, Model, inputs, dtype, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -149,7 +132,7 @@ def test_batches_of_other_kinds(pair: Any, images: tuple[int, ...]) -> None:
     ours.attn_implementation = None
     inputs = tiny.random_inputs(images, ours.config.additional_vocab_size, seed=3)
     real = inputs["attention_mask"].bool()
-    eager, sdpa = both(reference, lambda model: model(**inputs).logits[real])
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
     oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
 
 
@@ -160,7 +143,7 @@ def test_masks_that_no_processor_makes(plain: Any) -> None:
     torch.manual_seed(0)
     inputs = {**inputs, "image_attention_mask": torch.randint(2, inputs["image_attention_mask"].shape)}
     real = inputs["attention_mask"].bool()
-    eager, sdpa = both(reference, lambda model: model(**inputs).logits[real])
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
     oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
     greedy = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(ours.generate(**inputs, **greedy), reference.generate(**inputs, **greedy))
@@ -228,7 +211,7 @@ def test_pictures_of_other_sizes(plain: Any, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     inputs = {**inputs, "pixel_values": torch.randn(4, 3, 3, *size), "interpolate_pos_encoding": True}
     real = inputs["attention_mask"].bool()
-    eager, sdpa = both(reference, lambda model: model(**inputs).logits[real])
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
     oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
 
 
@@ -498,7 +481,7 @@ def test_stretched_rope(tmp_path: Path) -> None:
     ours = Model.from_pretrained(oracle.save(reference, tmp_path))
     inputs = tiny.random_inputs(IMAGES)
     real = inputs["attention_mask"].bool()
-    eager, sdpa = both(reference, lambda model: model(**inputs).logits[real])
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
     oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
     ours.save_pretrained(tmp_path)
     again = type(reference).from_pretrained(tmp_path)

@@ -1,6 +1,5 @@
 """Idefics2 against the reference: hidden states, logits, loss, gradients, on tiny random models."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,13 @@ def pair(
     return reference, ours, oracle.random_inputs(IMAGES, config.vision_config.patch_size)
 
 
-def both(reference: Any, call: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """What `call` gives for the reference with each of its two attention backends: (eager, sdpa)."""
-    results = []
-    for implementation in ("eager", "sdpa"):
-        reference.set_attn_implementation(implementation)
-        results.append(call(reference))
-    return results[0], results[1]
-
-
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @torch.no_grad()
 def test_hidden_states_logits_and_loss(pair: Any, backend: str) -> None:
     reference, ours, inputs = pair
     real = inputs["attention_mask"].bool()  # what a padding slot computes is nobody's business
     labels = oracle.labels(inputs)
-    eager, sdpa = both(reference, lambda model: model(**inputs, labels=labels, output_hidden_states=True))
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs, labels=labels, output_hidden_states=True))
     ours.attn_implementation = backend
     found = ours(**inputs, labels=labels, output_hidden_states=True)
     for layer, states in enumerate(zip(found.hidden_states, eager.hidden_states, sdpa.hidden_states, strict=True)):
@@ -83,7 +73,7 @@ def test_vision_layers_with_patch_masks(pair: Any) -> None:
             hook.remove()
         return seen
 
-    eager, sdpa = both(reference, lambda model: layers(model.model.vision_model, patch_attention_mask=masks))
+    eager, sdpa = oracle.both(reference, lambda model: layers(model.model.vision_model, patch_attention_mask=masks))
     found = layers(ours.model.vision_model, patch_mask=masks)
     for layer, states in enumerate(zip(found, eager, sdpa, strict=True)):
         oracle.assert_close(*(state[valid] for state in states), f"vision layer {layer}")
@@ -100,27 +90,13 @@ def test_gradients(pair: Any) -> None:
     for model in (reference, ours):
         model.zero_grad()
         model(**inputs, labels=labels).loss.backward()
-    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
-    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
+    oracle.assert_gradients(ours, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@torch.no_grad()
 def test_half_precision(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The yardstick is the same in half precision: the distance between the reference's two backends."""
     reference, _, inputs = pair
-    folder = oracle.save(reference, tmp_path)
-    half = type(reference).from_pretrained(folder, dtype=dtype)
-    real = inputs["attention_mask"].bool()
-    eager, sdpa = both(half, lambda model: model(**inputs).logits[real])
-    ours = Idefics2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    assert ours.dtype == dtype
-    for backend in ("eager", "sdpa"):
-        ours.attn_implementation = backend
-        oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, f"{dtype} logits, {backend}")
+    oracle.assert_half_precision(reference, Idefics2ForConditionalGeneration, inputs, dtype, tmp_path)
 
 
 @pytest.mark.parametrize("images", [(0, 0), (1,), (3, 3)])
@@ -129,7 +105,7 @@ def test_batches_of_other_kinds(pair: Any, images: tuple[int, ...]) -> None:
     reference, ours, _ = pair
     inputs = oracle.random_inputs(images, ours.config.vision_config.patch_size, seed=3)
     real = inputs["attention_mask"].bool()
-    eager, sdpa = both(reference, lambda model: model(**inputs).logits[real])
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
     oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
 
 

@@ -10,7 +10,7 @@ import oracle_llava as tiny
 import pytest
 import torch
 import transformers
-from oracle_llava import IMAGE, SIZES, both
+from oracle_llava import IMAGE, SIZES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,7 +66,7 @@ def test_hidden_states_logits_and_loss(pair: Any, backend: str) -> None:
     reference, ours, inputs = pair
     real = inputs["attention_mask"].bool()  # what a padding slot computes is nobody's business
     labels = oracle.labels(inputs)
-    eager, sdpa = both(reference, lambda model: model(**inputs, labels=labels, output_hidden_states=True))
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs, labels=labels, output_hidden_states=True))
     ours.attn_implementation = backend
     found = ours(**inputs, labels=labels, output_hidden_states=True)
     oracle.assert_close(found.image_hidden_states, eager.image_hidden_states, sdpa.image_hidden_states, "features")
@@ -85,29 +85,13 @@ def test_gradients(pair: Any) -> None:
     for model in (reference, ours):
         model.zero_grad()
         model(**inputs, labels=labels).loss.backward()
-    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
-    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
-    assert found.keys() == expected.keys()
-    # A bias of the tower's keys moves all scores of a query alike: its gradient is nothing but rounding.
-    rounding = 1e-6 * max(gradient.norm() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + rounding, name
+    oracle.assert_gradients(ours, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@torch.no_grad()
 def test_half_precision(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The yardstick is the same in half precision: the distance between the reference's two backends."""
     reference, _, inputs = pair
-    folder = oracle.save(reference, tmp_path)
-    half = type(reference).from_pretrained(folder, dtype=dtype)
-    real = inputs["attention_mask"].bool()
-    eager, sdpa = both(half, lambda model: model(**inputs).logits[real])
-    ours = Model.from_pretrained(folder, dtype=dtype)
-    assert ours.dtype == dtype
-    for backend in ("eager", "sdpa"):
-        ours.attn_implementation = backend
-        oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, f"{dtype} logits, {backend}")
+    oracle.assert_half_precision(reference, Model, inputs, dtype, tmp_path)
 
 
 @pytest.mark.parametrize("rows", [([], []), (SIZES[:1],), (SIZES[3:5], SIZES[3:5])])
@@ -116,7 +100,7 @@ def test_batches_of_other_kinds(pair: Any, rows: Any) -> None:
     reference, ours, _ = pair
     inputs = tiny.llava_inputs(rows, reference.config, seed=3)
     real = inputs["attention_mask"].bool()
-    eager, sdpa = both(reference, lambda model: model(**inputs).logits[real])
+    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
     oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
 
 
@@ -257,7 +241,7 @@ def test_every_spelling_loads_here_and_there(spelling: str, tmp_path: Path) -> N
     for name, value in again.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name]), name
     inputs = tiny.llava_inputs([SIZES[:2]], theirs.config)
-    oracle.assert_close(again(**inputs).logits, *both(theirs, lambda model: model(**inputs).logits), "logits")
+    oracle.assert_close(again(**inputs).logits, *oracle.both(theirs, lambda model: model(**inputs).logits), "logits")
 
 
 @pytest.mark.parametrize("case", CONFIGS)
