@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AutoModelForImageTextToText": "minivlm.auto",
     "AutoProcessor": "minivlm.auto",
+    "Chat": "minivlm.chat",
     "GenerationConfig": "minivlm.generation_config",
     "Idefics2Config": "minivlm.models.idefics2",
     "Idefics2ForConditionalGeneration": "minivlm.models.idefics2",

@@ -1,7 +1,9 @@
-"""`minivlm ask` and `minivlm inspect`: ask a question about pictures; see what a checkpoint is made of.
+"""`minivlm ask`, `chat`, `batch`: one question about pictures, a conversation, a file of questions. `minivlm inspect`:
+what a checkpoint is made of.
 
-Exit codes: 0 done, 1 bad input, 2 wrong usage, 130 interrupted; an error is one line. Answers and tables go to stdout,
-everything else to stderr. torch is imported inside the verbs, so that `--help` is instant.
+Exit codes: 0 done, 1 bad input (for chat and batch: some lines of it), 2 wrong usage, 130 interrupted; an error is one
+line. Answers and tables go to stdout, everything else to stderr. torch is imported inside the verbs, so that `--help`
+is instant.
 """
 
 import argparse
@@ -10,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build()
     args = parser.parse_intermixed_args(argv[1:])  # options may stand between the pictures and the question
     try:
-        verb(args, parser)
+        failed = verb(args, parser)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if "out of memory" not in str(error):
             raise
         return _fail(f"{str(error).split('. ')[0]}; try --dtype bfloat16, --no-split or --device cpu")
-    return 0
+    return 1 if failed else 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,14 +60,12 @@ def _fail(error: Exception | str) -> int:
     return 1
 
 
-# ---- ask ----
+# ---- The model ----
 
 
-def _ask_parser() -> _Parser:
-    parser = _Parser("minivlm ask", description="Answer a question about pictures, word by word.")
-    parser.usage = "%(prog)s IMAGE… QUESTION [options]"
+def _model_options(parser: _Parser) -> None:
+    """The options of every verb that asks a model."""
     weights = "of the weights; auto (default): the checkpoint's own on a CPU, bfloat16 on a GPU"
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="picture files or URLs, then the question")
     parser.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=weights)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -74,8 +74,6 @@ def _ask_parser() -> _Parser:
     )
     parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="stop there (default: 256)")
     parser.add_argument("--no-split", action="store_true", help="send each picture once, without its four quarters")
-    parser.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
-    return parser
 
 
 def _positive(text: str) -> int:
@@ -84,46 +82,29 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def ask(args: argparse.Namespace, parser: _Parser) -> None:
-    """Stream the answer to stdout, or print it as JSON. Pictures and prompt are checked before any weight is read."""
-    *pictures, question = args.words
-    if os.path.isfile(question):
-        parser.error(f"the last argument is the question, but {question!r} is a file")
-    if not pictures:
-        parser.error(f"no picture before the question {question!r}")
-    name = args.model or DEFAULT_MODEL
+def _name(args: argparse.Namespace) -> str:
     if args.model is None:
-        print(f"minivlm: no --model given, asking {name}, a small model that knows simple shapes", file=sys.stderr)
+        about = "a small model that knows simple shapes"
+        print(f"minivlm: no --model given, asking {DEFAULT_MODEL}, {about}", file=sys.stderr)
+    return args.model or DEFAULT_MODEL
 
-    from minivlm import AutoModelForImageTextToText, AutoProcessor
-    from minivlm.generation import stream
-    from minivlm.processing.images import load_image
 
-    device, dtype = _device_and_dtype(args)
-    content = [{"type": "image", "image": load_image(picture)} for picture in pictures]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+def _processor(name: str, args: argparse.Namespace) -> Any:
+    from minivlm import AutoProcessor
+
     processor = AutoProcessor.from_pretrained(name)
     if args.no_split:
         if not hasattr(processor.image_processor, "do_image_splitting"):
             raise ValueError(f"--no-split: {name} does not split pictures")
         processor.image_processor.do_image_splitting = False
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    options = {"device_map": device, "dtype": dtype, "attn_implementation": args.attn}
-    model = AutoModelForImageTextToText.from_pretrained(name, **options)
+    return processor
 
-    start = time.perf_counter()
-    tokens = stream(model, **inputs.to(device), max_new_tokens=args.max_new_tokens)
-    decode = partial(processor.decode, skip_special_tokens=True)
-    if not args.json:
-        _print_pieces(incremental_text(decode, map(int, tokens)))
-        return
-    ids = [int(token) for token in tokens]
-    answer = decode(ids).strip()
-    sizes = {"prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": len(ids)}
-    seconds = round(time.perf_counter() - start, 3)
-    print(json.dumps({"answer": answer, "model": name, **sizes, "seconds": seconds}))
+
+def _model(name: str, args: argparse.Namespace, device: str, dtype: str | None) -> Any:
+    from minivlm import AutoModelForImageTextToText
+
+    options = {"device_map": device, "dtype": dtype, "attn_implementation": args.attn}
+    return AutoModelForImageTextToText.from_pretrained(name, **options)
 
 
 def _device_and_dtype(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -140,6 +121,53 @@ def _device_and_dtype(args: argparse.Namespace) -> tuple[str, str | None]:
     return str(device), "bfloat16" if device.type == "cuda" else None
 
 
+# ---- ask ----
+
+
+def _ask_parser() -> _Parser:
+    parser = _Parser("minivlm ask", description="Answer a question about pictures, word by word.")
+    parser.usage = "%(prog)s IMAGE… QUESTION [options]"
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="picture files or URLs, then the question")
+    _model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
+    return parser
+
+
+def ask(args: argparse.Namespace, parser: _Parser) -> None:
+    """Stream the answer to stdout, or print it as JSON. Pictures and prompt are checked before any weight is read."""
+    *pictures, question = args.words
+    if os.path.isfile(question):
+        parser.error(f"the last argument is the question, but {question!r} is a file")
+    if not pictures:
+        parser.error(f"no picture before the question {question!r}")
+    name = _name(args)
+
+    from minivlm.chat import incremental_text
+    from minivlm.generation import stream
+    from minivlm.processing.common import fetch_picture
+
+    device, dtype = _device_and_dtype(args)
+    processor = _processor(name, args)
+    content = [{"type": "image", "image": fetch_picture(processor, picture)} for picture in pictures]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    model = _model(name, args, device, dtype)
+
+    start = time.perf_counter()
+    tokens = stream(model, **inputs.to(device), max_new_tokens=args.max_new_tokens)
+    decode = partial(processor.decode, skip_special_tokens=True)
+    if not args.json:
+        _print_pieces(incremental_text(decode, map(int, tokens)))
+        return
+    ids = [int(token) for token in tokens]
+    answer = decode(ids).strip()
+    sizes = {"prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": len(ids)}
+    seconds = round(time.perf_counter() - start, 3)
+    print(json.dumps({"answer": answer, "model": name, **sizes, "seconds": seconds}))
+
+
 def _print_pieces(pieces: Iterable[str]) -> None:
     """Print as they come, without leading blanks and control characters (a model may write escape sequences)."""
     begun = False
@@ -150,23 +178,79 @@ def _print_pieces(pieces: Iterable[str]) -> None:
     print()
 
 
-def incremental_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
-    """Pieces of text as ids arrive; together they are `decode` of all ids, if that has no U+FFFD.
+# ---- chat ----
 
-    All ids are decoded anew at each step, because what a token reads as depends on its neighbours. U+FFFD at the end
-    is held back: it stands for a character that has not all its bytes yet. Where bytes turn out to be no character at
-    all, SentencePiece takes back the whole run of bytes that they are in, and what has been told of it stays told.
-    """
-    seen, told = [], ""
-    for id in ids:
-        seen.append(id)
-        text = decode(seen).rstrip("\ufffd")
-        if len(text) > len(told) and text.startswith(told):
-            yield text[len(told) :]
-            told = text
-    rest = decode(seen)[len(told) :]
-    if rest:
-        yield rest
+
+def _chat_parser() -> _Parser:
+    commands = "In it, /image PATH adds a picture to the next question, /reset begins anew, /quit ends."
+    parser = _Parser("minivlm chat", description=f"Talk about pictures, a question a line. {commands}")
+    parser.usage = "%(prog)s [IMAGE…] [options]"
+    parser.add_argument("pictures", nargs="*", metavar="IMAGE", help="picture files or URLs, for the first question")
+    _model_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    return parser
+
+
+def chat(args: argparse.Namespace, parser: _Parser) -> int:
+    """Answer the lines of stdin; how many have failed, which nobody needs to be told who has seen it."""
+    name = _name(args)
+
+    from minivlm.chat import Chat, talk
+    from minivlm.processing.common import fetch_picture
+
+    device, dtype = _device_and_dtype(args)
+    processor = _processor(name, args)
+    pictures = [fetch_picture(processor, picture) for picture in args.pictures]
+    model = _model(name, args, device, dtype)
+    conversation = Chat(model, processor, system=args.system, max_new_tokens=args.max_new_tokens)
+    watched = sys.stdin.isatty() and sys.stdout.isatty()
+    failed = talk(conversation, pictures, _lines("> " if watched else ""), _print_pieces, _fail)
+    return 0 if watched else failed
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return
+
+
+# ---- batch ----
+
+
+def _batch_parser() -> _Parser:
+    about = (
+        'Answer a file of questions, one JSON object a line: {"question": "…", "images": ["path or URL", …]}, or '
+        '{"messages": […]} as chat templates take them; "id" is optional. Interrupted, the same command goes on.'
+    )
+    parser = _Parser("minivlm batch", description=about)
+    parser.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl", help="paths in it start from the current folder")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="ANSWERS.jsonl", help="a new file, in the same order"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="so many at once (default: 8)")
+    _model_options(parser)
+    return parser
+
+
+def batch(args: argparse.Namespace, parser: _Parser) -> int:
+    """Answer all lines; how many have failed."""
+    name = _name(args)
+
+    from minivlm.batch import check_new, run
+
+    check_new(args.out)
+    args.prompts.open("rb").close()  # before any weight is read
+    device, dtype = _device_and_dtype(args)
+    processor = _processor(name, args)
+    model = _model(name, args, device, dtype)
+    options = {"max_new_tokens": args.max_new_tokens}
+    about = {"model": name, "dtype": dtype, "no_split": args.no_split, **options}
+    failed = run(model, processor, args.prompts, args.out, batch_size=args.batch_size, about=about, **options)
+    if failed:
+        print(f"minivlm: {failed} of the lines failed; {args.out} says why", file=sys.stderr)
+    return failed
 
 
 # ---- inspect ----
@@ -282,7 +366,12 @@ def _memory(size: int) -> str:
     return f"{size:,.2f} GiB"
 
 
-VERBS = {"ask": (ask, _ask_parser), "inspect": (inspect, _inspect_parser)}
+VERBS = {
+    "ask": (ask, _ask_parser),
+    "chat": (chat, _chat_parser),
+    "batch": (batch, _batch_parser),
+    "inspect": (inspect, _inspect_parser),
+}
 
 
 if __name__ == "__main__":

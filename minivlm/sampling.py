@@ -1,16 +1,18 @@
 """From scores to a token: the rules that scores go through, in their order, and the draw.
 
 B rows, S ids so far, V vocabulary. Scores (B, V) are float32; a token that may not come gets -inf. The rules follow
-transformers 5.23, including its oddities.
+transformers 5.23, including its oddities. Those for sampling leave at least `keep` tokens: 1, and with beams one more
+than there are eos ids, so that not every candidate ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minivlm.generation_config import GenerationConfig
+from minivlm.generation_config import GenerationConfig, check, is_number, is_whole
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # (scores (B, V), ids (B, S)) -> scores (B, V)
 
@@ -21,11 +23,25 @@ def repetition_penalty(scores: Tensor, ids: Tensor, penalty: float, padding: Ten
     The first `padding` (B,) ids of a row are left pads and do not count. CTRL (arXiv 1909.05858), section 4.1.
     """
     V = scores.shape[-1]
-    ids = ids.clamp(max=V)  # column V stands for "no token"
     if padding is not None:
         ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < padding[:, None], V)
-    seen = torch.zeros(len(scores), V + 1, dtype=torch.bool, device=scores.device).scatter_(1, ids, True)[:, :V]
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    return torch.where(_among(ids, V), torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def no_repeat_ngram(scores: Tensor, ids: Tensor, n: int) -> Tensor:
+    """Ban every id that would complete n ids in a row which occur before, in the prompt (pads included) or since."""
+    S, V = ids.shape[1], scores.shape[-1]
+    if n > S:
+        return scores
+    grams = ids.unfold(1, n, 1)  # (B, S - n + 1, n)
+    begun = (grams[..., :-1] == ids[:, None, S - n + 1 :]).all(-1)  # begins as the ids end
+    return scores.masked_fill(_among(grams[..., -1].masked_fill(~begun, V), V), -torch.inf)
+
+
+def _among(ids: Tensor, V: int) -> Tensor:
+    """Which of the V tokens are among ids (B, S), (B, V) bool; ids from V on stand for none."""
+    found = torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device)
+    return found.scatter_(1, ids.clamp(max=V), True)[:, :V]
 
 
 def ban_words(scores: Tensor, ids: Tensor, words: list[Tensor]) -> Tensor:
@@ -38,58 +54,126 @@ def ban_words(scores: Tensor, ids: Tensor, words: list[Tensor]) -> Tensor:
     return scores.masked_fill(banned, -torch.inf)
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
+def ban_early_end(scores: Tensor, ids: Tensor, eos: Tensor, length: int) -> Tensor:
+    """Ban the eos ids while there are fewer than `length` ids."""
+    return scores.index_fill(1, eos, -torch.inf) if ids.shape[1] < length else scores
+
+
+def top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
     """Keep the k highest scores, and whatever ties with the k-th."""
-    return scores.masked_fill(scores < scores.topk(min(k, scores.shape[-1])).values[:, -1:], -torch.inf)
+    return scores.masked_fill(scores < _highest(scores, max(k, keep)), -torch.inf)
 
 
-def top_p(scores: Tensor, p: float) -> Tensor:
-    """Keep the likeliest tokens that reach p together, at least one: a tail of mass ≤ 1 − p goes (arXiv 1904.09751)."""
+def top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """Keep the likeliest tokens that reach p together: a tail of mass ≤ 1 − p goes (arXiv 1904.09751)."""
     ascending, order = scores.sort()
     tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    tail[:, -1] = False
+    tail[:, -keep:] = False
     return scores.masked_fill(tail.scatter(1, order, tail), -torch.inf)
 
 
-def min_p(scores: Tensor, p: float) -> Tensor:
+def min_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
     """Keep tokens at least p times as likely as the likeliest (arXiv 2407.01082)."""
     probabilities = scores.softmax(-1)
-    return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    unlikely = probabilities < p * probabilities.amax(-1, keepdim=True)
+    best = probabilities.topk(min(keep, scores.shape[-1])).indices
+    return scores.masked_fill(unlikely.scatter(1, best, False), -torch.inf)
 
 
-def logits_rules(settings: GenerationConfig, vocab_size: int, padding: Tensor | None, device: Any) -> list[Rule]:
+def typical_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """Keep the tokens whose surprise −log p is nearest the mean surprise, until they reach p (arXiv 2202.00666)."""
+    surprise = -scores.log_softmax(-1)
+    mean = (surprise * (-surprise).exp()).nansum(-1, keepdim=True)  # a banned token: ∞ · 0
+    distance, order = (surprise - mean).abs().sort()
+    reached = scores.gather(1, order).softmax(-1).cumsum(-1)
+    last = (reached < p).sum(1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    far = distance > distance.gather(1, last)
+    far[:, :keep] = False
+    return scores.masked_fill(far.scatter(1, order, far), -torch.inf)
+
+
+def epsilon_cutoff(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """Keep tokens with a probability of at least epsilon (arXiv 2210.15191)."""
+    unlikely = scores.softmax(-1) < epsilon
+    return scores.masked_fill(unlikely & (scores < _highest(scores, keep)), -torch.inf)
+
+
+def eta_cutoff(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """Keep tokens with p ≥ min(ε, √ε · exp(−entropy)): a flat distribution cuts lower (arXiv 2210.15191)."""
+    probabilities = scores.softmax(-1)
+    entropy = torch.special.entr(probabilities).sum(-1, keepdim=True)
+    unlikely = probabilities < (epsilon**0.5 * (-entropy).exp()).clamp(max=epsilon)
+    return scores.masked_fill(unlikely & (scores < _highest(scores, keep)), -torch.inf)
+
+
+def _highest(scores: Tensor, k: int) -> Tensor:
+    """The k-th highest score of each row, (B, 1)."""
+    return scores.topk(min(k, scores.shape[-1])).values[:, -1:]
+
+
+def logits_rules(
+    settings: GenerationConfig,
+    vocab_size: int,
+    padding: Tensor | None,
+    device: Any,
+    min_length: int = 0,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> list[Rule]:
     """The rules that `settings` switches on, in the order in which the reference applies them.
 
-    `padding` (B,) counts each row's left pads. Raises ValueError for a value that a rule cannot take.
+    `padding` (B,) counts each row's left pads, no row ends with fewer than `min_length` ids, and `processors` are the
+    caller's own rules, called with (ids, scores) as in the reference. Raises ValueError for values that a rule cannot
+    take.
     """
     rules: list[Rule] = []
     if (penalty := settings.repetition_penalty) not in (None, 1):
         check("repetition_penalty", penalty, isinstance(penalty, float) and penalty > 0, "a float > 0, such as 1.2")
         rules.append(lambda scores, ids: repetition_penalty(scores, ids, penalty, padding))
+    if (n := settings.no_repeat_ngram_size) not in (None, 0):
+        check("no_repeat_ngram_size", n, is_whole(n, 1), "an integer > 0, or 0 to switch it off")
+        rules.append(lambda scores, ids: no_repeat_ngram(scores, ids, n))
     if settings.bad_words_ids is not None:
         words = [torch.tensor(word, device=device) for word in _bad_words(settings, vocab_size)]
         rules.append(lambda scores, ids: ban_words(scores, ids, words))
-    if not settings.do_sample:
-        return rules
+    if min_length and settings.eos_ids:
+        eos = torch.tensor([id for id in settings.eos_ids if 0 <= id < vocab_size], dtype=torch.long, device=device)
+        rules.append(lambda scores, ids: ban_early_end(scores, ids, eos, min_length))
+    rules += [partial(_own_rule, processor=processor) for processor in processors]
+    return rules + _sampling_rules(settings) if settings.do_sample else rules
+
+
+def _own_rule(scores: Tensor, ids: Tensor, processor: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A rule of the caller's, which takes its arguments the other way round and may have forgotten its return."""
+    processed = processor(ids, scores)
+    if not isinstance(processed, Tensor) or processed.shape != scores.shape:
+        found = tuple(processed.shape) if isinstance(processed, Tensor) else processed
+        raise ValueError(f"a logits_processor should return scores of shape {tuple(scores.shape)}, found {found!r:.80}")
+    return processed
+
+
+def _sampling_rules(settings: GenerationConfig) -> list[Rule]:
+    rules: list[Rule] = []
+    keep = 1 if settings.num_beams in (None, 1) else max(2, len(settings.eos_ids) + 1)
     if (temperature := settings.temperature) not in (None, 1):
         fits = isinstance(temperature, float) and temperature > 0
         check("temperature", temperature, fits, "a float > 0 (for greedy search, pass do_sample=False)")
         rules.append(lambda scores, ids: scores / temperature)
     if (k := settings.top_k) not in (None, 0):
-        check("top_k", k, isinstance(k, int) and k > 0, "an integer > 0, or 0 to switch it off")
-        rules.append(lambda scores, ids: top_k(scores, k))
-    if (p := settings.top_p) is not None and p != 1:
-        check("top_p", p, 0 <= p < 1, "between 0 and 1")
-        rules.append(lambda scores, ids: top_p(scores, p))
-    if (floor := settings.min_p) is not None:
-        check("min_p", floor, 0 <= floor <= 1, "between 0 and 1")
-        rules.append(lambda scores, ids: min_p(scores, floor))
+        check("top_k", k, is_whole(k, 1), "an integer > 0, or 0 to switch it off")
+        rules.append(lambda scores, ids: top_k(scores, k, keep))
+    # Fractions: (setting, its rule, the value that switches it off)
+    fractions = [
+        ("top_p", top_p, 1),
+        ("min_p", min_p, None),
+        ("typical_p", typical_p, 1),
+        ("epsilon_cutoff", epsilon_cutoff, 0),
+        ("eta_cutoff", eta_cutoff, 0),
+    ]
+    for name, rule, off in fractions:
+        if (value := getattr(settings, name)) not in (None, off):
+            check(name, value, is_number(value) and 0 <= value <= 1, "between 0 and 1")
+            rules.append(lambda scores, ids, rule=rule, value=value: rule(scores, value, keep))
     return rules
-
-
-def check(name: str, value: Any, fits: bool, expected: str) -> None:
-    if not fits:
-        raise ValueError(f"{name} should be {expected}, found {value!r}")
 
 
 def _bad_words(settings: GenerationConfig, vocab_size: int) -> list[list[int]]:

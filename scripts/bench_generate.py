@@ -1,8 +1,8 @@
 """Prefill, decode, load time and peak memory beside `transformers`, in one run, as ratios.
 
-    python scripts/bench_generate.py [--dtype float32 bfloat16] [--context 2900] [--rounds 5]
+    python scripts/bench_generate.py [--family idefics2] [--dtype float32 bfloat16] [--context 2900] [--rounds 5]
 
-Both sides load the same random checkpoint (about 200 M parameters, the Idefics2 architecture) and do the same work in
+Both sides load the same random checkpoint (about 200 M parameters, the architecture of the family) and do the same work in
 turns, ours and theirs within one round, so that a machine whose speed drifts treats them alike; figures are medians,
 the ratio is reference / ours (above 1: ours is faster or smaller). Load time and memory are taken in fresh processes.
 Before anything is timed, both sides must choose the same greedy tokens (in fp32).
@@ -27,23 +27,118 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import torch
 
 SIDES = ("minivlm", "transformers")
-IMAGE_TOKEN, LATENTS = 32001, 64
 
 
-def write_checkpoint(folder: Path) -> int:
+TEXT = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 16, "num_attention_heads": 12}
+MISTRAL = {**TEXT, "model_type": "mistral", "num_key_value_heads": 4}
+Inputs = dict[str, torch.Tensor]
+
+
+def idefics2_config() -> Any:
+    from transformers import Idefics2Config
+
+    vision = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+    return Idefics2Config(
+        vision_config={**vision, "image_size": 980, "patch_size": 14},
+        perceiver_config={"hidden_size": 768, "resampler_n_heads": 8, "num_key_value_heads": 2},
+        text_config={**MISTRAL, "vocab_size": 32003},
+    )
+
+
+def idefics2_work(context: int) -> dict[str, Inputs]:
+    def prompt(tokens: int, images: int, height: int, width: int) -> Inputs:
+        ids = random_ids(tokens)
+        ids["input_ids"][:, 1 : 1 + images * 64] = 32001
+        mask = torch.ones(1, images, height, width, dtype=torch.long)
+        return {**ids, "pixel_values": random_pixels(1, images, 3, height, width), "pixel_attention_mask": mask}
+
+    split = prompt(353, 5, 480, 640)  # four crops of 378×378, padded to the size of the whole picture
+    for name in ("pixel_values", "pixel_attention_mask"):
+        split[name][:, :4, ..., 378:, :] = 0
+        split[name][:, :4, ..., :, 378:] = 0
+    return {
+        "prefill, one 980×980 picture": prompt(97, 1, 980, 980),
+        "prefill, 480×640 split into 5": split,
+        f"prefill, {context} tokens": prompt(context, 1, 378, 378),
+        "decode a token at 97": prompt(97, 1, 378, 378),
+        f"decode a token at {context}": prompt(context, 1, 378, 378),
+    }
+
+
+def llava_next_config() -> Any:
+    from transformers import LlavaNextConfig
+
+    vision = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    vision |= {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "projection_dim": 512}
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    text = {**MISTRAL, "vocab_size": 32064, "sliding_window": None}
+    return LlavaNextConfig(
+        vision_config=vision, text_config=text, image_token_index=32000, image_grid_pinpoints=pinpoints
+    )
+
+
+def llava_next_work(context: int) -> dict[str, Inputs]:
+    picture = random_ids(2961)
+    picture["input_ids"][:, 1:2929] = 32000  # 576 of the base picture, 48 rows of 48 and a newline
+    picture |= {"pixel_values": random_pixels(1, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]])}
+    return {
+        "prefill, one 672×672 picture in 5 tiles": picture,
+        f"prefill, {context} tokens": random_ids(context),
+        "decode a token at 97": random_ids(97),
+        "decode a token at 2961": picture,
+    }
+
+
+def idefics_config() -> Any:
+    from transformers import IdeficsConfig
+
+    vision = {"embed_dim": 640, "intermediate_size": 2560, "num_hidden_layers": 8, "num_attention_heads": 8}
+    perceiver = {"resampler_n_heads": 8, "resampler_head_dim": 96, "resampler_n_latents": 64, "resampler_depth": 6}
+    return IdeficsConfig(
+        **TEXT,
+        **{"vocab_size": 32000, "additional_vocab_size": 2, "cross_layer_interval": 4, "qk_layer_norms": True},
+        **{"use_resampler": True, "alpha_initializer": "ones"},
+        vision_config={**vision, "image_size": 224, "patch_size": 14},
+        perceiver_config={**perceiver, "qk_layer_norms_perceiver": True},
+    )
+
+
+def idefics_work(context: int) -> dict[str, Inputs]:
+    def prompt(images: int) -> Inputs:
+        seen = torch.ones(1, 200, images, dtype=torch.long)
+        return {
+            **random_ids(200),
+            "pixel_values": random_pixels(1, images, 3, 224, 224),
+            "image_attention_mask": seen,
+        }
+
+    names = {count: f"{count} picture{'s' * (count > 1)}" for count in (1, 4, 16)}
+    return {f"{kind}, {name}": prompt(count) for kind in ("prefill", "decode a token") for count, name in names.items()}
+
+
+FAMILIES = {
+    "idefics2": (idefics2_config, idefics2_work),
+    "llava_next": (llava_next_config, llava_next_work),
+    "idefics": (idefics_config, idefics_work),
+}
+
+
+def random_ids(tokens: int) -> Inputs:
+    ids = torch.randint(3, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def random_pixels(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def write_checkpoint(family: str, folder: Path) -> int:
     """A random reference model on disk in fp32; returns its number of parameters."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    vision = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-    text = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 16, "num_attention_heads": 12}
-    config = transformers.Idefics2Config(
-        vision_config={**vision, "image_size": 980, "patch_size": 14},
-        perceiver_config={"hidden_size": 768, "resampler_n_heads": 8, "num_key_value_heads": 2},
-        text_config={**text, "model_type": "mistral", "num_key_value_heads": 4, "vocab_size": 32003},
-    )
     torch.manual_seed(0)
-    model = transformers.Idefics2ForConditionalGeneration(config)
+    model = transformers.AutoModelForImageTextToText.from_config(FAMILIES[family][0]())
     model.save_pretrained(folder)
     return sum(value.numel() for value in model.parameters())
 
@@ -56,48 +151,19 @@ def load(side: str, folder: str, dtype: str) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
-def prompt(tokens: int, images: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """`tokens` ids of which the first hold `images` pictures of `size` (height, width) each."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 32000, (1, tokens), generator=generator)
-    ids[:, 1 : 1 + images * LATENTS] = IMAGE_TOKEN
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if images:
-        inputs["pixel_values"] = torch.rand(1, images, 3, *size, generator=generator) * 2 - 1
-        inputs["pixel_attention_mask"] = torch.ones(1, images, *size, dtype=torch.long)
-    return inputs
-
-
-def split_prompt(tokens: int) -> dict[str, torch.Tensor]:
-    """What splitting a 480×640 picture gives: four crops of 378×378, padded to the size of the whole picture."""
-    inputs = prompt(tokens, 5, (480, 640))
-    for index in range(4):
-        for name in ("pixel_values", "pixel_attention_mask"):
-            inputs[name][:, index, ..., 378:, :] = 0
-            inputs[name][:, index, ..., :, 378:] = 0
-    return inputs
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], tokens: int, **options: Any) -> torch.Tensor:
+def generate(model: Any, inputs: Inputs, tokens: int, **options: Any) -> torch.Tensor:
     settings = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return model.generate(**inputs, **settings, **options)
 
 
-def seconds(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> float:
+def seconds(model: Any, inputs: Inputs, tokens: int) -> float:
     start = time.perf_counter()
     generate(model, inputs, tokens)
     return time.perf_counter() - start
 
 
-def measure(models: dict[str, Any], context: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each piece of work on each side. A decode step is (1 + n tokens) − (1 token), over n."""
-    work = {
-        "prefill, one 980×980 picture": prompt(97, 1, (980, 980)),
-        "prefill, 480×640 split into 5": split_prompt(353),
-        f"prefill, {context} tokens": prompt(context, 1, (378, 378)),
-        "decode a token at 97": prompt(97, 1, (378, 378)),
-        f"decode a token at {context}": prompt(context, 1, (378, 378)),
-    }
+def measure(models: dict[str, Any], work: dict[str, Inputs], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each piece of work on each side."""
     times = {what: {side: [] for side in SIDES} for what in work}
     for index in range(rounds + 1):
         for what, inputs in work.items():
@@ -108,7 +174,7 @@ def measure(models: dict[str, Any], context: int, rounds: int) -> dict[str, dict
     return {what: {side: statistics.median(values) for side, values in both.items()} for what, both in times.items()}
 
 
-def decode_seconds(model: Any, inputs: dict[str, torch.Tensor], steps: int = 16) -> float:
+def decode_seconds(model: Any, inputs: Inputs, steps: int = 16) -> float:
     """A decode step: the time of each token after the first, by the clock of a streamer that both sides feed."""
     clock = Clock()
     generate(model, inputs, 1 + steps, streamer=clock)
@@ -128,7 +194,7 @@ class Clock:
         pass
 
 
-def child(side: str, folder: str, dtype: str, context: int) -> None:
+def child(family: str, side: str, folder: str, dtype: str, context: int) -> None:
     """In a fresh process: seconds to import and load; private and peak memory after loading and after generating."""
     start = time.perf_counter()
     _ = importlib.import_module(side).AutoModelForImageTextToText
@@ -136,7 +202,8 @@ def child(side: str, folder: str, dtype: str, context: int) -> None:
     model = load(side, folder, dtype)
     loaded = time.perf_counter()
     figures = {"import": imported - start, "load": loaded - imported, "loaded": memory("RssAnon") - before}
-    generate(model, prompt(context, 1, (980, 980)), 4)
+    for inputs in FAMILIES[family][1](context).values():
+        generate(model, inputs, 4)
     figures["peak"] = memory("VmHWM")
     print(json.dumps(figures))
 
@@ -149,12 +216,12 @@ def memory(field: str) -> int:
     return 0
 
 
-def fresh(folder: str, dtype: str, context: int, rounds: int) -> dict[str, dict[str, float]]:
+def fresh(family: str, folder: str, dtype: str, context: int, rounds: int) -> dict[str, dict[str, float]]:
     """Medians over fresh processes, the two sides in turns."""
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
-            command = [sys.executable, __file__, "--child", side, folder, dtype, str(context)]
+            command = [sys.executable, __file__, "--child", family, side, folder, dtype, str(context)]
             runs[side].append(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
     names = {
         "import": "import, torch included",
@@ -176,32 +243,36 @@ def row(what: str, figures: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=FAMILIES, default="idefics2")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--context", type=int, default=2900)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        side, folder, dtype, context = options.child
-        return child(side, folder, dtype, int(context))
+        *rest, context = options.child
+        return child(*rest, int(context))
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
-        parameters = write_checkpoint(Path(folder) / "float32")
+        work = FAMILIES[options.family][1](options.context)
+        parameters = write_checkpoint(options.family, Path(folder) / "float32")
         load("minivlm", f"{folder}/float32", "bfloat16").save_pretrained(f"{folder}/bfloat16")
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        print(f"{parameters / 1e6:.0f} M parameters, {torch.get_num_threads()} threads, {versions}")
+        print(f"{options.family}: {parameters / 1e6:.0f} M parameters, {torch.get_num_threads()} threads, {versions}")
         for dtype in options.dtype:
             path = f"{folder}/{dtype}"
             models = {side: load(side, path, dtype) for side in SIDES}
             if dtype == "float32":
-                ids = [generate(models[side], prompt(97, 1, (480, 640)), 8) for side in SIDES]
+                ids = [generate(models[side], next(iter(work.values())), 8) for side in SIDES]
                 assert torch.equal(*ids), "the two sides disagree: nothing to time"
             print(f"\n| {dtype} | minivlm | transformers | ratio |\n| --- | ---: | ---: | ---: |", flush=True)
-            for what, figures in measure(models, options.context, options.rounds).items():
+            for what, figures in measure(models, work, options.rounds).items():
                 print(row(what, figures), flush=True)
             del models
-            for what, figures in fresh(path, dtype, options.context, max(2, options.rounds // 2)).items():
+            for what, figures in fresh(
+                options.family, path, dtype, options.context, max(2, options.rounds // 2)
+            ).items():
                 print(row(what, figures), flush=True)
 
 

@@ -1,10 +1,13 @@
 """Exact-match accuracy on the shapes task: pictures and phrasings that no model was trained on.
 
-    python scripts/eval_shapes.py                        the checkpoint that ships, as a markdown table
-    python scripts/eval_shapes.py FOLDER --show 20       another one, with some of its mistakes
+    python scripts/eval_shapes.py                        shapes-idefics2, as a markdown table
+    python scripts/eval_shapes.py shapes-llava-next      the other one that ships, with and without tiles
+    python scripts/eval_shapes.py FOLDER --show 20       any other, with some of its mistakes
     python scripts/eval_shapes.py --reference            also the same questions through transformers
 
-Every question starts a conversation of its own, with its picture; decoding is greedy.
+Every question starts a conversation of its own, with its picture; decoding is greedy. A LLaVA-NeXT is also asked to
+read small numbers, less than 14 of the 64 units of a picture's longer side high, as always and with the base picture
+alone, in which they are less than 7 pixels high.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import time
 from typing import Any
 
 from shapes import OFF_TOPIC, TYPES, conversation, draw, held_out, make_scene
+from shapes_models import base_alone
+
+Question = tuple[int, str, str, str]  # seed of the scene, type, question, right answer
 
 NAMES = {
     "colour": "colour",
@@ -27,7 +33,7 @@ NAMES = {
 }
 
 
-def answers(model: Any, processor: Any, questions: list[tuple[int, str, str, str]], batch: int = 50) -> list[str]:
+def answers(model: Any, processor: Any, questions: list[Question], batch: int = 50) -> list[str]:
     """The model's answers to (seed, type, question, right answer), in the same order."""
     found = []
     for start in range(0, len(questions), batch):
@@ -43,16 +49,33 @@ def answers(model: Any, processor: Any, questions: list[tuple[int, str, str, str
     return [answer.strip() for answer in found]
 
 
-def table(questions: list[tuple[int, str, str, str]], found: list[str]) -> str:
-    """A markdown table of exact matches by type; off-topic questions stay out of the overall figure."""
+def table(questions: list[Question], found: list[str], **others: tuple[list[Question], list[str]]) -> str:
+    """A markdown table of exact matches by type; off-topic and `other` questions stay out of the overall figure."""
     right: dict[str, list[bool]] = {kind: [] for kind in TYPES}
     for (_, kind, _, answer), reply in zip(questions, found, strict=True):
         right[kind].append(answer == reply)
     rows = [(NAMES[kind], right[kind]) for kind in TYPES if kind != "other" and right[kind]]
     rows.append(("**all of these**", [value for _, values in rows for value in values]))
     rows += [(NAMES["other"], right["other"])] if right["other"] else []
+    for name, (asked, replies) in others.items():
+        rows.append((name, [answer == reply for (*_, answer), reply in zip(asked, replies, strict=True)]))
     lines = [f"| {name} | {len(values)} | {100 * sum(values) / len(values):.1f} % |" for name, values in rows]
     return "\n".join(["| question | asked | exactly right |", "|---|---|---|", *lines])
+
+
+def small_numbers(count: int) -> list[Question]:
+    """Held-out questions about written numbers that are less than 14 units high."""
+    numbers = [(question, make_scene(question[0]).number) for question in held_out(4 * count, ("number",))]
+    return [question for question, number in numbers if number and number.height < 14][:count]
+
+
+def with_and_without_tiles(model: Any, processor: Any, count: int) -> dict[str, tuple[list[Question], list[str]]]:
+    """The small numbers, read by a LLaVA-NeXT as always and by its base picture alone."""
+    questions = small_numbers(count)
+    rows = {"small number, with tiles": (questions, answers(model, processor, questions))}
+    with base_alone(model, processor):
+        rows["small number, base picture alone"] = questions, answers(model, processor, questions)
+    return rows
 
 
 def main() -> None:
@@ -71,7 +94,8 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(args.model)
     processor = AutoProcessor.from_pretrained(args.model)
     found = answers(model, processor, questions)
-    print(table(questions, found))
+    tiled = hasattr(model.config, "image_grid_pinpoints")
+    print(table(questions, found, **(with_and_without_tiles(model, processor, args.count) if tiled else {})))
     print(f"\n{len(questions)} questions in {time.monotonic() - begun:.0f} s")
     wrong = [(question, reply) for question, reply in zip(questions, found, strict=True) if question[3] != reply]
     for (seed, kind, text, answer), reply in wrong[:: max(1, len(wrong) // args.show) if args.show else len(wrong) + 1]:

@@ -1,11 +1,16 @@
-"""Train the small Idefics2 that ships with the package, from scratch, on the shapes task.
+"""Train the small models that ship with the package on the shapes task: an Idefics2 from scratch, then a LLaVA-NeXT.
 
     torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/shapes --out FOLDER --plot curve.png
+    torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/llava --out FOLDER --family llava_next \\
+        --start-from minivlm/checkpoints/shapes-idefics2 --vision-steps 600 --minutes 20
 
-Two stages, as the real model had: first the vision tower alone learns to say of each patch what was drawn there
+Two stages, as the real models had: first the vision tower alone learns to say of each patch what was drawn there
 (those labels cost nothing here), then the whole model learns to answer. Both write a checkpoint every few minutes
 and go on from it when the command is given again. Each process of torchrun takes one core and its share of the batch:
 on a shared machine that waits far less than threads, which meet at every operation. Plain `python` works as well.
+
+The real LLaVA-NeXT began with a trained CLIP and a trained language model. This one begins with the vision tower and
+the decoder of the small Idefics2; its projector, its newline and one decoder layer are new.
 """
 
 from __future__ import annotations
@@ -15,9 +20,9 @@ import json
 import math
 import os
 import random
-import string
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import lru_cache
 from multiprocessing import Pool as Workers
 from pathlib import Path
@@ -39,115 +44,12 @@ from shapes import (
     patch_labels,
     size_of,
     turns,
-    vocabulary,
 )
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from shapes_models import END, FAMILIES, PATCH, Family, base_alone, save_package, start_from_idefics2, write_processor
 from torch import Tensor, nn
 
-from minivlm import Idefics2Config, Idefics2ForConditionalGeneration, Idefics2Processor
-
+CLASSES = sum(LABELS.values())
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-
-SPECIAL = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-END = SPECIAL.index("<end_of_utterance>")
-LATENTS = 16
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{message['role'].capitalize()}}{% if message['content'][0]['type'] == 'image' %}"
-    "{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
-    "{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-
-
-# ------------------------------------------------------------------------------------- the model and its words
-
-
-def build_tokenizer() -> Tokenizer:
-    """The task's words, and letters to spell all others with; capitals do not count."""
-    letters = string.ascii_lowercase + string.digits
-    tokens = [*SPECIAL, "user", "assistant", *string.punctuation, *letters, *("##" + letter for letter in letters)]
-    tokens += [word for word in vocabulary() if word not in tokens]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="##"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.decoder = decoders.Sequence([decoders.WordPiece("##", cleanup=True), decoders.Replace(" :", ":")])
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
-def write_processor(folder: Path) -> None:
-    """Everything but weights and their configuration, in the files that the Hub's Idefics2 checkpoints have."""
-    folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    names["additional_special_tokens"] = SPECIAL[3:]
-    preprocessor = {
-        **dict.fromkeys(("do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize"), True),
-        "do_image_splitting": False,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "image_processor_type": "Idefics2ImageProcessor",
-        "processor_class": "Idefics2Processor",
-        "resample": 2,
-        "rescale_factor": 1 / 255,
-        "size": {"longest_edge": 64, "shortest_edge": 32},
-    }
-    files = {
-        "special_tokens_map.json": names,
-        "tokenizer_config.json": {
-            **names,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 2048,
-            "padding_side": "left",
-            "processor_class": "Idefics2Processor",
-            "tokenizer_class": "PreTrainedTokenizerFast",  # so that transformers takes tokenizer.json as it is
-        },
-        "preprocessor_config.json": preprocessor,
-        "processor_config.json": {"image_seq_len": LATENTS, "processor_class": "Idefics2Processor"},
-    }
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def model_config() -> Idefics2Config:
-    """A real Idefics2, small in every dimension: 1.94 million parameters, 3.9 MB in half precision."""
-    size = {"hidden_size": 128, "initializer_range": 0.05}
-    text = {"intermediate_size": 288, "head_dim": 32, "vocab_size": build_tokenizer().get_vocab_size()}
-    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    text |= {"model_type": "mistral", "max_position_embeddings": 2048, "sliding_window": None}
-    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5}
-    vision = {"intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64}
-    resampler = {"resampler_n_latents": LATENTS, "resampler_depth": 2, "resampler_n_heads": 4}
-    resampler |= {"resampler_head_dim": 32, "num_key_value_heads": 2, "hidden_size": 128, "rms_norm_eps": 1e-5}
-    return Idefics2Config.from_hub(
-        {
-            "model_type": "idefics2",
-            "image_token_id": SPECIAL.index("<image>"),
-            "vision_config": {**size, **vision, "patch_size": 8, "model_type": "idefics2"},
-            "perceiver_config": {**resampler, "model_type": "idefics2"},
-            "text_config": {**size, **text},
-        }
-    )
-
-
-def save_package(model: nn.Module, folder: Path) -> None:
-    """The checkpoint that ships: weights in half precision, to be computed with in float32."""
-    write_processor(folder)
-    half = Idefics2ForConditionalGeneration(model.config)
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"dtype": "float32", "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = {"bad_words_ids": [[3], [4]], "bos_token_id": 1, "eos_token_id": [2, END], "pad_token_id": 0}
-    generation["max_new_tokens"] = 64
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
 
 # ------------------------------------------------------------------------------------------------------ data
 
@@ -191,7 +93,8 @@ def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
     On this task AdamW alone at 1e-3 was noisy and at 2e-3 diverged, where Muon was still calm and ahead of it.
     """
-    names = {n for n, p in model.named_parameters() if p.ndim == 2 and (".layers." in n or "modality_projection" in n)}
+    inner = (".layers.", "modality_projection.", "multi_modal_projector.")
+    names = {n for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in inner)}
     matrices = [p for n, p in model.named_parameters() if n in names]
     others = [p for n, p in model.named_parameters() if n not in names]
     muon = torch.optim.Muon(matrices, lr=2 * lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
@@ -218,7 +121,7 @@ class Run:
     ) -> None:
         self.path, self.log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
         self.modules, self.optimisers, self.steps, self.minutes = modules, optimisers, steps, minutes
-        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         self.groups = [group for optimiser in optimisers for group in optimiser.param_groups]
         self.peaks = [group["lr"] for group in self.groups]
         self.step, self.seconds = 0, 0.0
@@ -295,24 +198,24 @@ class Run:
 
 
 def patch_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """logits (…, sum of LABELS), labels (…, 6). Every patch has a kind; the rest counts on objects only."""
+    """logits (…, n · CLASSES), labels (…, n, 6). All have a kind, but for -1; the rest counts on objects only."""
     losses, numbers = [], {}
-    parts = logits.float().split(list(LABELS.values()), dim=-1)
+    parts = logits.float().unflatten(-1, (-1, CLASSES)).split(list(LABELS.values()), dim=-1)
     for index, (name, part) in enumerate(zip(LABELS, parts, strict=True)):
-        target = labels[..., index].long()
-        known = torch.ones_like(target, dtype=torch.bool) if name == "kind" else target > 0
+        target = labels[..., index]
+        known = target >= (name != "kind")
         losses.append(F.cross_entropy(part[known], target[known]) if known.any() else part.sum() * 0)
         if known.any():
             numbers[name] = (part[known].argmax(-1) == target[known]).float().mean().item()
     return torch.stack(losses).mean(), numbers
 
 
-def train_vision(folder: Path, tower: nn.Module, pool: tuple, batch: int, steps: int, minutes: float) -> None:
+def train_vision(folder: Path, family: Family, tower: nn.Module, pool: tuple, batch: int, **limits: float) -> None:
     """Stage 1: the tower and one linear layer name what each patch shows. A batch holds pictures of one size."""
     pictures, labels = pool
-    head = nn.Linear(tower.config.hidden_size, sum(LABELS.values()))
+    head = nn.Linear(tower.config.hidden_size, family.labels * CLASSES)
     optimiser = adamw([*tower.parameters(), *head.parameters()], 2e-3)
-    run = Run(folder, "vision", {"tower": tower, "head": head}, [optimiser], steps, minutes)
+    run = Run(folder, "vision", {"tower": tower, "head": head}, [optimiser], **limits)
     groups = [[] for _ in SIZES]
     for seed in range(len(pictures)):
         groups[SIZES.index(size_of(seed))].append(seed)
@@ -322,9 +225,10 @@ def train_vision(folder: Path, tower: nn.Module, pool: tuple, batch: int, steps:
         size = rng.integers(len(SIZES))
         (width, height), picked = SIZES[size], np.sort(rng.choice(groups[size], batch, replace=False))
         pixels = torch.from_numpy(pictures[picked][:, :height, :width]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        target = torch.from_numpy(labels[picked][:, : height // 8, : width // 8]).flatten(1, 2)
+        target = torch.from_numpy(labels[picked][:, : height // PATCH, : width // PATCH]).long()
+        seen, target = family.view(pixels, target)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(tower(pixels))
+            logits = head(family.features(tower, seen))
         return patch_loss(logits, target)
 
     run.train(loss_of_step)
@@ -376,15 +280,16 @@ def exact_match(model: nn.Module, processor: Any, questions: list[tuple[int, str
 MIX = ["colour", "shape", "count", "exists", "where", "where", "where", "where", "number", "describe", "layout"]
 
 
-def joint_step(model: nn.Module, head: nn.Module, processor: Any, pool: tuple, batch: int, most: int) -> Step:
+def joint_step(family: Family, modules: dict, processor: Any, pool: tuple, batch: int, most: int) -> Step:
     """Stage 2: a step on `batch` pictures with up to `most` question-answer turns each.
 
-    The linear `head` goes on naming what each patch shows, now behind the modality projection: without it what the
-    early answers have no use for (how high things are) fades there before any answer can learn to use it.
+    A linear head goes on naming what each patch shows, now deeper in the model (`family.middle`): without it what the
+    early answers have no use for (how high things are) fades there before any answer can learn to use it. LLaVA-NeXT
+    sees the base picture alone at every eighth step, so that it can fairly be measured without its tiles.
     """
-    pictures, labels = pool
-    projected: list[Tensor] = []  # (n, P, C) for each size of picture, in the order in which sizes first appear
-    model.model.connector.modality_projection.register_forward_hook(lambda *call: projected.append(call[-1]))
+    (model, head), (pictures, labels) = modules.values(), pool
+    outputs: list[Tensor] = []
+    family.middle(model).register_forward_hook(lambda *call: outputs.append(call[-1]))
     scene_of = lru_cache(maxsize=None)(make_scene)
     check = held_out(40)
 
@@ -392,17 +297,21 @@ def joint_step(model: nn.Module, head: nn.Module, processor: Any, pool: tuple, b
         rng = random.Random(step * WORLD + RANK)
         seeds = [rng.randrange(len(pictures)) for _ in range(batch)]
         drawn = [Image.fromarray(pictures[seed][: scene_of(seed).height, : scene_of(seed).width]) for seed in seeds]
-        asked = []
+        asked, shown = [], []
         for seed in seeds:
             kinds = rng.sample(MIX, min(most, len(MIX)))
             kinds[-1] = "other" if rng.random() < 0.2 else kinds[-1]
             asked.append(turns(scene_of(seed), rng, kinds) or turns(scene_of(seed), rng, ["describe"]))
-        inputs = make_batch(processor, drawn, asked)
-        projected.clear()
-        with torch.autocast("cpu", torch.bfloat16):
+            rows, columns = scene_of(seed).height // PATCH, scene_of(seed).width // PATCH
+            shown.append(torch.from_numpy(labels[seed][:rows, :columns].astype(np.int64)))
+        without_tiles = family is FAMILIES["llava_next"] and step % 8 == 7
+        outputs.clear()
+        with base_alone(model, processor) if without_tiles else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            inputs = make_batch(processor, drawn, asked)
             output = model(**inputs)
-            named = torch.cat([head(part).flatten(0, 1) for part in projected])
-        patches, seen = patch_loss(named, _labels_by_size(labels, seeds))
+            vectors, target = family.labelled(outputs, inputs, shown)
+            named = head(vectors)
+        patches, seen = patch_loss(named, target)
         counted = inputs["labels"][:, 1:] != -100
         hits = (output.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:])[counted].float().mean().item()
         numbers = {"token": hits, "length": inputs["input_ids"].shape[1], "answers": output.loss.item()}
@@ -412,15 +321,6 @@ def joint_step(model: nn.Module, head: nn.Module, processor: Any, pool: tuple, b
         return output.loss + 0.3 * patches, numbers
 
     return loss_of_step
-
-
-def _labels_by_size(labels: np.ndarray, seeds: list[int]) -> Tensor:
-    """Patch labels of these pictures, (patches, 6), grouped by size as the model groups its pictures."""
-    groups: dict[tuple[int, int], list[np.ndarray]] = {}
-    for seed in seeds:
-        width, height = size_of(seed)
-        groups.setdefault((width, height), []).append(labels[seed][: height // 8, : width // 8].reshape(-1, 6))
-    return torch.from_numpy(np.concatenate([label for group in groups.values() for label in group]))
 
 
 def plot(folder: Path, path: Path) -> None:
@@ -445,6 +345,8 @@ def plot(folder: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="idefics2")
+    parser.add_argument("--start-from", type=Path, help="folder of the small Idefics2, for llava_next")
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures, logs and checkpoints")
     parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
     parser.add_argument("--plot", type=Path, help="PNG file for the training curves")
@@ -456,26 +358,34 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7, help="question-answer turns per picture")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
+    family = FAMILIES[args.family]
     if WORLD > 1:
         dist.init_process_group("gloo")
     if RANK == 0:
         args.work.mkdir(parents=True, exist_ok=True)
-        write_processor(args.work / "processor")
+        write_processor(family, args.work / "processor")
         make_pool(args.work, args.pictures)
     if WORLD > 1:
         dist.barrier()
     pool = make_pool(args.work, args.pictures)
     torch.manual_seed(0)
     # Spelled-out attention: at these lengths its bf16 backward takes half the time of the fused one on a CPU.
-    model = Idefics2ForConditionalGeneration(model_config(), attn_implementation="eager")
-    train_vision(args.work, model.model.vision_model, pool, 128 // WORLD, args.vision_steps, args.minutes / 3)
-    processor = Idefics2Processor.from_pretrained(args.work / "processor")
-    head = nn.Linear(model.config.text_config.hidden_size, sum(LABELS.values()))
+    model = family.model(family.config(), attn_implementation="eager")
+    if args.start_from:
+        start_from_idefics2(model, args.start_from)
+    tower = getattr(model.model, family.tower)
+    if args.family == "llava_next":
+        tower.post_layernorm.requires_grad_(False)  # nothing passes through it
+    limits = {"steps": args.vision_steps, "minutes": args.minutes / 3}
+    train_vision(args.work, family, tower, pool, 128 // WORLD, **limits)
+    processor = family.processor.from_pretrained(args.work / "processor")
+    head = nn.Linear(model.config.text_config.hidden_size, family.labels * CLASSES)
+    modules = {"model": model, "head": head}
     optimisers = [*muon_and_adamw(model, args.lr), adamw(head.parameters(), args.lr)]
-    joint = Run(args.work, "joint", {"model": model, "head": head}, optimisers, args.steps, args.minutes)
-    joint.train(joint_step(model, head, processor, pool, args.batch // WORLD, args.turns))
+    joint = Run(args.work, "joint", modules, optimisers, args.steps, args.minutes)
+    joint.train(joint_step(family, modules, processor, pool, args.batch // WORLD, args.turns))
     if args.out and RANK == 0:
-        save_package(model, args.out)
+        save_package(family, model, args.out)
     if args.plot and RANK == 0:
         plot(args.work, args.plot)
     if WORLD > 1:

@@ -16,6 +16,7 @@ from PIL import Image
 import minivlm
 from minivlm import cli
 from minivlm.auto import PRESETS
+from minivlm.chat import incremental_text
 
 SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "special_tokens_map.json")
 
@@ -233,11 +234,11 @@ def as_bytes(ids):
 @given(st.text(max_size=12).map(lambda text: list(text.encode())) | st.lists(st.integers(0, 255), max_size=12))
 def test_pieces_are_the_whole_text(ids):
     """Bytes as tokens, whole characters and broken ones."""
-    assert "".join(cli.incremental_text(as_bytes, ids)) == as_bytes(ids)
+    assert "".join(incremental_text(as_bytes, ids)) == as_bytes(ids)
 
 
 def test_no_piece_is_half_a_character():
-    assert list(cli.incremental_text(as_bytes, "aé🙂b".encode())) == ["a", "é", "🙂", "b"]
+    assert list(incremental_text(as_bytes, "aé🙂b".encode())) == ["a", "é", "🙂", "b"]
 
 
 pieces_of_text = st.text(max_size=8) | st.sampled_from(["</s>", "<image>", "\n", "é🙂", " a"])
@@ -249,7 +250,7 @@ def test_pieces_of_a_real_tokenizer_are_the_whole_text(real_tokenizer, ids, text
     """Any tokens but bytes, then bytes that form characters, leading blanks, special tokens that vanish."""
     ids = [*ids, *(id for text in texts for id in real_tokenizer.encode(text, add_special_tokens=False))]
     whole = real_tokenizer.decode(ids, skip_special_tokens=True)
-    pieces = list(cli.incremental_text(partial(real_tokenizer.decode, skip_special_tokens=True), ids))
+    pieces = list(incremental_text(partial(real_tokenizer.decode, skip_special_tokens=True), ids))
     assert "".join(pieces) == whole
     assert "\ufffd" in whole or not any("\ufffd" in piece for piece in pieces)
 

@@ -1,102 +1,35 @@
 """Generation against transformers on tiny random Idefics2 models, and every rule on tables worked out by hand."""
 
 import copy
-import warnings
+import functools
+import time
 
 import hypothesis.strategies as st
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
-from transformers.generation import logits_process
+from oracle_generation import EOS, IMAGE, PAD, V, alone, batch, both, oracle, twins
+from transformers.generation import logits_process, stopping_criteria
 
-from minivlm import generation, generation_config, sampling
+from minivlm import generation, generation_config, sampling, stopping
 from minivlm.generation_config import GenerationConfig
-from minivlm.models.idefics2 import Idefics2ForConditionalGeneration
+from minivlm.processing.tokenizer import Tokenizer
 
-V, IMAGE, PAD, LATENTS, SIDE = 99, 98, 0, 2, 12
 NEGATIVE = float("-inf")
-EOS = [5, 7]
-
-
-def oracle(sliding_window: int | None) -> transformers.Idefics2ForConditionalGeneration:
-    """A reference model whose logits lie far enough apart that rounding cannot change a token."""
-    torch.manual_seed(0)
-    vision = {"image_size": SIDE, "patch_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2}
-    perceiver = {"resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 1}
-    text = {"model_type": "mistral", "vocab_size": V, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "sliding_window": sliding_window, "max_position_embeddings": 64}
-    text |= {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": PAD}
-    sizes = {"hidden_size": 32, "intermediate_size": 64}
-    config = transformers.Idefics2Config(
-        vision_config=vision | sizes,
-        perceiver_config=perceiver | {"resampler_n_latents": LATENTS, "hidden_size": 32},
-        text_config=text | sizes,
-        image_token_id=IMAGE,
-    )
-    model = transformers.Idefics2ForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @pytest.fixture(scope="module", params=[None, 4], ids=["full", "window"])
 def pair(request, tmp_path_factory):
     """(reference, ours) with the same weights; the window of 4 is shorter than every prompt."""
-    reference = oracle(request.param)
-    folder = tmp_path_factory.mktemp("tiny")
-    reference.save_pretrained(folder)
-    return reference, Idefics2ForConditionalGeneration.from_pretrained(folder)
+    return twins(oracle(request.param), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Our model alone, for what needs no reference."""
-    folder = tmp_path_factory.mktemp("alone")
-    oracle(None).save_pretrained(folder)
-    return Idefics2ForConditionalGeneration.from_pretrained(folder)
-
-
-def batch(counts=(0, 1, 2, 3), lengths=(5, 3, 9, 4), seed=0):
-    """Left-padded rows of `lengths` text tokens and `counts` images each, the rows' images padded as processors do."""
-    random = torch.Generator().manual_seed(seed)
-    rows = []
-    for count, length in zip(counts, lengths, strict=True):
-        text = torch.randint(8, 90, (length,), generator=random).tolist()
-        rows.append([text[0], *([IMAGE] * LATENTS + [9]) * count, *text[1:]])
-    longest = max(map(len, rows))
-    inputs = {
-        "input_ids": torch.tensor([[PAD] * (longest - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-    }
-    if max(counts):
-        pixels = torch.randn(len(counts), max(counts), 3, SIDE, SIDE, generator=random)
-        real = torch.arange(max(counts)) < torch.tensor(counts)[:, None]  # (B, N)
-        inputs["pixel_values"] = pixels * real[:, :, None, None, None]
-        inputs["pixel_attention_mask"] = real[:, :, None, None].expand(-1, -1, SIDE, SIDE).long()
-    return inputs
-
-
-def alone(inputs, row, counts=(0, 1, 2, 3)):
-    """One row of a batch without its padding tokens and padding images."""
-    real = inputs["attention_mask"][row].bool()
-    single = {"input_ids": inputs["input_ids"][row][real][None], "attention_mask": real[real].long()[None]}
-    if counts[row]:
-        single |= {
-            name: inputs[name][row : row + 1, : counts[row]] for name in ("pixel_values", "pixel_attention_mask")
-        }
-    return single
-
-
-def both(pair, inputs, **kwargs):
-    """Ids of the reference and ours, sampling from torch's own generator under the same seed."""
-    outputs = []
-    for model in pair:
-        torch.manual_seed(1234)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outputs.append(model.generate(**inputs, **kwargs))
-    return outputs
+    return twins(oracle(None), tmp_path_factory.mktemp("alone"))[1]
 
 
 # ---- The rules, by hand ----
@@ -151,6 +84,41 @@ def test_a_bad_word_longer_than_the_prompt_waits():
     assert not sampling.ban_words(torch.zeros(1, 4), torch.tensor([[2]]), [torch.tensor([2, 2, 3])]).any()
 
 
+def test_typical_p_prefers_tokens_as_surprising_as_the_average():
+    scores = sampling.typical_p(LOG_PROBABILITIES, 0.5)  # the entropy is 1.28, the surprises 0.92, 1.20, 1.61, 2.30
+    assert (scores > NEGATIVE).tolist() == [[False, True, True, False]]
+
+
+def test_epsilon_and_eta_cut_below_a_probability():
+    assert (sampling.epsilon_cutoff(LOG_PROBABILITIES, 0.15) > NEGATIVE).tolist() == [[True, True, True, False]]
+    # sqrt(0.5) · exp(-1.28) = 0.197
+    assert (sampling.eta_cutoff(LOG_PROBABILITIES, 0.5) > NEGATIVE).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("rule", ["top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_k"])
+def test_at_least_so_many_tokens_are_kept(rule):
+    scores = getattr(sampling, rule)(torch.tensor([[4.0, 9.0, 3.0, 1.0]]), 1 if rule == "top_k" else 0.99, keep=3)
+    assert (scores > NEGATIVE).sum() >= 3
+
+
+def test_ngrams_are_not_repeated():
+    ids = torch.tensor([[5, 1, 2, 3, 1], [1, 2, 1, 2, 1]])
+
+    def banned(n):
+        return (sampling.no_repeat_ngram(torch.zeros(2, 6), ids, n) == NEGATIVE).nonzero().tolist()
+
+    assert banned(2) == [[0, 2], [1, 2]]
+    assert banned(3) == [[1, 2]]
+    assert banned(1) == [[0, 1], [0, 2], [0, 3], [0, 5], [1, 1], [1, 2]]
+    assert banned(6) == []
+
+
+def test_no_row_ends_early():
+    ids = torch.tensor([[1, 2]])
+    assert sampling.ban_early_end(torch.zeros(1, 3), ids, torch.tensor([0, 2]), 3).tolist() == [[NEGATIVE, 0, NEGATIVE]]
+    assert sampling.ban_early_end(torch.zeros(1, 3), ids, torch.tensor([0, 2]), 2).tolist() == [[0, 0, 0]]
+
+
 def test_rules_come_in_the_reference_order():
     everything = GenerationConfig(
         repetition_penalty=1.5, bad_words_ids=[[0]], do_sample=True, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1
@@ -176,12 +144,30 @@ scores_of = st.lists(st.integers(-8, 8), min_size=V, max_size=V).map(lambda row:
 probability = st.floats(0, 1).map(lambda x: round(x, 3))
 
 
+inside = st.floats(0.001, 0.999)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores_of, st.integers(1, V + 5), probability, probability, inside, st.integers(1, 4), st.booleans())
+def test_sampling_rules_equal_the_reference(scores, k, p, floor, cut, keep, banned):
+    if banned:  # by an earlier rule
+        scores[:, ::3] = NEGATIVE
+    rules = [
+        (sampling.top_k, logits_process.TopKLogitsWarper, k),
+        (sampling.top_p, logits_process.TopPLogitsWarper, p),
+        (sampling.min_p, logits_process.MinPLogitsWarper, floor),
+        (sampling.typical_p, logits_process.TypicalLogitsWarper, cut),
+        (sampling.epsilon_cutoff, logits_process.EpsilonLogitsWarper, cut),
+        (sampling.eta_cutoff, logits_process.EtaLogitsWarper, cut),
+    ]
+    for ours, theirs, value in rules:
+        expected = theirs(value, min_tokens_to_keep=keep)(None, scores)
+        assert torch.equal(ours(scores, value, keep), expected), ours.__name__
+
+
 @settings(max_examples=40, deadline=None)
-@given(scores_of, st.integers(1, V + 5), probability, probability, st.data())
-def test_rules_equal_the_reference(scores, k, p, floor, data):
-    assert torch.equal(sampling.top_k(scores, k), logits_process.TopKLogitsWarper(k)(None, scores))
-    assert torch.equal(sampling.top_p(scores, p), logits_process.TopPLogitsWarper(p)(None, scores))
-    assert torch.equal(sampling.min_p(scores, floor), logits_process.MinPLogitsWarper(floor)(None, scores))
+@given(scores_of, st.data())
+def test_rules_equal_the_reference(scores, data):
     ids = torch.tensor([data.draw(st.lists(st.integers(0, V - 1), min_size=3, max_size=9))])
     padding = torch.tensor([data.draw(st.integers(0, 3))])
     penalty = data.draw(st.floats(0.1, 3))
@@ -191,6 +177,12 @@ def test_rules_equal_the_reference(scores, k, p, floor, data):
     words.append([*ids[0, -2:].tolist(), 3])
     theirs = logits_process.NoBadWordsLogitsProcessor(words, [])(ids, scores)
     assert torch.equal(sampling.ban_words(scores, ids, [torch.tensor(word) for word in words]), theirs)
+    few = torch.tensor([data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=12))])
+    n = data.draw(st.integers(1, 4))
+    theirs = logits_process.NoRepeatNGramLogitsProcessor(n)(few, scores)
+    assert torch.equal(sampling.no_repeat_ngram(scores, few, n), theirs)
+    theirs = logits_process.MinLengthLogitsProcessor(n, [3, 5])(few, scores)
+    assert torch.equal(sampling.ban_early_end(scores, few, torch.tensor([3, 5]), n), theirs)
 
 
 def test_positions_count_real_tokens():
@@ -198,7 +190,102 @@ def test_positions_count_real_tokens():
     assert generation.positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
+# ---- The ends of answers ----
+
+PIECES = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in "é€\na".encode()), *"▁stop.abcdefé€\n"]
+PIECES += ["st", "op", "sto", "pper", "▁stop", "▁st", "opera", "top", "aa", "▁a", "abcdef"]
+GPT_PIECES = ["<s>", "</s>", *"stopabcdefÃ©âĤ¬Ċ.", "Ġ", "st", "op", "Ġst", "opera", "Ã©", "Ċa", "abcdef"]
+STRINGS = ["stop", " stop", "é", "é€", "op.", "aaa", "a a", "\n", "</s>", "pé"]
+
+
+def tokenizer_of(pieces, decoder):
+    """The same vocabulary for the reference and for us; the reference's rule wants to see "abcdef" in it."""
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.decoder = decoder
+    backend.add_special_tokens(["<s>", "</s>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend), Tokenizer(backend)
+
+
+def llama_tokenizers():
+    parts = tokenizers.decoders
+    decoder = [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    return tokenizer_of(PIECES, parts.Sequence(decoder))
+
+
+def gpt_tokenizers():
+    return tokenizer_of(GPT_PIECES, tokenizers.decoders.ByteLevel())
+
+
+@pytest.mark.parametrize("make", [llama_tokenizers, gpt_tokenizers], ids=["llama", "gpt"])
+def test_stop_strings_are_found_as_by_the_reference(make):
+    """Across token borders, with bytes that are half a character, and running on behind the string."""
+    theirs, ours = make()
+    assert ours.decode([ours.backend.token_to_id(piece) for piece in ("a", "st", "op")]) == "astop"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(ours), (2000, 6), generator=generator)
+    ids[:, 0] = 0  # <s>: at the very beginning decoders drop blanks, the reference's rule does not
+    ids = ids[["\ufffd" not in text for text in ours.batch_decode(ids)]]  # it also finds strings in broken bytes
+    found = 0
+    for strings in [[string] for string in STRINGS] + [["stop", "é"]]:
+        expected = stopping_criteria.StopStringCriteria(theirs, strings)(ids, None)
+        assert torch.equal(stopping.at_strings(ids, strings, ours.decode), expected), strings
+        found += expected.sum()
+    assert found > 100
+
+
+@pytest.mark.parametrize("strings", [["\n"], ["€\n", "aé"], ["éé"]], ids=ascii)
+def test_stop_strings_are_found_in_text_of_single_bytes(strings):
+    """As Llama's vocabulary writes whatever is not in it; a window may begin inside a character."""
+    theirs, ours = llama_tokenizers()
+    rule = stopping_criteria.StopStringCriteria(theirs, strings)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        text = "".join("é€\na"[i] for i in torch.randint(4, (8,), generator=random))
+        row = [0, *(ours.backend.token_to_id(f"<0x{byte:02X}>") for byte in text.encode())]
+        for end in range(2, len(row) + 1):
+            ids = torch.tensor([row[:end]])
+            assert torch.equal(stopping.at_strings(ids, strings, ours.decode), rule(ids, None)), (text, end)
+
+
+def test_stop_strings_end_rows_of_the_answer(pair):
+    """Strings are cut out of what the model writes anyway; the third begins in the prompt. Ended rows are filled."""
+    pieces = ["<s>", "</s>", *"abcdef", *(f"{chr(103 + i // 10)}{i % 10}" for i in range(V - 8))]
+    theirs, ours = tokenizer_of(pieces, tokenizers.decoders.Fuse())
+    inputs = batch()
+    answer = pair[1].generate(**inputs, max_new_tokens=10)[:, inputs["input_ids"].shape[1] :]
+    strings = [ours.decode(answer[0, 3:5])[1:], ours.decode(answer[2, 5]), ours.decode([inputs["input_ids"][1, -1]])]
+    strings[2] += ours.decode(answer[1, 0])[:1]
+    stop = {"stop_strings": strings, "max_new_tokens": 10}
+    expected = pair[0].generate(**inputs, **stop, tokenizer=theirs)
+    found = pair[1].generate(**inputs, **stop, tokenizer=ours)
+    assert torch.equal(found, expected)
+    new = found[:, inputs["input_ids"].shape[1] :]
+    assert (new[0, 5:] == PAD).all()
+    assert (new[1, 1:] == PAD).all()
+    assert torch.equal(pair[1].generate(**inputs, **stop, tokenizer=theirs), found)  # any tokenizer that decodes
+    expected = pair[0].generate(**inputs, **stop, tokenizer=theirs, eos_token_id=None)
+    assert torch.equal(pair[1].generate(**inputs, **stop, tokenizer=ours, eos_token_id=None), expected)
+
+
+def test_time_ends_an_answer_after_a_token_at_least(model):
+    ids = torch.tensor([[8, 9]])
+    assert model.generate(ids, max_time=0, eos_token_id=None).shape == (1, 3)
+    assert model.generate(ids, max_time=1000, eos_token_id=None, max_new_tokens=5).shape == (1, 7)
+    slow = [lambda ids, scores: time.sleep(0.05) or scores]
+    assert model.generate(ids, max_time=0.12, logits_processor=slow, eos_token_id=None).shape[1] < 7
+
+
 # ---- Whole answers, against the reference ----
+
+
+def favour_sevens(ids, scores):
+    return scores + 3 * (torch.arange(V) % 7 == 0) * (ids[:, -1:] % 2)
+
+
+def ends_in_five(ids, scores):
+    return ids[:, -1] % 5 == 0
+
 
 SETTINGS = {
     "greedy": {"max_new_tokens": 16},
@@ -212,6 +299,18 @@ SETTINGS = {
     "many eos": {"max_new_tokens": 16, "eos_token_id": list(range(10, 40))},
     "pad is eos": {"max_new_tokens": 16, "eos_token_id": list(range(10, 40)), "pad_token_id": None},
     "no eos": {"max_new_tokens": 16, "eos_token_id": None},
+    "ngrams": {"max_new_tokens": 16, "no_repeat_ngram_size": 2},
+    "unigrams": {"max_new_tokens": 16, "no_repeat_ngram_size": 1},
+    "least new": {"max_new_tokens": 16, "min_new_tokens": 9, "eos_token_id": list(range(10, 60))},
+    "least length": {"max_new_tokens": 16, "min_length": 24, "eos_token_id": list(range(10, 60))},
+    "both least": {"max_new_tokens": 9, "min_length": 50, "min_new_tokens": 2, "eos_token_id": list(range(10, 60))},
+    "own rule": {"max_new_tokens": 16, "logits_processor": [favour_sevens], "repetition_penalty": 1.2},
+    "own end": {"max_new_tokens": 16, "stopping_criteria": [ends_in_five]},
+    "own end, no eos": {"max_new_tokens": 16, "stopping_criteria": [ends_in_five], "eos_token_id": None},
+    "samples": {"max_new_tokens": 16, "do_sample": True, "num_return_sequences": 3, "repetition_penalty": 1.2},
+    "sample typical": {"max_new_tokens": 16, "do_sample": True, "typical_p": 0.6, "temperature": 2.0, "top_k": 0},
+    "sample epsilon": {"max_new_tokens": 16, "do_sample": True, "epsilon_cutoff": 0.03, "temperature": 3.0},
+    "sample eta": {"max_new_tokens": 16, "do_sample": True, "eta_cutoff": 0.2, "temperature": 3.0},
     "sample": {"max_new_tokens": 16, "do_sample": True},
     "sample all": {"max_new_tokens": 16, "do_sample": True, "top_k": 0},
     "sample hot": {"max_new_tokens": 16, "do_sample": True, "temperature": 3.0, "top_k": None, "top_p": 0.9},
@@ -272,7 +371,11 @@ def test_without_ids_the_answer_starts_from_bos(pair):
     assert ours[0, 0] == 1
 
 
-@pytest.mark.parametrize("limit", [{"max_new_tokens": 6}, {"max_length": 12}, {}])
+EARLY = {"eos_token_id": list(range(10, 60))}
+LIMITS = [{"max_new_tokens": 6}, {"max_length": 12}, {}, {"min_length": 14} | EARLY, {"min_new_tokens": 5} | EARLY]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
 def test_embeddings_give_the_new_tokens_only(pair, limit):
     ids = batch(counts=(0,), lengths=(9,))["input_ids"]
     model = pair[1]
@@ -300,10 +403,57 @@ def test_streamer_gets_what_the_reference_gives_it(pair):
     assert collected[1].pieces == collected[0].pieces
 
 
+@pytest.mark.parametrize("name", ["greedy", "many eos", "samples", "sample everything", "own rule"])
+def test_outputs_equal_the_reference(pair, name):
+    """With names for the parts; 1e-5 of the largest logit is what float32 sums in another order come to."""
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    theirs, ours = both(pair, batch(), **SETTINGS[name], **wanted)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for name in ("scores", "logits"):
+        expected, found = getattr(theirs, name), getattr(ours, name)
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a == NEGATIVE, b == NEGATIVE)
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * theirs.logits[0].abs().max().item())
+    assert ours.past_key_values.length == theirs.past_key_values.get_seq_length()
+    assert ours.sequences_scores is ours.beam_indices is None
+
+
+def test_outputs_hold_what_was_asked_for(model):
+    output = model.generate(torch.tensor([[8, 9]]), return_dict_in_generate=True, max_new_tokens=3)
+    assert output.sequences.shape == (1, 5)
+    assert output.scores is output.logits is None
+
+
+def test_own_functions_see_ids_and_scores(model):
+    seen = []
+
+    def rule(ids, scores):
+        assert ids.shape == (2, 2 + len(seen))
+        assert scores.dtype == torch.float32
+        scores[:, 11:] = NEGATIVE  # in place, as many do; the logits stay as they were
+        return scores
+
+    def end(ids, scores):
+        seen.append(None if scores is None else len(scores))
+        return len(seen) == 3  # one answer for all rows
+
+    kwargs = {"logits_processor": [rule], "stopping_criteria": [end], "eos_token_id": None}
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    output = model.generate(torch.tensor([[8, 9], [8, 10]]), **kwargs, **wanted)
+    assert output.sequences.shape == (2, 5)
+    assert (output.sequences[:, 2:] < 11).all()
+    assert seen == [1, 2, 3]
+    assert torch.stack(output.logits).isfinite().all()
+    seen.clear()
+    model.generate(torch.tensor([[8, 9], [8, 10]]), **kwargs)
+    assert seen == [None] * 3
+
+
 # ---- Twins: different ways to the same ids ----
 
 
-@pytest.mark.parametrize("name", ["greedy", "penalty", "sample everything"])
+@pytest.mark.parametrize("name", ["greedy", "penalty", "sample everything", "samples"])
 def test_cached_equals_uncached(pair, name):
     torch.manual_seed(3)
     cached = pair[1].generate(**batch(), **SETTINGS[name])
@@ -337,7 +487,23 @@ def test_batched_equals_one_by_one(pair, name):
         assert (together[row, len(answer) :] == PAD).all()
 
 
-@pytest.mark.parametrize("name", ["greedy", "many eos", "sample everything"])
+def test_samples_of_one_prompt_share_its_images_and_its_prefill(model, monkeypatch):
+    inputs, runs = batch(), []
+    forward = model.forward
+
+    def counted(**kwargs):
+        runs.append((kwargs["input_ids"].shape, "pixel_values" in kwargs))
+        return forward(**kwargs)
+
+    kwargs = {"do_sample": True, "seed": 1, "max_new_tokens": 3, "eos_token_id": None}
+    monkeypatch.setattr(model, "forward", functools.wraps(forward)(counted))
+    together = model.generate(**inputs, **kwargs, num_return_sequences=3)
+    assert runs == [(inputs["input_ids"].shape, True), ((12, 1), False), ((12, 1), False)]
+    many = {name: value.repeat_interleave(3, 0) for name, value in inputs.items()}
+    assert torch.equal(model.generate(**many, **kwargs), together)
+
+
+@pytest.mark.parametrize("name", ["greedy", "many eos", "sample everything", "samples", "own end"])
 def test_streamed_equals_returned(pair, name):
     inputs = batch()
     returned = pair[1].generate(**inputs, **SETTINGS[name], seed=7 if "sample" in name else None)
@@ -356,6 +522,15 @@ def test_a_cache_goes_on_where_it_stopped(pair):
     mask = torch.cat([inputs["attention_mask"], torch.ones(4, 3, dtype=torch.long)], 1)
     again = model.generate(first, attention_mask=mask, past_key_values=cache, max_new_tokens=5, eos_token_id=None)
     assert torch.equal(again, whole)
+
+
+def test_a_returned_cache_goes_on_for_one_token(model):
+    """3 + 1 == 4. It was made for 3 new tokens, the last of which has not been run."""
+    ids, kwargs = torch.tensor([[8, 9, 10]]), {"eos_token_id": None, "return_dict_in_generate": True}
+    whole = model.generate(ids, max_new_tokens=4, **kwargs).sequences
+    first = model.generate(ids, max_new_tokens=3, **kwargs)
+    again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=1, **kwargs)
+    assert torch.equal(again.sequences, whole)
 
 
 def test_own_positions_replace_those_of_the_mask(pair):
@@ -464,35 +639,109 @@ def test_precedence_is_call_then_argument_then_checkpoint(model, monkeypatch):
     assert model.generate(ids).shape == (1, 7)
 
 
+def test_a_config_is_written_like_the_reference_and_read_back(tmp_path):
+    ours = GenerationConfig(max_new_tokens=7, do_sample=True, top_p=0.8, eos_token_id=[2, 5], stop_strings=["a"])
+    ours.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == ours
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(theirs, name) for name in ours.to_hub()} == ours.to_hub()
+    theirs.num_beams = 3
+    theirs.save_pretrained(tmp_path / "more", config_file_name="other.json")
+    read = GenerationConfig.from_pretrained(tmp_path / "more", "other.json")
+    assert (read.num_beams, read.top_p, read.stop_strings) == (3, 0.8, ["a"])
+    assert set(read.other) <= generation_config.HARMLESS
+    with pytest.raises(OSError, match=r"has no generation_config\.json"):
+        GenerationConfig.from_pretrained(tmp_path / "more")
+
+
+def test_defaults_are_those_of_the_reference():
+    theirs = transformers.GenerationConfig._get_default_generation_params()
+    assert {name: theirs[name] for name in generation_config.DEFAULTS} == generation_config.DEFAULTS
+    neutral = {name: value for name, value in generation_config.UNSUPPORTED.items() if name in theirs}
+    assert {name: theirs[name] for name in neutral} == neutral
+
+
+def test_every_setting_of_the_reference_is_known():
+    """Each is obeyed, refused or harmless; a name that is none of these is a typing error."""
+    for name in vars(transformers.GenerationConfig()):
+        generation_config.check_known(name)
+    assert not set(generation_config.SETTINGS) & {*generation_config.UNSUPPORTED, *generation_config.HARMLESS}
+    assert not generation_config.UNSUPPORTED.keys() & generation_config.HARMLESS
+
+
+def test_a_config_of_unknown_keywords_is_an_error():
+    with pytest.raises(ValueError, match="unknown setting 'max_new_token'; did you mean 'max_new_tokens'"):
+        GenerationConfig(max_new_token=5)
+    assert GenerationConfig(guidance_scale=2.0, cache_implementation="dynamic").other["guidance_scale"] == 2
+
+
 def test_a_checkpoint_setting_we_lack_is_refused_when_used_and_can_be_overruled(model, monkeypatch):
-    monkeypatch.setattr(model, "generation_config", GenerationConfig.from_hub({"num_beams": 4, "max_new_tokens": 2}))
+    stored = GenerationConfig.from_hub({"guidance_scale": 4, "max_new_tokens": 2})
+    monkeypatch.setattr(model, "generation_config", stored)
     ids = torch.tensor([[8, 9]])
-    with pytest.raises(ValueError, match="num_beams=4 is not supported"):
+    with pytest.raises(ValueError, match="guidance_scale=4 is not supported"):
         model.generate(ids)
-    assert model.generate(ids, num_beams=1).shape == (1, 4)
+    assert model.generate(ids, guidance_scale=1).shape == (1, 4)
 
 
 def test_settings_that_change_nothing_are_accepted(model):
     ids = torch.tensor([[8, 9]])
-    neutral = {**generation_config.UNSUPPORTED, "synced_gpus": False, "early_stopping": True, "logits_processor": []}
+    neutral = {**generation_config.UNSUPPORTED, "synced_gpus": False, "logits_processor": [], "stop_strings": []}
+    neutral |= dict.fromkeys(("num_beams", "num_return_sequences", "length_penalty", "early_stopping", "min_length"))
     assert torch.equal(model.generate(ids, **neutral), model.generate(ids))
 
 
-def test_sampling_settings_without_sampling_warn(model):
-    with pytest.warns(UserWarning, match="top_p, min_p has no effect without do_sample=True"):
-        model.generate(torch.tensor([[8, 9]]), max_new_tokens=1, top_p=0.9, min_p=0.1)
+UNUSED = [
+    ({"top_p": 0.9, "min_p": 0.1}, "top_p, min_p has no effect without do_sample=True"),
+    ({"typical_p": 0.5, "eta_cutoff": 0.1}, "typical_p, eta_cutoff has no effect without do_sample=True"),
+    ({"early_stopping": True}, "early_stopping has no effect without num_beams above 1"),
+    ({"length_penalty": 2.0}, "length_penalty has no effect without num_beams above 1"),
+    ({"output_scores": True}, "output_scores has no effect without return_dict_in_generate=True"),
+    ({"min_new_tokens": 2}, "the answer ends after 1 tokens, though it should have at least 2"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "message"), UNUSED, ids=[message[:20] for _, message in UNUSED])
+def test_settings_that_do_nothing_warn_where_they_are_given(model, kwargs, message):
+    with pytest.warns(UserWarning, match=message) as caught:
+        model.generate(torch.tensor([[8, 9]]), max_new_tokens=1, **kwargs)
+    assert caught[0].filename == __file__
 
 
 ERRORS = [
     ({"max_new_token": 3}, "unknown setting 'max_new_token'; did you mean 'max_new_tokens'"),
     ({"pixel_value": 3}, "did you mean 'pixel_values'"),
-    ({"num_beams": 2}, "num_beams=2 is not supported"),
-    ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported"),
-    ({"stop_strings": ["a"]}, "stop_strings=.* is not supported"),
+    ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported, leave it at 1; GenerationConfig has what is"),
+    ({"num_beams": 0}, "num_beams should be an integer > 0, found 0"),
+    ({"num_beams": True}, "num_beams should be an integer > 0"),
+    ({"num_beams": 2.0}, "num_beams should be an integer > 0"),
+    ({"num_return_sequences": 0}, "num_return_sequences should be an integer > 0, found 0"),
+    ({"num_return_sequences": 2}, "num_return_sequences=2: greedy search has one answer"),
+    ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than there are beams: num_beams=2"),
+    ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping should be True, False or 'never', found 'soon'"),
+    ({"num_beams": 2, "length_penalty": "long"}, "length_penalty should be a number, found 'long'"),
+    ({"stop_strings": ["a"]}, "stop_strings need the tokenizer .*: pass tokenizer=processor.tokenizer"),
+    (
+        {"stop_strings": [""], "tokenizer": 1},
+        "stop_strings should be a string or a list of strings, none of them empty",
+    ),
+    ({"stop_strings": 3}, "stop_strings should be a string or a list of strings"),
+    ({"max_time": -1}, "max_time should be a number of seconds, found -1"),
+    ({"max_time": "1 s"}, "max_time should be a number of seconds"),
+    ({"min_new_tokens": -1}, "min_new_tokens should be an integer ≥ 0"),
+    ({"min_length": 2.5}, "min_length should be an integer ≥ 0"),
+    ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size should be an integer > 0"),
+    ({"typical_p": 2.0, "do_sample": True}, "typical_p should be between 0 and 1"),
+    ({"epsilon_cutoff": -1.0, "do_sample": True}, "epsilon_cutoff should be between 0 and 1"),
+    ({"eta_cutoff": "a", "do_sample": True}, "eta_cutoff should be between 0 and 1"),
+    ({"logits_processor": favour_sevens}, "logits_processor should be a list of functions"),
+    ({"stopping_criteria": [3]}, "stopping_criteria should be a list of functions"),
+    ({"generation_config": {"top_k": 3}}, "generation_config should be a minivlm.GenerationConfig"),
     ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
     ({"max_new_tokens": 0}, "max_new_tokens should be an integer > 0, found 0"),
     ({"max_new_tokens": 2.5}, "max_new_tokens should be an integer"),
     ({"max_length": 2}, "max_length=2 includes the prompt's 2 tokens"),
+    ({"max_length": 2.5}, "max_length should be an integer > 0"),
     ({"max_new_tokens": 63}, "need 65 positions, but this model has 64; pass max_new_tokens=62 or less"),
     ({"temperature": 0.0, "do_sample": True}, "temperature should be a float > 0"),
     ({"temperature": 2, "do_sample": True}, "temperature should be a float > 0"),
@@ -540,6 +789,21 @@ def test_a_cache_without_room_or_news_is_an_error(model):
     model.generate(ids, past_key_values=cache, max_new_tokens=2, eos_token_id=None)
     with pytest.raises(ValueError, match="past_key_values holds 4 tokens, input_ids only 3"):
         model.generate(ids, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="past_key_values has 2 rows, the prompt 1"):
+        model.generate(ids, past_key_values=model.new_cache(2, 9), max_new_tokens=2)
+
+
+def test_a_rule_that_returns_nothing_is_an_error(model):
+    with pytest.raises(ValueError, match=r"a logits_processor should return scores of shape \(1, 99\), found None"):
+        model.generate(torch.tensor([[8, 9]]), logits_processor=[lambda ids, scores: None])
+
+
+def test_streams_know_no_beams_and_streamers_neither(model):
+    ids = torch.tensor([[8, 9]])
+    with pytest.raises(ValueError, match="a stream knows neither num_beams"):
+        generation.stream(model, ids, num_beams=2)
+    with pytest.raises(ValueError, match="a streamer cannot follow beams"):
+        model.generate(ids, num_beams=2, streamer=object())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

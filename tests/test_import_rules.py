@@ -14,14 +14,21 @@ MAY_IMPORT = {
     "minivlm_kernels": set(),
     "minivlm.hub": set(),
     "minivlm.modules": {"minivlm_kernels"},
-    "minivlm.generation_config": {"minivlm.modules"},
+    "minivlm.generation_config": {"minivlm.hub", "minivlm.modules"},
     "minivlm.sampling": {"minivlm.generation_config"},
-    "minivlm.generation": {"minivlm.generation_config", "minivlm.sampling", "minivlm.modules"},
+    "minivlm.stopping": {"minivlm.generation_config"},
+    "minivlm.beams": {"minivlm.generation_config", "minivlm.stopping"},
+    "minivlm.request": {"minivlm.generation_config", "minivlm.sampling", "minivlm.stopping", "minivlm.modules"},
+    "minivlm.generation": {
+        *("minivlm.beams", "minivlm.request", "minivlm.sampling", "minivlm.stopping", "minivlm.modules"),
+    },
     "minivlm.ranking": {"minivlm.generation", "minivlm.modules"},
     "minivlm.loading": {"minivlm.hub", "minivlm.generation_config", "minivlm.modules"},
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.generation_config", "minivlm.loading"},
     "minivlm.processing": {"minivlm.hub", "minivlm.modules"},
     "minivlm.auto": {"minivlm.hub", "minivlm.models", "minivlm.processing"},
+    "minivlm.chat": {"minivlm.generation", "minivlm.generation_config", "minivlm.modules", "minivlm.processing"},
+    "minivlm.batch": {"minivlm.processing"},
     "minivlm.cli": None,  # anything; and nothing imports it
 }
 # Third-party packages that only some rooms may see; `transformers` is for tests alone.

@@ -10,7 +10,7 @@ import numpy as np
 from minivlm import hub
 from minivlm.processing import chat_template as chat
 from minivlm.processing.files import read_configs
-from minivlm.processing.images import pixel_table
+from minivlm.processing.images import load_image, pixel_table
 from minivlm.processing.tokenizer import Tokenizer
 
 # red, green and blue of the pictures that CLIP was trained on
@@ -63,6 +63,12 @@ def pixel_table_of(options: Any) -> np.ndarray:
     """`pixel_table` (3, 256) by the fields of an image processor."""
     mean, std = (options.image_mean, options.image_std) if options.do_normalize else (None, None)
     return pixel_table(options.rescale_factor if options.do_rescale else None, mean, std)
+
+
+def fetch_picture(processor: Any, source: Any) -> Any:
+    """`load_image` by the rules of the processor: IDEFICS lays what is transparent on white."""
+    fetch = getattr(processor.image_processor, "fetch_images", None)
+    return load_image(source) if fetch is None else fetch([source])[0]
 
 
 def as_prompts(text: Any) -> list[str]:

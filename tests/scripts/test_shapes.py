@@ -1,23 +1,35 @@
-"""The shapes task is deterministic and its answers are right; the checkpoint that ships has learned it."""
+"""The shapes task is deterministic and its answers are right; the checkpoints that ship have learned it."""
 
 import itertools
 import json
 import random
 import re
 
+import numpy as np
 import pytest
 import shapes
 import torch
-from eval_shapes import answers
+import train_shapes as train
+from eval_shapes import answers, small_numbers
 from PIL import Image, ImageDraw, ImageFont
 from shapes import COLOURS, COUNTS, KINDS, NONE, PHRASINGS, PLURALS, TYPES, Scene, ask, make_scene
+from shapes_models import (
+    END,
+    FAMILIES,
+    PINPOINTS,
+    base_alone,
+    build_tokenizer,
+    save_package,
+    squares,
+    start_from_idefics2,
+    write_processor,
+)
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.hub import BUILT_IN
+from minivlm.processing.llava_next import LlavaNextImageProcessor
 
-CHECKPOINT = BUILT_IN / "shapes-idefics2"
 SCENES = [make_scene(seed) for seed in range(200)]
-trained = pytest.mark.skipif(not (CHECKPOINT / "model.safetensors").exists(), reason="not trained yet")
 
 
 def matching(scene: Scene, text: str) -> list[shapes.Shape]:
@@ -109,8 +121,6 @@ def test_no_held_out_question_is_ever_trained_on():
 
 
 def test_the_tokenizer_knows_every_word_and_spells_the_others():
-    from train_shapes import build_tokenizer
-
     tokenizer = build_tokenizer()
     assert all(len(tokenizer.encode(word).ids) == 2 for word in shapes.vocabulary())  # <s> and the word
     for text in ("a red star, an orange cross and the number 47.", "there is none.", "zebra? yes: no!"):
@@ -119,62 +129,96 @@ def test_the_tokenizer_knows_every_word_and_spells_the_others():
 
 
 def test_labels_count_the_assistants_words_only():
-    from train_shapes import END, answer_labels, build_tokenizer
-
     tokenizer = build_tokenizer()
     text = "User: how many?<end_of_utterance>\nAssistant: two.<end_of_utterance>\nUser: sure?<end_of_utterance>\n"
     ids = torch.tensor([tokenizer.encode(text + "Assistant: yes.<end_of_utterance>\n").ids])
-    labels = answer_labels(ids, tokenizer.token_to_id("assistant"), tokenizer.token_to_id(":"))
+    labels = train.answer_labels(ids, tokenizer.token_to_id("assistant"), tokenizer.token_to_id(":"))
     counted = [token for token in labels[0].tolist() if token != -100]
     words = [tokenizer.token_to_id(token) for token in ("two", ".", "yes", ".")]
     assert counted == [*words[:2], END, *words[2:], END]
 
 
-def test_the_pool_holds_what_the_processor_makes(tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_pool_holds_what_the_processor_makes(name, tmp_path):
     """Pictures are shrunk once, when the pool is drawn; the processor would have made the same pixels of them."""
-    import train_shapes as train
-
-    train.write_processor(tmp_path)
-    shrink = train.Idefics2Processor.from_pretrained(tmp_path).image_processor
+    write_processor(FAMILIES[name], tmp_path)
+    shrink = FAMILIES[name].processor.from_pretrained(tmp_path).image_processor
     for scene in SCENES[:20]:
         pooled = Image.fromarray(train._drawn(scene.seed)[0][: scene.height, : scene.width])
         whole, small = (
             shrink([picture], return_tensors="pt")["pixel_values"] for picture in (shapes.draw(scene), pooled)
         )
+        if name == "llava_next":  # the base is shrunk once more
+            assert (whole[:, 0] - small[:, 0]).abs().mean() < 0.02
+            whole, small = whole[:, 1:], small[:, 1:]
         assert torch.equal(whole, small)
 
 
-def test_both_stages_train_and_resume(tmp_path):
-    import train_shapes as train
-
-    train.write_processor(tmp_path / "processor")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_stages_train_and_resume(name, tmp_path):
+    family = FAMILIES[name]
+    write_processor(family, tmp_path / "processor")
     pool = train.make_pool(tmp_path, 60)
-    model = train.Idefics2ForConditionalGeneration(train.model_config())
-    tower, head = model.model.vision_model, torch.nn.Linear(128, sum(shapes.LABELS.values()))
-    train.train_vision(tmp_path, tower, pool, batch=2, steps=2, minutes=1)
-    processor = train.Idefics2Processor.from_pretrained(tmp_path / "processor")
-    modules, step = {"model": model, "head": head}, train.joint_step(model, head, processor, pool, batch=2, most=7)
-    for steps in (1, 3):
+    model = family.model(family.config())
+    head = torch.nn.Linear(128, family.labels * train.CLASSES)
+    train.train_vision(tmp_path, family, getattr(model.model, family.tower), pool, batch=2, steps=2, minutes=1)
+    processor = family.processor.from_pretrained(tmp_path / "processor")
+    modules = {"model": model, "head": head}
+    step = train.joint_step(family, modules, processor, pool, batch=2, most=7)
+    for steps in (1, 9):
         optimisers = [*train.muon_and_adamw(model, 1e-3), train.adamw(head.parameters(), 1e-3)]
         run = train.Run(tmp_path, "joint", modules, optimisers, steps, minutes=1)
         assert run.step == (0 if steps == 1 else 1)
         run.train(step)
     logged = [json.loads(line) for line in (tmp_path / "joint.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged] == [1, 3]
+    assert [line["step"] for line in logged] == [1, 9]
     assert all(0 < line["answers"] < 20 for line in logged)
 
 
+@pytest.mark.parametrize(("width", "height"), shapes.SIZES)
+def test_tiles_are_cut_as_the_processor_cuts_them(width, height):
+    scene = next(scene for scene in SCENES if (scene.width, scene.height) == (width, height) and scene.shapes)
+    picture = shapes.draw(scene).resize((width, height), Image.BILINEAR)
+    options = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2}
+    options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_grid_pinpoints": PINPOINTS}
+    wanted = LlavaNextImageProcessor(**options)(picture, return_tensors="pt")["pixel_values"][0]
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    patches = torch.from_numpy(shapes.patch_labels(scene))[None].long()
+    found, labels = squares(pixels, patches)
+    torch.testing.assert_close(found[1:], wanted[1:])
+    torch.testing.assert_close(found[:1], wanted[:1], atol=1.01 / 127.5, rtol=0)  # the processor rounds to whole greys
+    assert labels.shape == (len(wanted), 16, 4, 6)
+    assert all(labels[..., i].max() < n for i, n in enumerate(shapes.LABELS.values()))
+    colours = labels[1:, :, 0, 1].flatten()  # of the tiles' patches: those of the picture, none lost and none new
+    assert colours[colours > 0].sort().values.equal(patches[..., 1][patches[..., 1] > 0].sort().values)
+
+
+def test_llava_next_begins_with_the_parts_of_an_idefics2(tmp_path):
+    idefics2, llava = (family.model(family.config()) for family in FAMILIES.values())
+    save_package(FAMILIES["idefics2"], idefics2, tmp_path)
+    start_from_idefics2(llava, tmp_path)
+    ids = torch.arange(10, 60)[None]
+    wanted = AutoModelForImageTextToText.from_pretrained(tmp_path)(input_ids=ids).logits
+    torch.testing.assert_close(llava(input_ids=ids).logits, wanted)  # of text alone they say the same
+
+
+@pytest.fixture(scope="module", params=["shapes-idefics2", "shapes-llava-next"])
+def checkpoint(request):
+    folder = BUILT_IN / request.param
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("not trained yet")
+    return folder
+
+
 @pytest.fixture(scope="module")
-def ours():
-    return AutoModelForImageTextToText.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT)
+def ours(checkpoint):
+    return AutoModelForImageTextToText.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
 
 
-@trained
-def test_the_checkpoint_is_small():
-    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 4_000_000
+def test_the_checkpoint_is_small(checkpoint):
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) <= 4_000_000
 
 
-@trained
 def test_the_checkpoint_has_learned_the_task(ours):
     questions = shapes.held_out(20)
     found = answers(*ours, questions)
@@ -182,7 +226,6 @@ def test_the_checkpoint_has_learned_the_task(ours):
     assert sum(right) / len(right) >= 0.95
 
 
-@trained
 def test_a_hand_drawn_picture(ours):
     model, processor = ours
     picture = Image.new("RGB", (640, 480), (225, 225, 215))
@@ -209,10 +252,27 @@ def test_a_hand_drawn_picture(ours):
     assert found == expected
 
 
-@trained
-def test_transformers_gives_the_same_answers(ours):
+def test_transformers_gives_the_same_answers(ours, checkpoint):
     transformers = pytest.importorskip("transformers")
     questions = shapes.held_out(5)
-    reference = transformers.AutoModelForImageTextToText.from_pretrained(CHECKPOINT).eval()
-    theirs = answers(reference, transformers.AutoProcessor.from_pretrained(CHECKPOINT), questions)
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    theirs = answers(reference, transformers.AutoProcessor.from_pretrained(checkpoint), questions)
     assert answers(*ours, questions) == theirs
+
+
+def test_small_numbers_need_tiles(ours):
+    model, processor = ours
+    if not hasattr(model.config, "image_grid_pinpoints"):
+        pytest.skip("no tiles")
+    questions, config = small_numbers(40), model.config
+    assert all(make_scene(seed).number.height < 14 for seed, *_ in questions)
+
+    def right() -> int:
+        return sum(answer == reply for (*_, answer), reply in zip(questions, answers(*ours, questions), strict=True))
+
+    with base_alone(model, processor):
+        assert processor.image_places(64, 64) == 16 + 4 * (4 + 1)
+        without = right()
+    assert model.config is model.model.config is config
+    assert processor.image_places(64, 64) == 16 + 8 * (8 + 1)
+    assert right() >= without + 8

@@ -1,0 +1,315 @@
+"""A conversation that remembers what the model has read: a turn runs only what is new in it.
+
+    turn 1   <s> User: picture, question ─► answer
+    turn 2   <s> User: picture, question, Assistant: answer, User: question ─► answer
+             └───────────── already in the KV cache ──────┘ └─ run now ──┘
+
+Every turn renders the whole conversation by the one route, the checkpoint's chat template, and compares its ids with
+those in the cache. What they have in common stays, the rest is cropped away and run again: answers are those of a
+conversation that is recomputed from its beginning. So nothing here knows how a template joins turns, an answer that
+reads back as other tokens than were generated costs these tokens once more, and `Chat.messages` may be edited freely.
+
+P ids of the prompt, N pictures in it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from minivlm import generation
+from minivlm.generation_config import check, is_whole
+from minivlm.modules.cache import KVCache
+from minivlm.processing.chat_template import normalise
+from minivlm.processing.common import fetch_picture
+
+NEW_TOKENS = 256  # of an answer, where max_new_tokens is not set
+ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one question, not of the program
+
+
+@dataclass
+class Prompt:
+    """A rendered conversation."""
+
+    ids: list[int]  # P
+    pictures: list[Any]  # N, in order of appearance
+    places: list[tuple[int, int]]  # of each picture: its first id, and the id behind its last
+    inputs: dict[str, Any]  # what the processor has made of all of it
+
+    def pictures_in(self, length: int) -> int:
+        """How many pictures begin within the first `length` ids."""
+        return sum(first < length for first, _ in self.places)
+
+
+class Chat:
+    """Questions and answers about pictures, with the KV cache kept from turn to turn.
+
+        chat = Chat(model, processor, max_new_tokens=100)
+        chat.ask("What is this?", [picture])
+        chat.ask("And what colour is it?")     # costs the tokens of this question alone
+
+    `settings` are those of `generate`, for all turns. A picture goes through the vision tower once, in the turn that
+    brings it, also with IDEFICS: tokens before a new picture still see the last one through the cache. Its
+    conversations are run again from the beginning if the part to be forgotten holds a picture, and those of models
+    whose rotary frequencies change with the length of the text (dynamic, longrope) in every turn.
+
+    An answer has at most `max_new_tokens` (256 if nobody says), and fewer where positions end. The processor, but not
+    the model, looks at all pictures in every turn.
+
+    messages: the conversation so far, in the form of `apply_chat_template`. A turn enters when its answer is complete.
+
+    Raises ValueError for a checkpoint without a chat template.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, system: str | None = None, **settings: Any) -> None:
+        if processor.chat_template is None:
+            raise ValueError(
+                "this checkpoint has no chat template (it is not tuned for chat); set processor.chat_template, or "
+                "write the prompt yourself and call generate"
+            )
+        self.model, self.processor, self.system, self.settings = model, processor, system, settings
+        self._answer: Iterator[str] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        self._end_answer()
+        self.messages = [] if self.system is None else [_message("system", self.system)]
+        self._forget()
+
+    def ask(self, text: str, images: Any = (), **settings: Any) -> str:
+        """The answer to `text` about `images` (one or a list, as `load_image` takes them) and all that was said before.
+
+        `settings` of `generate` win over those of the conversation in this turn.
+
+        Raises ValueError if the conversation no longer fits the model's positions, and what `load_image`,
+        `apply_chat_template` and `generate` raise; the conversation is then as it was before.
+        """
+        return "".join(self.stream(text, images, **settings)).strip()
+
+    def stream(self, text: str, images: Any = (), **settings: Any) -> Iterator[str]:
+        """`ask`, in pieces as they come.
+
+        Not reading to the end, or beginning another turn, ends the answer: its turn then does not enter `messages`.
+        """
+        self._end_answer()
+        sources = images if isinstance(images, list | tuple) else [images]
+        pictures = [fetch_picture(self.processor, source) for source in sources]
+        messages = [*self.messages, _message("user", text, pictures)]
+        self._answer = self._turn(messages, {"tokenizer": self.processor.tokenizer, **self.settings, **settings})
+        return self._answer
+
+    # ---- One turn
+
+    def _turn(self, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[str]:
+        """Errors in the conversation or its length are raised at once, all others while the answer is read."""
+        prompt = self._render(messages)
+        settings["max_new_tokens"] = new = self._new_tokens(settings, len(prompt.ids))
+        kept = self._kept(prompt)
+        given = _new_pictures(prompt, kept)
+        if given is None:
+            kept, given = 0, (0, _new_pictures(prompt, 0)[1])
+        self._make_room(kept, len(prompt.ids) + new)
+        self._ids, self._prompt = list(prompt.ids), replace(prompt, inputs={})  # pixels are large
+        return self._read(messages, self._tokens(*given, settings))
+
+    def _render(self, messages: list[dict[str, Any]]) -> Prompt:
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        pictures, ids = normalise(messages)[1], inputs["input_ids"][0].tolist()
+        slots = [place for place, id in enumerate(ids) if id == self.processor.image_token_id]
+        if "image_sizes" in inputs:
+            counts = [self.processor.image_places(*size) for size in inputs["image_sizes"].tolist()]
+        else:
+            counts = [len(slots) // len(pictures)] * len(pictures) if pictures else []
+        places, begin = [], 0
+        for count in counts:
+            places.append((slots[begin], slots[begin + count - 1] + 1))
+            begin += count
+        return Prompt(ids, pictures, places, inputs)
+
+    def _new_tokens(self, settings: dict[str, Any], length: int) -> int:
+        """What is asked for, or what there is room for."""
+        limit = _text_config(self.model).max_position_embeddings
+        if length >= limit:
+            raise ValueError(
+                f"the conversation has {length} tokens with this question, but this model has positions for {limit} "
+                "with the answer; begin a new one (reset), or ask with fewer or smaller pictures"
+            )
+        if settings.get("max_length") is not None:
+            raise ValueError("max_length would count the whole conversation; pass max_new_tokens, which counts answers")
+        configs = (settings.get("generation_config"), self.model.generation_config)
+        found = [settings.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs)]
+        wanted = next((value for value in found if value is not None), NEW_TOKENS)
+        check("max_new_tokens", wanted, is_whole(wanted, 1), "an integer > 0")
+        return min(wanted, limit - length)
+
+    def _read(self, messages: list[dict[str, Any]], tokens: Iterator[int]) -> Iterator[str]:
+        """Decode the answer; at its end the turn enters the conversation."""
+        begin = len(self._ids)
+        try:
+            yield from incremental_text(self._decode, tokens)
+        except GeneratorExit:  # between two tokens: the cache is whole
+            raise
+        except BaseException:  # perhaps in the middle of a forward pass
+            self._forget()
+            raise
+        self.messages = [*messages, _message("assistant", self._decode(self._ids[begin:]).strip())]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def _tokens(self, blind: int, pictures: dict[str, Any], settings: dict[str, Any]) -> Iterator[int]:
+        """The answer's ids. The first `blind` ids of the prompt are run before those that come with `pictures`."""
+        ids = torch.tensor([self._ids], device=self.model.device)
+        if blind > self._cache.length:
+            generation.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
+        inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **pictures}
+        for token in generation.stream(self.model, ids, **inputs, **settings):
+            if len(token) != 1:
+                raise ValueError(
+                    f"a conversation goes on with one answer; pass num_return_sequences=1, not {len(token)}"
+                )
+            self._ids.append(int(token))
+            yield self._ids[-1]
+
+    def _end_answer(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
+
+    # ---- The cache. Its `length` says how many of `_ids` it holds: the last token of an answer was never run
+
+    def _forget(self) -> None:
+        self._cache: KVCache | None = None
+        self._ids: list[int] = []
+        self._prompt = Prompt([], [], [], {})
+
+    def _kept(self, prompt: Prompt) -> int:
+        """How many ids of the prompt can stay in the cache. One at least is run, and no picture is cut."""
+        scaling = _text_config(self.model).rope_scaling
+        if self._cache is None or (scaling is not None and scaling.rope_type in ("dynamic", "longrope")):
+            return 0
+        known = self._ids[: self._cache.length]
+        kept = _common(known, prompt.ids[:-1])
+        for number, (first, end) in enumerate(prompt.places):
+            if kept < end or prompt.pictures[number] is not (self._prompt.pictures[number : number + 1] or [None])[0]:
+                kept = min(kept, first)
+                break
+        crossed = self._prompt.pictures_in(len(known)) != prompt.pictures_in(kept)
+        return 0 if self._cache.cross and crossed else kept  # `cross` holds what the last token sees, and no more
+
+    def _make_room(self, kept: int, slots: int) -> None:
+        """A cache of `kept` ids with `slots` slots. Growing copies as much as a decode step reads."""
+        if not kept:
+            self._cache = self.model.new_cache(1, slots)
+            return
+        self._cache.crop(kept)
+        if self._cache.slots < slots:
+            self._cache = self._cache.expand(1, slots)
+
+
+def _message(role: str, text: str, pictures: Sequence[Any] = ()) -> dict[str, Any]:
+    images = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+
+
+def _text_config(model: Any) -> Any:
+    return getattr(model.config, "text_config", None) or model.config.decoder  # IDEFICS keeps its decoder's fields flat
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _new_pictures(prompt: Prompt, kept: int) -> tuple[int, dict[str, Any]] | None:
+    """The model's inputs for the pictures behind the first `kept` ids, and how many ids are to be run before them."""
+    inputs, old = prompt.inputs, prompt.pictures_in(kept)
+    if "image_attention_mask" in inputs:
+        return _newly_seen(inputs["pixel_values"], inputs["image_attention_mask"], kept, old)
+    if old == len(prompt.pictures):
+        return 0, {}
+    if "image_sizes" in inputs:  # LLaVA-NeXT: (N, tiles, …)
+        return 0, {name: inputs[name][old:] for name in ("pixel_values", "image_sizes")}
+    crops = old * (inputs["pixel_values"].shape[1] // len(prompt.pictures))  # Idefics2: (1, N · crops, …)
+    return 0, {name: inputs[name][:, crops:] for name in ("pixel_values", "pixel_attention_mask")}
+
+
+def _newly_seen(pixels: torch.Tensor, mask: torch.Tensor, kept: int, old: int) -> tuple[int, dict[str, Any]] | None:
+    """IDEFICS, pixels (1, N, …), mask (1, P, N): tokens that see what the last kept one sees are run without pictures,
+    for they find it in the cache; those behind them with the new ones. None if they see something old: start anew."""
+    if not kept:
+        return 0, {"pixel_values": pixels, "image_attention_mask": mask}
+    other = (mask[0, kept:] != mask[0, kept - 1]).any(1).nonzero()  # places behind `kept`
+    if not len(other):
+        return 0, {}
+    blind = kept + int(other[0])
+    if old == mask.shape[2] or mask[0, blind:, :old].any():
+        return None
+    return blind, {"pixel_values": pixels[:, old:], "image_attention_mask": mask[:, blind:, old:]}
+
+
+# ---- Text as it comes ----
+
+
+def incremental_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """Pieces of text as ids arrive; together they are `decode` of all ids, if that has no U+FFFD.
+
+    All ids are decoded anew at each step, because what a token reads as depends on its neighbours. U+FFFD at the end
+    is held back: it stands for a character that has not all its bytes yet. Where bytes turn out to be no character at
+    all, SentencePiece takes back the whole run of bytes that they are in, and what has been told of it stays told.
+    """
+    seen, told = [], ""
+    for id in ids:
+        seen.append(id)
+        text = decode(seen).rstrip("\ufffd")
+        if len(text) > len(told) and text.startswith(told):
+            yield text[len(told) :]
+            told = text
+    rest = decode(seen)[len(told) :]
+    if rest:
+        yield rest
+
+
+# ---- At the terminal ----
+
+
+def talk(
+    chat: Chat,
+    pictures: Iterable[Any],
+    lines: Iterable[str],
+    show: Callable[[Iterator[str]], None],
+    complain: Callable[[Exception], Any],
+) -> int:
+    """Answer line after line, the first one about `pictures`, until they end or one says /quit; how many have failed.
+
+    `/image PATH` adds a picture to the next question, `/reset` forgets everything. `show` prints the pieces of an
+    answer, `complain` an error, after which the conversation goes on as if the line had not been there.
+    """
+    failed, waiting = 0, list(pictures)
+    for line in map(str.strip, lines):
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                break
+            if command == "/reset":
+                chat.reset()
+                waiting = []
+            elif command == "/image":
+                waiting.append(fetch_picture(chat.processor, argument.strip()))
+            elif re.fullmatch(r"/\w*", line):
+                raise ValueError(f"{line} is no command; /image PATH, /reset and /quit are")
+            elif line:
+                show(chat.stream(line, waiting))
+                waiting = []
+        except BrokenPipeError:  # an OSError, but nobody is there to hear of it
+            raise
+        except ERRORS as error:
+            complain(error)
+            failed += 1
+    return failed

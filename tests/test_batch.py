@@ -1,0 +1,254 @@
+"""Files of questions: every line answered once, in order, whatever is wrong with it and whenever the run is killed."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny_chat
+from PIL import Image
+
+from minivlm import batch, cli
+
+NEW = 4
+ABOUT = {"model": "tiny"}
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint):
+    """(model, processor) of a tiny Idefics2."""
+    return tiny_chat.idefics2(checkpoint("idefics2-8b"), splitting=False, max_position_embeddings=200)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The names of two pictures."""
+    names = [str(tmp_path / "red.png"), str(tmp_path / "blue.png")]
+    Image.new("RGB", (20, 27), "red").save(names[0])
+    Image.new("RGB", (33, 12), "blue").save(names[1])
+    return names
+
+
+def lines_of(pictures):
+    """Questions of all forms, long and short, with and without pictures."""
+    red, blue = pictures
+    content = [{"type": "image", "path": red}, {"type": "text", "text": "Or this?"}, {"type": "image", "url": blue}]
+    return [
+        {"question": "What is this?", "images": [red], "id": "first"},
+        {"prompt": "Hello"},
+        {"messages": [{"role": "user", "content": content}], "id": 7},
+        {"question": "A longer one: what is in these two <image>?", "images": [red, blue]},
+        {"question": "And this?", "images": [blue]},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
+    ]
+
+
+def write(path, lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(pair, prompts, out, batch_size=2, about=ABOUT):
+    return batch.run(*pair, prompts, out, batch_size=batch_size, about=about, max_new_tokens=NEW)
+
+
+def alone(pair, line):
+    """The answer to one line by itself, from messages in the form of the library."""
+    model, processor = pair
+    pictures = [{"type": "image", "image": name} for name in line.get("images", [])]
+    text = {"type": "text", "text": line.get("question", line.get("prompt"))}
+    messages = line.get("messages", [{"role": "user", "content": [*pictures, text]}])
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(ids, skip_special_tokens=True).strip()
+
+
+def expected(pair, lines):
+    ids = [{"id": line["id"]} if "id" in line else {} for line in lines]
+    numbered = enumerate(zip(lines, ids, strict=True), 1)
+    return [{"line": number, **id, "answer": alone(pair, line)} for number, (line, id) in numbered]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batches_give_the_answers_of_single_questions_in_order(pair, pictures, tmp_path, batch_size):
+    lines = lines_of(pictures)
+    prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    assert run(pair, prompts, out, batch_size) == 0
+    assert read(out) == expected(pair, lines)
+    assert {path.name for path in tmp_path.glob("answers*")} == {"answers.jsonl"}
+
+
+@pytest.mark.parametrize("family", ["llava_next", "idefics"])
+def test_other_families(family, pictures, tmp_path, checkpoint, llava):
+    pair = tiny_chat.families(checkpoint, llava, tmp_path)[family]()
+    lines = [line for line in lines_of(pictures) if "messages" not in line]
+    prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    assert run(pair, prompts, out, 4) == 0
+    assert read(out) == expected(pair, lines)
+
+
+def test_batches_are_of_like_length(pair, pictures, tmp_path, monkeypatch):
+    """Most pictures first, then most text, so that little is padding and a lack of memory shows at once."""
+    sizes = []
+    monkeypatch.setattr(batch, "_texts", lambda *args: sizes.append([len(row) for row in args[3]]) or args[2])
+    run(pair, write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl")
+    assert sizes == [[2, 2], [1, 1], [0, 0]]
+
+
+BAD = [
+    ("{", "Expecting property name"),
+    ('"what?"', "a line is a JSON object"),
+    ({"question": "a", "picture": "x"}, "unknown key 'picture'"),
+    ({"images": []}, 'either "messages"'),
+    ({"question": "a", "prompt": "b"}, 'either "messages"'),
+    ({"messages": [], "images": []}, 'either "messages"'),
+    ({"messages": []}, "a conversation is a list"),
+    ({"question": 3}, "message 0"),
+    ({"question": "a", "images": "x.png"}, '"images" is a list'),
+    ({"question": "a", "images": ["nowhere.png"], "id": "gone"}, "no picture at 'nowhere.png'"),
+    ({"question": "a", "images": [None]}, "NoneType"),
+    ({"question": "very long " * 200}, "positions for 200"),
+    ({"question": "half a \ud800 pair", "id": "\ud800"}, "cannot be encoded"),
+]
+
+
+def test_bad_lines_say_why_and_the_others_are_answered(pair, pictures, tmp_path):
+    good = lines_of(pictures)
+    lines = [*good[:3], *(line for line, _ in BAD), "", *good[3:]]
+    prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    assert run(pair, prompts, out, batch_size=4) == len(BAD)
+    found = read(out)
+    assert [record["line"] for record in found] == [n for n, line in enumerate(lines, 1) if line]
+    failed = found[3 : 3 + len(BAD)]
+    for record, (line, message) in zip(failed, BAD, strict=True):
+        assert message in record["error"]
+        assert record.get("id") == (line.get("id") if isinstance(line, dict) and "picture" not in line else None)
+    answers = [record["answer"] for record in found if "answer" in record]
+    assert answers == [alone(pair, line) for line in good]
+
+
+# ---- Interruptions ----
+
+
+class Cut(BaseException):
+    """The power goes."""
+
+
+def test_a_run_goes_on_where_it_was_cut_at_any_byte(pair, pictures, tmp_path):
+    """Whatever is left of the part file, the rest is done and nothing twice."""
+    prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
+    assert run(pair, prompts, tmp_path / "whole.jsonl") == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    header = json.dumps({"prompts": batch.hashlib.sha256(prompts.read_bytes()).hexdigest(), **ABOUT}).encode() + b"\n"
+    answers = whole.splitlines(keepends=True)
+    part = header + answers[3] + answers[1] + answers[0]
+    done = len(header) + len(answers[3])
+    for size in (0, 5, len(header) - 1, len(header), done - 1, done, done + 1, len(part)):
+        out.with_name("answers.jsonl.part").write_bytes(part[:size])
+        assert run(pair, prompts, out) == 0
+        assert out.read_bytes() == whole
+        out.unlink()
+
+
+def test_what_is_done_is_not_asked_again(pair, pictures, tmp_path, monkeypatch):
+    prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
+    asked, texts = [], batch._texts
+
+    def counted(*args):
+        if len(asked) == 4:
+            raise Cut
+        asked.extend(map(str, args[2]))
+        return texts(*args)
+
+    monkeypatch.setattr(batch, "_texts", counted)
+    with pytest.raises(Cut):
+        run(pair, prompts, out)
+    assert not out.exists()
+    asked.append("the rest")
+    assert run(pair, prompts, out) == 0
+    assert len(asked) == len(set(asked)) == 7
+    assert read(out) == expected(pair, lines_of(pictures))
+
+
+def test_a_run_cut_while_it_finishes_finishes(pair, pictures, tmp_path, monkeypatch):
+    prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
+    for owner, name in [(batch.os, "fsync"), (batch.Path, "replace"), (batch.Path, "unlink")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(Cut))
+            with pytest.raises(Cut):
+                run(pair, prompts, out)
+        assert run(pair, prompts, out) == 0
+        assert [record["line"] for record in read(out)] == [1, 2, 3, 4, 5, 6]
+        assert {path.name for path in tmp_path.glob("answers*")} == {"answers.jsonl"}
+        out.unlink()
+
+
+def test_answers_are_never_overwritten_nor_mixed(pair, pictures, tmp_path):
+    prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
+    out.write_text("mine")
+    with pytest.raises(ValueError, match=r"answers\.jsonl exists already"):
+        run(pair, prompts, out)
+    assert out.read_text() == "mine"
+    out.unlink()
+    part = out.with_name("answers.jsonl.part")
+    part.write_text(json.dumps({"prompts": "others", **ABOUT}) + "\n")
+    with pytest.raises(ValueError, match=r"\.part was begun with other prompts"):
+        run(pair, prompts, out)
+    part.write_text(json.dumps({"prompts": batch.hashlib.sha256(prompts.read_bytes()).hexdigest(), **ABOUT}) + "\n")
+    with pytest.raises(ValueError, match="begun with model='tiny', not 'large'"):
+        run(pair, prompts, out, about={"model": "large"})
+
+
+# ---- The command ----
+
+KILLED = """
+import os, signal, sys
+from minivlm import batch, cli
+append, calls = batch._append, []
+
+def dying(part, records):
+    calls.append(part)
+    if len(calls) == 3:  # the header, one batch, and then half of a line
+        part.write(batch.json.dumps(records[0]).encode()[:11])
+        part.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(part, records)
+
+batch._append = dying
+cli.main(sys.argv[1:])
+"""
+
+
+def test_the_command_survives_sigkill(pair, pictures, tmp_path, capsys):
+    for part in pair:
+        part.save_pretrained(tmp_path / "model")
+    lines = [*lines_of(pictures), {"question": "Gone?", "images": ["nowhere.png"]}]
+    prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    argv = ["batch", str(prompts), "--out", str(out), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    argv += ["--max-new-tokens", str(NEW), "--batch-size", "3"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = out.with_name("answers.jsonl.part").read_bytes()
+    assert left.count(b"\n") == 4
+    assert not left.endswith(b"\n")
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().err == f"minivlm: 1 of the lines failed; {out} says why\n"
+    found = read(out)
+    assert found[:-1] == expected(pair, lines[:-1])
+    assert "no picture at 'nowhere.png'" in found[-1]["error"]
+    assert all(line in out.read_bytes().splitlines() for line in left.splitlines()[1:-1])
+    assert cli.main(argv) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_no_prompts_no_model_is_read(tmp_path, capsys):
+    argv = ["batch", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "out"), "--model", str(tmp_path)]
+    assert cli.main(argv) == 1
+    assert "No such file" in capsys.readouterr().err
