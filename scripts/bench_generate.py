@@ -2,7 +2,7 @@
 
     python scripts/bench_generate.py [--family idefics2] [--dtype float32 bfloat16] [--context 2900] [--rounds 5]
 
-Both sides load the same random checkpoint (about 200 M parameters, the architecture of the family) and do the same work in
+Both sides load the same random checkpoint of the family (about 200 M parameters) and do the same work in
 turns, ours and theirs within one round, so that a machine whose speed drifts treats them alike; figures are medians,
 the ratio is reference / ours (above 1: ours is faster or smaller). Load time and memory are taken in fresh processes.
 Before anything is timed, both sides must choose the same greedy tokens (in fp32).
