@@ -6,7 +6,6 @@ import oracle
 import pytest
 import torch
 import transformers
-from oracle_llava import both
 
 from minivlm.modules.clip import ClipConfig, ClipVisionTower
 
@@ -39,7 +38,7 @@ def test_hidden_states(case: str, backend: str | None) -> None:
     reference, ours = pair(case)
     side = CONFIGS[case]["image_size"]
     pixels = torch.randn(2, 3, side, side)
-    eager, sdpa = both(reference, lambda model: model(pixels, output_hidden_states=True).hidden_states)
+    eager, sdpa = oracle.both(reference, lambda model: model(pixels, output_hidden_states=True).hidden_states)
     found = ours(pixels, layers=range(4), backend=backend)
     for layer, states in enumerate(zip(found, eager, sdpa, strict=True)):
         oracle.assert_close(*states, f"state {layer}")

@@ -6,7 +6,6 @@ import oracle
 import pytest
 import torch
 import transformers
-from oracle_llava import both
 
 from minivlm.modules.decoder import CLASS_DEFAULTS, Decoder, DecoderConfig
 
@@ -62,7 +61,7 @@ def test_hidden_states(case: str, tokens: int) -> None:
     mask = torch.ones(2, tokens, dtype=torch.long)
     mask[0, :3] = 0
     call = {"attention_mask": mask, "output_hidden_states": True}
-    eager, sdpa = both(reference, lambda model: model(ids, **call).hidden_states)
+    eager, sdpa = oracle.both(reference, lambda model: model(ids, **call).hidden_states)
     for backend in ("eager", "sdpa"):
         found: list[torch.Tensor] = []
         ours(ours.embed_tokens(ids), mask, backend=backend, hidden_states=found)
@@ -83,7 +82,7 @@ def test_cached_as_the_reference(case: str) -> None:
         cache = transformers.DynamicCache(config=model.config)
         return torch.cat([model(step, past_key_values=cache).last_hidden_state for step in steps], dim=1)
 
-    eager = both(reference, run)[0]
+    eager = oracle.both(reference, run)[0]
     reference, _ = pair(case)  # dynamic frequencies remember the longest text: start again
     reference.set_attn_implementation("sdpa")
     sdpa = run(reference)

@@ -162,7 +162,9 @@ def test_array_layouts():
 # ---- refusals
 
 
-@pytest.mark.parametrize("thing", [None, 3, 2.5, object(), {"url": "x"}, ["a.png"], ("a.png",)], ids=repr)
+@pytest.mark.parametrize(
+    "thing", [None, 3, 2.5, object(), {"url": "x"}, ["a.png"], ("a.png",)], ids=lambda thing: type(thing).__name__
+)
 def test_other_types(thing):
     with pytest.raises(TypeError, match=r"PIL\.Image, a path, an http"):
         load_image(thing)
