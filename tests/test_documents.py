@@ -96,12 +96,12 @@ def small(
 
     def folder(name: str) -> Path:
         if name not in made:
-            released = PRESETS[name]
+            released, real = PRESETS[name], files(name)
             made[name] = tmp_path_factory.mktemp("small")
             torch.manual_seed(0)
             small_config = {"idefics2": idefics2, "llava_next": llava_next, "idefics": idefics}[released.model_type]
             AutoModelForImageTextToText.from_config(small_config(released)).save_pretrained(made[name])
-            for path in files(name).glob("*"):
+            for path in real.glob("*"):
                 if path.name not in ("config.json", "keys.json"):
                     shutil.copyfile(path, made[name] / path.name)
         return made[name]
