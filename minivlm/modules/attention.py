@@ -138,11 +138,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    if mask.queries <= BLOCK:
+        return _grouped(q, k[:, :, mask.first :], v[:, :, mask.first :], mask.dense, scale)
+    k, v = k.contiguous(), v.contiguous()  # every block reads all of them
     blocks = []
     for queries, part in mask.blocks:
         keys = slice(part.first, part.keys)
         blocks.append(_grouped(q[:, :, queries], k[:, :, keys], v[:, :, keys], part.dense, scale))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+    return torch.cat(blocks, dim=2)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None, scale: float) -> Tensor:
