@@ -72,7 +72,9 @@ def test_choice() -> None:
     assert choose_backend("eager", one, Mask(1, 9, causal=True)) == "eager"
     assert choose_backend(None, many, Mask(5, 9, causal=True)) == "sdpa"
     with torch.no_grad():
+        assert choose_backend(None, many.bfloat16(), Mask(5, 9)) == "blocked"
         assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == "blocked"
+        assert choose_backend(None, many.bfloat16(), Mask(5, 5, causal=True)) == "sdpa"
     assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == "sdpa"
     with pytest.raises(ValueError, match="known: eager, sdpa"):
         choose_backend("fast", one, Mask(1, 9))
