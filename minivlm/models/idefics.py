@@ -393,8 +393,11 @@ class IdeficsModel(nn.Module):
         interpolate_pos_encoding: bool = False,
         backend: str | None = None,
         hidden_states: list[Tensor] | None = None,
+        last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T, C), picture vectors (B, N, Q, Cv), or None from the cache). Arguments as below.
+        """→ (final hidden states (B, T or last, C), picture vectors (B, N, Q, Cv), or None from the cache).
+
+        Arguments as below. last: only so many of the last tokens are wanted; 0 = all.
 
         hidden_states: a list that receives what enters the first decoder block (behind the first gated one, as in the
         reference) and every decoder block's output, the last one normalised.
@@ -424,6 +427,8 @@ class IdeficsModel(nn.Module):
                 x = self.gated_cross_attn_layers[number](x, *cross[number], *sight, backend)
             if index == 0 and hidden_states is not None:
                 hidden_states.append(x)
+            if block is self.text_model.layers[-1]:
+                mask = mask.of_last(last)  # what the block would say of the other tokens, nobody reads
             x = block(x, cos, sin, mask, cache, index, backend)
             if hidden_states is not None:
                 hidden_states.append(x)
@@ -431,7 +436,7 @@ class IdeficsModel(nn.Module):
         if hidden_states is not None:
             hidden_states[-1] = x
         if cache is not None:
-            cache.advance(x.shape[1])
+            cache.advance(cos.shape[2])
         return x, vectors
 
     def _checked(self, given: dict[str, Tensor], rows: int) -> tuple[str, Tensor]:
@@ -611,6 +616,7 @@ class IdeficsForVisionText2Text(nn.Module):
             interpolate_pos_encoding,
             self.attn_implementation,
             hidden_states,
+            0 if output_hidden_states else logits_to_keep,
         )
         x = x[:, -logits_to_keep:]
         logits = self.lm_head(x)  # (B, T or logits_to_keep, V)

@@ -295,8 +295,9 @@ class Idefics2Model(nn.Module):
         past_key_values: KVCache | None = None,
         backend: str | None = None,
         hidden_states: list[Tensor] | None = None,
+        last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T, C), picture features (pictures, Q, C) or None). Arguments as below."""
+        """→ (final hidden states (B, T or last, C), picture features (pictures, Q, C) or None). Arguments as below."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, and not both")
         if pixel_values is not None and image_hidden_states is not None:
@@ -307,7 +308,8 @@ class Idefics2Model(nn.Module):
             image_hidden_states = self.get_image_features(pixel_values, pixel_attention_mask, backend)
         if image_hidden_states is not None:
             inputs_embeds = self.merge(input_ids, inputs_embeds, image_hidden_states)
-        x = self.text_model(inputs_embeds, attention_mask, position_ids, past_key_values, backend, hidden_states)
+        decoding = (attention_mask, position_ids, past_key_values, backend, hidden_states, last)
+        x = self.text_model(inputs_embeds, *decoding)
         return x, image_hidden_states
 
 
@@ -393,6 +395,7 @@ class Idefics2ForConditionalGeneration(nn.Module):
             past_key_values,
             self.attn_implementation,
             hidden_states,
+            0 if output_hidden_states else logits_to_keep,
         )
         logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
         return Output(

@@ -284,8 +284,9 @@ class LlavaNextModel(nn.Module):
         past_key_values: KVCache | None = None,
         backend: str | None = None,
         hidden_states: list[Tensor] | None = None,
+        last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T, C), picture vectors (image tokens, C) or None). Arguments as below."""
+        """→ (final hidden states (B, T or last, C), picture vectors (image tokens, C) or None). Arguments as below."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, and not both")
         if pixel_values is not None and image_hidden_states is not None:
@@ -297,7 +298,8 @@ class LlavaNextModel(nn.Module):
             image_hidden_states = torch.cat([inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]), *features])
         if image_hidden_states is not None:
             inputs_embeds = self.merge(input_ids, inputs_embeds, image_hidden_states)
-        x = self.language_model(inputs_embeds, attention_mask, position_ids, past_key_values, backend, hidden_states)
+        decoding = (attention_mask, position_ids, past_key_values, backend, hidden_states, last)
+        x = self.language_model(inputs_embeds, *decoding)
         return x, image_hidden_states
 
 
@@ -392,6 +394,7 @@ class LlavaNextForConditionalGeneration(nn.Module):
             past_key_values,
             self.attn_implementation,
             hidden_states,
+            0 if output_hidden_states else logits_to_keep,
         )
         logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
         return Output(

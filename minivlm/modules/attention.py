@@ -36,6 +36,10 @@ class Mask:
     valid: Tensor | None = None
     device: torch.device | None = None
 
+    def of_last(self, queries: int) -> "Mask":
+        """The same for the last so many queries alone; 0 = all."""
+        return replace(self, queries=min(queries, self.queries)) if queries else self
+
     @property
     def first(self) -> int:
         """Slots before this one are outside every query's window: attention drops them before any arithmetic."""

@@ -137,16 +137,19 @@ class DecoderAttention(nn.Module):
         layer: int,
         backend: str | None,
     ) -> Tensor:
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, -1, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        """x (B, T, C) → (B, T, C), or fewer of the last tokens if the mask has fewer queries."""
+        asking = slice(x.shape[1] - mask.queries, None)
+        q = self._heads(self.q_proj(x[:, asking]))  # (B, H, T, D)
+        k = self._heads(self.k_proj(x))  # (B, K, T, D)
+        v = self._heads(self.v_proj(x))
+        q, k = rotate(q, cos[:, :, asking], sin[:, :, asking]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, K, S, D)
         mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, backend=backend)  # (B, H, T, D)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
 
 
 class DecoderBlock(nn.Module):
@@ -159,8 +162,10 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, *rest: Any) -> Tensor:
+        """x (B, T, C) → (B, T, C), or as many of the last tokens as the mask has queries."""
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, mask, *rest)
+        x = x[:, -mask.queries :] + mixed
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -183,8 +188,11 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         backend: str | None = None,
         hidden_states: list[Tensor] | None = None,
+        last: int = 0,
     ) -> Tensor:
-        """inputs_embeds (B, T, C) → (B, T, C).
+        """inputs_embeds (B, T, C) → (B, T, C), or (B, last, C) where only so many of the last tokens are wanted.
+
+        The last block then answers for these alone: what it would say of the others, nobody reads.
 
         attention_mask: (B, S), 1 = real token, for all S = cached + T slots; None = no padding.
         position_ids: (B, T); None = the slots themselves, whatever the padding (as the reference).
@@ -199,7 +207,10 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = block(x, cos, sin, masks[self.windows[index]], cache, index, backend)
+            mask = masks[self.windows[index]]
+            if block is self.layers[-1]:
+                mask = mask.of_last(last)
+            x = block(x, cos, sin, mask, cache, index, backend)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)

@@ -189,7 +189,8 @@ def test_embeddings_instead_of_ids_and_pictures(pair: Any) -> None:
     embedded = {**inputs, "inputs_embeds": ours.model.embed(inputs["input_ids"])}
     del embedded["input_ids"]
     assert torch.equal(ours(**embedded).logits, whole.logits)
-    assert torch.equal(ours(**inputs, logits_to_keep=1).logits, whole.logits[:, -1:])
+    # The last block runs one row then instead of many, and matrix products of other sizes round differently.
+    torch.testing.assert_close(ours(**inputs, logits_to_keep=1).logits, whole.logits[:, -1:], rtol=1e-5, atol=1e-5)
     pixels = inputs.pop("pixel_values")
     states = ours.model.vision_model(pixels.flatten(0, 1))[0].unflatten(0, pixels.shape[:2])
     torch.testing.assert_close(ours(**inputs, image_encoder_embeddings=states).logits, whole.logits)

@@ -136,7 +136,8 @@ def test_embeddings_instead_of_ids(pair: Any) -> None:
     embeddings = ours.model.text_model.embed_tokens(inputs["input_ids"])
     rest = {key: value for key, value in inputs.items() if key != "input_ids"}
     assert torch.equal(ours(**inputs).logits, ours(inputs_embeds=embeddings, **rest).logits)
-    assert torch.equal(ours(**inputs, logits_to_keep=1).logits, ours(**inputs).logits[:, -1:])
+    # The last block runs one row then instead of many, and matrix products of other sizes round differently.
+    torch.testing.assert_close(ours(**inputs, logits_to_keep=1).logits, ours(**inputs).logits[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -145,7 +145,8 @@ def test_equal_calls(pair: Any) -> None:
     rest = {key: value for key, value in inputs.items() if key != "input_ids"}
     embeddings = ours.model.language_model.embed_tokens(inputs["input_ids"])
     assert torch.equal(ours(inputs_embeds=embeddings, **rest).logits, whole.logits)
-    assert torch.equal(ours(**inputs, logits_to_keep=1).logits, whole.logits[:, -1:])
+    # The last block runs one row then instead of many, and matrix products of other sizes round differently.
+    torch.testing.assert_close(ours(**inputs, logits_to_keep=1).logits, whole.logits[:, -1:], rtol=1e-5, atol=1e-5)
     no_pictures = {"pixel_values": inputs["pixel_values"][:0], "image_sizes": inputs["image_sizes"][:0]}
     assert torch.isfinite(ours(torch.tensor([[1, 2, 3]]), **no_pictures).logits).all()
     text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
