@@ -137,7 +137,9 @@ def test_embeddings_instead_of_ids(pair: Any) -> None:
     rest = {key: value for key, value in inputs.items() if key != "input_ids"}
     assert torch.equal(ours(**inputs).logits, ours(inputs_embeds=embeddings, **rest).logits)
     # The last block runs one row then instead of many, and matrix products of other sizes round differently.
-    torch.testing.assert_close(ours(**inputs, logits_to_keep=1).logits, ours(**inputs).logits[:, -1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(**inputs, logits_to_keep=1).logits, ours(**inputs).logits[:, -1:], rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
