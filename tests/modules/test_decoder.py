@@ -69,6 +69,21 @@ def test_hidden_states(case: str, tokens: int) -> None:
             oracle.assert_close(*(state[mask.bool()] for state in states), f"layer {layer}, {backend}")
 
 
+@pytest.mark.parametrize("case", CONFIGS)
+@torch.no_grad()
+def test_the_last_block_answers_for_what_is_wanted(case: str) -> None:
+    _, ours = pair(case)
+    x = ours.embed_tokens(torch.randint(0, 60, (2, 20)))
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :3] = 0
+    rows: list[int] = []
+    ours.layers[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    whole = ours(x, mask)
+    for last in (1, 3, 20, 99):
+        torch.testing.assert_close(ours(x, mask, last=last), whole[:, -last:], rtol=1e-5, atol=1e-5)
+    assert rows == [20, 1, 3, 20, 20]
+
+
 # The reference's cache, unlike its model, obeys a window that a Llama config has by mistake.
 @pytest.mark.parametrize("case", [case for case in CONFIGS if case != "llama ignores windows"])
 @torch.no_grad()
