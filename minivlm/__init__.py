@@ -12,6 +12,7 @@ _HOME = {
     "AutoModelForImageTextToText": "minivlm.auto",
     "AutoProcessor": "minivlm.auto",
     "Chat": "minivlm.chat",
+    "CheckpointError": "minivlm.hub",
     "GenerationConfig": "minivlm.generation_config",
     "Idefics2Config": "minivlm.models.idefics2",
     "Idefics2ForConditionalGeneration": "minivlm.models.idefics2",

@@ -22,8 +22,8 @@ PRESETS = {**idefics.PRESETS, **idefics2.PRESETS, **llava_next.PRESETS}
 
 def family(model_type: Any, name: str = "this configuration") -> tuple[Any, Any]:
     """(model class, processor class) of a `model_type`. Raises ValueError for one that is not implemented here."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"{name} has model_type {model_type!r}; minivlm implements {', '.join(FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise hub.CheckpointError(f"{name} has model_type {model_type!r:.80}; minivlm implements {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 

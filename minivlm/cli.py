@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from minivlm import __version__
 
 DEFAULT_MODEL = "shapes-idefics2"
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # characters that are not for terminals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +57,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(error: Exception | str) -> int:
-    print("minivlm: error:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
+    words = re.sub(CONTROL, "", str(error) or type(error).__name__).split()  # of names in files, for one
+    print("minivlm: error:", *words, file=sys.stderr)
     return 1
 
 
@@ -172,7 +174,7 @@ def _print_pieces(pieces: Iterable[str]) -> None:
     """Print as they come, without leading blanks and control characters (a model may write escape sequences)."""
     begun = False
     for piece in pieces:
-        piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", piece if begun else piece.lstrip())
+        piece = re.sub(CONTROL, "", piece if begun else piece.lstrip())
         begun = begun or bool(piece)
         print(piece, end="", flush=True)
     print()
@@ -262,6 +264,9 @@ def _inspect_parser() -> _Parser:
         "model", help="folder, built-in name, Hub id, or the name of a known release (needs no network)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--check", action="store_true", help="read all of its files too, and every number of its weights"
+    )
     return parser
 
 
@@ -276,8 +281,10 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def inspect(args: argparse.Namespace, parser: _Parser) -> None:
-    """Print parts, sizes, parameters and memory as a table or as JSON."""
+    """Print parts, sizes, parameters and memory as a table or as JSON; `--check` fails for any file that is damaged."""
     found = describe(args.model)
+    if args.check:
+        found["checked"] = check(args.model)
     print(json.dumps(found) if args.json else _table(found))
 
 
@@ -311,6 +318,26 @@ def describe(name: str) -> dict[str, Any]:
         "max_position_embeddings": text.max_position_embeddings,
         "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
     }
+
+
+def check(name: str) -> dict[str, int]:
+    """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
+    import torch
+
+    from minivlm import AutoProcessor, auto, hub, loading
+    from minivlm.processing.tokenizer import Tokenizer
+
+    files = hub.source(name)
+    model_class = auto.family(files.json("config.json").get("model_type"), name)[0]
+    with torch.device("meta"):
+        model = model_class(loading.read_config(files, model_class.config_class))
+    loading.read_generation_config(files)
+    AutoProcessor.from_pretrained(name)
+    tokenizer = Tokenizer.from_source(files)
+    text = getattr(model.config, "text_config", model.config)
+    with hub.blame(f"{name}: tokenizer.json"):
+        tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
+    return {"tensors": loading.check_weights(model, files), "tokens": len(tokenizer)}
 
 
 def _parts(model: Any) -> Iterator[tuple[str, Any]]:
@@ -352,6 +379,7 @@ def _table(found: dict[str, Any]) -> str:
             *lines,
             f"\ntokens per image: {', '.join(f'{count} ({kind})' for kind, count in tokens.items())}",
             f"positions: {found['max_position_embeddings']:,}",
+            *(f"checked: {count:,} {what}" for what, count in found.get("checked", {}).items()),
             f"cache per 1,000 tokens: {', '.join(f'{_memory(1000 * cache[dtype])} in {dtype}' for dtype in BYTES)}",
         ]
     )

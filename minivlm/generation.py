@@ -13,7 +13,7 @@ of `logits_rules`; they follow transformers 5.23, including its oddities.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minivlm.beams import beam_search
+from minivlm.diagnosis import explain
 from minivlm.modules.cache import KVCache
 from minivlm.request import Run, positions, prepare
 from minivlm.sampling import sample
@@ -134,7 +135,9 @@ def _search(model: Any, run: Run) -> tuple[Tensor, Tensor, Tensor]:
             run.cache.reorder(rows, shared=run.keys)
 
     next_scores = partial(_next_scores, model, run)
-    return beam_search(next_scores, reorder, run.ids, run.prompt, run.settings, run.stops, run.generator)
+    found = beam_search(next_scores, reorder, run.ids, run.prompt, run.settings, run.stops, run.generator)
+    _check_finite(model, run, found[0].shape[1] - run.prompt - 1)
+    return found
 
 
 def _collect(model: Any, run: Run, streamer: Any) -> Tensor:
@@ -166,16 +169,23 @@ def _steps(model: Any, run: Run) -> Iterator[Tensor]:
             token = token.masked_fill(done, settings.pad_token_id)
         ids[:, end] = token
         done |= ended(run.stops, ids[:, : end + 1])
+        last = step + 1 == ids.shape[1] - run.prompt or bool(run.stops and done.all())
+        if last or run.stops:  # where `done` has waited for the device, looking is free
+            _check_finite(model, run, step)
         yield token
-        if run.stops and done.all():
+        if last:
             return
 
 
 def _next_scores(model: Any, run: Run, step: int) -> Tensor:
     """What the token after `step` new ones is chosen by, (B·n, V): logits (log-softmax for beams) after all rules."""
     logits = _next_logits(model, run, step)
-    if step == 0 or logits.device.type == "cpu":  # the check waits for the device: once is enough there
-        _check_finite(logits, step, run.copies)
+    least, most = logits.aminmax(dim=-1)  # NaN wins both, so one pass sees NaN and inf
+    run.finite &= least.isfinite() & most.isfinite()
+    if step == 0 or logits.device.type == "cpu":  # looking waits for the device: elsewhere `_steps` does it later
+        _check_finite(model, run, step)
+    else:
+        logits = logits.masked_fill(~run.finite[:, None], 0)  # drawing from NaN would bring the device down
     if run.logits is not None:
         run.logits.append(logits.clone())  # a processor may write into what it is given
     scores = logits.log_softmax(-1) if run.settings.num_beams > 1 else logits
@@ -208,11 +218,13 @@ def _read(model: Any, run: Run, step: int, copy: int) -> Tensor:
     return prefill(model, ids, run.cache, mask, run.positions[rows, start:S], **run.inputs)
 
 
-def _check_finite(logits: Tensor, step: int, copies: int) -> None:
-    finite = logits.amax(-1).isfinite()  # NaN wins a maximum, so one pass sees NaN and inf
-    if not finite.all():
-        rows = (~finite).view(-1, copies).any(1).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the logits of row {', '.join(map(str, rows))} are not finite at new token {step + 1}: weights or "
-            "activations overflow; load with dtype=torch.bfloat16 or torch.float32, and check the inputs for NaN"
-        )
+def _check_finite(model: Any, run: Run, step: int) -> None:
+    """Raise ValueError if a row's logits have not been finite up to this step: which row, and why."""
+    if run.finite.all():
+        return
+    row = int((~run.finite).nonzero()[0])
+    again = partial(_read, model, replace(run, cache=None), step, row % run.copies)
+    raise ValueError(
+        f"the logits of row {row // run.copies} are not finite at new token {step + 1}: "
+        f"{explain(model, run.inputs, again)}"
+    )

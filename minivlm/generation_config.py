@@ -18,6 +18,7 @@ from minivlm import hub
 from minivlm.modules import config as hub_config
 
 FILE = "generation_config.json"
+MAX_COPIES = 256  # of a prompt, when a file asks for them: each takes a cache
 DEFAULTS = {
     "do_sample": False,
     "num_beams": 1,
@@ -98,10 +99,18 @@ class GenerationConfig:
 
     @classmethod
     def from_hub(cls, values: dict[str, Any]) -> "GenerationConfig":
-        """From generation_config.json; what we do not know is kept in `other`, where `generate` refuses it."""
+        """From generation_config.json; what we do not know is kept in `other`, where `generate` refuses it.
+
+        Raises ValueError for a setting of a wrong type, and for copies of a prompt that no checkpoint needs.
+        """
         known = {name: value for name, value in values.items() if name in SETTINGS}
         other = {name: value for name, value in values.items() if name not in SETTINGS}
-        return hub_config.from_hub(cls, known, other=other)
+        config = hub_config.from_hub(cls, known, other=other)
+        hub_config.token_ids(config, "bos_token_id", "eos_token_id", "pad_token_id")
+        for name in ("num_beams", "num_return_sequences"):
+            copies = getattr(config, name)
+            check(name, copies, copies is None or 1 <= copies <= MAX_COPIES, f"an integer from 1 to {MAX_COPIES}")
+        return config
 
     @classmethod
     def from_pretrained(

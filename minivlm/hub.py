@@ -2,13 +2,54 @@
 
 Only files that are asked for are downloaded, one by one, through `huggingface_hub` (its cache, its progress bars, its
 resumed downloads). Nothing here knows about models.
+
+Files are other people's: only regular files are opened (a named pipe would wait for ever), of a limited size, and in a
+folder a link leads no further than the folder itself. The one exception is the Hub's own cache, whose
+`snapshots/<commit>/` consist of links into the `blobs/` beside them.
 """
 
+import contextlib
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BUILT_IN = Path(__file__).parent / "checkpoints"
+MAX_JSON = 2**23  # bytes; parsed, they can take twenty times as much
+MAX_DEPTH = 16  # of objects and lists in each other; files need 4
+# What a file begins with if it is something else than what its name says → what it is then.
+NOT_THE_FILE = {
+    b"version https://git-lfs": "a Git LFS pointer, which only names the file; run `git lfs pull`, or download it",
+    b"<!doctype html": "a web page; download the file from …/resolve/main/, not from …/blob/main/",
+    b"<html": "a web page; download the file from …/resolve/main/, not from …/blob/main/",
+    b"PK\x03\x04": "a PyTorch pickle, which can run code when read; convert it to safetensors first",
+    b"\x80\x02": "a pickle, which can run code when read; convert it to safetensors first",
+    b"\x80\x04": "a pickle, which can run code when read; convert it to safetensors first",
+    b"\x89HDF": "an HDF5 file; convert it to safetensors first",
+    b"GGUF": "a GGUF file, which is not supported; use the original safetensors checkpoint",
+}
+UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tmp")  # beside a file: still on its way
+
+
+class CheckpointError(ValueError):
+    """What is wrong with a checkpoint: every refusal to load one is of this type."""
+
+
+class CheckpointFileError(CheckpointError, OSError):
+    """A checkpoint's file is not there, cannot be fetched, is no file, or not the whole of it."""
+
+
+@contextlib.contextmanager
+def blame(where: str) -> Iterator[None]:
+    """Turns a ValueError into a CheckpointError whose message begins with `where`: what is in files was to blame."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -23,18 +64,32 @@ class Source:
     local_files_only: bool = False
 
     def file(self, filename: str, required: bool = True) -> Path | None:
-        """Local path of one file, downloaded if need be; None if it is absent and not `required` (else OSError)."""
+        """Local path of one file, downloaded if need be; None if it is absent and not `required`.
+
+        Raises CheckpointFileError for what is not a regular file, or is a link that leaves the folder.
+        """
         if self.folder is None:
             return self._download(filename, required)
         path = self.folder / filename
         if path.is_file():
+            _check_link(path, self.folder)
             return path
+        if path.is_symlink():
+            raise CheckpointFileError(f"{path} is a link to {path.readlink()}, where no file is; download it again")
+        if path.exists():
+            kind = "a folder" if path.is_dir() else "a pipe or device"
+            raise CheckpointFileError(f"{path} should be a regular file, found {kind}")
         if required:
-            raise OSError(f"{self.name} has no {filename}; found {_listing(self.folder)}")
+            found = _listing(self.folder)
+            raise CheckpointFileError(f"{self.name} has no {filename}{self._on_its_way(filename)}; found {found}")
         return None
 
+    def _on_its_way(self, filename: str) -> str:
+        parts = [filename + end for end in UNFINISHED if (self.folder / (filename + end)).exists()]
+        return f" but {parts[0]}, so its download is not finished" if parts else ""
+
     def json(self, filename: str, required: bool = True) -> dict | None:
-        """One JSON file as a dict; None if absent and not `required`. ValueError if it is not a JSON object."""
+        """One JSON file as a dict; None if absent and not `required`. CheckpointError if it is no JSON object."""
         path = self.file(filename, required)
         return None if path is None else read_json(path)
 
@@ -64,28 +119,30 @@ class Source:
         except LocalEntryNotFoundError as error:  # offline (or no connection) and not in the cache
             if not required and self._cached_anything():
                 return None
-            raise OSError(
+            raise CheckpointFileError(
                 f"{filename} of {self.name!r} is not in the local cache and the Hub cannot be reached; "
                 f"connect once, or pass a local folder. {self._hint()}"
             ) from error
         except EntryNotFoundError as error:
             if not required:
                 return None
-            raise OSError(f"{self.name!r} on the Hub has no file {filename}") from error
+            raise CheckpointFileError(f"{self.name!r} on the Hub has no file {filename}") from error
         except GatedRepoError as error:
-            raise OSError(
+            raise CheckpointFileError(
                 f"{self.name!r} is gated: accept its licence at https://huggingface.co/{self.name}, "
                 "then log in with `hf auth login` or pass token="
             ) from error
         except RevisionNotFoundError as error:
-            raise OSError(f"{self.name!r} has no revision {self.revision!r}") from error
+            raise CheckpointFileError(f"{self.name!r} has no revision {self.revision!r}") from error
         except (RepositoryNotFoundError, HFValidationError) as error:
-            raise OSError(
+            raise CheckpointFileError(
                 f"{self.name!r} is neither a folder, nor a checkpoint that ships with minivlm "
                 f"({', '.join(built_in())}), nor a repository on the Hub that you may read (private ones need token=)"
             ) from error
         except (HfHubHTTPError, OSError) as error:
-            raise OSError(f"could not download {filename} of {self.name!r}: {error}. {self._hint()}") from error
+            raise CheckpointFileError(
+                f"could not download {filename} of {self.name!r}: {error}. {self._hint()}"
+            ) from error
 
     def _cached_anything(self) -> bool:
         """True if the config of this checkpoint is cached: then an absent optional file is simply absent."""
@@ -108,22 +165,22 @@ def source(
 ) -> Source:
     """A folder on disk, the name of a checkpoint in this package (`shapes-idefics2`), or a Hub id, in this order.
 
-    Raises TypeError for anything but a string or path, OSError for a path that looks local and is not a folder.
+    Raises TypeError for anything but a string or path, CheckpointFileError for a path that looks local and is no folder.
     """
     if not isinstance(name_or_folder, str | Path):
         raise TypeError(f"a checkpoint is named by a string or path, found {type(name_or_folder).__name__}")
     name = str(name_or_folder)
     if not name:
-        raise OSError("no such folder: the name of the checkpoint is empty")
+        raise CheckpointFileError("no such folder: the name of the checkpoint is empty")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Source(name, folder)
     if folder.is_file():
-        raise OSError(f"{name} is a file; pass the folder that holds config.json and the safetensors files")
+        raise CheckpointFileError(f"{name} is a file; pass the folder that holds config.json and the safetensors files")
     if name in built_in():
         return Source(name, BUILT_IN / name)
     if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise OSError(f"no such folder: {name!r}")
+        raise CheckpointFileError(f"no such folder: {name!r}")
     cache = None if cache_dir is None else str(cache_dir)
     return Source(name, None, revision, cache, token, local_files_only)
 
@@ -133,15 +190,69 @@ def built_in() -> list[str]:
     return sorted(path.parent.name for path in BUILT_IN.glob("*/config.json"))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError that names the file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError that names the file and what is wrong with it.
+
+    Stricter than Python's reader: no NaN or Infinity, no name twice in one object, no great size or depth.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON + 1)
+    if len(content) > MAX_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a JSON file has at most {MAX_JSON:,} here")
+    check_start(path, content)
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
+    """A JSON object from bytes; see `read_json`. `where` begins the message of an error."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode(), parse_constant=_no_number, object_pairs_hook=_no_doubles)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+        raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, found {type(value).__name__}")
+        raise CheckpointError(f"{where} should hold a JSON object, found {type(value).__name__}")
+    if _deeper(value, MAX_DEPTH):
+        raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels, which no checkpoint's file is")
     return value
+
+
+def check_start(path: Path, content: bytes) -> None:
+    """CheckpointFileError if a file is empty, or begins like something else that often stands in its place."""
+    if not content:
+        raise CheckpointFileError(f"{path} is empty; download it again")
+    for start, found in NOT_THE_FILE.items():
+        if content[:64].lstrip().lower().startswith(start.lower()):
+            raise CheckpointFileError(f"{path} is {found}")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r:.80} is given twice")
+    return values
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether there is anything below so many levels of objects and lists."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(children) and (levels == 0 or any(_deeper(child, levels - 1) for child in children))
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """CheckpointFileError for a file that is reached by links and lies outside of the folder (or its Hub cache)."""
+    home, real = folder.resolve(), path.resolve()
+    if real.is_relative_to(home):
+        return
+    if home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs"):
+        return
+    raise CheckpointFileError(
+        f"{path} is a link that leaves its folder, to {real}; a checkpoint's files lie in one folder: copy it there"
+    )
 
 
 def _listing(folder: Path) -> str:

@@ -22,11 +22,14 @@ from tqdm import tqdm
 
 from minivlm import hub
 from minivlm.generation_config import GenerationConfig
+from minivlm.header import Entry, read_header
+from minivlm.hub import CheckpointError, CheckpointFileError
 
 Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,8 +55,9 @@ def from_pretrained(
     device_map: None, "auto" (the GPU if there is one) or one device; models here live on one device.
     low_cpu_mem_usage is accepted and always on. The model comes back in eval mode.
 
-    Raises OSError for files that are missing or cannot be fetched, ValueError for a config or weights that do not fit:
-    every missing, unexpected and misshapen tensor is named in one error.
+    Raises CheckpointFileError, an OSError, for files that are missing or cannot be fetched, and CheckpointError, a
+    ValueError, for a config or weights that do not fit: every missing, unexpected and misshapen tensor is named in one.
+    All is checked before any data is read, but for the numbers themselves (see `not_finite`).
     """
     if quantization_config is not None:
         raise ValueError("quantization_config is not supported yet; load without it")
@@ -67,9 +71,7 @@ def from_pretrained(
         model = cls(config, attn_implementation=attn_implementation)
     shards = weight_files(files)
     fill(model, shards, wanted_dtype(dtype or torch_dtype, config.dtype), wanted_device(device_map))
-    settings = files.json("generation_config.json", required=False)
-    if settings is not None:
-        model.generation_config = GenerationConfig.from_hub(settings)
+    model.generation_config = read_generation_config(files) or model.generation_config
     return model.eval()
 
 
@@ -78,25 +80,33 @@ def read_config(files: hub.Source, config_class: Any) -> Any:
     values = files.json("config.json")
     expected = config_class.model_type
     if values.get("model_type") != expected:
-        raise ValueError(
-            f"{files.name} holds a model of type {values.get('model_type')!r}, expected {expected!r}; "
+        raise CheckpointError(
+            f"{files.name} holds a model of type {values.get('model_type')!r:.80}, expected {expected!r}; "
             "AutoModelForImageTextToText picks the class by itself"
         )
     try:
         return config_class.from_hub(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{files.name}: config.json does not describe a {expected} model: {error}") from error
+        raise CheckpointError(f"{files.name}: config.json does not describe a {expected} model: {error}") from error
+
+
+def read_generation_config(files: hub.Source) -> GenerationConfig | None:
+    """The checkpoint's `generation_config.json`, if it has one; CheckpointError if a setting is of another type."""
+    settings = files.json("generation_config.json", required=False)
+    with hub.blame(f"{files.name}: generation_config.json"):
+        return None if settings is None else GenerationConfig.from_hub(settings)
 
 
 def weight_files(files: hub.Source) -> list[Path]:
-    """Local paths of all safetensors shards: the single file, or those that the index names."""
+    """Local paths of all safetensors shards, their headers checked: the single file, or those that the index names."""
     single = files.file(WEIGHTS, required=False)
     if single is not None:
+        read_header(single)
         return [single]
     index = files.json(INDEX, required=False)
     if index is None:
         pickled = files.file("pytorch_model.bin.index.json", False) or files.file("pytorch_model.bin", False)
-        raise OSError(
+        raise CheckpointFileError(
             f"{files.name} holds only pickled weights ({pickled.name}), which can run code when read; "
             "convert them to safetensors first"
             if pickled
@@ -104,12 +114,27 @@ def weight_files(files: hub.Source) -> list[Path]:
         )
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{INDEX} of {files.name} should map tensor names to file names under 'weight_map'")
+        raise CheckpointError(f"{INDEX} of {files.name} should map tensor names to file names under 'weight_map'")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise ValueError(f"{INDEX} of {files.name} names {shard!r}, which is not a safetensors file of its folder")
-    return [files.file(shard) for shard in shards]
+            raise CheckpointError(
+                f"{INDEX} of {files.name} names {shard!r:.80}, which is not a safetensors file of its folder"
+            )
+    paths = {shard: files.file(shard) for shard in shards}
+    _check_index(weight_map, {shard: read_header(path) for shard, path in paths.items()}, files.name)
+    return list(paths.values())
+
+
+def _check_index(weight_map: dict[str, str], headers: dict[str, dict[str, Entry]], where: str) -> None:
+    """Every tensor lies in the shard that the index says, or the files are not of one checkpoint: CheckpointError."""
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            found = next((f"it is in {other}" for other in headers if name in headers[other]), "it is in none")
+            raise CheckpointError(
+                f"{INDEX} of {where} says that {name!r:.120} is in {shard}, but {found}; "
+                "these files are not from one checkpoint: download them again"
+            )
 
 
 def fill(model: nn.Module, shards: list[Path], dtype: torch.dtype | None, device: torch.device) -> None:
@@ -129,31 +154,29 @@ def fill(model: nn.Module, shards: list[Path], dtype: torch.dtype | None, device
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        head = path.open("rb").read(64) if path.is_file() else b""
-        if head.startswith(b"version https://git-lfs"):
-            raise OSError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` or download it") from error
-        raise OSError(
-            f"{path} is not a complete safetensors file ({error}); found {path.stat().st_size:,} bytes, "
-            "the download may have been cut: fetch it again"
-        ) from error
+    except (SafetensorError, OSError) as error:  # `read_header` has looked at the file before, and with better words
+        raise CheckpointFileError(f"{path} is no safetensors file ({error}); fetch it again") from error
 
 
 def _match(model: nn.Module, readers: list[Any], shards: list[Path]) -> dict[str, tuple[Any, str]]:
-    """Parameter name → (file, name in the file). One ValueError lists all that is missing, unexpected or misshapen."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Parameter name → (file, name in the file). One error lists all that is missing, unexpected or does not fit."""
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     places: dict[str, tuple[Any, str]] = {}
-    unexpected, misshapen, doubled = [], [], []
+    unexpected, misshapen, unreal, doubled = [], [], [], []
     for reader in readers:
         for hub_name in reader.keys():  # noqa: SIM118  (a reader is no dict)
             name = local_name(hub_name, model.hub_prefixes)
             if name not in shapes and is_ignored(hub_name, model):
                 continue
-            found = tuple(reader.get_slice(hub_name).get_shape())
+            part = reader.get_slice(hub_name)
+            found = tuple(part.get_shape())
             if name not in shapes:
                 unexpected.append(f"{hub_name} {list(found)}")
             elif found != shapes[name]:
                 misshapen.append(f"{hub_name} {list(found)}, expected {list(shapes[name])}")
+            elif parameters[name].is_floating_point() and part.get_dtype() not in FLOATS:
+                unreal.append(f"{hub_name} of {part.get_dtype()}")
             elif name in places:
                 doubled.append(hub_name)
             places[name] = (reader, hub_name)
@@ -162,11 +185,12 @@ def _match(model: nn.Module, readers: list[Any], shards: list[Path]) -> dict[str
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": misshapen,
+        f"that are not of {', '.join(FLOATS)}": unreal,
         "given twice": doubled,
     }
     if any(problems.values()):
         folder = shards[0].parent if shards else "the checkpoint"
-        raise ValueError(f"the weights in {folder} do not fit the model:\n" + "\n".join(_listed(problems)))
+        raise CheckpointError(f"the weights in {folder} do not fit the model:\n" + "\n".join(_listed(problems)))
     return places
 
 
@@ -204,6 +228,10 @@ def wanted_dtype(asked: torch.dtype | str | None, stored: str | None) -> torch.d
     if isinstance(asked, torch.dtype) and asked in DTYPES.values():
         return asked
     if asked is None or asked == "auto":
+        if stored is not None and stored not in DTYPES:
+            raise CheckpointError(
+                f"config.json names the dtype {stored!r:.80}; known: {', '.join(DTYPES)}; pass one of them as dtype="
+            )
         return DTYPES.get(stored)
     name = str(asked).removeprefix("torch.")
     if name not in DTYPES:
@@ -226,6 +254,34 @@ def wanted_device(device_map: Any) -> torch.device:
             f"device_map={device_map!r} is not supported: a model lives on one device here; "
             'pass "auto", "cpu", "cuda" or "cuda:0"'
         ) from error
+
+
+def check_weights(model: nn.Module, files: hub.Source) -> int:
+    """How many tensors a checkpoint has, all of which fit the (meta-device) model and hold finite numbers.
+
+    Reads everything; errors as in `from_pretrained`, and CheckpointError that names tensors with NaN or infinity.
+    """
+    shards = weight_files(files)
+    with contextlib.ExitStack() as stack:
+        places = _match(model, [stack.enter_context(_open(path)) for path in shards], shards)
+    if broken := not_finite(shards):
+        raise CheckpointError(
+            f"the weights of {files.name} are damaged:\n" + "\n".join(_listed({"with NaN or infinity": broken}))
+        )
+    return len(places)
+
+
+@torch.no_grad()
+def not_finite(shards: list[Path], chunk: int = 2**24) -> list[str]:
+    """Names of all tensors with NaN or infinity in them, each with how many; reads all data, a chunk at a time."""
+    found = []
+    for path in shards:
+        with _open(path) as reader:
+            for name in tqdm(reader.keys(), path.name, delay=2, leave=False):
+                parts = reader.get_tensor(name).flatten().split(chunk)
+                if wrong := sum(int((~part.isfinite()).sum()) for part in parts):
+                    found.append(f"{name} ({wrong:,} numbers)")
+    return found
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | str = "5GB") -> None:

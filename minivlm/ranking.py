@@ -12,12 +12,14 @@ B prompts, P prompt ids, T tokens to run, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minivlm.diagnosis import explain
 from minivlm.generation import positions, prefill
 from minivlm.modules.cache import KVCache
 
@@ -53,7 +55,8 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
         cached = begin
         scores[:, index] = sum(after[k][:, token] for k, token in enumerate(candidate))
     if not scores.isfinite().all():
-        raise ValueError("scores are not finite: activations overflow; load with dtype=torch.bfloat16 or torch.float32")
+        again = partial(prefill, model, ids, None, mask[:, : ids.shape[1]], **inputs)
+        raise ValueError(f"scores are not finite: {explain(model, inputs, again)}")
     lengths = torch.tensor([len(candidate) for candidate in candidates], device=scores.device)
     return scores / lengths if mean else scores
 

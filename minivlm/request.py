@@ -30,6 +30,7 @@ class Run:
     keys: int  # K
     mask: Tensor | None  # (B·n, K + N) bool, True = real; None if the prompt has no pads
     positions: Tensor  # (B·n, K + N)
+    finite: Tensor  # (B·n,) bool: all logits of the row have been finite so far
     inputs: dict[str, Any]  # images and the like of the B rows, for the prefill
     cache: KVCache | None  # of B rows until the prompt is in it, then of B·n; None: every step recomputes everything
     rules: list[Rule]
@@ -62,13 +63,16 @@ def prepare(
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     cache, embeds = inputs.pop("past_key_values", None), inputs.get("inputs_embeds")
-    ids = _prompt(settings, input_ids, inputs).to(device, torch.long)
+    ids = _prompt(settings, input_ids, inputs, _vocab_size(model)).to(device, torch.long)
     (B, P), n = ids.shape, settings.copies
     K = P if embeds is None else embeds.shape[1]
     mask = _mask(settings, attention_mask, ids, K).to(device)
     place = inputs.pop("position_ids", None)
     place = positions(mask) if place is None else place.expand(B, -1)
     N = _new_tokens(settings, K, int(place.max()) + 1, _text_config(model).max_position_embeddings)
+    if settings.eos_ids and B * n > 1:  # rows that have ended go on with pads
+        pad, V = settings.pad_token_id, _vocab_size(model)
+        check("pad_token_id", pad, is_whole(pad) and pad < V, f"one of the {V} tokens of the vocabulary")
     cache = _cache(model, settings, cache, B, K, K + N if n == 1 else K, embeds is not None)
     ids, mask, place = (each.repeat_interleave(n, 0) for each in (ids, mask, place))
     after = place[:, -1:] + 1 + torch.arange(N, device=device)  # (B·n, N)
@@ -84,6 +88,7 @@ def prepare(
         keys=K,
         mask=None if mask.all() else torch.cat([mask, mask.new_ones(len(ids), N)], 1),
         positions=torch.cat([place, after], 1),
+        finite=torch.ones(len(ids), dtype=torch.bool, device=device),
         inputs=inputs,
         cache=cache,
         rules=logits_rules(settings, _vocab_size(model), padding, device, least and P + least, own_rules),
@@ -94,7 +99,7 @@ def prepare(
     )
 
 
-def _prompt(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+def _prompt(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, Any], vocab_size: int) -> Tensor:
     """The prompt's ids (B, P): as given, or none beside `inputs_embeds`, or just bos."""
     if ids is None:
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
@@ -108,6 +113,12 @@ def _prompt(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, An
         raise ValueError(f"input_ids should be a tensor (B, P), found {type(ids).__name__}; write generate(**inputs)")
     if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise ValueError(f"input_ids should be integers (B, P), found {ids.dtype} of shape {tuple(ids.shape)}")
+    least, most = (int(id) for id in ids.long().aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"input_ids has the id {least if least < 0 else most}, but the vocabulary has {vocab_size} tokens; is the "
+            "tokenizer of another checkpoint?"
+        )
     return ids
 
 
@@ -170,12 +181,21 @@ def _cache(
 ) -> KVCache | None:
     """The caller's cache if it leaves something to run, else a new one (None for use_cache=False)."""
     if cache is None:
-        return model.new_cache(B, slots) if settings.use_cache or embeds else None
+        return _new_cache(model, B, slots) if settings.use_cache or embeds else None
     if not cache.length < K:
         raise ValueError(f"past_key_values holds {cache.length} tokens, input_ids only {K}; pass all ids so far")
     if cache.batch != B:
         raise ValueError(f"past_key_values has {cache.batch} rows, the prompt {B}; they are multiplied only afterwards")
     return cache
+
+
+def _new_cache(model: Any, B: int, slots: int) -> KVCache:
+    try:
+        return model.new_cache(B, slots)
+    except RuntimeError as error:  # torch's word for a CPU's memory; of a GPU's it speaks by itself
+        if isinstance(error, torch.OutOfMemoryError) or "memory" not in str(error):
+            raise
+        raise MemoryError(f"a cache of {B} rows of {slots:,} tokens does not fit; pass max_new_tokens") from error
 
 
 def _functions(name: str, given: list[Callable] | None) -> list[Callable]:

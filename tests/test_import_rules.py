@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "minivlm_kernels": set(),
     "minivlm.hub": set(),
+    "minivlm.header": {"minivlm.hub"},
+    "minivlm.diagnosis": set(),
     "minivlm.modules": {"minivlm_kernels"},
     "minivlm.generation_config": {"minivlm.hub", "minivlm.modules"},
     "minivlm.sampling": {"minivlm.generation_config"},
@@ -21,9 +23,10 @@ MAY_IMPORT = {
     "minivlm.request": {"minivlm.generation_config", "minivlm.sampling", "minivlm.stopping", "minivlm.modules"},
     "minivlm.generation": {
         *("minivlm.beams", "minivlm.request", "minivlm.sampling", "minivlm.stopping", "minivlm.modules"),
+        "minivlm.diagnosis",
     },
-    "minivlm.ranking": {"minivlm.generation", "minivlm.modules"},
-    "minivlm.loading": {"minivlm.hub", "minivlm.generation_config", "minivlm.modules"},
+    "minivlm.ranking": {"minivlm.diagnosis", "minivlm.generation", "minivlm.modules"},
+    "minivlm.loading": {"minivlm.hub", "minivlm.header", "minivlm.generation_config", "minivlm.modules"},
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.generation_config", "minivlm.loading"},
     "minivlm.processing": {"minivlm.hub", "minivlm.modules"},
     "minivlm.auto": {"minivlm.hub", "minivlm.models", "minivlm.processing"},

@@ -107,11 +107,14 @@ class IdeficsConfig:
         _ = self.decoder  # which checks its fields
         if self.additional_vocab_size < 0:
             raise ValueError(f"additional_vocab_size should be 0 or more, found {self.additional_vocab_size}")
+        if self.additional_vocab_size:
+            hub_config.positive(self, "additional_vocab_size")
+        hub_config.deviation(self, "alphas_initializer_range")
         for name, known in {"alpha_type": ALPHA_TYPES, "alpha_initializer": ALPHA_INITIALIZERS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} should be one of {', '.join(known)}, found {getattr(self, name)!r}")
         for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(str(layer) for layer in getattr(self, name)))
             if unknown := set(getattr(self, name)) - set(FREEZE_EXCEPTIONS):
                 raise ValueError(f"{name} knows {', '.join(FREEZE_EXCEPTIONS)}; found {sorted(unknown)}")
 
@@ -121,12 +124,12 @@ class IdeficsConfig:
 
         As the reference, it knows sizes of the tower and the resampler only inside their parts, not at the top level.
         """
-        vision = values.get("vision_config") or {}
-        if isinstance(vision, dict) and "embed_dim" in vision:
+        vision = hub_config.section(values, "vision_config")
+        if "embed_dim" in vision:
             vision = {**vision, "hidden_size": vision["embed_dim"]}
         parts = {
             "vision_config": hub_config.from_hub(ClipConfig, vision, **asdict(VISION)),
-            "perceiver_config": hub_config.from_hub(PerceiverConfig, values.get("perceiver_config") or {}),
+            "perceiver_config": hub_config.from_hub(PerceiverConfig, hub_config.section(values, "perceiver_config")),
             "dtype": values.get("dtype") or values.get("torch_dtype"),
         }
         positions = {"max_position_embeddings": cls.max_position_embeddings}

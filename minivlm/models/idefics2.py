@@ -25,7 +25,7 @@ from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import GatedMLP, RMSNorm, initialize
+from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm, initialize
 from minivlm.modules.outputs import Output, next_token_loss
 from minivlm.modules.siglip import SiglipConfig, SiglipVisionTower
 
@@ -47,7 +47,8 @@ class PerceiverConfig:
 
     def __post_init__(self) -> None:
         hub_config.positive(self, "hidden_size", "resampler_n_latents", "resampler_depth", "resampler_n_heads")
-        hub_config.positive(self, "resampler_head_dim", "num_key_value_heads")
+        hub_config.positive(self, "resampler_head_dim", "num_key_value_heads", "rms_norm_eps")
+        hub_config.one_of(self, "hidden_act", ACTIVATIONS)
         hub_config.divides(self, "num_key_value_heads", "resampler_n_heads")
 
 
@@ -85,9 +86,9 @@ class Idefics2Config:
     def from_hub(cls, values: dict[str, Any]) -> "Idefics2Config":
         """Read a `config.json`. Raises ValueError that names a field of a wrong type or size."""
         parts = {
-            "vision_config": SiglipConfig.from_hub(values.get("vision_config") or {}),
-            "perceiver_config": hub_config.from_hub(PerceiverConfig, values.get("perceiver_config") or {}),
-            "text_config": DecoderConfig.from_hub(values.get("text_config") or {}, **TEXT_DEFAULTS),
+            "vision_config": SiglipConfig.from_hub(hub_config.section(values, "vision_config")),
+            "perceiver_config": hub_config.from_hub(PerceiverConfig, hub_config.section(values, "perceiver_config")),
+            "text_config": DecoderConfig.from_hub(hub_config.section(values, "text_config"), **TEXT_DEFAULTS),
             "dtype": values.get("dtype") or values.get("torch_dtype"),
         }
         return hub_config.from_hub(cls, {**values, **parts})

@@ -29,7 +29,7 @@ from minivlm.modules.attention import check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipConfig, ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import activation, initialize
+from minivlm.modules.layers import ACTIVATIONS, activation, initialize
 from minivlm.modules.outputs import Output, next_token_loss
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -77,13 +77,16 @@ class LlavaNextConfig:
                 f"vision_feature_select_strategy {self.vision_feature_select_strategy!r} is not supported: with the "
                 'class token ("full") the features of a tile are no grid, and the reference fails too; use "default"'
             )
+        hub_config.one_of(self, "projector_hidden_act", ACTIVATIONS)
         anyres.check_pinpoints(self.image_grid_pinpoints, self.vision_config.image_size)
         object.__setattr__(self, "image_grid_pinpoints", tuple(tuple(size) for size in self.image_grid_pinpoints))
         if not isinstance(self.vision_feature_layer, int):
             object.__setattr__(self, "vision_feature_layer", tuple(self.vision_feature_layer))
         most = self.vision_config.num_hidden_layers
         layers = self.feature_layers
-        if not layers or not all(type(layer) is int and -most - 1 <= layer <= most for layer in layers):
+        if not 1 <= len(layers) <= most + 1 or not all(
+            type(layer) is int and -most - 1 <= layer <= most for layer in layers
+        ):
             raise ValueError(
                 f"vision_feature_layer should be one or more of the {most + 1} hidden states of a tower of {most} "
                 f"layers, counted from 0 or from -1 down; found {self.vision_feature_layer!r}"
@@ -93,9 +96,9 @@ class LlavaNextConfig:
     def from_hub(cls, values: dict[str, Any]) -> "LlavaNextConfig":
         """Read a `config.json`. Raises ValueError that names a field of a wrong type or size."""
         values = {name: value for name, value in values.items() if value is not None}
-        text = values.get("text_config", {})
+        vision, text = (hub_config.section(values, name) for name in ("vision_config", "text_config"))
         parts = {
-            "vision_config": ClipConfig.from_hub(values["vision_config"]) if "vision_config" in values else VISION,
+            "vision_config": ClipConfig.from_hub(vision) if "vision_config" in values else VISION,
             "text_config": DecoderConfig.from_hub({"model_type": "llama", **text}),
             "image_token_index": values.get("image_token_index", values.get("image_token_id", cls.image_token_index)),
             "dtype": values.get("dtype", values.get("torch_dtype")),

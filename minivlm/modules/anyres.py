@@ -31,6 +31,7 @@ Pair = tuple[int, int]  # (height, width) or (rows, columns)
 STRATEGIES = ("default", "full")
 MAX_SIDE = 2**31 - 1  # of a picture; what Pillow can hold
 MAX_PINPOINT = 8192  # of a canvas: 800 MB of pixel values
+MAX_PINPOINTS = 256  # every picture is held against all of them; the released checkpoints have five
 
 
 def best_resolution(size: Pair, pinpoints: Sequence[Pair]) -> Pair:
@@ -114,8 +115,11 @@ def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:
     """ValueError unless there are pinpoints, and every one of them is made of whole tiles of side `tile`."""
     if type(tile) is not int or not 1 <= tile <= MAX_PINPOINT:
         raise ValueError(f"the side of a tile is a whole number from 1 to {MAX_PINPOINT}, found {tile!r:.80}")
-    if not isinstance(pinpoints, list | tuple) or not pinpoints:
-        raise ValueError(f"image_grid_pinpoints is a list of at least one (height, width), found {pinpoints!r:.80}")
+    if not isinstance(pinpoints, list | tuple) or not 1 <= len(pinpoints) <= MAX_PINPOINTS:
+        raise ValueError(
+            f"image_grid_pinpoints is a list of at least one (height, width), and at most {MAX_PINPOINTS}; "
+            f"found {pinpoints!r:.80}"
+        )
     for pinpoint in pinpoints:
         pair = _is_pair(pinpoint)
         if not pair or not all(1 <= side <= MAX_PINPOINT and side % tile == 0 for side in pinpoint):

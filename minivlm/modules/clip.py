@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask
+from minivlm.modules.layers import ACTIVATIONS
 from minivlm.modules.siglip import SiglipEncoder
 
 
@@ -33,8 +34,12 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-        hub_config.positive(self, *names, "patch_size")
+        hub_config.positive(self, *names, "patch_size", "image_size", "layer_norm_eps")
+        hub_config.one_of(self, "hidden_act", ACTIVATIONS)
+        hub_config.deviation(self, "initializer_range")
         hub_config.divides(self, "num_attention_heads", "hidden_size")
+        if self.num_channels != 3:
+            raise ValueError(f"num_channels must be 3, for pictures are RGB; found {self.num_channels}")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
-from minivlm.modules.layers import GatedMLP, RMSNorm
+from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm
 from minivlm.modules.rope import RopeScaling, read_rope, rotary_cos_sin, rotary_frequencies, rotate
 
 # Class defaults of the reference where they differ from `DecoderConfig`: real config files leave most fields out.
@@ -66,7 +66,10 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        hub_config.positive(self, *names, "max_position_embeddings", "rope_theta")
+        hub_config.positive(self, *names, "max_position_embeddings", "rope_theta", "rms_norm_eps")
+        hub_config.one_of(self, "hidden_act", ACTIVATIONS)
+        hub_config.deviation(self, "initializer_range")
+        hub_config.token_ids(self, "pad_token_id", "bos_token_id", "eos_token_id")
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -75,6 +78,8 @@ class DecoderConfig:
         hub_config.divides(self, "num_key_value_heads", "num_attention_heads")
         if self.head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head_dim, found {self.head_dim}")
+        if self.rope_theta <= 1 or (self.head_dim == 2 and self.rope_scaling is not None):
+            raise ValueError(f"rope_theta {self.rope_theta} with head_dim {self.head_dim} gives no falling frequencies")
         if self.attention_bias or self.mlp_bias:
             raise ValueError("decoders with attention_bias or mlp_bias are not supported: no checkpoint here has them")
         if self.model_type == "llama" or not self.use_sliding_window:
@@ -90,8 +95,10 @@ class DecoderConfig:
     def from_hub(cls, values: dict[str, Any], **defaults: Any) -> "DecoderConfig":
         """Read a `text_config`. `defaults` are what the model around it prefers over the class defaults."""
         kind = values.get("model_type", "mistral")
-        if kind not in CLASS_DEFAULTS:
-            raise ValueError(f"text_config.model_type {kind!r} is not supported; known: {', '.join(CLASS_DEFAULTS)}")
+        if not isinstance(kind, str) or kind not in CLASS_DEFAULTS:
+            raise ValueError(
+                f"text_config.model_type {kind!r:.80} is not supported; known: {', '.join(CLASS_DEFAULTS)}"
+            )
         known = {"max_position_embeddings": cls.max_position_embeddings, **CLASS_DEFAULTS[kind], **defaults, **values}
         config = hub_config.from_hub(cls, {**known, "model_type": kind, **read_rope(known)})
         layers = ["full_attention" if window is None else "sliding_attention" for window in config.windows]

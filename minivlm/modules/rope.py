@@ -31,6 +31,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings"),
 }
+# The least that a field may say, 1e-6 for the others: nothing may divide by almost zero, or be a logarithm of less.
+LEAST = {"original_max_position_embeddings": 2, "mscale": 0, "mscale_all_dim": 0}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class RopeScaling:
         needs = NEEDS[self.rope_type]
         if missing := [name for name in needs if getattr(self, name) is None]:
             raise ValueError(f"rope type {self.rope_type!r} needs {', '.join(missing)} in rope_scaling")
-        hub_config.positive(self, *(name for name in needs if name not in ("short_factor", "long_factor")))
+        self._check_numbers()
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor ({self.low_freq_factor}) should be below high_freq_factor ({self.high_freq_factor})"
@@ -65,6 +67,15 @@ class RopeScaling:
         for name in ("short_factor", "long_factor"):  # tuples, so that a RopeScaling can be a key
             if (divisors := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(float(divisor) for divisor in divisors))
+
+    def _check_numbers(self) -> None:
+        for name, value in self.to_hub().items():
+            least = LEAST.get(name, 1e-6)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            fits = all(type(number) in (int, float) and least <= number < 2**31 for number in numbers)
+            if not fits and name not in ("rope_type", "truncate"):
+                wrong = "must be positive" if value == 0 else f"is made of numbers from {least}"
+                raise ValueError(f"RopeScaling.{name} {wrong}, found {value!r:.80}")
 
     def to_hub(self) -> dict[str, Any]:
         """The entries that are set."""
@@ -94,14 +105,20 @@ def read_rope(values: dict[str, Any]) -> dict[str, Any]:
     Lengths that the entries leave out follow from `max_position_embeddings`. Raises ValueError for what cannot be
     followed: another type, missing fields, heads that are rotated in part, frequencies that differ by layer.
     """
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+    rope = hub_config.section(values, "rope_scaling") or hub_config.section(values, "rope_parameters")
+    if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_scaling should be a JSON object of plain values, found {rope!r:.80}")
+    for name in ("max_position_embeddings", "original_max_position_embeddings"):
+        length = {**values, **rope}.get(name)
+        if length is not None and (type(length) is not int or length < 0):
+            raise ValueError(f"{name} should be a number of tokens, found {length!r:.80}")
     rope = {name: value for name, value in {**values, **rope}.items() if value is not None}
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported: heads turn whole")
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # `type` is the older word
+    if not isinstance(kind, str):
+        raise ValueError(f"rope_type should be a string, found {kind!r:.80}")
     if kind == "default":
         return {**theta, "rope_scaling": None}
     positions = rope.get("max_position_embeddings")

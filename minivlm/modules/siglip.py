@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
-from minivlm.modules.layers import MLP
+from minivlm.modules.layers import ACTIVATIONS, MLP
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,12 @@ class SiglipConfig:
             "num_attention_heads",
             "num_channels",
         )
-        hub_config.positive(self, *names, "patch_size")
+        hub_config.positive(self, *names, "patch_size", "image_size", "layer_norm_eps")
+        hub_config.one_of(self, "hidden_act", ACTIVATIONS)
+        hub_config.deviation(self, "initializer_range")
         hub_config.divides(self, "num_attention_heads", "hidden_size")
+        if self.num_channels != 3:
+            raise ValueError(f"num_channels must be 3, for pictures are RGB; found {self.num_channels}")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
 

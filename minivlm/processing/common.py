@@ -1,6 +1,5 @@
 """What the processors of the three models share: reading their folders, checking their settings, encoding prompts."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
@@ -14,6 +13,7 @@ from minivlm.processing.images import load_image, pixel_table
 from minivlm.processing.tokenizer import Tokenizer
 
 # red, green and blue of the pictures that CLIP was trained on
+MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -26,7 +26,8 @@ def read_processor(
     None counts as not given. TypeError for any other name.
     """
     image_config, config = read_configs(source)
-    image_processor = image_processor_class.from_dict(image_config)
+    with hub.blame(f"{source.name}: the image processor's settings"):
+        image_processor = image_processor_class.from_dict(image_config)
     tokenizer = Tokenizer.from_source(source)
     template = chat.find_template(source, config, tokenizer.config)
     settings = {name: config.get(name) for name in names} | {"chat_template": template}
@@ -46,17 +47,21 @@ def read_processor(
 
 
 def check_pixel_options(options: Any) -> None:
-    """ValueError unless an image processor's resample, image_mean, image_std and rescale_factor make sense."""
-    if options.resample not in range(6):
-        raise ValueError(f"resample is one of Pillow's filters, 0 to 5 (2: bilinear), found {options.resample!r}")
+    """ValueError unless an image processor's switches, resample, mean, deviation and rescale_factor make sense."""
+    for switch in (f.name for f in fields(options) if f.name.startswith("do_")):
+        if not isinstance(getattr(options, switch), bool):
+            raise ValueError(f"{switch} is true or false, found {getattr(options, switch)!r:.80}")
+    if type(options.resample) is not int or options.resample not in range(6):
+        raise ValueError(f"resample is one of Pillow's filters, 0 to 5 (2: bilinear), found {options.resample!r:.80}")
     for name in ("image_mean", "image_std", "rescale_factor"):
         found = getattr(options, name)
         values = [found] * 3 if name == "rescale_factor" else found
         numbers = isinstance(values, list | tuple) and len(values) == 3
-        if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ValueError(f"{name} is made of numbers, one per channel (3), found {found!r:.80}")
-    if 0 in options.image_std:
-        raise ValueError(f"image_std divides the pixels and so must not be 0, found {options.image_std}")
+        if not numbers or not all(type(v) in (int, float) and abs(v) <= MOST for v in values):
+            raise ValueError(f"{name} is made of numbers up to {MOST}, one per channel (3), found {found!r:.80}")
+        if name != "image_mean" and min(values) < 1 / MOST:
+            verb = "divides" if name == "image_std" else "multiplies"
+            raise ValueError(f"{name} {verb} the pixels and so must not be 0, less, or almost 0; found {found!r:.80}")
 
 
 def pixel_table_of(options: Any) -> np.ndarray:

@@ -58,7 +58,7 @@ class IdeficsImageProcessor:
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= 8192:
             raise ValueError(f"image_size is the side of a square in pixels, 1 to 8192, found {self.image_size!r:.80}")
-        if self.image_num_channels != 3:
+        if type(self.image_num_channels) is not int or self.image_num_channels != 3:
             raise ValueError(f"image_num_channels is 3, for pictures are RGB; found {self.image_num_channels!r:.80}")
         check_pixel_options(self)
 
@@ -66,7 +66,7 @@ class IdeficsImageProcessor:
     def from_dict(cls, config: dict[str, Any]) -> "IdeficsImageProcessor":
         """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
         size = config.get("size") or {"height": None}
-        if not isinstance(size, dict) or len(set(size.values())) > 1:
+        if not isinstance(size, dict) or any(side != size.get("height") for side in size.values()):
             raise ValueError(f"IDEFICS's pictures are squares, found size={size!r:.80}")
         config = {"image_size": size.get("height"), **config}
         return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
@@ -74,7 +74,8 @@ class IdeficsImageProcessor:
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "IdeficsImageProcessor":
         """From a folder or Hub id; `where` is what `hub.source` takes."""
-        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+        with hub.blame(str(name_or_folder)):
+            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, as transformers reads it."""
@@ -133,6 +134,8 @@ class IdeficsProcessor:
         add_end_of_utterance_token: bool | None = None,
         chat_template: str | None = None,
     ) -> None:
+        if add_end_of_utterance_token not in (None, True, False):
+            raise ValueError(f"add_end_of_utterance_token is true or false, found {add_end_of_utterance_token!r:.80}")
         if image_size is not None:
             image_processor = replace(image_processor, image_size=image_size)
         self.image_processor, self.tokenizer = image_processor, tokenizer
@@ -163,7 +166,8 @@ class IdeficsProcessor:
         )
         names = ("add_end_of_utterance_token",)
         image_processor, tokenizer, settings = read_processor(source, IdeficsImageProcessor, names, changes)
-        return cls(image_processor, tokenizer, **settings)
+        with hub.blame(source.name):
+            return cls(image_processor, tokenizer, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""

@@ -85,7 +85,8 @@ class Idefics2ImageProcessor:
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "Idefics2ImageProcessor":
         """From a folder or Hub id; `where` is what `hub.source` takes."""
-        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+        with hub.blame(str(name_or_folder)):
+            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, as transformers reads it."""
@@ -148,8 +149,8 @@ class Idefics2Processor:
         image_seq_len: int = 64,
         chat_template: str | None = None,
     ) -> None:
-        if not isinstance(image_seq_len, int) or not 1 <= image_seq_len <= 2**16:
-            raise ValueError(f"image_seq_len is the number of places per picture, found {image_seq_len!r}")
+        if type(image_seq_len) is not int or not 1 <= image_seq_len <= 2**13:
+            raise ValueError(f"image_seq_len is the number of places per picture, found {image_seq_len!r:.80}")
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_len, self.chat_template = image_seq_len, chat_template
         tokenizer.add_tokens([FAKE, IMAGE, END_OF_UTTERANCE], special=True)
@@ -179,7 +180,8 @@ class Idefics2Processor:
         )
         names = ["image_seq_len"]
         image_processor, tokenizer, settings = read_processor(source, Idefics2ImageProcessor, names, changes)
-        return cls(image_processor, tokenizer, **settings)
+        with hub.blame(source.name):
+            return cls(image_processor, tokenizer, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""

@@ -83,7 +83,8 @@ class LlavaNextImageProcessor:
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "LlavaNextImageProcessor":
         """From a folder or Hub id; `where` is what `hub.source` takes."""
-        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+        with hub.blame(str(name_or_folder)):
+            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, as transformers reads it."""
@@ -191,7 +192,8 @@ class LlavaNextProcessor:
         image_processor, tokenizer, settings = read_processor(source, LlavaNextImageProcessor, names, changes)
         if not {"patch_size", "vision_feature_select_strategy"} <= settings.keys():
             settings = _from_model_config(source) | settings
-        return cls(image_processor, tokenizer, **settings)
+        with hub.blame(source.name):
+            return cls(image_processor, tokenizer, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
@@ -308,7 +310,7 @@ def _side(name: str, value: Any) -> int:
     sides = {key: side for key, side in sides.items() if side is not None}
     side = next(iter(sides.values()), None)
     known = sides.keys() in ({"shortest_edge"}, {"height", "width"})
-    if not known or type(side) is not int or set(sides.values()) != {side} or not 1 <= side <= 8192:
+    if not known or any(type(other) is not int or other != side for other in sides.values()) or not 1 <= side <= 8192:
         raise ValueError(f'{name} is a square, for instance {{"height": 336, "width": 336}}, found {value!r:.80}')
     return side
 

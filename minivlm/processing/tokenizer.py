@@ -6,9 +6,11 @@ tokens play which part (bos, eos, pad, unk) and on which side to pad.
 """
 
 import copy
+import itertools
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from minivlm.processing.inputs import Inputs
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"
+MAX_FILE = 2**25  # bytes of tokenizer.json; those of the released checkpoints have up to a third
+MAX_ADDED = 2**14  # tokens beside the vocabulary, each of which is looked for in every text
+MAX_AROUND = 16  # special tokens that tokenizer.json puts around a text
+MAX_GROWTH = 256  # times that normalisation may make a text longer; "▁" for a blank makes it three
 
 
 class Tokenizer:
@@ -37,8 +43,11 @@ class Tokenizer:
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (_text(self.config.get(r)) for r in ROLES)
         self.padding_side = self.config.get("padding_side", "left")  # right for no decoder: it continues the last token
         self.truncation_side = self.config.get("truncation_side", "right")
+        for name in ("padding_side", "truncation_side"):
+            if getattr(self, name) not in ("left", "right"):
+                raise ValueError(f'{name} is "left" or "right", found {getattr(self, name)!r:.80}')
         self.model_max_length = self.config.get("model_max_length") or UNLIMITED
-        if not isinstance(self.model_max_length, int | float) or self.model_max_length < 1:
+        if type(self.model_max_length) not in (int, float) or not self.model_max_length >= 1:
             raise ValueError(f"model_max_length is a number of tokens, found {self.model_max_length!r:.80}")
         backend.no_padding()
         backend.no_truncation()
@@ -50,28 +59,32 @@ class Tokenizer:
 
     @classmethod
     def from_source(cls, source: hub.Source) -> "Tokenizer":
-        """Read tokenizer.json, and what the older small files say beside it. ValueError for a damaged or odd file."""
-        path = source.file("tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except BaseException as error:
-            _raise_value_error(error, f"{path} is no tokenizer.json that `tokenizers` {tokenizers.__version__} reads")
+        """Read tokenizer.json, and what the older small files say beside it.
+
+        Raises CheckpointError for damaged and contradicting files, and for one that could fill the memory by a text.
+        """
+        backend = _read_backend(source.file("tokenizer.json"))
         config = source.json("tokenizer_config.json", required=False) or {}
         roles = source.json("special_tokens_map.json", required=False) or {}
-        tokenizer = cls(backend, config | {role: roles[role] for role in ROLES if role in roles})
-        listed = {i: (token, True) for token, i in (source.json("added_tokens.json", required=False) or {}).items()}
-        for i, token in (config.get("added_tokens_decoder") or {}).items():
-            listed[int(i)] = _text(token), token.get("special", True)
-        for expected, (token, special) in sorted(listed.items()):
-            if backend.token_to_id(token) is None:
-                tokenizer.add_tokens([token], special=special)
-            found = backend.token_to_id(token)
+        added = source.json("added_tokens.json", required=False) or {}
+        with hub.blame(source.name):
+            tokenizer = cls(backend, config | {role: roles[role] for role in ROLES if role in roles})
+            tokenizer._add_listed(_listed(added, config.get("added_tokens_decoder") or {}))
+            _ = tokenizer._around  # a first text, before any of a user
+        return tokenizer
+
+    def _add_listed(self, listed: dict[int, tuple[str, bool]]) -> None:
+        """Add what tokenizer.json does not have of `listed`, id → (token, special). ValueError if an id is another."""
+        missing = {i: token for i, token in sorted(listed.items()) if self.backend.token_to_id(token[0]) is None}
+        for special, tokens in itertools.groupby(missing.values(), key=lambda token: token[1]):
+            self.add_tokens([token for token, _ in tokens], special=special)
+        for expected, (token, _) in listed.items():
+            found = self.backend.token_to_id(token)
             if found != expected:
                 raise ValueError(
-                    f"{source.name}: {token!r} has id {found} by tokenizer.json but {expected} by the files beside it; "
+                    f"{token!r:.80} has id {found} by tokenizer.json but {expected} by the files beside it; "
                     "these files are not from one checkpoint"
                 )
-        return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
@@ -226,7 +239,7 @@ class Tokenizer:
             raise ValueError(
                 f"ids lie in 0..{len(self) - 1}, found {min(ids)} to {max(ids)}; replace label fillers (-100)"
             )
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return _guarded(self.backend.decode, ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -235,6 +248,15 @@ class Tokenizer:
         sequences = _to_lists(sequences)
         texts = self.decode(sequences, skip_special_tokens) if sequences != [] else []
         return [texts] if isinstance(texts, str) else texts
+
+    def check_vocabulary(self, size: int) -> None:
+        """ValueError unless every token has an id of its own, below the `size` of the model's embedding table."""
+        tokens: dict[int, str] = {}
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i >= size:
+                raise ValueError(f"{token!r:.80} has id {i}, but the model has {size} tokens")
+            if tokens.setdefault(i, token) != token:
+                raise ValueError(f"{token!r:.80} and {tokens[i]!r:.80} have the same id, {i}")
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Id of a token or ids of tokens; the unk id (None without one) for what is not in the vocabulary."""
@@ -258,7 +280,7 @@ class Tokenizer:
         """Append tokens that are not there yet; how many were added. The model needs an embedding row for each."""
         new = [t for t in dict.fromkeys(tokens) if self.backend.token_to_id(t) is None]
         make = [tokenizers.AddedToken(t, normalized=False, special=special) for t in new]
-        count = (self.backend.add_special_tokens if special else self.backend.add_tokens)(make)
+        count = _guarded(self.backend.add_special_tokens if special else self.backend.add_tokens, make)
         for name in ("_special_runs", "_plain", "_around"):  # computed from the old vocabulary
             self.__dict__.pop(name, None)
         return count
@@ -315,11 +337,17 @@ class Tokenizer:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """The ids that are put before and after a text, found by looking at one."""
-        encoded = self.backend.encode("a")
+        encoded = _guarded(self.backend.encode, "a")
         inside = [i for i, special in enumerate(encoded.special_tokens_mask) if not special]
         if not inside:
             raise ValueError("this tokenizer.json gives no token for the letter a; it is not one of a language model")
-        return encoded.ids[: inside[0]], encoded.ids[inside[-1] + 1 :]
+        around = encoded.ids[: inside[0]], encoded.ids[inside[-1] + 1 :]
+        both = [*around[0], *around[1]]
+        if len(both) > MAX_AROUND or None in self.convert_ids_to_tokens(both):
+            raise ValueError(
+                f"tokenizer.json puts up to {MAX_AROUND} tokens of its own around a text, found {both!r:.80}"
+            )
+        return around
 
     @cached_property
     def _plain(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
@@ -341,6 +369,71 @@ class Tokenizer:
         return _encode(self._plain[0 if at_start else 1], text, False)
 
 
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json as it is; CheckpointError for one that `tokenizers` cannot read, or that is a trap."""
+    if path.stat().st_size > MAX_FILE:
+        raise hub.CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected at most {MAX_FILE:,}")
+    content = path.read_bytes()
+    hub.check_start(path, content)
+    with hub.blame(str(path)):
+        added = _added_tokens(content)
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(content)
+        except BaseException as error:
+            _raise_value_error(error, f"no tokenizer.json that `tokenizers` {tokenizers.__version__} reads")
+        for token in added:
+            found = backend.token_to_id(token["content"])
+            if found != token["id"]:
+                raise ValueError(f"{token['content']!r:.80} has id {found}, but {token['id']!r:.40} under added_tokens")
+        if getattr(backend.model, "dropout", None):
+            raise ValueError(f"model.dropout {backend.model.dropout} makes ids random; set it to null")
+        for name in ("normalizer", "decoder"):
+            part = getattr(backend, name)
+            if part is not None and (times := _growth(json.loads(part.__getstate__()))) > MAX_GROWTH:
+                raise ValueError(f"the {name} can make a text {times:,} times as long, expected at most {MAX_GROWTH}")
+    return backend
+
+
+def _added_tokens(content: bytes) -> list[dict[str, Any]]:
+    """What tokenizer.json lists under added_tokens, found without reading the vocabulary: `tokenizers` does that."""
+    found = re.search(rb'"added_tokens"\s*:\s*(?=\[)', content)
+    if found is None:
+        return []
+    section = content[found.end() : found.end() + 2**8 * MAX_ADDED].decode(errors="replace")
+    try:
+        tokens, _ = json.JSONDecoder().raw_decode(section)
+    except RecursionError as error:
+        raise ValueError("added_tokens is nested too deep") from error
+    known = all(isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in tokens)
+    if not known or len(tokens) > MAX_ADDED:
+        raise ValueError(f"added_tokens is a list of at most {MAX_ADDED} objects with id and content")
+    return [token for token in tokens if token["content"]]
+
+
+def _growth(spec: dict[str, Any]) -> int:
+    """How many times as long, in bytes, a text can get by the replacements of a normalizer or decoder."""
+    parts = spec.get("normalizers") or spec.get("decoders") or []
+    own = max(1, len(spec.get("content", "").encode())) if spec.get("type") == "Replace" else 1
+    return own * math.prod(map(_growth, parts))
+
+
+def _listed(added: dict[str, Any], decoder: Any) -> dict[int, tuple[str, bool]]:
+    """Id → (token, special) of added_tokens.json, and over it of tokenizer_config.json's added_tokens_decoder."""
+    if not isinstance(decoder, dict) or len(added) + len(decoder) > MAX_ADDED:
+        raise ValueError(f"added_tokens_decoder is an object of at most {MAX_ADDED} tokens, found {decoder!r:.80}")
+    listed: dict[int, tuple[str, bool]] = {}
+    for token, i in added.items():
+        if type(i) is not int or not 0 <= i < 2**32:
+            raise ValueError(f"added_tokens.json gives each token its id, found {i!r:.40} for {token!r:.80}")
+        listed[i] = token, True
+    for i, token in decoder.items():
+        special = token.get("special", True) if isinstance(token, dict) else None
+        if not re.fullmatch(r"[0-9]{1,9}", i) or not isinstance(special, bool) or not _text(token):
+            raise ValueError(f"added_tokens_decoder gives an id its token, found {token!r:.80} for {i!r:.40}")
+        listed[int(i)] = _text(token), special
+    return listed
+
+
 def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     try:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -348,6 +441,14 @@ def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) 
         if not isinstance(text, str):
             raise TypeError(f"text is a string, found {type(text).__name__}") from None
         _raise_value_error(error, f"the text {text[:40]!r} cannot be encoded (a lone surrogate, for one, is no text)")
+
+
+def _guarded(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The result of a call to `tokenizers`; ValueError for whatever it raises, panics too."""
+    try:
+        return call(*args, **options)
+    except BaseException as error:
+        _raise_value_error(error, "this tokenizer.json cannot be followed")
 
 
 def _raise_value_error(error: BaseException, message: str) -> None:
