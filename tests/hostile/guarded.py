@@ -69,4 +69,3 @@ class Child:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(outcome)
-
