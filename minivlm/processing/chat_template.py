@@ -12,6 +12,7 @@ from typing import Any
 
 from minivlm import hub
 from minivlm.processing.inputs import Inputs
+from minivlm.processing.shown import short
 from minivlm.processing.template_sandbox import render
 
 ROLES = ("system", "user", "assistant")
@@ -45,28 +46,30 @@ def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     a message reach the template.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError('a conversation is a list of {"role": …, "content": …}, found ' + repr(messages)[:80])
+        raise ValueError('a conversation is a list of {"role": …, "content": …}, found ' + short(messages))
     normal, images = [], []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or "content" not in message:
-            raise ValueError(f'message {number} should be {{"role": …, "content": …}}, found {message!r:.80}')
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {number}: the role is one of {', '.join(ROLES)}, found {message.get('role')!r}")
+            raise ValueError(f'message {number} should be {{"role": …, "content": …}}, found {short(message)}')
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"message {number}: the role is one of {', '.join(ROLES)}, found {short(role)}")
         content = message["content"]
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list | tuple) or not items:
-            raise ValueError(f"message {number}: content is a string or a list of items, found {content!r:.80}")
-        normal.append({"role": message["role"], "content": [_item(item, number, images) for item in items]})
+            raise ValueError(f"message {number}: content is a string or a list of items, found {short(content)}")
+        normal.append({"role": role, "content": [_item(item, number, images) for item in items]})
     return normal, images
 
 
 def _item(item: Any, number: int, images: list[Any]) -> dict[str, str]:
     kind = item.get("type") if isinstance(item, dict) else None
+    kind = kind if isinstance(kind, str) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
     if kind not in ("image", "image_url"):
         raise ValueError(
-            f'message {number}: an item is {{"type": "text", "text": "…"}} or {{"type": "image"}}, found {item!r:.80}'
+            f'message {number}: an item is {{"type": "text", "text": "…"}} or {{"type": "image"}}, found {short(item)}'
         )
     picture = next((item[key] for key in IMAGE_KEYS if item.get(key) is not None), None)
     images.append(picture["url"] if isinstance(picture, dict) and "url" in picture else picture)
@@ -133,4 +136,7 @@ def _unused_character(conversations: Sequence[list[dict[str, Any]]], template: s
             for item in message["content"]:
                 used.update(item.get("text", ""))
     # planes 15 and 16 hold 131,068 private characters
-    return next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
+    unused = next((c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used), None)
+    if unused is None:
+        raise ValueError("the messages use every private character of Unicode, so none is left to mark them with")
+    return unused

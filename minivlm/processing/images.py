@@ -178,6 +178,8 @@ def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Imag
             "and pass a uint8 array"
         )
     try:
+        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):  # Pillow warns before it drops it
+            image = image.convert("RGBA")
         if transparent:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
