@@ -277,7 +277,7 @@ def _check_size(operator: str, left: float, right: float) -> None:
     bits = [value.bit_length() if isinstance(value, int) else 0 for value in (left, right)]
     grown = {"*": sum(bits), "**": bits[0] * right if all(bits) else 0}.get(operator, max(bits))
     if grown > MAX_BITS:
-        raise SecurityError(f"a chat template may not compute {left:.3g} {operator} {right:.3g}")
+        raise SecurityError(f"a chat template may not compute numbers of more than {MAX_BITS} bits")
 
 
 def _call(context: Context, method: Callable, *args: Any, **kwargs: Any) -> Any:
