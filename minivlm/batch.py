@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minivlm.processing.chat_template import normalise
 from minivlm.processing.common import fetch_picture
+from minivlm.processing.shown import short
 
 KEYS = {"id", "messages", "prompt", "question", "images"}
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
@@ -136,7 +137,7 @@ def read_row(line: int, text: bytes) -> Row:
 
 def _question(text: Any, images: Any) -> list[dict[str, Any]]:
     if not isinstance(images, list):
-        raise ValueError(f'"images" is a list of paths and URLs, found {images!r:.80}')
+        raise ValueError(f'"images" is a list of paths and URLs, found {short(images)}')
     pictures = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 

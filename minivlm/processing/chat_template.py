@@ -7,25 +7,16 @@ that are whole, which only the template can have written; then the guards go, an
 plain text. Ordinary conversations get exactly the ids of their rendered string.
 """
 
-import json
-import math
-import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minivlm import hub
 from minivlm.processing.inputs import Inputs
+from minivlm.processing.shown import short
+from minivlm.processing.template_sandbox import render
 
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "image_url")
-TIME_LIMIT = 5.0  # seconds for one prompt; real templates take well under a millisecond
-MAX_PROMPT = 2**24  # characters; also the longest text that a template may build with * or %
 
 
 def find_template(source: hub.Source, processor_config: dict[str, Any], tokenizer_config: dict[str, Any]) -> str | None:
@@ -46,22 +37,6 @@ def find_template(source: hub.Source, processor_config: dict[str, Any], tokenize
     return None
 
 
-def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """The prompt of normalised messages. ValueError if the template is broken, refuses them, or writes without end."""
-    pieces, length = [], 0
-    try:
-        compiled = _compile(template)
-        compiled.environment.deadline = time.monotonic() + TIME_LIMIT
-        for piece in compiled.generate(messages=messages, **variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > MAX_PROMPT:
-                raise ValueError(f"it writes more than {MAX_PROMPT:,} characters")
-    except Exception as error:  # a template can fail like any program
-        raise ValueError(f"the chat template fails on these messages: {error}") from error
-    return "".join(pieces)
-
-
 def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages in the one form that templates get, and the images in them (None where only a place is given).
 
@@ -71,28 +46,30 @@ def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     a message reach the template.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError('a conversation is a list of {"role": …, "content": …}, found ' + repr(messages)[:80])
+        raise ValueError('a conversation is a list of {"role": …, "content": …}, found ' + short(messages))
     normal, images = [], []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or "content" not in message:
-            raise ValueError(f'message {number} should be {{"role": …, "content": …}}, found {message!r:.80}')
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {number}: the role is one of {', '.join(ROLES)}, found {message.get('role')!r}")
+            raise ValueError(f'message {number} should be {{"role": …, "content": …}}, found {short(message)}')
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"message {number}: the role is one of {', '.join(ROLES)}, found {short(role)}")
         content = message["content"]
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list | tuple) or not items:
-            raise ValueError(f"message {number}: content is a string or a list of items, found {content!r:.80}")
-        normal.append({"role": message["role"], "content": [_item(item, number, images) for item in items]})
+            raise ValueError(f"message {number}: content is a string or a list of items, found {short(content)}")
+        normal.append({"role": role, "content": [_item(item, number, images) for item in items]})
     return normal, images
 
 
 def _item(item: Any, number: int, images: list[Any]) -> dict[str, str]:
     kind = item.get("type") if isinstance(item, dict) else None
+    kind = kind if isinstance(kind, str) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
     if kind not in ("image", "image_url"):
         raise ValueError(
-            f'message {number}: an item is {{"type": "text", "text": "…"}} or {{"type": "image"}}, found {item!r:.80}'
+            f'message {number}: an item is {{"type": "text", "text": "…"}} or {{"type": "image"}}, found {short(item)}'
         )
     picture = next((item[key] for key in IMAGE_KEYS if item.get(key) is not None), None)
     images.append(picture["url"] if isinstance(picture, dict) and "url" in picture else picture)
@@ -127,14 +104,14 @@ def apply(
     tokenizer = processor.tokenizer
     variables = tokenizer.special_tokens_map | {"add_generation_prompt": add_generation_prompt}
     if not tokenize:
-        prompts = [render(template, messages, **variables) for messages in normal]
+        prompts = [render(template, messages=messages, **variables) for messages in normal]
         return prompts if batched else prompts[0]
     guard = _unused_character(normal, template)
     for message in (message for messages in normal for message in messages):
         for item in message["content"]:
             if item["type"] == "text":
                 item["text"] = tokenizer.guard(item["text"], guard)
-    prompts = [render(template, messages, **variables) for messages in normal]
+    prompts = [render(template, messages=messages, **variables) for messages in normal]
     given = [picture for row in pictures for picture in row if picture is not None]
     places = sum(len(row) for row in pictures)
     if images is None and len(given) == places:
@@ -159,56 +136,7 @@ def _unused_character(conversations: Sequence[list[dict[str, Any]]], template: s
             for item in message["content"]:
                 used.update(item.get("text", ""))
     # planes 15 and 16 hold 131,068 private characters
-    return next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks an assistant's words for training; it prints what is inside."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Templates are other people's code. They reach no Python internals, change nothing, stop after TIME_LIMIT, and
-    build no huge texts with `*`, `**` or `%`. (By doubling a text again and again they can still fill the memory.)"""
-
-    intercepted_binops = frozenset({"*", "**", "%"})
-    deadline = math.inf
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Each turn of a loop and each call of a macro first looks at the clock."""
-        tree = super()._parse(source, name, filename)
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            look = nodes.Call(nodes.EnvironmentAttribute("check_time"), [], [], None, None)
-            node.body.insert(0, nodes.ExprStmt(look).set_lineno(node.lineno))
-        return tree
-
-    def check_time(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise jinja2.TemplateError(f"it takes longer than {TIME_LIMIT:.0f} seconds")
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(v) if isinstance(v, str | list | tuple) else abs(v) for v in (left, right)]
-        text = not isinstance(left, int | float)
-        if sizes[0] * sizes[1] > MAX_PROMPT or (operator == "**" and sizes[1] > 64) or (operator == "%" and text):
-            raise jinja2.exceptions.SecurityError(f"a template may not compute {left!r:.20} {operator} {right!r:.20}")
-        return super().call_binop(context, operator, left, right)
-
-
-@lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise_exception
-    try:
-        return environment.from_string(template)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise ValueError(f"the chat template is not valid jinja: {error}") from error
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    unused = next((c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used), None)
+    if unused is None:
+        raise ValueError("the messages use every private character of Unicode, so none is left to mark them with")
+    return unused

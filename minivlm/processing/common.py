@@ -10,6 +10,7 @@ from minivlm import hub
 from minivlm.processing import chat_template as chat
 from minivlm.processing.files import read_configs
 from minivlm.processing.images import load_image, pixel_table
+from minivlm.processing.shown import short
 from minivlm.processing.tokenizer import Tokenizer
 
 # red, green and blue of the pictures that CLIP was trained on
@@ -80,7 +81,7 @@ def as_prompts(text: Any) -> list[str]:
     """One prompt or several as a list. ValueError for anything else."""
     prompts = [text] if isinstance(text, str) else text
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"text is a string or a list of strings, found {text!r:.80}")
+        raise ValueError(f"text is a string or a list of strings, found {short(text)}")
     return list(prompts)
 
 

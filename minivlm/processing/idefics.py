@@ -27,6 +27,7 @@ from minivlm.processing.common import check_pixel_options, encode_all, pixel_tab
 from minivlm.processing.files import read_configs, write_json
 from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
+from minivlm.processing.shown import short
 from minivlm.processing.tokenizer import Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
@@ -277,13 +278,13 @@ def read_prompts(images: Any, text: Any) -> list[list[Any]]:
     prompts = prompts if isinstance(prompts, list | tuple) else [prompts]
     nested = [isinstance(prompt, list | tuple) for prompt in prompts]
     if not prompts or any(nested) != all(nested):
-        raise ValueError(f"prompts are a list of texts and pictures, or a list of such lists; found {prompts!r:.80}")
+        raise ValueError(f"prompts are a list of texts and pictures, or a list of such lists; found {short(prompts)}")
     return [list(prompt) for prompt in prompts] if all(nested) else [list(prompts)]
 
 
 def _pairs(images: list[Any], texts: Any) -> list[list[Any]]:
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"beside images, text is a string or a list of strings, found {texts!r:.80}")
+        raise ValueError(f"beside images, text is a string or a list of strings, found {short(texts)}")
     if not texts or len(texts) != len(images):
         raise ValueError(f"{len(images)} images for {len(texts)} texts; pass one per text, or a list of them per text")
     nested = any(row is None or isinstance(row, list | tuple) for row in images)

@@ -17,7 +17,7 @@ from minivlm import hub
 from minivlm.processing import chat_template as chat
 from minivlm.processing.common import as_prompts, check_pixel_options, encode_all, pixel_table_of, read_processor
 from minivlm.processing.files import read_configs, write_json
-from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing.images import check_pixel_count, image_rows, load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
 
@@ -102,6 +102,7 @@ class Idefics2ImageProcessor:
         if not sizes:
             raise ValueError("no image: pass at least one, or leave images out for a prompt of text alone")
         width, height = (max(lengths) for lengths in zip(*sizes, strict=True))
+        check_pixel_count(width, height, "a picture, padded to the size of the others,")
         count = max(len(row) for row in rows)
         if not self.do_pad and (len(set(sizes)) > 1 or any(len(row) != count for row in rows)):
             raise ValueError(f"pictures of {len(set(sizes))} sizes are not one tensor without padding; set do_pad=True")

@@ -12,13 +12,9 @@ Every route by which a picture enters goes through `load_image`, so one rule hol
 - of an animation the first frame is taken (of an open `PIL.Image`, the frame it stands at).
 """
 
-import base64
-import binascii
 import io
+import re
 import struct
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +23,14 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoders for anything else are never reached
-MAX_DOWNLOAD = 32 * 2**20  # bytes
-TIMEOUT = 20.0  # seconds, for one answer of the server and for the whole download
+from minivlm.processing.fetch import fetch, shown
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what cameras, screens, scanners and the web make
+MAX_PIXELS = 2**26  # 67 million, 256 MiB as RGBA; Pillow's own limit also holds
+MAX_SIDE = 65_535  # pixels, the most of a JPEG; resizing a longer side needs weights by the gigabyte
+MAX_FILE = 2**29  # bytes; a TIFF of MAX_PIXELS in 16-bit RGB has 384 MiB
+MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
+URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def load_image(source: Any, background: str | None = None) -> Image.Image:
@@ -38,7 +39,7 @@ def load_image(source: Any, background: str | None = None) -> Image.Image:
     Arrays and tensors hold uint8, or floats in [0, 1], as (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
     Transparent parts show the colours under them, or `background`, if a colour is named there.
     Raises TypeError for anything else, OSError for missing, unreachable or damaged files, ValueError for data that is
-    no picture, is ambiguous, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (checked before decoding).
+    no picture, is ambiguous, or is above one of the limits of this file (checked before decoding).
     """
     return _to_rgb(*_open(source), background)
 
@@ -48,34 +49,33 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if isinstance(source, Image.Image):
         return _finish(source, "the PIL image")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source), f"the picture given as {len(source)} bytes")
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return _decode(io.BytesIO(_download(source)), source)
-    if isinstance(source, str) and source.startswith("data:"):
-        return _decode(io.BytesIO(_from_data_url(source)), "the picture in the data: URL")
-    if isinstance(source, str) and "://" in source[:12]:
-        raise ValueError(f"only http:// and https:// URLs are fetched, found {source[:60]!r}")
+        return _decode(io.BytesIO(bytes(source)), f"the picture given as {memoryview(source).nbytes} bytes")
+    if isinstance(source, str) and (url := URL.match(source)):
+        return _decode(
+            io.BytesIO(fetch(source)), "the picture in the data: URL" if url[0] == "data:" else shown(source)
+        )
     if isinstance(source, str | Path):
         return _open_path(source)
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu()
-        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+        source = _tensor_to_array(source)
     if isinstance(source, np.ndarray):
         return Image.fromarray(_array_to_uint8(source)), "the array"
     raise TypeError(
         "a picture is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
-        f"found {type(source).__name__}"
+        f"found {type(source).__name__}{' (pass what its read() gives)' if hasattr(source, 'read') else ''}"
     )
 
 
 def _open_path(source: str | Path) -> tuple[Image.Image, str]:
     try:
         path = Path(source).expanduser()
-        is_file = path.is_file()
+        is_file = path.is_file()  # and so no folder, pipe or device, which could wait or run for ever
     except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, an unknown ~user
         raise OSError(f"{str(source)[:200]!r} cannot be a path of a picture: {error}") from error
     if not is_file:
         raise OSError(f"no picture at {str(source)[:200]!r}: give an existing file or a full http(s):// URL")
+    if (size := path.stat().st_size) > MAX_FILE:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_FILE:,} that a picture may have")
     return _decode(path, str(path))
 
 
@@ -85,9 +85,9 @@ _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, Ke
 
 def _decode(file: Path | io.BytesIO, name: str) -> tuple[Image.Image, str]:
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture (or its header is damaged)") from error
+        raise ValueError(f"{name} {_guess(file)}; pictures are {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
     except _BROKEN as error:
@@ -96,9 +96,33 @@ def _decode(file: Path | io.BytesIO, name: str) -> tuple[Image.Image, str]:
         return _finish(image, name)
 
 
+def _guess(file: Path | io.BytesIO) -> str:
+    """What a file is that is no picture, as far as its beginning tells."""
+    with open(file, "rb") if isinstance(file, Path) else file as stream:
+        stream.seek(0)
+        begin = stream.read(1024)
+    if not begin:
+        return "is empty"
+    for pattern, what in NOT_PICTURES.items():
+        if re.match(pattern, begin, re.IGNORECASE | re.DOTALL):
+            return what
+    return f"is not a picture, or its header is damaged (it begins with {begin[:16]!r})"
+
+
+NOT_PICTURES = {
+    rb"version https://git-lfs": "is the Git LFS pointer to a file, not the file; fetch it with `git lfs pull`",
+    rb"\s*(<\?xml.*)?<svg": "is an SVG drawing; export it as PNG",
+    rb"\s*<(!doctype html|html|head|\?xml)": "is a web page or XML, not a picture; give the address of the picture",
+    rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "is a PDF or PostScript document; export its pages as PNG",
+    rb"....ftyp": "is a HEIC, AVIF or video file; export it as JPEG or PNG",
+}
+
+
 def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
     """Size check, decoding, orientation, in this order."""
     check_pixel_count(*image.size, name)
+    if getattr(image, "tile", None):  # of an open file: not decoded yet
+        _check_encoding(image, name)
     try:
         image.load()
     except _BROKEN as error:
@@ -106,15 +130,30 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
     return _upright(image), name
 
 
+def _check_encoding(image: Any, name: str) -> None:
+    """ValueError for what decodes at a cost that its size does not tell."""
+    if image.format == "EPS":
+        raise ValueError(f"{name} is EPS, which Pillow would give to another program to run; export it as PNG")
+    if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+        position = image.fp.tell()
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        image.fp.seek(position)
+        if scans > MAX_SCANS:
+            raise ValueError(f"{name} is a JPEG in {scans} scans, more than the limit of {MAX_SCANS}; save it anew")
+
+
 def check_pixel_count(width: int, height: int, name: str) -> None:
-    """ValueError for an empty picture or one above Pillow's own limit, whose decoded size could fill the memory."""
-    limit = Image.MAX_IMAGE_PIXELS
+    """ValueError for an empty picture, or one whose pixels could fill the memory."""
+    limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
     if min(width, height) < 1:
         raise ValueError(f"{name} is empty ({width}x{height})")
-    if limit is not None and width * height > limit:
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{name} has {width}x{height} pixels, and a side is at most {MAX_SIDE:,}; make it smaller")
+    if width * height > limit:
         raise ValueError(
             f"{name} has {width}x{height} pixels, more than the limit of {limit:,}; make it smaller, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            "minivlm.processing.images.MAX_PIXELS (and PIL.Image.MAX_IMAGE_PIXELS) if you trust it"
         )
 
 
@@ -139,11 +178,21 @@ def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Imag
             "and pass a uint8 array"
         )
     try:
+        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):  # Pillow warns before it drops it
+            image = image.convert("RGBA")
         if transparent:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot turn into RGB") from error
+
+
+def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
+    try:
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, quantised, on the meta device
+        raise ValueError(f"a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device} has no pixels") from error
 
 
 def _array_to_uint8(array: np.ndarray) -> np.ndarray:
@@ -166,46 +215,10 @@ def _array_to_uint8(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"pixels are uint8, or floats in [0, 1]; found {array.dtype}: cast or scale them first")
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 1):  # this way round NaN fails too
-        advice = "call .astype('uint8')" if 1 < high <= 255 and low >= 0 else "undo the normalisation first"
+        rounded = "clip them" if low > -0.01 and high < 1.01 else "undo the normalisation first"
+        advice = "call .astype('uint8')" if 1.01 <= high <= 255 and low >= 0 else rounded
         raise ValueError(f"float pixels must lie in [0, 1], found {low:.4g} to {high:.4g}; {advice}")
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = 5
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not newurl.startswith(("http://", "https://")):
-            raise urllib.error.URLError(f"redirected to {newurl[:60]!r}, which is not http or https")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _download(url: str) -> bytes:
-    """The body behind an http(s) URL, within TIMEOUT and MAX_DOWNLOAD; OSError or ValueError that names the URL."""
-    deadline = time.monotonic() + TIMEOUT
-    body = bytearray()
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "minivlm"})
-        with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT) as response:
-            while chunk := response.read1(2**16):
-                body += chunk
-                if len(body) > MAX_DOWNLOAD:
-                    raise ValueError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not finished after {TIMEOUT:.0f} s")
-    except Exception as error:  # urllib, http.client, ssl and codecs each raise their own
-        raise OSError(f"could not fetch {url[:200]} ({error}); download it yourself and pass the file") from error
-    return bytes(body)
-
-
-def _from_data_url(url: str) -> bytes:
-    header, _, payload = url.partition(",")
-    if not header.endswith(";base64") or len(payload) > MAX_DOWNLOAD * 4 // 3 + 4:
-        raise ValueError(f"a data: URL holds base64 of at most {MAX_DOWNLOAD // 2**20} MiB, found {header[:60]!r}")
-    try:
-        return base64.b64decode(payload)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"the data: URL is not valid base64: {error}") from error
 
 
 def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:

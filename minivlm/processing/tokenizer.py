@@ -22,6 +22,7 @@ import torch
 from minivlm import hub
 from minivlm.processing.files import write_json
 from minivlm.processing.inputs import Inputs
+from minivlm.processing.shown import short
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"
@@ -29,6 +30,7 @@ MAX_FILE = 2**25  # bytes of tokenizer.json; those of the released checkpoints h
 MAX_ADDED = 2**14  # tokens beside the vocabulary, each of which is looked for in every text
 MAX_AROUND = 16  # special tokens that tokenizer.json puts around a text
 MAX_GROWTH = 256  # times that normalisation may make a text longer; "▁" for a blank makes it three
+MAX_TEXT = 2**22  # characters; a hundred times what fills the longest context of the models here
 
 
 class Tokenizer:
@@ -120,7 +122,7 @@ class Tokenizer:
         single = isinstance(text, str)
         texts = [text] if single else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"text is a string or a list of strings, found {text!r:.80}")
+            raise ValueError(f"text is a string or a list of strings, found {short(text)}")
         bodies = [self.encode(t, add_special_tokens=False) for t in texts]
         inputs = self.assemble(bodies, padding, truncation, max_length, add_special_tokens)
         if single and return_tensors is None:
@@ -153,7 +155,7 @@ class Tokenizer:
 
     def guard(self, text: str, guard: str) -> str:
         """Put `guard` after every character with which a special token could begin."""
-        for first in {token[0] for token in self.all_special_tokens}:
+        for first in {token.content[0] for token in self._marks}:
             text = text.replace(first, first + guard)
         return text
 
@@ -234,7 +236,7 @@ class Tokenizer:
         if isinstance(ids, list) and any(isinstance(row, list) for row in ids):
             return [self.decode(row, skip_special_tokens) for row in ids]
         if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-            raise TypeError(f"ids are whole numbers in a list, array or tensor, found {ids!r:.80}")
+            raise TypeError(f"ids are whole numbers in a list, array or tensor, found {short(ids)}")
         if ids and not 0 <= min(ids) <= max(ids) < 2**32:
             raise ValueError(
                 f"ids lie in 0..{len(self) - 1}, found {min(ids)} to {max(ids)}; replace label fillers (-100)"
@@ -279,6 +281,8 @@ class Tokenizer:
     def add_tokens(self, tokens: Sequence[str], special: bool = False) -> int:
         """Append tokens that are not there yet; how many were added. The model needs an embedding row for each."""
         new = [t for t in dict.fromkeys(tokens) if self.backend.token_to_id(t) is None]
+        if special and (plain := set(tokens) - set(new) - set(self.all_special_tokens)):
+            raise ValueError(f"tokenizer.json has {min(plain)} as ordinary text, not as the special token it should be")
         make = [tokenizers.AddedToken(t, normalized=False, special=special) for t in new]
         count = _guarded(self.backend.add_special_tokens if special else self.backend.add_tokens, make)
         for name in ("_special_runs", "_plain", "_around"):  # computed from the old vocabulary
@@ -326,12 +330,18 @@ class Tokenizer:
             raise ValueError(f"{token!r} is not in the vocabulary; add it with tokenizer.add_tokens([{token!r}])")
         return found
 
+    @property
+    def _marks(self) -> list[tokenizers.AddedToken]:
+        """What nobody may type: special tokens, and those that play a part though the file does not call them so."""
+        parts = self.special_tokens_map.values()
+        return [t for t in self.backend.get_added_tokens_decoder().values() if t.special or t.content in parts]
+
     @cached_property
     def _special_runs(self) -> re.Pattern[str] | None:
         """Matches a run of special tokens, with the blanks that a token with lstrip or rstrip swallows."""
-        special = [t for t in self.backend.get_added_tokens_decoder().values() if t.special]
-        special.sort(key=lambda t: -len(t.content))  # the longest match wins, as in `tokenizers`
-        each = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special]
+        special = sorted(self._marks, key=lambda t: -len(t.content))  # the longest match wins, as in `tokenizers`
+        before = r"(?:(?<!\s)\s*+)?"  # blanks from their first on: begun anywhere, a long row of them costs its square
+        each = [before * t.lstrip + re.escape(t.content) + r"\s*+" * t.rstrip for t in special]
         return re.compile(f"(?:{'|'.join(each)})+") if each else None
 
     @cached_property
@@ -356,6 +366,7 @@ class Tokenizer:
         They differ only where Metaspace puts its "▁" on the first piece of a prompt alone (LLaVA's vicuna).
         """
         start = copy.deepcopy(self.backend)
+        start.add_special_tokens([t.content for t in self._marks if not t.special])
         start.encode_special_tokens = True
         spec = json.loads(start.to_str())
         if '"prepend_scheme": "first"' not in json.dumps([spec["pre_tokenizer"], spec["normalizer"]]):
@@ -435,6 +446,8 @@ def _listed(added: dict[str, Any], decoder: Any) -> dict[int, tuple[str, bool]]:
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if isinstance(text, str) and len(text) > MAX_TEXT:
+        raise ValueError(f"the text has {len(text):,} characters, far beyond any model's positions; shorten it")
     try:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
     except BaseException as error:

@@ -133,44 +133,6 @@ def test_template_of_the_wrong_type(tmp_path):
         chat.find_template(hub.source(tmp_path), {"chat_template": 3}, {})
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for %}",
-        "{{ messages[5].role }}",
-        "{{ raise_exception('no') }}",
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.popen('id') }}",
-        "{{ self._TemplateReference__context }}{{ [].__class__.__base__ }}",
-        "{{ 'a' * 10**12 }}",
-        "{{ 9 ** 9 ** 9 }}",
-        "{{ '%999999999d' % 3 }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{% for i in range(99999) %}{{ messages[0].content[0].text * 100 }}{% endfor %}",
-        "{% include 'x' %}",
-        "{{ 1 / 0 }}",
-        "{% set x = [] %}{{ x.append(3) }}",
-    ],
-)
-def test_templates_are_contained(processor, template):
-    with pytest.raises(ValueError, match="chat template"):
-        processor.apply_chat_template([user(text("Hello"))], chat_template=template)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    ],
-)
-def test_endless_templates_stop(processor, monkeypatch, template):
-    monkeypatch.setattr(chat, "TIME_LIMIT", 0.2)
-    with pytest.raises(ValueError, match="takes longer"):
-        processor.apply_chat_template([user(text("Hello"))], chat_template=template)
-
-
 def test_what_templates_may_use(processor):
     template = (
         "{%- for m in messages -%}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{{ bos_token }}"

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_idefics import SPECIAL, write_small
 
-from minivlm.processing import images
+from minivlm.processing import fetch
 from minivlm.processing.idefics import IdeficsImageProcessor, IdeficsProcessor, visible
 
 SHARED = Path(__file__).parents[3] / "shared" / "hub" / "HuggingFaceM4"
@@ -635,12 +635,12 @@ def test_urls_that_give_no_picture(processor, server, monkeypatch):
         processor(["http://127.0.0.1:1/x.png"])
     with pytest.raises(OSError, match="404"):
         processor([f"{server}/nothing"])
-    with pytest.raises(ValueError, match=r"/page is not a JPEG, PNG"):
+    with pytest.raises(ValueError, match=r"/page is a web page"):
         processor([f"{server}/page"])
     for other in ("ftp://host/x.png", "s3://bucket/x.png", "file://host/x.png"):
         with pytest.raises(ValueError, match="only http"):
             processor(["a", other])
-    monkeypatch.setattr(images, "MAX_DOWNLOAD", 4000)
+    monkeypatch.setattr(fetch, "MAX_DOWNLOAD", 4000)
     with pytest.raises(OSError, match=r"/large \(more than 0 MiB\)"):
         processor([f"{server}/large"])
 

@@ -1,0 +1,199 @@
+"""Pictures behind URLs: fetched only where a call or a prompt names one, and trusted in nothing.
+
+- http and https, to the address that the caller names, his own network included: a server of one's own is a usual place
+  for pictures. Link-local addresses, where clouds keep their keys, hold none and are refused.
+- At most REDIRECTS redirects, none from https to http, none from a public address into a private network.
+- TIMEOUT seconds for all of it, and MAX_DOWNLOAD bytes, as they come: nothing is decompressed. What they are is found
+  by decoding them; the server's word for it is not asked.
+- No name, password, cookie or token is sent; a URL that holds a password is refused. Proxies are used as the
+  environment names them; the addresses behind a proxy are its own affair.
+"""
+
+import base64
+import binascii
+import contextlib
+import http.client
+import ipaddress
+import socket
+import threading
+import time
+import urllib.parse
+import urllib.request
+from functools import partial
+from typing import Any
+
+MAX_DOWNLOAD = 32 * 2**20  # bytes
+TIMEOUT = 20.0  # seconds
+REDIRECTS = 5
+
+
+def fetch(url: str) -> bytes:
+    """The bytes behind an http(s) or data: URL. ValueError for what is none, OSError for what cannot be fetched."""
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() == "data":
+        return _from_data_url(rest)
+    if scheme.lower() not in ("http", "https"):
+        raise ValueError(f"only http:// and https:// URLs are fetched, found {url[:60]!r}; a file is named by its path")
+    visit = _Visit()
+    try:
+        return visit.get(url)
+    except Exception as error:  # urllib, http.client, ssl and codecs each raise their own
+        reason = f"not finished after {TIMEOUT:g} s" if visit.remaining() <= 0 else error
+        raise OSError(f"could not fetch {shown(url)} ({reason}); download it yourself and pass the file") from error
+    finally:
+        visit.end()
+
+
+def shown(url: str) -> str:
+    """A URL for errors: short, and without a password."""
+    scheme, slashes, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{slashes}{host.rpartition('@')[2]}{slash}{path}"[:200]
+
+
+def _from_data_url(rest: str) -> bytes:
+    """What stands behind "data:"."""
+    header, _, payload = rest.partition(",")
+    if not header.lower().endswith(";base64") or len(payload) > MAX_DOWNLOAD * 4 // 3 + 4:
+        raise ValueError(f"a data: URL holds base64 of at most {MAX_DOWNLOAD // 2**20} MiB, found {header[:60]!r}")
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"the data: URL is not valid base64: {error}") from error
+
+
+class _Visit:
+    """One URL with its redirects: how much time is left, where they have led, and what is open."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + TIMEOUT
+        self._public = False  # has the last server been outside of private networks?
+        self._open: list[socket.socket] = []
+        self._timer = threading.Timer(TIMEOUT, self._cut)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def remaining(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def end(self) -> None:
+        self._timer.cancel()
+        for connection in self._open:
+            connection.close()
+
+    def _cut(self) -> None:
+        """The time is up: whatever waits for a server, which may send a byte now and then, gets an end of file."""
+        for connection in self._open:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def get(self, url: str) -> bytes:
+        """The body behind an http(s) URL."""
+        opener = urllib.request.OpenerDirector()  # with no handler of files or FTP
+        for handler in (_Http(self), _Https(self), _Redirect(), urllib.request.ProxyHandler()):
+            opener.add_handler(handler)
+        opener.add_handler(urllib.request.HTTPErrorProcessor())
+        opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+        for _ in range(REDIRECTS + 1):
+            url = _cleaned(url)
+            request = urllib.request.Request(url, headers={"User-Agent": "minivlm"})
+            with opener.open(request, timeout=max(0.001, self.remaining())) as response:
+                if response.status < 300:
+                    return self._body(response)
+                url = _redirected(url, response.headers.get("Location"))
+        raise ValueError(f"more than {REDIRECTS} redirects")
+
+    def _body(self, response: http.client.HTTPResponse) -> bytes:
+        body = bytearray()
+        while chunk := response.read1(2**16):
+            body += chunk
+            if len(body) > MAX_DOWNLOAD:
+                raise ValueError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
+        if self.remaining() <= 0:
+            raise TimeoutError  # what came is what there was when it was cut
+        return bytes(body)
+
+    def connect(self, host: str, port: int, direct: bool) -> socket.socket:
+        """A connection to the first address that takes one. Not `direct`: to a proxy."""
+        problem: Exception = OSError(f"{host} has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            if direct:  # looked at here, for a name that is asked twice may give two addresses
+                self._check(ipaddress.ip_address(address[0].partition("%")[0]))
+            connection = socket.socket(family, kind, protocol)
+            connection.settimeout(max(0.001, self.remaining()))
+            try:
+                connection.connect(address)
+            except OSError as error:
+                connection.close()
+                problem = error
+                continue
+            self._open.append(connection.dup())  # TLS will wrap the other one
+            return connection
+        raise problem
+
+    def _check(self, address: Any) -> None:
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_link_local:
+            raise ValueError(f"{address} is a link-local address, where no pictures are")
+        if self._public and not address.is_global:
+            raise ValueError(f"redirected from a public address to {address}, in a private network")
+        self._public = address.is_global
+
+
+def _cleaned(url: str) -> str:
+    """The URL in ASCII, as browsers send what is pasted into them. ValueError if it names a user, or no host."""
+    parts = urllib.parse.urlsplit(url.strip())
+    if "@" in parts.netloc:
+        raise ValueError("it holds a user's name or password, which would be sent on")
+    if not parts.hostname:
+        raise ValueError("it names no host")
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (urllib.parse.quote(part, safe="%/:;=&+$,!~*'()?@-._[]|") for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+
+
+def _redirected(url: str, location: str | None) -> str:
+    """Where a redirect leads. ValueError for another scheme, http after https included."""
+    if not location:
+        raise ValueError("a redirect that leads nowhere")
+    new = urllib.parse.urljoin(url, location)
+    scheme = urllib.parse.urlsplit(new).scheme
+    if scheme not in ("http", "https") or (url.startswith("https:") and scheme == "http"):
+        raise ValueError(f"redirected to {shown(new)[:60]!r}, which is not http or https, or no longer https")
+    return new
+
+
+class _Redirect(urllib.request.BaseHandler):
+    """Gives redirects back to `_Visit.get`; urllib's own handler reads their bodies, however long."""
+
+    def http_error_302(self, request: Any, response: Any, code: int, message: str, headers: Any) -> Any:
+        return response
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+class _Http(urllib.request.HTTPHandler):
+    """urllib's handler, with connections of a visit."""
+
+    def __init__(self, visit: _Visit) -> None:
+        super().__init__()
+        self.http_open = partial(_open, self, visit, http.client.HTTPConnection)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    """The same with TLS; certificates are checked."""
+
+    def __init__(self, visit: _Visit) -> None:
+        super().__init__()
+        self.https_open = partial(_open, self, visit, http.client.HTTPSConnection)
+
+
+def _open(handler: Any, visit: _Visit, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
+    direct = request.host == urllib.parse.urlsplit(request.full_url).netloc  # else it is the proxy's
+
+    def connection(host: str, **options: Any) -> http.client.HTTPConnection:
+        made = kind(host, **options)
+        made._create_connection = lambda address, *_: visit.connect(*address, direct)
+        return made
+
+    return handler.do_open(connection, request)
