@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minivlm.beams import beam_search
+from minivlm.cuda_graph import CapturedStep
 from minivlm.diagnosis import explain
 from minivlm.modules.cache import KVCache
 from minivlm.request import Run, positions, prepare
@@ -200,13 +201,25 @@ def _next_logits(model: Any, run: Run, step: int) -> Tensor:
     """Logits after the prompt and `step` new tokens, (B·n, V)."""
     S = run.keys + step
     if step and run.cache is not None:
-        mask = None if run.mask is None else run.mask[:, :S]
-        return decode_step(model, run.ids[:, run.prompt + step - 1], run.cache, run.positions[:, S - 1], mask)
+        return _decode(model, run, run.ids[:, run.prompt + step - 1], run.positions[:, S - 1], S)
     differing = range(run.copies if step else 1)  # before the first new token all copies of a row are the same
     logits = torch.stack([_read(model, run, step, copy) for copy in differing], 1)  # (B, n or 1, V)
     if run.cache is not None and run.copies > 1:
         run.cache = run.cache.expand(run.copies, run.positions.shape[1])
     return logits.expand(-1, run.copies, -1).flatten(0, 1)
+
+
+def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Tensor:
+    """`decode_step`, on CUDA captured in a graph, which asks neither Python nor the host for anything."""
+    if run.captured is None and _can_capture(run):
+        run.captured = CapturedStep(model, run.cache, run.mask)
+    if run.captured is not None:
+        return run.captured(token, position)
+    return decode_step(model, token, run.cache, position, None if run.mask is None else run.mask[:, :S])
+
+
+def _can_capture(run: Run) -> bool:
+    return run.cache.data.is_cuda
 
 
 def _read(model: Any, run: Run, step: int, copy: int) -> Tensor:

@@ -38,6 +38,7 @@ class Run:
     generator: torch.Generator | None
     scores: list[Tensor] | None  # of every step, if they are asked for
     logits: list[Tensor] | None
+    captured: Any = None  # on CUDA, from the second new token on: the decode step as a graph
 
 
 def positions(mask: Tensor) -> Tensor:

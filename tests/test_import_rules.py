@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "minivlm.beams": {"minivlm.generation_config", "minivlm.stopping"},
     "minivlm.request": {"minivlm.generation_config", "minivlm.sampling", "minivlm.stopping", "minivlm.modules"},
     "minivlm.generation": {
-        *("minivlm.beams", "minivlm.request", "minivlm.sampling", "minivlm.stopping", "minivlm.modules"),
-        "minivlm.diagnosis",
+        *("minivlm.beams", "minivlm.cuda_graph", "minivlm.diagnosis", "minivlm.request", "minivlm.sampling"),
+        *("minivlm.stopping", "minivlm.modules"),
     },
+    "minivlm.cuda_graph": {"minivlm.modules"},
     "minivlm.ranking": {"minivlm.diagnosis", "minivlm.generation", "minivlm.modules"},
     "minivlm.loading": {"minivlm.hub", "minivlm.header", "minivlm.generation_config", "minivlm.modules"},
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.generation_config", "minivlm.loading"},

@@ -411,7 +411,7 @@ class IdeficsModel(nn.Module):
         cache, past = past_key_values, 0 if past_key_values is None else past_key_values.length
         if cache is not None and cache.batch != len(x):
             raise ValueError(f"the cache holds {cache.batch} rows, found {len(x)}")
-        mask = self.text_model.mask(x, attention_mask, past, None)
+        mask = self.text_model.mask(x, attention_mask, cache, None)
         if position_ids is None:
             position_ids = _positions(x, attention_mask, past)
         cos, sin = self.text_model.rotations(position_ids, x.dtype)  # (B, 1, T, D)

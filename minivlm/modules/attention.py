@@ -27,6 +27,8 @@ class Mask:
     causal: query i (in slot S − T + i) sees no later slot.
     window: with `causal`, it sees the last `window` slots, its own included.
     valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
+    filled: () on the device, where shapes do not tell (`StaticCache`): so many of the S slots hold tokens, of which the
+    queries are the last; None: all S do.
     """
 
     queries: int
@@ -35,6 +37,7 @@ class Mask:
     window: int | None = None
     valid: Tensor | None = None
     device: torch.device | None = None
+    filled: Tensor | None = None
 
     def of_last(self, queries: int) -> "Mask":
         """The same for the last so many queries alone; 0 = all."""
@@ -43,7 +46,8 @@ class Mask:
     @property
     def first(self) -> int:
         """Slots before this one are outside every query's window: attention drops them before any arithmetic."""
-        return 0 if self.window is None else max(0, self.keys - self.queries - self.window + 1)
+        known = self.window is not None and self.filled is None
+        return max(0, self.keys - self.queries - self.window + 1) if known else 0
 
     @property
     def is_plain_causal(self) -> bool:
@@ -54,7 +58,7 @@ class Mask:
     @property
     def is_full(self) -> bool:
         """Every query sees every key from `first` on."""
-        return self.valid is None and (not self.causal or self.queries == 1)
+        return self.valid is None and self.filled is None and (not self.causal or self.queries == 1)
 
     @cached_property
     def blocks(self) -> list[tuple[slice, "Mask"]]:
@@ -82,7 +86,10 @@ class Mask:
 
     def _causal(self, valid: Tensor | None) -> Tensor:
         slots = torch.arange(self.first, self.keys, device=self.device)
-        query_slots = slots[-self.queries :, None]
+        if self.filled is None:
+            query_slots = slots[-self.queries :, None]
+        else:
+            query_slots = self.filled - self.queries + slots[: self.queries, None]
         seen = slots <= query_slots
         if self.window is not None:
             seen &= slots > query_slots - self.window

@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         """
         x = inputs_embeds
         past = 0 if cache is None else cache.length
-        masks = {window: self.mask(x, attention_mask, past, window) for window in set(self.windows)}
+        masks = {window: self.mask(x, attention_mask, cache, window) for window in set(self.windows)}
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         cos, sin = self.rotations(position_ids, x.dtype)  # (B, 1, T, D)
@@ -232,8 +232,9 @@ class Decoder(nn.Module):
         frequencies = rotary_frequencies(position_ids, config.head_dim, config.rope_theta, scaling, trained)
         return rotary_cos_sin(position_ids, frequencies, dtype, scaling.attention_scale if scaling else 1.0)
 
-    def mask(self, x: Tensor, attention_mask: Tensor | None, past: int, window: int | None) -> Mask:
-        """What the T tokens of x (B, T, C) see, `past` tokens before them being cached."""
+    def mask(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:
+        """What the T tokens of x (B, T, C) see, those before them being cached."""
+        past, filled = (0, None) if cache is None else (cache.length, cache.filled)
         slots = past + x.shape[1]
         if attention_mask is not None and attention_mask.shape != (x.shape[0], slots):
             raise ValueError(
@@ -242,7 +243,7 @@ class Decoder(nn.Module):
             )
         if attention_mask is not None and x.shape[1] > 1 and attention_mask.all():
             attention_mask = None  # asked in prefill only: the answer waits for the device
-        return Mask(x.shape[1], slots, causal=True, window=window, valid=attention_mask, device=x.device)
+        return Mask(x.shape[1], slots, causal=True, window=window, valid=attention_mask, device=x.device, filled=filled)
 
     def new_cache(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for `batch` rows of `slots` tokens."""

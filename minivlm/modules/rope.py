@@ -192,6 +192,7 @@ def _powers(head_dim: int, theta: float | Tensor, device: torch.device) -> Tenso
     return theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim)
 
 
+@functools.lru_cache(maxsize=16)  # a copy from the host, which a captured step may not make
 def _divisors(divisors: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(divisors, dtype=torch.float32, device=device)
 

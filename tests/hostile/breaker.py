@@ -400,7 +400,10 @@ JSON = _cases(
         "another model type": (entry("config.json", "model_type", "blip"), "model_type 'blip'; minivlm implements"),
         "model type is a list": (entry("config.json", "model_type", ["idefics2"]), "has model_type"),
         "no model type": (entry("config.json", "model_type", GONE), "has model_type None"),
-        "model type of another family": (entry("config.json", "model_type", "llava_next"), "have no image_grid_pinpoints"),
+        "model type of another family": (
+            entry("config.json", "model_type", "llava_next"),
+            "have no image_grid_pinpoints",
+        ),
     },
 )
 

@@ -120,3 +120,16 @@ def test_cache_refuses_what_does_not_fit() -> None:
         cache.update(0, too_long[:2, :, :1], too_long[:2, :, :1])
     with pytest.raises(ValueError, match="cannot crop"):
         cache.crop(3)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_slots_that_are_not_filled_are_not_seen(window: int | None, backend: str) -> None:
+    """A mask that is told on the device how much is filled sees what one over just these slots does."""
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    valid = torch.rand(2, 12) > 0.3
+    for filled in (3, 7, 12):
+        whole = Mask(3, 12, causal=True, window=window, valid=valid, filled=torch.tensor(filled, dtype=torch.int32))
+        part = Mask(3, filled, causal=True, window=window, valid=valid[:, :filled])
+        expected = attention(q, k[:, :, :filled], v[:, :, :filled], part, scale=0.3, backend=backend)
+        torch.testing.assert_close(attention(q, k, v, whole, scale=0.3, backend=backend), expected)

@@ -1,0 +1,72 @@
+"""A decode step that a CUDA graph can repeat: fixed shapes, fixed addresses, nothing for the host to decide.
+
+A GPU runs the few hundred kernels of a step faster than Python launches them. A graph launches them all at once, but
+just as they were when it was captured. So the new token and its position are copied into tensors that stay where they
+are, and how far the cache is filled is counted on the device:
+
+    token (B,), position (B,) ──copy──► self.token, self.position ──► model ──► self.logits ──clone──► (B, V)
+                                         StaticCache.filled: + 1 ◄──────┘
+                                        └──────────────── in the graph ────────────┘
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlm.modules.cache import KVCache, StaticCache
+
+
+class CapturedStep:
+    """`generation.decode_step` for the rows of one cache: on CUDA its first call runs, its second is captured.
+
+        step = CapturedStep(model, cache, attention_mask)
+        logits = step(token, position)      # (B,), (B,) → (B, V) float32
+
+    attention_mask: (B, any number of slots), True = real token; slots behind it are real.
+    Between two calls the cache may be reordered, but not cropped; after the last one it is like any other.
+    On a CPU the same code runs without a graph, so that tests can compare it with the plain step.
+    """
+
+    def __init__(self, model: Any, cache: KVCache, attention_mask: Tensor | None = None) -> None:
+        device = cache.data.device
+        self.model, self.cache, self.static = model, cache, StaticCache(cache)
+        self.mask = attention_mask
+        if attention_mask is not None:
+            self.mask = F.pad(attention_mask, (0, cache.slots - attention_mask.shape[1]), value=True)
+        self.token = torch.zeros(cache.batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros_like(self.token)
+        self.logits: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
+        """Logits after one more token at `position`. Raises ValueError if the cache is full."""
+        if self.cache.length >= self.cache.slots:
+            raise ValueError(f"the cache holds {self.cache.slots} tokens a row, and is full")
+        self.token.copy_(token[:, None])
+        self.position.copy_(position[:, None])
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.logits is None or not token.is_cuda:
+            self.logits = self._run()  # compiles kernels and fills what is computed once
+        else:
+            self._capture()
+            self.graph.replay()
+        self.cache.advance(1)
+        return self.logits.clone()  # the next call writes into the same memory
+
+    def _run(self) -> Tensor:
+        output = self.model(
+            input_ids=self.token,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.static,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.token.device), torch.cuda.graph(self.graph):
+            self.logits = self._run()
