@@ -1,4 +1,4 @@
-"""Compile Triton kernels ahead of time, without a GPU: shared memory, registers, spills and PTX of what would run on one.
+"""Compile Triton kernels ahead of time, without a GPU: shared memory, registers, spills and PTX.
 
 The interpreter (TRITON_INTERPRET=1) turns every `@triton.jit` function of a process into plain Python, which cannot be
 compiled. So compilation happens in one child process without that variable, for a whole list of jobs:
@@ -8,8 +8,8 @@ compiled. So compilation happens in one child process without that variable, for
     assert info.error is None and info.shared <= SHARED_LIMIT[90] and info.spill_bytes == 0
 
 Types in a signature are written as in `triton.tools.compile`: "*bf16:16" (a pointer divisible by 16), "i32", "i32:16",
-"fp32", and "1" for an integer that happens to be one, which Triton makes a constant. `specialise` writes them from the
-arguments of a launch.
+"fp32", "1" for an integer that happens to be one, which Triton makes a constant, and tuples of these. `specialise`
+writes them from the arguments of a launch.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Bytes that one program may have: CUDA programming guide, "maximum shared memory per thread block"; 64 KiB of LDS on AMD.
+# Bytes a program may have: CUDA programming guide, "shared memory per thread block"; 64 KiB of LDS on AMD.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 TYPES = {
     **{"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float64": "fp64"},
@@ -37,7 +37,7 @@ class Job:
     """One kernel ("module:name") with its types and constants, for one chip: 80, 90, 100 (CUDA) or "gfx942" (AMD)."""
 
     kernel: str
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, Any] = field(default_factory=dict)
     arch: int | str = 90
     num_warps: int = 4
@@ -55,7 +55,7 @@ class Compiled:
     error: str | None = None
 
 
-def specialise(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+def specialise(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(signature, constexprs) that Triton would compile for these arguments; tensors may be on the meta device."""
     constants = {
         name for name, p in inspect.signature(kernel.fn).parameters.items() if "constexpr" in str(p.annotation)
@@ -64,7 +64,9 @@ def specialise(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str
     return signature, {name: value for name, value in arguments.items() if name not in signature}
 
 
-def _type(value: Any) -> str:
+def _type(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return tuple(_type(part) for part in value)
     if hasattr(value, "data_ptr"):
         return f"*{TYPES[str(value.dtype)]}" + (":16" if value.data_ptr() % 16 == 0 else "")
     if isinstance(value, bool):
@@ -103,18 +105,24 @@ def _compile(job: Job) -> Compiled:
 
     module, name = job.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
-    signature, constexprs, attributes = {}, dict(job.constexprs), {}
+    signature, attributes = {}, {}
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in job.constexprs.items()}
+
+    def kind(type_: str | list[str], path: tuple[int, ...], plain: bool) -> str | tuple[str, ...]:
+        if isinstance(type_, list):
+            return tuple(kind(part, (*path, index), plain) for index, part in enumerate(type_))
+        type_, _, divisor = type_.partition(":")
+        if divisor and not plain:
+            attributes[path] = [["tt.divisibility", int(divisor)]]
+        if type_ == "1" and not plain:
+            constexprs[path] = 1
+        return type_ if type_ != "1" else "i32" if plain else "constexpr"
+
     for index, parameter in enumerate(kernel.params):
-        kind, _, divisor = job.signature.get(parameter.name, "constexpr").partition(":")
-        if kind == "1" and parameter.do_not_specialize:
-            kind = "i32"
-        elif kind == "1":
-            kind, constexprs[parameter.name] = "constexpr", 1
-        if divisor and not parameter.do_not_specialize:
-            attributes[(index,)] = [["tt.divisibility", int(divisor)]]
-        signature[parameter.name] = kind
+        type_ = job.signature.get(parameter.name, "constexpr")
+        signature[parameter.name] = kind(type_, (index,), parameter.do_not_specialize)
     target = GPUTarget("cuda", job.arch, 32) if isinstance(job.arch, int) else GPUTarget("hip", job.arch, 64)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
     except Exception as error:
