@@ -35,7 +35,8 @@ except ImportError:  # the reference works without
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_QUERIES = 8  # more of them are a prefill
 MAX_WIDTH = 128
-MAX_ROWS = 64  # of one tile; where there are more, keys are read once for every so many
+MAX_ROWS = {2: 64, 4: 16}  # of one tile, by bytes a number; where there are more, keys are read once for so many each
+WARPS = {2: 4, 4: 8}  # fp32 has no tensor cores: with fewer, its operands do not fit into registers
 MAX_SPLITS = 64  # the combine kernel holds the partial results of a row at once
 TILE_BYTES = 16 * 1024  # of keys, and as many of values, that a program reads at a time
 STAGES = {"cuda": 3, "hip": 2}  # such tiles on their way or in use, within 227 (163, 64) KiB of shared memory
@@ -78,7 +79,10 @@ def decode_attention_reference(
 
 def _jit(kernel: Callable) -> Any:
     """`triton.jit`, where there is triton. A cache of another size must not mean another compilation."""
-    return kernel if triton is None else triton.jit(do_not_specialize=["S", "window"])(kernel)
+    if triton is None:
+        return kernel
+    numbers = ("stride_q", "stride_k", "stride_v", "stride_m", "stride_lb", "S", "window", "splits")
+    return triton.jit(do_not_specialize=numbers)(kernel)
 
 
 @_jit
@@ -101,17 +105,10 @@ def _split_kernel(
     lengths_ptr,  # (B,) or None
     partial_ptr,  # (B, K, splits, ROWS, D), contiguous
     lse_ptr,  # (B, K, splits, ROWS), contiguous, to base 2
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_mb,
-    stride_ms,
+    stride_q,  # (batch, head, row), in units of 8 elements: so the compiler knows that they keep the alignment
+    stride_k,
+    stride_v,
+    stride_m,
     stride_lb,
     S,
     window,
@@ -140,12 +137,12 @@ def _split_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     rows, columns = (offs_m < ROWS)[:, None], (offs_d < D)[None, :]
-    query_head = head * (ROWS // T) + offs_m // T
     own_slot = (length - T + offs_m % T)[:, None]
-    q_ptrs = q_ptr + batch * stride_qb + query_head[:, None] * stride_qh + (offs_m % T)[:, None] * stride_qt
+    q_ptr += (batch * stride_q[0] + head * (ROWS // T) * stride_q[1]) * 8
+    q_ptrs = q_ptr + ((offs_m // T).to(tl.int64) * stride_q[1] + (offs_m % T) * stride_q[2])[:, None] * 8
     q = tl.load(q_ptrs + offs_d[None, :], mask=rows & columns, other=0.0)  # (BLOCK_M, BLOCK_D)
-    k_ptr += batch * stride_kb + head * stride_kh
-    v_ptr += batch * stride_vb + head * stride_vh
+    k_ptr += (batch * stride_k[0] + head * stride_k[1]) * 8
+    v_ptr += (batch * stride_v[0] + head * stride_v[1]) * 8
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)  # largest score so far
     total = tl.zeros((BLOCK_M,), tl.float32)  # of 2^(score − top)
@@ -153,11 +150,11 @@ def _split_kernel(
     for block in range(start, stop, BLOCK_N):
         slots = block + offs_n
         written = slots < stop
-        offsets = slots.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + offsets * stride_ks + offs_d[None, :], mask=written[:, None] & columns, other=0.0)
-        v = tl.load(v_ptr + offsets * stride_vs + offs_d[None, :], mask=written[:, None] & columns, other=0.0)
+        here = slots.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + here * stride_k[2] * 8 + offs_d[None, :], mask=written[:, None] & columns, other=0.0)
+        v = tl.load(v_ptr + here * stride_v[2] * 8 + offs_d[None, :], mask=written[:, None] & columns, other=0.0)
         if mask_ptr is not None:
-            real = tl.load(mask_ptr + batch * stride_mb + slots.to(tl.int64) * stride_ms, mask=written, other=0)
+            real = tl.load(mask_ptr + batch * stride_m[0] + slots * stride_m[1], mask=written, other=0)
             written = written & (real != 0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
         seen = written[None, :] & (slots[None, :] <= own_slot) & (slots[None, :] > own_slot - window)
@@ -194,7 +191,7 @@ def _combine_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # splits, rounded up
 ):
     """One row of the output: the mean of its partial results, each weighted by 2^lse."""
     row = tl.program_id(0).to(tl.int64)
@@ -202,12 +199,12 @@ def _combine_kernel(
     if lengths_ptr is not None:
         lengths_ptr += (pair // K) * stride_lb
     first, length, share = _shares(lengths_ptr, S, window, splits, T, BLOCK_N)
-    offs_s, offs_d = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
+    offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     written = (offs_s == 0) | (first + offs_s * share < length)  # the others have exited
     place = (pair * splits + offs_s) * ROWS + row % ROWS
     lse = tl.load(lse_ptr + place, mask=written, other=-float("inf"))
     partials = partial_ptr + place[:, None] * D + offs_d[None, :]
-    partial = tl.load(partials, mask=written[:, None] & (offs_d < D)[None, :], other=0.0)  # (MAX_SPLITS, BLOCK_D)
+    partial = tl.load(partials, mask=written[:, None] & (offs_d < D)[None, :], other=0.0)  # (BLOCK_S, BLOCK_D)
     top = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
     total = tl.sum(weights, 0)
@@ -231,8 +228,8 @@ def decode_attention(
 ) -> Tensor:
     """softmax(q·kᵀ·scale + mask)·v for the T newest tokens of each row, which see themselves and what came before.
 
-    q: (B, H, T, D), T ≤ 8, D a multiple of 8 up to 128.  k, v: (B, K, S, D), views of a cache with any strides but the
-    last.  All fp16, bf16 or fp32; sums are in fp32.
+    q: (B, H, T, D), T ≤ 8, D a multiple of 8 up to 128.  k, v: (B, K, S, D), views of a cache.  All fp16, bf16 or fp32,
+    with any strides that are multiples of 8, but the last, which is 1; sums are in fp32.
     lengths: (B,) or one number for all, int32 or int64 on the device: slots that are filled, the T newest tokens
     included, so that query i stands in slot lengths − T + i. What lies behind is never read. None: all S are.
     scale: D^−½ if None.  window: a query sees the last so many slots, its own included; None = all.
@@ -274,7 +271,7 @@ def launches(
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     rows = H // K * T
-    BLOCK_M, BLOCK_D = min(MAX_ROWS, max(16, triton.next_power_of_2(rows))), _block_d(q)  # `tl.dot` begins at 16
+    BLOCK_M = min(MAX_ROWS[q.element_size()], max(16, triton.next_power_of_2(rows)))  # `tl.dot` begins at 16
     one = splits == 1  # then the only partial result is the output
     partial = out if one else torch.empty(B, K, splits, rows, D, dtype=torch.float32, device=q.device)
     lengths = None if lengths is None else lengths.expand(B)
@@ -285,24 +282,34 @@ def launches(
         "stride_lb": 0 if lengths is None else lengths.stride(0),
         "S": S,
         "window": S if window is None else min(window, S),
-        **{"K": K, "T": T, "D": D, "ROWS": rows, "BLOCK_N": _block_n(q), "BLOCK_D": BLOCK_D},
+        **{"K": K, "T": T, "D": D, "ROWS": rows, "BLOCK_N": _block_n(q), "BLOCK_D": _block_d(q)},
     }
     split = shared | {
-        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask},
-        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride()[:3], strict=True)),
-        **dict(zip(("stride_kb", "stride_kh", "stride_ks"), k.stride()[:3], strict=True)),
-        **dict(zip(("stride_vb", "stride_vh", "stride_vs"), v.stride()[:3], strict=True)),
-        **dict(zip(("stride_mb", "stride_ms"), (0, 0) if mask is None else mask.stride(), strict=True)),
+        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": None if mask is None else mask.view(torch.uint8)},
+        **{"stride_q": _strides(q), "stride_k": _strides(k), "stride_v": _strides(v)},
+        "stride_m": (0, 0) if mask is None else mask.stride(),
         "scale": (D**-0.5 if scale is None else scale) * LOG2_E,
         "BLOCK_M": BLOCK_M,
     }
     stages = STAGES["hip" if torch.version.hip else "cuda"]
     grid = (B * K, splits, triton.cdiv(rows, BLOCK_M))
-    first = (_split_kernel, grid, split, {"num_warps": 4, "num_stages": stages})
+    # Newer versions of triton fuse multiplications and additions only where one asks for it.
+    options = {"num_warps": WARPS[q.element_size()], "num_stages": stages, "enable_fp_fusion": True}
+    first = (_split_kernel, grid, split, options)
     if one:
         return [first]
-    combine = shared | {"out_ptr": out, "splits": splits, "MAX_SPLITS": triton.next_power_of_2(splits)}
-    return [first, (_combine_kernel, (B * H * T,), combine, {"num_warps": 4})]
+    combine = shared | {"out_ptr": out, "splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
+    return [first, (_combine_kernel, (B * H * T,), combine, options)]
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of batch, head and row, in units of 8 elements; those of a dimension of size 1 never count."""
+    return tuple(stride // 8 for stride in tensor.stride()[:3])
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    *outer, last = zip(tensor.shape, tensor.stride(), strict=True)
+    return last[1] == 1 and all(stride % 8 == 0 for size, stride in outer if size > 1)
 
 
 def _block_d(q: Tensor) -> int:
@@ -343,8 +350,8 @@ def _check(
         raise ValueError(f"the head width should be a multiple of 8 up to {MAX_WIDTH}, found {D}")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v should all be fp16, bf16 or fp32, found {q.dtype}, {k.dtype}, {v.dtype}")
-    if last := [t.stride() for t in (q, k, v) if t.stride(3) != 1]:
-        raise ValueError(f"q, k and v should have stride 1 in their last dimension, found strides {last[0]}")
+    if strides := [tensor.stride() for tensor in (q, k, v) if not _is_aligned(tensor)]:
+        raise ValueError(f"strides should be multiples of 8, and the last one 1, found {strides[0]}")
     if lengths is not None and (lengths.is_floating_point() or lengths.shape not in ((), (1,), (B,))):
         raise ValueError(f"lengths should be int32, ({B},) or one number, found {lengths.dtype} {tuple(lengths.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, S)):
