@@ -111,33 +111,39 @@ def _head(ptr, strides, batch, head):
 
 
 @_jit
-def _load(ptr, strides, rows, limit, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
-    """`rows` of a head, BODY and TAIL columns wide; zeros from row `limit` (None: all exist) and column D on."""
-    ptr += (rows.to(tl.int64) * strides[2] * 8)[:, None]
+def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
+    """ROWS rows of a head from `start` on, BODY and TAIL columns; zeros beyond row `limit` (None: all exist) and D."""
+    ptr += strides[2].to(tl.int64) * start * 8
+    rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BODY)[None, :]
     exists = columns < D
     if limit is not None:
-        exists = exists & (rows < limit)[:, None]
-    body = tl.load(ptr + columns, mask=exists, other=0.0)
+        exists = exists & (rows < limit - start)
+    body = tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
     if TAIL:
         columns = BODY + tl.arange(0, TAIL)[None, :]
         exists = columns < D
         if limit is not None:
-            exists = exists & (rows < limit)[:, None]
-        return body, tl.load(ptr + columns, mask=exists, other=0.0)
+            exists = exists & (rows < limit - start)
+        return body, tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
     else:
         return (body,)
 
 
 @_jit
-def _store(parts, ptr, strides, rows, limit, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
+def _store(
+    parts, ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr
+):
     """The counterpart of `_load`."""
-    ptr += (rows.to(tl.int64) * strides[2] * 8)[:, None]
+    ptr += strides[2].to(tl.int64) * start * 8
+    rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BODY)[None, :]
-    tl.store(ptr + columns, parts[0].to(ptr.dtype.element_ty), mask=(rows < limit)[:, None] & (columns < D))
+    exists = (start + rows < limit) & (columns < D)
+    tl.store(ptr + (rows * strides[2] * 8 + columns), parts[0].to(ptr.dtype.element_ty), mask=exists)
     if TAIL:
         columns = BODY + tl.arange(0, TAIL)[None, :]
-        tl.store(ptr + columns, parts[1].to(ptr.dtype.element_ty), mask=(rows < limit)[:, None] & (columns < D))
+        exists = (start + rows < limit) & (columns < D)
+        tl.store(ptr + (rows * strides[2] * 8 + columns), parts[1].to(ptr.dtype.element_ty), mask=exists)
 
 
 @_jit
@@ -289,7 +295,7 @@ def _forward_kernel(
     if CAUSAL:  # those with the most keys first
         start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q = _load(_head(q_ptr, stride_q, batch, head), stride_q, offs_m, queries, D, BODY, TAIL)
+    q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
     k_ptr = _head(k_ptr, stride_k, batch, head // group)
     v_ptr = _head(v_ptr, stride_v, batch, head // group)
     if MASK is not None:
@@ -301,10 +307,11 @@ def _forward_kernel(
     span = _keys_of(start_m, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(0 if MASK is None else 1, 2):  # with a mask all blocks are edges
         for i in range(_count(span, EDGE, BLOCK_N)):
-            offs_n = _start(i, span, EDGE, BLOCK_N) + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr, stride_k, offs_n, keys if EDGE else None, D, BODY, TAIL)
+            start_n = _start(i, span, EDGE, BLOCK_N)
+            k = _load(k_ptr, stride_k, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
             scores = _products(q, k)  # (BLOCK_M, BLOCK_N)
             if EDGE:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
                 seen = _seen(offs_m[:, None], offs_n[None, :], mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK)
                 scores = tl.where(seen, scores, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
@@ -312,13 +319,13 @@ def _forward_kernel(
             p = tl.exp2(scores * scale - base[:, None])
             alpha = tl.exp2(m_i - base)
             l_i = l_i * alpha + tl.sum(p, 1)
-            v = _load(v_ptr, stride_v, offs_n, keys if EDGE else None, D, BODY, TAIL)
+            v = _load(v_ptr, stride_v, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
             acc = _mix(p, v, _times(acc, alpha[:, None]))
             m_i = m_new
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a query that sees nothing has acc = 0 and m_i = −∞
     out = _times(acc, 1.0 / l_i[:, None])
-    _store(out, _head(out_ptr, stride_o, batch, head), stride_o, offs_m, queries, D, BODY, TAIL)
+    _store(out, _head(out_ptr, stride_o, batch, head), stride_o, start_m, queries, BLOCK_M, D, BODY, TAIL)
     lse_ptr += (batch * tl.num_programs(1) + head) * queries
     tl.store(lse_ptr + offs_m, (m_i + tl.log2(l_i)) / LOG2_E, mask=offs_m < queries)
 
@@ -362,9 +369,9 @@ def _dq_kernel(
     if CAUSAL:
         start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q = _load(_head(q_ptr, stride_q, batch, head), stride_q, offs_m, queries, D, BODY, TAIL)
-    do = _load(_head(do_ptr, stride_do, batch, head), stride_do, offs_m, queries, D, BODY, TAIL)
-    out = _load(_head(out_ptr, stride_o, batch, head), stride_o, offs_m, queries, D, BODY, TAIL)
+    q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
+    do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
+    out = _load(_head(out_ptr, stride_o, batch, head), stride_o, start_m, queries, BLOCK_M, D, BODY, TAIL)
     rows = (batch * tl.num_programs(1) + head) * queries + offs_m
     lse = tl.load(lse_ptr + rows, mask=offs_m < queries, other=float("inf"))
     delta = tl.sum(do[0].to(tl.float32) * out[0].to(tl.float32), 1)
@@ -382,17 +389,18 @@ def _dq_kernel(
     span = _keys_of(start_m, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(0 if MASK is None else 1, 2):
         for i in range(_count(span, EDGE, BLOCK_N)):
-            offs_n = _start(i, span, EDGE, BLOCK_N) + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr, stride_k, offs_n, keys if EDGE else None, D, BODY, TAIL)
-            v = _load(v_ptr, stride_v, offs_n, keys if EDGE else None, D, BODY, TAIL)
+            start_n = _start(i, span, EDGE, BLOCK_N)
+            k = _load(k_ptr, stride_k, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
+            v = _load(v_ptr, stride_v, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
             p = _weights(_products(q, k), lse[:, None], scale)  # (BLOCK_M, BLOCK_N)
             if EDGE:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
                 seen = _seen(offs_m[:, None], offs_n[None, :], mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK)
                 p = tl.where(seen, p, 0.0)
             dq = _mix(p * (_products(do, v) - delta[:, None]), k, dq)
 
     dq = _times(dq, scale / LOG2_E)
-    _store(dq, _head(dq_ptr, stride_dq, batch, head), stride_dq, offs_m, queries, D, BODY, TAIL)
+    _store(dq, _head(dq_ptr, stride_dq, batch, head), stride_dq, start_m, queries, BLOCK_M, D, BODY, TAIL)
 
 
 @_jit
@@ -431,33 +439,34 @@ def _dkdv_kernel(
     key_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start_n = tl.program_id(0) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = _load(_head(k_ptr, stride_k, batch, key_head), stride_k, offs_n, keys, D, BODY, TAIL)
-    v = _load(_head(v_ptr, stride_v, batch, key_head), stride_v, offs_n, keys, D, BODY, TAIL)
+    k = _load(_head(k_ptr, stride_k, batch, key_head), stride_k, start_n, keys, BLOCK_N, D, BODY, TAIL)
+    v = _load(_head(v_ptr, stride_v, batch, key_head), stride_v, start_n, keys, BLOCK_N, D, BODY, TAIL)
     if MASK is not None:
         mask_ptr += batch * stride_mb
 
     dk, dv = _zeros(BLOCK_N, BODY, TAIL), _zeros(BLOCK_N, BODY, TAIL)
     span = _queries_of(start_n, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
-    for head in range(key_head * group, key_head * group + group):
-        q_head, do_head = _head(q_ptr, stride_q, batch, head), _head(do_ptr, stride_do, batch, head)
-        rows = (batch * tl.num_programs(1) * group + head) * queries
-        for EDGE in tl.static_range(0 if MASK is None else 1, 2):
-            for i in range(_count(span, EDGE, BLOCK_M)):
-                offs_m = _start(i, span, EDGE, BLOCK_M) + tl.arange(0, BLOCK_M)
-                q = _load(q_head, stride_q, offs_m, queries, D, BODY, TAIL)
-                do = _load(do_head, stride_do, offs_m, queries, D, BODY, TAIL)
-                lse = tl.load(lse_ptr + rows + offs_m, mask=offs_m < queries, other=float("inf"))
-                delta = tl.load(delta_ptr + rows + offs_m, mask=offs_m < queries, other=0.0)
-                p = _weights(_products(k, q), lse[None, :], scale)  # (BLOCK_N, BLOCK_M): all is transposed here
-                if EDGE:
-                    m, n = offs_m[None, :], offs_n[:, None]
-                    p = tl.where(_seen(m, n, mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK), p, 0.0)
-                dv = _mix(p, do, dv)
-                dk = _mix(p * (_products(v, do) - delta[None, :]), q, dk)
+    for EDGE in tl.static_range(0 if MASK is None else 1, 2):
+        blocks = _count(span, EDGE, BLOCK_M)
+        for i in range(group * blocks):
+            head = key_head * group + i // blocks
+            start_m = _start(i % blocks, span, EDGE, BLOCK_M)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
+            do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
+            rows = (batch * tl.num_programs(1) * group + head) * queries + start_m
+            lse = tl.load(lse_ptr + rows + tl.arange(0, BLOCK_M), mask=offs_m < queries, other=float("inf"))
+            delta = tl.load(delta_ptr + rows + tl.arange(0, BLOCK_M), mask=offs_m < queries, other=0.0)
+            p = _weights(_products(k, q), lse[None, :], scale)  # (BLOCK_N, BLOCK_M): all is transposed here
+            if EDGE:
+                m, n = offs_m[None, :], offs_n[:, None]
+                p = tl.where(_seen(m, n, mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK), p, 0.0)
+            dv = _mix(p, do, dv)
+            dk = _mix(p * (_products(v, do) - delta[None, :]), q, dk)
 
     dk = _times(dk, scale / LOG2_E)
-    _store(dk, _head(dk_ptr, stride_dk, batch, key_head), stride_dk, offs_n, keys, D, BODY, TAIL)
-    _store(dv, _head(dv_ptr, stride_dv, batch, key_head), stride_dv, offs_n, keys, D, BODY, TAIL)
+    _store(dk, _head(dk_ptr, stride_dk, batch, key_head), stride_dk, start_n, keys, BLOCK_N, D, BODY, TAIL)
+    _store(dv, _head(dv_ptr, stride_dv, batch, key_head), stride_dv, start_n, keys, BLOCK_N, D, BODY, TAIL)
 
 
 # ---- Launcher --------------------------------------------------------------------------------------------------------
@@ -483,7 +492,7 @@ def flash_attention(
     window: with causal, a query sees the last so many slots, its own included; others are never read.
     mask: (B, S) bool, False = a slot that nobody sees, such as padding; or (B, T, S) where queries differ.
 
-    Returns out (B, H, T, D), laid out in memory as q is, and with return_lse also lse (B, H, T) in fp32. A query that
+    Returns out (B, H, T, D), its dimensions in the order in memory that q has, and with return_lse also lse (B, H, T) in fp32. A query that
     sees nothing gets out = 0, lse = −∞ and no gradient.
     Raises ValueError for arguments that do not fit each other or this list, empty ones included, and without a GPU.
     """
