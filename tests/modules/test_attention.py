@@ -76,7 +76,9 @@ def test_choice() -> None:
         assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == "blocked"
         assert choose_backend(None, many.bfloat16(), Mask(5, 5, causal=True)) == "sdpa"
     assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == "sdpa"
-    with pytest.raises(ValueError, match="known: eager, sdpa"):
+    assert choose_backend("flash_attention_2", many, Mask(5, 9, causal=True)) == "sdpa"  # the best on a CPU
+    assert choose_backend("triton", one, Mask(1, 9, causal=True)) == "triton"
+    with pytest.raises(ValueError, match="known: eager, sdpa, triton, flash_attention_2"):
         choose_backend("fast", one, Mask(1, 9))
 
 

@@ -1,0 +1,683 @@
+"""Attention without its matrix of scores: FlashAttention-2 (Dao 2023), forward and backward, for few or many keys.
+
+    out = softmax(q·kᵀ·scale)·v        out (B, H, T, D), lse (B, H, T) = log Σ exp(q·kᵀ·scale)
+
+A program of the forward kernel owns BLOCK_M queries of one head and walks over the keys, BLOCK_N at a time. Per query
+it keeps the largest score so far (`m_i`), the sum of exp(score − m_i) (`l_i`) and the same sum over values (`acc`);
+when a larger score appears, both sums shrink by `alpha`. The backward kernels recompute the weights from `lse`: one
+owns queries and makes dq, one owns keys and makes dk and dv, so that no two programs add to the same memory.
+
+          keys →   lo       full_lo         full_hi       hi
+                   ├── edge ───┼──── inner ────┼─── edge ──┤       blocks outside [lo, hi) are never visited,
+                   window begins               diagonal            those in [full_lo, full_hi) need no comparisons
+
+Triton's tiles are powers of two. A head width that is not is held as two tiles, BODY and TAIL columns wide: 72 and 80
+as 64 + 16, 96 as 64 + 32, where a single one would be 128. So q, k, v and all like them are tuples of one or two tiles.
+kernels/README.md draws all this against the names used here.
+
+B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D head width.
+"""
+
+from __future__ import annotations  # so that `tl.constexpr` is not looked up where there is no triton
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the reference works without
+    triton = None
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_WIDTH = 128
+LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
+if triton is not None:
+    LOG2_E = tl.constexpr(LOG2_E)  # kernels see no other globals
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv for heads up to a width. All compile without a spill
+# and within the chip's shared memory (tests/kernels). None is tuned on a GPU yet: kernels/benchmarks/tune_attention.py.
+BLOCKS = {
+    "hopper": {  # sm_90, sm_100: 227 KiB of shared memory
+        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+        96: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    },
+    "ampere": {  # sm_80 and every smaller chip: within 99 KiB
+        64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        96: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
+        128: ((128, 32, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+    },
+    "amd": {128: ((128, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))},  # gfx942: 64 KiB
+    "ieee": {128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))},  # fp32 on any chip: no tensor cores
+    "interpreter": {128: ((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1))},
+}
+
+# ---- Reference -------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `flash_attention` computes, in plain PyTorch and in the dtype of its arguments: out and lse."""
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, D)
+    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)  # (B, H, T, S)
+    slots = torch.arange(S, device=q.device)
+    own = slots.new_tensor(range(S - T, S))[:, None]  # the slot of each query
+    seen = torch.ones(1, T, S, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen & (slots <= own)
+    if window is not None:
+        seen = seen & (slots > own - window)
+    if mask is not None:
+        seen = seen & (mask[:, None] if mask.ndim == 2 else mask)
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    top = scores.detach().amax(dim=3, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - top).exp()  # a row that sees nothing has only zeros
+    total = weights.sum(dim=3, keepdim=True)
+    blind = total == 0
+    total = total.masked_fill(blind, 1)
+    return weights / total @ v, (total.log() + top).masked_fill(blind, -math.inf).squeeze(3)
+
+
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _jit(kernel: Callable) -> Any:
+    """`triton.jit`, where there is triton. Other lengths and strides must not mean another compilation."""
+    if triton is None:
+        return kernel
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    numbers = [name for name in names if name.startswith("stride") or name in ("queries", "keys", "group")]
+    return triton.jit(do_not_specialize=numbers)(kernel)
+
+
+@_jit
+def _head(ptr, strides, batch, head):
+    """Where a head's rows begin. Strides (batch, head, row) count 8 elements: so the compiler knows their alignment."""
+    return ptr + (strides[0].to(tl.int64) * batch + strides[1].to(tl.int64) * head) * 8
+
+
+@_jit
+def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
+    """ROWS rows of a head from `start` on, BODY and TAIL columns; zeros beyond row `limit` (None: all exist) and D."""
+    ptr += strides[2].to(tl.int64) * start * 8
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BODY)[None, :]
+    exists = columns < D
+    if limit is not None:
+        exists = exists & (rows < limit - start)
+    body = tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+    if TAIL:
+        columns = BODY + tl.arange(0, TAIL)[None, :]
+        exists = columns < D
+        if limit is not None:
+            exists = exists & (rows < limit - start)
+        return body, tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+    else:
+        return (body,)
+
+
+@_jit
+def _store(
+    parts, ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr
+):
+    """The counterpart of `_load`."""
+    ptr += strides[2].to(tl.int64) * start * 8
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BODY)[None, :]
+    exists = (start + rows < limit) & (columns < D)
+    tl.store(ptr + (rows * strides[2] * 8 + columns), parts[0].to(ptr.dtype.element_ty), mask=exists)
+    if TAIL:
+        columns = BODY + tl.arange(0, TAIL)[None, :]
+        exists = (start + rows < limit) & (columns < D)
+        tl.store(ptr + (rows * strides[2] * 8 + columns), parts[1].to(ptr.dtype.element_ty), mask=exists)
+
+
+@_jit
+def _zeros(ROWS: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
+    if TAIL:
+        return tl.zeros((ROWS, BODY), tl.float32), tl.zeros((ROWS, TAIL), tl.float32)
+    else:
+        return (tl.zeros((ROWS, BODY), tl.float32),)
+
+
+@_jit
+def _times(parts, factor):
+    if len(parts) > 1:
+        return parts[0] * factor, parts[1] * factor
+    else:
+        return (parts[0] * factor,)
+
+
+@_jit
+def _products(a, b):
+    """a·bᵀ, (rows of a, rows of b) in fp32: the sum over both parts of the head width."""
+    products = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if len(a) > 1:
+        products = tl.dot(a[1], tl.trans(b[1]), products, input_precision="ieee")
+    return products
+
+
+@_jit
+def _mix(weights, b, acc):
+    """acc + weights·b, each part of the head width by itself."""
+    weights = weights.to(b[0].dtype)
+    body = tl.dot(weights, b[0], acc[0], input_precision="ieee")
+    if len(b) > 1:
+        return body, tl.dot(weights, b[1], acc[1], input_precision="ieee")
+    else:
+        return (body,)
+
+
+@_jit
+def _seen(m, n, mask_ptr, stride_mt, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr):
+    """Which query m sees which key n. One of m and n is a column and the other a row: the answer is a tile."""
+    own = m + (keys - queries)  # a query's slot: the last query stands in the last one
+    seen = (n < keys) & (m < queries)
+    if CAUSAL:
+        seen = seen & (n <= own)
+    if WINDOW is not None:
+        seen = seen & (n > own - WINDOW)
+    if MASK == "keys":
+        seen = seen & (tl.load(mask_ptr + n, mask=n < keys, other=0) != 0)
+    if MASK == "pairs":
+        seen = seen & (tl.load(mask_ptr + m.to(tl.int64) * stride_mt + n, mask=seen, other=0) != 0)
+    return seen
+
+
+@_jit
+def _keys_of(
+    m, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """lo, full_lo, full_hi, hi: which keys, in blocks of N, the M queries from m on see, and which all of them see."""
+    slot = m + keys - queries  # of the first query
+    lo, hi = 0, keys
+    full_lo, full_hi = 0, keys // N * N
+    if CAUSAL:
+        hi = tl.maximum(tl.minimum(keys, slot + M), 0)
+        full_hi = tl.minimum(full_hi, tl.maximum(slot + 1, 0) // N * N)
+    if WINDOW is not None:
+        lo = tl.maximum(slot - WINDOW + 1, 0) // N * N
+        full_lo = tl.cdiv(tl.maximum(slot + M - WINDOW, 0), N) * N
+    full_hi = lo if MASK is not None else tl.maximum(full_hi, lo)
+    return lo, tl.minimum(full_lo, full_hi) if MASK is None else lo, full_hi, hi
+
+
+@_jit
+def _queries_of(
+    n, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """The same from the other side: which queries, in blocks of M, see any of the N keys from n on, and which see all.
+
+    Rows behind the last query do no harm (`_weights` gives them 0), so the last block need not be an edge.
+    """
+    query = n - (keys - queries)  # the one in the slot of the first key
+    lo, hi = 0, queries
+    full_lo, full_hi = 0, queries
+    if CAUSAL:
+        lo = tl.maximum(query, 0) // M * M
+        full_lo = tl.cdiv(tl.maximum(query + N - 1, 0), M) * M
+    if WINDOW is not None:
+        hi = tl.maximum(tl.minimum(queries, query + N - 1 + WINDOW), 0)
+        full_hi = tl.minimum(full_hi, tl.maximum(query + WINDOW, 0) // M * M)
+    full_hi = lo if MASK is not None else tl.maximum(full_hi, lo)
+    return lo, tl.minimum(full_lo, full_hi) if MASK is None else lo, full_hi, hi
+
+
+@_jit
+def _count(span, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks there are at both edges of a span (lo, full_lo, full_hi, hi), or between them."""
+    if EDGE:
+        return tl.cdiv(span[1] - span[0], BLOCK) + tl.cdiv(span[3] - span[2], BLOCK)
+    else:
+        return tl.cdiv(span[2] - span[1], BLOCK)
+
+
+@_jit
+def _start(i, span, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the i-th of these blocks begins."""
+    if EDGE:
+        left = tl.cdiv(span[1] - span[0], BLOCK)
+        return tl.where(i < left, span[0] + i * BLOCK, span[2] + (i - left) * BLOCK)
+    else:
+        return span[1] + i * BLOCK
+
+
+@_jit
+def _weights(scores, lse, scale):
+    """exp(scores·scale − lse), from the lse of the forward kernel; 0 for queries that see nothing, whose lse is −∞."""
+    return tl.exp2(scores * scale - tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E))
+
+
+@_jit
+def _forward_kernel(
+    q_ptr,  # (B, H, T, D)
+    k_ptr,  # (B, K, S, D)
+    v_ptr,
+    mask_ptr,  # (B, S) or (B, T, S), or None
+    out_ptr,  # (B, H, T, D)
+    lse_ptr,  # (B, H, T) contiguous, fp32
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
+    stride_mb,
+    stride_mt,
+    queries,
+    keys,
+    group,  # H / K
+    scale,  # times log2 e
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+    D: tl.constexpr,
+    BODY: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out and lse for BLOCK_M queries of one head."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start_m = tl.program_id(0) * BLOCK_M
+    if CAUSAL:  # those with the most keys first
+        start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
+    k_ptr = _head(k_ptr, stride_k, batch, head // group)
+    v_ptr = _head(v_ptr, stride_v, batch, head // group)
+    if MASK is not None:
+        mask_ptr += batch * stride_mb
+
+    m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = _zeros(BLOCK_M, BODY, TAIL)
+    span = _keys_of(start_m, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
+    for EDGE in tl.static_range(0 if MASK is None else 1, 2):  # with a mask all blocks are edges
+        for i in range(_count(span, EDGE, BLOCK_N)):
+            start_n = _start(i, span, EDGE, BLOCK_N)
+            k = _load(k_ptr, stride_k, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
+            scores = _products(q, k)  # (BLOCK_M, BLOCK_N)
+            if EDGE:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                seen = _seen(offs_m[:, None], offs_n[None, :], mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK)
+                scores = tl.where(seen, scores, -float("inf"))
+            m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+            base = tl.where(m_new == -float("inf"), 0.0, m_new) if EDGE else m_new  # −∞ − −∞ would be NaN
+            p = tl.exp2(scores * scale - base[:, None])
+            alpha = tl.exp2(m_i - base)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            v = _load(v_ptr, stride_v, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
+            acc = _mix(p, v, _times(acc, alpha[:, None]))
+            m_i = m_new
+
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a query that sees nothing has acc = 0 and m_i = −∞
+    out = _times(acc, 1.0 / l_i[:, None])
+    _store(out, _head(out_ptr, stride_o, batch, head), stride_o, start_m, queries, BLOCK_M, D, BODY, TAIL)
+    lse_ptr += (batch * tl.num_programs(1) + head) * queries
+    tl.store(lse_ptr + offs_m, (m_i + tl.log2(l_i)) / LOG2_E, mask=offs_m < queries)
+
+
+@_jit
+def _dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    out_ptr,
+    lse_ptr,
+    do_ptr,  # gradient of out
+    dlse_ptr,  # gradient of lse, contiguous, or None
+    delta_ptr,  # (B, H, T) contiguous, fp32: written here, read by `_dkdv_kernel`
+    dq_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_o,
+    stride_do,
+    stride_dq,
+    stride_mb,
+    stride_mt,
+    queries,
+    keys,
+    group,
+    scale,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+    D: tl.constexpr,
+    BODY: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq = scale·ds·k, where ds = p·(do·vᵀ − delta) and delta = Σ do·out − dlse, for BLOCK_M queries of one head."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start_m = tl.program_id(0) * BLOCK_M
+    if CAUSAL:
+        start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
+    do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
+    out = _load(_head(out_ptr, stride_o, batch, head), stride_o, start_m, queries, BLOCK_M, D, BODY, TAIL)
+    rows = (batch * tl.num_programs(1) + head) * queries + offs_m
+    lse = tl.load(lse_ptr + rows, mask=offs_m < queries, other=float("inf"))
+    delta = tl.sum(do[0].to(tl.float32) * out[0].to(tl.float32), 1)
+    if TAIL:
+        delta += tl.sum(do[1].to(tl.float32) * out[1].to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=offs_m < queries, other=0.0)
+    tl.store(delta_ptr + rows, delta, mask=offs_m < queries)
+    k_ptr = _head(k_ptr, stride_k, batch, head // group)
+    v_ptr = _head(v_ptr, stride_v, batch, head // group)
+    if MASK is not None:
+        mask_ptr += batch * stride_mb
+
+    dq = _zeros(BLOCK_M, BODY, TAIL)
+    span = _keys_of(start_m, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
+    for EDGE in tl.static_range(0 if MASK is None else 1, 2):
+        for i in range(_count(span, EDGE, BLOCK_N)):
+            start_n = _start(i, span, EDGE, BLOCK_N)
+            k = _load(k_ptr, stride_k, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
+            v = _load(v_ptr, stride_v, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
+            p = _weights(_products(q, k), lse[:, None], scale)  # (BLOCK_M, BLOCK_N)
+            if EDGE:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                seen = _seen(offs_m[:, None], offs_n[None, :], mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK)
+                p = tl.where(seen, p, 0.0)
+            dq = _mix(p * (_products(do, v) - delta[:, None]), k, dq)
+
+    dq = _times(dq, scale / LOG2_E)
+    _store(dq, _head(dq_ptr, stride_dq, batch, head), stride_dq, start_m, queries, BLOCK_M, D, BODY, TAIL)
+
+
+@_jit
+def _dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    lse_ptr,
+    do_ptr,
+    delta_ptr,
+    dk_ptr,  # (B, K, S, D)
+    dv_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_do,
+    stride_dk,
+    stride_dv,
+    stride_mb,
+    stride_mt,
+    queries,
+    keys,
+    group,
+    scale,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+    D: tl.constexpr,
+    BODY: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dv = pᵀ·do and dk = scale·dsᵀ·q for BLOCK_N keys of one key head: sums over the queries of all its H/K heads."""
+    key_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start_n = tl.program_id(0) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k = _load(_head(k_ptr, stride_k, batch, key_head), stride_k, start_n, keys, BLOCK_N, D, BODY, TAIL)
+    v = _load(_head(v_ptr, stride_v, batch, key_head), stride_v, start_n, keys, BLOCK_N, D, BODY, TAIL)
+    if MASK is not None:
+        mask_ptr += batch * stride_mb
+
+    dk, dv = _zeros(BLOCK_N, BODY, TAIL), _zeros(BLOCK_N, BODY, TAIL)
+    span = _queries_of(start_n, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
+    for EDGE in tl.static_range(0 if MASK is None else 1, 2):
+        blocks = _count(span, EDGE, BLOCK_M)
+        for i in range(group * blocks):
+            head = key_head * group + i // blocks
+            start_m = _start(i % blocks, span, EDGE, BLOCK_M)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
+            do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
+            rows = (batch * tl.num_programs(1) * group + head) * queries + start_m
+            lse = tl.load(lse_ptr + rows + tl.arange(0, BLOCK_M), mask=offs_m < queries, other=float("inf"))
+            delta = tl.load(delta_ptr + rows + tl.arange(0, BLOCK_M), mask=offs_m < queries, other=0.0)
+            p = _weights(_products(k, q), lse[None, :], scale)  # (BLOCK_N, BLOCK_M): all is transposed here
+            if EDGE:
+                m, n = offs_m[None, :], offs_n[:, None]
+                p = tl.where(_seen(m, n, mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK), p, 0.0)
+            dv = _mix(p, do, dv)
+            dk = _mix(p * (_products(v, do) - delta[None, :]), q, dk)
+
+    dk = _times(dk, scale / LOG2_E)
+    _store(dk, _head(dk_ptr, stride_dk, batch, key_head), stride_dk, start_n, keys, BLOCK_N, D, BODY, TAIL)
+    _store(dv, _head(dv_ptr, stride_dv, batch, key_head), stride_dv, start_n, keys, BLOCK_N, D, BODY, TAIL)
+
+
+# ---- Launcher --------------------------------------------------------------------------------------------------------
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q·kᵀ·scale + mask)·v, with gradients for q, k and v.
+
+    q: (B, H, T, D), k and v: (B, K, S, D); D a multiple of 8 up to 128; all fp16, bf16 or fp32; sums are in fp32, and
+    for fp32 so are the products (no tf32). Any strides that are multiples of 8, but the last, which is 1.
+    scale: positive; D^−½ if None.
+    causal: query i stands in slot S − T + i and sees no later one.
+    window: with causal, a query sees the last so many slots, its own included; others are never read.
+    mask: (B, S) bool, False = a slot that nobody sees, such as padding; or (B, T, S) where queries differ.
+
+    Returns out (B, H, T, D), its dimensions in the order in memory that q has, and with return_lse also lse (B, H, T) in fp32. A query that
+    sees nothing gets out = 0, lse = −∞ and no gradient.
+    Raises ValueError for arguments that do not fit each other or this list, empty ones included, and without a GPU.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, scale, causal, window, mask)
+    out, lse = _FlashAttention.apply(q, k, v, mask, scale, causal, window)
+    return (out, lse) if return_lse else out
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.options = scale, causal, window
+        ctx.set_materialize_grads(False)
+        _launch(q, [forward_launch(q, k, v, mask, out, lse, *ctx.options, family(q))])
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        do = torch.zeros_like(out) if do is None else do
+        do = do if _is_aligned(do) else do.contiguous()  # such as the gradient of a sum: one number, expanded
+        dlse = None if dlse is None else dlse.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        arguments = (q, k, v, mask, out, lse, do, dlse, torch.empty_like(lse), dq, dk, dv)
+        _launch(q, backward_launches(*arguments, *ctx.options, family(q)))
+        return dq, dk, dv, None, None, None, None
+
+
+Launch = tuple[Any, tuple[int, int, int], dict[str, Any], dict[str, Any]]  # kernel, grid, arguments, compiler options
+
+
+def forward_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    family: str,
+) -> Launch:
+    """The launch that fills out and lse. The arguments are known to fit; tensors on the meta device do, too."""
+    blocks = _blocks(family, q.shape[3])[0]
+    shared = _shared(q, k, v, mask, scale, causal, window)
+    arguments = shared | {"out_ptr": out, "lse_ptr": lse, "stride_o": _strides(out)}
+    return _planned(_forward_kernel, (triton.cdiv(q.shape[2], blocks[0]), q.shape[1], len(q)), arguments, blocks)
+
+
+def backward_launches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    delta: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    family: str,
+) -> list[Launch]:
+    """The launches that fill delta and dq, and then dk and dv."""
+    _, for_dq, for_dkdv = _blocks(family, q.shape[3])
+    shared = _shared(q, k, v, mask, scale, causal, window)
+    shared |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "stride_do": _strides(do)}
+    first = {"out_ptr": out, "dlse_ptr": dlse, "dq_ptr": dq, "stride_o": _strides(out), "stride_dq": _strides(dq)}
+    second = {"dk_ptr": dk, "dv_ptr": dv, "stride_dk": _strides(dk), "stride_dv": _strides(dv)}
+    grid = (triton.cdiv(q.shape[2], for_dq[0]), q.shape[1], len(q))
+    grid_dkdv = (triton.cdiv(k.shape[2], for_dkdv[1]), k.shape[1], len(k))
+    return [
+        _planned(_dq_kernel, grid, shared | first, for_dq),
+        _planned(_dkdv_kernel, grid_dkdv, shared | second, for_dkdv),
+    ]
+
+
+def family(q: Tensor) -> str:
+    """The rows of BLOCKS that serve a tensor's device and dtype."""
+    if q.device.type != "cuda":
+        return "interpreter"
+    if q.dtype == torch.float32:
+        return "ieee"
+    if torch.version.hip:
+        return "amd"
+    return "hopper" if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else "ampere"
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """(BODY, TAIL) of a head width: powers of two from 16 up, or no tail where two tiles are as wide as one."""
+    whole = max(16, triton.next_power_of_2(width))
+    body = whole // 2
+    tail = max(16, triton.next_power_of_2(width - body))
+    return (body, tail) if body >= 16 and body + tail < whole else (whole, 0)
+
+
+def _blocks(family: str, width: int) -> tuple[tuple[int, int, int, int], ...]:
+    return next(blocks for widest, blocks in BLOCKS[family].items() if width <= widest)
+
+
+def _shared(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int | None
+) -> dict[str, Any]:
+    """The arguments that all three kernels have."""
+    (_, H, T, D), (_, K, S, _) = q.shape, k.shape
+    kind = None if mask is None else "keys" if mask.ndim == 2 else "pairs"
+    body, tail = split_width(D)
+    return {
+        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask if mask is None else mask.view(torch.uint8)},
+        **{"stride_q": _strides(q), "stride_k": _strides(k), "stride_v": _strides(v)},
+        **{"stride_mb": 0 if kind is None else mask.stride(0), "stride_mt": mask.stride(1) if kind == "pairs" else 0},
+        **{"queries": T, "keys": S, "group": H // K, "scale": scale * LOG2_E.value},
+        **{"CAUSAL": causal, "WINDOW": window if window is not None and window < S else None, "MASK": kind},
+        **{"D": D, "BODY": body, "TAIL": tail},
+    }
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of batch, head and row in units of 8 elements; those of a dimension of size 1 never count."""
+    return tuple(stride // 8 for stride in tensor.stride()[:3])
+
+
+def _planned(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], blocks: tuple[int, ...]) -> Launch:
+    block_m, block_n, warps, stages = blocks
+    # From triton 3.10 on, multiplications and additions are fused only if one asks: half of the softmax's instructions.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return kernel, grid, arguments | {"BLOCK_M": block_m, "BLOCK_N": block_n}, options
+
+
+def _launch(q: Tensor, launches: list[Launch]) -> None:
+    with torch.cuda.device_of(q):
+        for kernel, grid, arguments, options in launches:
+            kernel[grid](**arguments, **options)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Rows begin at multiples of 16 bytes (of 8 elements) and are contiguous: what `_load` is compiled for."""
+    steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+    return tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, mask: Tensor | None
+) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (len(q), q.shape[3]) != (len(k), k.shape[3]):
+        raise ValueError(f"flash_attention takes q (B, H, T, D) and k, v (B, K, S, D), found {shapes}")
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"flash_attention needs at least one row, head, query and key, found {shapes}")
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if H % K:
+        raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
+    if D % 8 or D > MAX_WIDTH:
+        raise ValueError(f"the head width should be a multiple of 8 up to {MAX_WIDTH}, found {D}")
+    if max(B, H) > 65535:
+        raise ValueError(f"a CUDA grid has room for 65,535 rows and heads, found {B} and {H}; split the batch")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v should all be fp16, bf16 or fp32, found {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not _is_aligned(tensor):
+            raise ValueError(
+                f"rows of {name} should be contiguous and begin at multiples of 16 bytes and 8 elements, found strides "
+                f"{tensor.stride()} and an offset of {tensor.data_ptr() % 16} bytes; pass {name}.contiguous()"
+            )
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale should be positive, found {scale}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window of 1 or more goes with causal=True, found window={window}, causal={causal}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape not in ((B, S), (B, T, S)) or mask.stride(-1) != 1):
+        found = f"{mask.dtype}, {tuple(mask.shape)}, strides {mask.stride()}"
+        raise ValueError(f"mask should be bool, {(B, S)} or {(B, T, S)}, its rows contiguous; found {found}")
+    devices = {str(tensor.device) for tensor in (q, k, v, mask) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors should be on one device, found {', '.join(sorted(devices))}")
+    if triton is None:
+        raise ValueError("flash_attention needs triton, which is not installed; use attn_implementation='sdpa'")
+    if q.device.type != "cuda" and isinstance(_forward_kernel, triton.JITFunction):
+        raise ValueError(f"flash_attention runs on a GPU, found tensors on {q.device}; use attn_implementation='sdpa'")

@@ -1,0 +1,209 @@
+"""Flash attention against its reference in float64: by Triton's interpreter, by the compiler, and on a GPU.
+
+Without a GPU the interpreter runs the kernels on the CPU, an inner step in milliseconds and with blocks of 32 × 32: so
+shapes are tiny and odd. It gets bf16 arithmetic wrong; bf16 and real sizes are for `-m gpu`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import aot
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minivlm_kernels import flash_attention as module
+from minivlm_kernels.flash_attention import BLOCKS, attention_reference, flash_attention, split_width
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = (64, 72, 80, 96, 128)
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nan_filled() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element which no kernel writes, or which is read before, shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def inputs(
+    B: int = 1, H: int = 1, K: int = 1, T: int = 33, S: int = 65, D: int = 64, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(T + S + D)
+    shapes = (B, H, T, D), (B, K, S, D), (B, K, S, D)
+    q, k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def random_mask(*shape: int, seed: int = 0) -> Tensor:
+    """Three of five slots are seen; of the first row only the first slot, and of the last row none."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask[0] = False
+    mask[0, ..., 0] = True
+    mask[-1] = False if len(mask) > 1 else mask[-1]
+    return mask.to(DEVICE)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+    """out, lse and all gradients, of a loss in which out and lse both take part, against the reference in float64.
+
+    The reference sees the same rounded inputs. What differs: sums and products are rounded to the eps of fp32, and in
+    half precision p, ds and the results to theirs. Errors are some eps of the largest element: 8 are allowed in half
+    precision, and 64 in fp32, whose sums have up to 128 terms.
+    """
+    out, lse = flash_attention(q, k, v, return_lse=True, **options)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    expected, expected_lse = attention_reference(*wide, **options)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    blind = expected_lse.isinf()
+    found = torch.autograd.grad((out * weight).sum() + lse.masked_fill(blind, 0).sum(), (q, k, v))
+    loss = (expected * weight.double()).sum() + expected_lse.masked_fill(blind, 0).sum()
+    assert torch.equal(lse.isinf(), blind)
+    assert not out[blind].any(), "a query that sees nothing should get zeros"
+    names = ("lse", "out", "dq", "dk", "dv")
+    eps = torch.finfo(q.dtype).eps * (64 if q.dtype == torch.float32 else 8)
+    pairs = zip(
+        names,
+        (lse.masked_fill(blind, 0), out, *found),
+        (expected_lse.masked_fill(blind, 0), expected, *torch.autograd.grad(loss, wide)),
+        strict=True,
+    )
+    for name, one, other in pairs:
+        tolerance = eps * max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("D", [*WIDTHS, 8, 24, 40])
+def test_every_width(D: int, dtype: torch.dtype) -> None:
+    check(*inputs(D=D, dtype=dtype))
+
+
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 127), (127, 1), (33, 33), (65, 127), (127, 65)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_odd_lengths(T: int, S: int, causal: bool) -> None:
+    """With more queries than keys, the first causal ones see nothing."""
+    check(*inputs(T=T, S=S, D=16), causal=causal)
+
+
+@pytest.mark.parametrize("window", [1, 7, 32, 40, 200])
+@pytest.mark.parametrize(("T", "S"), [(65, 65), (33, 127)])
+def test_windows(window: int, T: int, S: int) -> None:
+    check(*inputs(T=T, S=S, D=16), causal=True, window=window)
+
+
+@pytest.mark.parametrize("kind", ["keys", "pairs"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 20}], ids=str)
+def test_masks(kind: str, options: dict[str, Any]) -> None:
+    q, k, v = inputs(B=3, T=33, S=65, D=24)
+    check(q, k, v, mask=random_mask(3, 65) if kind == "keys" else random_mask(3, 33, 65), **options)
+
+
+@pytest.mark.parametrize(("H", "K"), [(2, 2), (8, 1), (6, 2)])
+def test_grouped_heads(H: int, K: int) -> None:
+    check(*inputs(B=2, H=H, K=K, T=17, S=33, D=16), causal=True)
+
+
+def test_strides_are_honoured() -> None:
+    """Rows of a fused projection, a slice of a longer cache, and a batch that is one tensor, expanded."""
+    fused = torch.randn(2, 17, 3, 2, 24, device=DEVICE)
+    q = fused[:, :, 0].transpose(1, 2).detach().requires_grad_()
+    cache = torch.randn(2, 2, 2, 90, 24, device=DEVICE)
+    k = cache[0, :, :, 8:41].detach().requires_grad_()
+    v = cache[1, :1, :, 8:41].expand(2, -1, -1, -1).detach().requires_grad_()
+    check(q, k, v, mask=random_mask(2, 90)[:, 8:41])
+    assert flash_attention(q, k, v).transpose(1, 2).is_contiguous()  # the order of q: what follows need not copy
+
+
+def test_scores_of_any_size() -> None:
+    """exp(score) alone would overflow, or vanish."""
+    q, k, v = inputs(T=17, S=40, D=16)
+    with torch.no_grad():
+        q *= 30
+    check(q, k, v)
+    check(q, k, v, scale=1e-6)
+    with torch.no_grad():
+        k.copy_(-q.mean(2, keepdim=True).expand_as(k))  # scores around −1000: so are they all, and lse with them
+    check(q, k, v, scale=1.0)
+
+
+def test_gradient_of_an_expanded_number() -> None:
+    q, k, v = inputs(T=3, S=5, D=16)
+    flash_attention(q, k, v).sum().backward()
+    assert torch.allclose(v.grad.sum(), torch.tensor(3.0 * 16), rtol=1e-5)  # weights of a query sum to 1
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, Any], str | None]:
+    K, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    sizes = {"B": draw(st.integers(1, 2)), "H": K * group, "K": K, "D": draw(st.sampled_from([8, 16, 40]))}
+    sizes |= {"T": draw(st.integers(1, 70)), "S": draw(st.integers(1, 70))}
+    causal = draw(st.booleans())
+    options = {"causal": causal, "window": draw(st.none() | st.integers(1, 80)) if causal else None}
+    return sizes, options, draw(st.sampled_from([None, "keys", "pairs"]))
+
+
+@settings(max_examples=8, deadline=None)
+@given(problems())
+def test_any_problem(problem: tuple[dict[str, int], dict[str, Any], str | None]) -> None:
+    sizes, options, kind = problem
+    B, T, S = sizes["B"], sizes["T"], sizes["S"]
+    mask = None if kind is None else random_mask(B, S) if kind == "keys" else random_mask(B, T, S)
+    check(*inputs(**sizes), mask=mask, **options)
+
+
+def test_blocks_outside_the_window_are_not_read() -> None:
+    """NaN in them would show; a mask alone would not keep it out of 0 · NaN."""
+    q, k, v = (tensor.detach() for tensor in inputs(T=32, S=128, D=16))
+    k[:, :, :64], v[:, :, :64] = math.nan, math.nan  # queries stand in slots 96 to 127, and see 65 and later
+    expected = attention_reference(q, k[:, :, 64:], v[:, :, 64:], causal=True, window=32)[0]
+    torch.testing.assert_close(flash_attention(q, k, v, causal=True, window=32), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_arguments() -> None:
+    q, k, v = (tensor.detach() for tensor in inputs(B=2, H=4, K=2, T=3, S=5, D=16))
+    wide = torch.zeros(2, 4, 3, 136, device=DEVICE)
+    wrong = [
+        ((q[0], k, v), {}, "takes q"),
+        ((q, k, v[:, :, :4]), {}, "takes q"),
+        ((q[:1], k, v), {}, "takes q"),
+        ((q[:0], k[:0], v[:0]), {}, "at least one row"),
+        ((q, k[:, :, :0], v[:, :, :0]), {}, "at least one row"),
+        ((q[:, :3], k, v), {}, "3 query heads cannot share 2"),
+        ((wide, wide, wide), {}, "multiple of 8 up to 128, found 136"),
+        ((q[..., :12], k[..., :12], v[..., :12]), {}, "multiple of 8 up to 128, found 12"),
+        ((q.half(), k, v), {}, "should all be fp16"),
+        ((q.double(), k.double(), v.double()), {}, "should all be fp16"),
+        ((q, k, v.transpose(2, 3).contiguous().transpose(2, 3)), {}, r"pass v\.contiguous"),
+        ((torch.zeros(2, 4, 3, 20, device=DEVICE)[..., :16], k, v), {}, r"pass q\.contiguous"),
+        ((q, k, v), {"scale": -1.0}, "scale should be positive"),
+        ((q, k, v), {"window": 3}, "goes with causal=True"),
+        ((q, k, v), {"window": 0, "causal": True}, "a window of 1 or more"),
+        ((q, k, v), {"mask": torch.ones(2, 5, device=DEVICE)}, "mask should be bool"),
+        ((q, k, v), {"mask": torch.ones(2, 4, dtype=torch.bool, device=DEVICE)}, "mask should be bool"),
+    ]
+    for tensors, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            flash_attention(*tensors, **options)
+
+
+def test_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled:
+        pass
+
+    monkeypatch.setattr(module.triton, "JITFunction", Compiled)
+    monkeypatch.setattr(module, "_forward_kernel", Compiled())
+    q, k, v = (tensor.detach().cpu() for tensor in inputs())
+    with pytest.raises(ValueError, match="runs on a GPU, found tensors on cpu"):
+        flash_attention(q, k, v)
+
+
+def test_widths_are_split_where_that_saves() -> None:
+    found = [split_width(D) for D in (8, 16, 24, 40, 64, 72, 80, 96, 112, 128)]
+    assert found[:5] == [(16, 0), (16, 0), (32, 0), (32, 16), (64, 0)]
+    assert found[5:] == [(64, 16), (64, 16), (64, 32), (128, 0), (128, 0)]
