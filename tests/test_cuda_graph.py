@@ -102,6 +102,20 @@ def test_steps_equal_plain_ones(case: tuple[Any, dict[str, Tensor]], backend: st
     assert_same_steps(model, inputs, 1e-5)
 
 
+@torch.no_grad()
+def test_the_kernel_is_told_on_the_device_how_much_is_filled(case: tuple[Any, dict[str, Tensor]]) -> None:
+    model, inputs = case
+    plain, fixed = started(model, inputs), started(model, inputs)
+    captured = CapturedStep(model, fixed.cache, fixed.mask)
+    expected = generation._decode(model, plain, *newest(plain, 1), plain.keys + 1)
+    model.attn_implementation = "triton"
+    try:
+        found = captured(*newest(plain, 1))
+    finally:
+        model.attn_implementation = None
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_steps_equal_plain_ones_without_padding() -> None:
     model, _ = idefics2(window=5)
     assert_same_steps(model, {"input_ids": torch.arange(1, 11)[None]}, 1e-5)

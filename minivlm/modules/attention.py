@@ -165,7 +165,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     alike = allowed is None or allowed.ndim == 2  # all queries of a row see the same slots, but for causality
     if not trained and alike and (mask.queries == 1 or mask.causal) and mask.queries <= MAX_QUERIES:
-        return decode_attention(q, k, v, scale=scale, window=window, mask=allowed)
+        return decode_attention(q, k, v, lengths=mask.filled, scale=scale, window=window, mask=allowed)
     return flash_attention(q, k, v, scale=scale, causal=mask.causal, window=window, mask=allowed)
 
 

@@ -1,7 +1,7 @@
 """Good tiny checkpoints of the three families, and a table of ways to break them.
 
 A case is a name, the family, how the folder is broken, and what must come of it: the kind of error and words of its
-message. Kinds: `file` (CheckpointFileError: absent, cut, no file), `content` (CheckpointError: what is in it cannot be),
+message. Kinds: `file` (CheckpointFileError: absent, cut, no file), `content` (CheckpointError: what it says cannot be),
 `use` (ValueError: the files are sound, and an answer shows that they do not go together).
 """
 
@@ -239,7 +239,7 @@ def write_tensors(path: Path, parts: dict[str, tuple[str, list[int], bytes]]) ->
 
 
 def sharded(change: Callable[[dict[str, str], dict[str, dict]], Any] = lambda *_: None) -> Break:
-    """Two shards and an index. `change` gets the index's map and the shards, name → tensors, before they are written."""
+    """Two shards and an index; `change` gets the index's map and the shards, name → tensors, before they are written."""
 
     def broken(folder: Path) -> None:
         values, data = read_weights(folder / WEIGHTS)
