@@ -223,6 +223,7 @@ def from_shapes(seed: int | None = None) -> Show:
             "question_answering": answer,
             "classification": single.shapes[0].kind,
             "rank_classification": single.shapes[0].kind,
+            "story": shapes.story(door),
             "batch": " | ".join(map(text, (tower, people, single))),
             "conversation": text(owner),
         },

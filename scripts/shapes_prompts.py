@@ -139,9 +139,9 @@ def _category(scene: Scene, rng: random.Random) -> tuple[list[str], str] | None:
 
 
 def labelled_batch(processor: Any, rows: list[list[Any]]) -> dict[str, Tensor]:
-    """input_ids, labels (B, T), pixel_values (B, N, 3, S, S) and image_attention_mask (B, T, N), filled up on the right.
+    """input_ids and labels (B, T), pixel_values (B, N, 3, S, S), image_attention_mask (B, T, N).
 
-    What counts is the text between braces, and a mark of an utterance's end right behind them.
+    Rows are filled up on the right. What counts is text in braces, and a mark of an utterance's end right behind them.
     """
     inputs = processor(rows, padding=True, return_tensors="pt")
     opens, closes, end = processor.tokenizer.convert_tokens_to_ids(["{", "}", END])

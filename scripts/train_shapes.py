@@ -37,6 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from shapes import (
     LABELS,
     SIZES,
@@ -142,7 +144,7 @@ class Run:
         steps: int,
         minutes: float,
     ) -> None:
-        self.path, self.log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
+        self.path, self.log_path = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
         self.modules, self.optimisers, self.steps, self.minutes = modules, optimisers, steps, minutes
         self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         self.groups = [group for optimiser in optimisers for group in optimiser.param_groups]
@@ -152,13 +154,18 @@ class Run:
             self._load()
 
     def _load(self) -> None:
-        saved = torch.load(self.path, weights_only=True)
+        saved = load_file(self.path)
+        with safe_open(self.path, "pt") as file:
+            self.step, self.seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
         for name, module in self.modules.items():
-            module.load_state_dict(saved[name])
-        for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+            module.load_state_dict(_below(saved, name))
+        for number, optimiser in enumerate(self.optimisers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in _below(saved, f"optimiser {number}").items():
+                index, _, key = name.partition(".")
+                state.setdefault(int(index), {})[key] = value
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
         self.groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
-        self.step, self.seconds = saved["step"], saved["seconds"]
 
     def _average_gradients(self) -> None:
         """One mean over all processes; the clock goes along, so that all of them stop at the same step."""
@@ -170,10 +177,13 @@ class Run:
         self.seconds = seconds.item()
 
     def save(self) -> None:
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
-        state |= {"step": self.step, "seconds": self.seconds}
-        torch.save(state, self.path.with_suffix(".tmp"))
+        tensors = {f"{name}.{key}": v for name, m in self.modules.items() for key, v in m.state_dict().items()}
+        for number, optimiser in enumerate(self.optimisers):
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser {number}.{index}.{key}": value for key, value in state.items()}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        about = {"step": str(self.step), "seconds": str(self.seconds)}
+        save_file(tensors, self.path.with_suffix(".tmp"), about)
         self.path.with_suffix(".tmp").replace(self.path)
 
     @property
@@ -215,6 +225,11 @@ class Run:
             if now - saved > save_every or self.done == 1:
                 self.save()
                 saved = now
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of this prefix, without it."""
+    return {name.removeprefix(f"{prefix}."): v for name, v in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 # ---------------------------------------------------------------------------------------------------- stage 1
