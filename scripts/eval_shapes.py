@@ -9,7 +9,8 @@
 Every question starts a conversation of its own, with its picture; decoding is greedy. A LLaVA-NeXT is also asked to
 read small numbers, less than 14 of the 64 units of a picture's longer side high, as always and with the base picture
 alone, in which they are less than 7 pixels high. An IDEFICS also gets the guide's few-shot prompts, "Describe this
-image." with 0, 1, 2 and 4 examples: of descriptions, and of something else that only the examples show (`STYLES`).
+image." with 0, 1, 2 and 4 examples: of descriptions, and of something else that only the examples show (`STYLES`);
+and all of the guide's tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import argparse
 import time
 from typing import Any
 
-from shapes import OFF_TOPIC, STYLES, TYPES, conversation, draw, held_out, make_scene
+from idefics_tasks import TASKS, from_shapes
+from shapes import HELD_OUT_SEED, OFF_TOPIC, STYLES, TYPES, conversation, draw, held_out, make_scene
 from shapes_models import base_alone
 from shapes_prompts import SHOTS, chat_prompt, held_out_shots
 
@@ -114,6 +116,23 @@ def few_shot_table(model: Any, processor: Any, count: int) -> str:
     return "\n".join(lines)
 
 
+def task_right(name: str, found: list[str], right: str) -> bool:
+    """Whether a task of the guide, which answers with its prompts before the answers, has the right ones."""
+    if name == "rank_classification":
+        return found[0].split()[1] == right
+    return all(f" {answer}".endswith(f" {one}") for answer, one in zip(found, right.split(" | "), strict=True))
+
+
+def task_table(model: Any, processor: Any, count: int) -> str:
+    """A markdown table: the tasks of the guide on `count` sets of scenes."""
+    shows = [from_shapes(HELD_OUT_SEED + 60_000_000 + 1000 * number) for number in range(count)]
+    lines = ["| task of the guide | asked | right |", "|---|---|---|"]
+    for name, task in TASKS.items():
+        right = [task_right(name, task(model, processor, show), show.right[name]) for show in shows]
+        lines.append(f"| {name.replace('_', ' ')} | {count} | {100 * sum(right) / count:.0f} % |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -134,7 +153,7 @@ def main() -> None:
     print(table(questions, found, **(with_and_without_tiles(model, processor, args.count) if tiled else {})))
     print(f"\n{len(questions)} questions in {time.monotonic() - begun:.0f} s")
     if model.config.model_type == "idefics":
-        print("\n" + few_shot_table(model, processor, args.count))
+        print(f"\n{few_shot_table(model, processor, args.count)}\n\n{task_table(model, processor, args.count // 3)}")
     wrong = [(question, reply) for question, reply in zip(questions, found, strict=True) if question[3] != reply]
     for (seed, kind, text, answer), reply in wrong[:: max(1, len(wrong) // args.show) if args.show else len(wrong) + 1]:
         print(f"scene {seed}, {kind}: {text!r} is {answer!r}, the model said {reply!r}")

@@ -9,6 +9,7 @@ own, and what it tells apart (a separator between two texts, say) is what is tra
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -173,7 +174,7 @@ def held_out_shots(count: int, shots: int, styles: list[str]) -> list[tuple[list
         rng = random.Random(index)
         style = rng.choice(styles)
         first = HELD_OUT_SEED + 50_000_000 + 100 * index
-        scenes = [make_scene(first + number) for number in range(100)]
-        examples = [(draw(scene), STYLES[style](scene)) for scene in filter(telling, scenes[1:])][:shots]
-        cases.append((few_shot_prompt(examples, draw(scenes[0])), STYLES[style](scenes[0])))
+        last, later = make_scene(first), map(make_scene, itertools.count(first + 1))
+        examples = [(draw(scene), STYLES[style](scene)) for scene in itertools.islice(filter(telling, later), shots)]
+        cases.append((few_shot_prompt(examples, draw(last)), STYLES[style](last)))
     return cases
