@@ -32,7 +32,7 @@ from idefics_tasks import (
     question_prompt,
     story_prompt,
 )
-from shapes import make_scene, story, vocabulary
+from shapes import EXAMPLE, story, vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -92,7 +92,7 @@ def guide_words() -> list[str]:
         classification_prompt("", []),
         story_prompt(""),
         conversation_prompt("", "", "", AND_THAT),
-        [story(make_scene(seed)) for seed in range(100)],
+        [story(EXAMPLE), story(replace(EXAMPLE, shapes=()))],
     ]
     written = " ".join(text for prompt in prompts for text in prompt).replace(SPECIAL[-1], " ")
     return sorted(set(re.findall("[a-z]+", written.lower())))
@@ -148,8 +148,8 @@ def llava_next_config() -> LlavaNextConfig:
 def idefics_config() -> IdeficsConfig:
     """A real IDEFICS with the tower and the decoder of the Idefics2 above: 1.96 million parameters, 3.9 MB.
 
-    Its decoder knows no shared key heads. A gated block stands before the first layer and before the third; gates start
-    open, with closed projections behind them, from which a model learns faster than from closed gates.
+    Its decoder knows no shared key heads. A gated block stands before the first layer and before the third. Gates start
+    open; what a block adds at first is nothing all the same, see `idefics_start`.
     """
     resampler = {"resampler_n_latents": LATENTS, "resampler_depth": 1, "resampler_n_heads": 4}
     resampler |= {"resampler_head_dim": 32, "qk_layer_norms_perceiver": True}
@@ -171,6 +171,10 @@ def idefics_config() -> IdeficsConfig:
 
 
 # ------------------------------------------------------------------------- parts of a small Idefics2 to start from
+
+# What a block adds to the residual stream comes out of these.
+ADDING = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+CROSSING = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def start_from_idefics2(family: Family, model: nn.Module, folder: Path) -> None:
@@ -236,11 +240,6 @@ def idefics_start(old: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str,
         names = [f"model.gated_cross_attn_layers.{block}.{name}" for name in CROSSING]
         new |= {name: torch.zeros_like(state[name]) for name in names}
     return new
-
-
-# What a block adds to the residual stream comes out of these.
-ADDING = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-CROSSING = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 # --------------------------------------------------------------------------- what a tower sees, and its labels

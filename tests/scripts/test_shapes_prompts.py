@@ -22,6 +22,7 @@ from shapes_prompts import (
 )
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
+from minivlm.hub import BUILT_IN
 
 SCENES = [make_scene(seed) for seed in range(60)]
 
@@ -132,3 +133,16 @@ def test_examples_say_what_is_wanted(trained):
     assert few_shot_share(*trained, 0, others, 20) < 0.2
     assert few_shot_share(*trained, 2, others, 20) > 0.7
     assert few_shot_share(*trained, 2, ["describe"], 20) > 0.7
+
+
+def test_transformers_goes_on_from_few_shot_prompts_alike(trained):
+    """Without a separator between texts, for its processor knows none."""
+    transformers = pytest.importorskip("transformers")
+    (model, processor), folder = trained, BUILT_IN / "shapes-idefics"
+    prompts = [prompt for shots in (0, 2) for prompt, _ in held_out_shots(4, shots, list(STYLES))]
+    inputs = processor(prompts, add_end_of_utterance_token=False)
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    theirs = transformers.AutoProcessor.from_pretrained(folder)(text=prompts, padding=True, return_tensors="pt")
+    assert all(torch.equal(inputs[name], theirs[name]) for name in theirs)
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **settings), reference.generate(**theirs, **settings))
