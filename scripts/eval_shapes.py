@@ -1,13 +1,16 @@
 """Exact-match accuracy on the shapes task: pictures and phrasings that no model was trained on.
 
     python scripts/eval_shapes.py                        shapes-idefics2, as a markdown table
-    python scripts/eval_shapes.py shapes-llava-next      the other one that ships, with and without tiles
+    python scripts/eval_shapes.py shapes-llava-next      the same, with and without tiles
+    python scripts/eval_shapes.py shapes-idefics         the same, and few-shot prompts
     python scripts/eval_shapes.py FOLDER --show 20       any other, with some of its mistakes
     python scripts/eval_shapes.py --reference            also the same questions through transformers
 
 Every question starts a conversation of its own, with its picture; decoding is greedy. A LLaVA-NeXT is also asked to
 read small numbers, less than 14 of the 64 units of a picture's longer side high, as always and with the base picture
-alone, in which they are less than 7 pixels high.
+alone, in which they are less than 7 pixels high. An IDEFICS also gets the guide's few-shot prompts, "Describe this
+image." with 0, 1, 2 and 4 examples: of descriptions, and of something else that only the examples show (`STYLES`);
+and all of the guide's tasks.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import argparse
 import time
 from typing import Any
 
-from shapes import OFF_TOPIC, TYPES, conversation, draw, held_out, make_scene
+from idefics_tasks import TASKS, from_shapes
+from shapes import HELD_OUT_SEED, OFF_TOPIC, STYLES, TYPES, conversation, draw, held_out, make_scene
 from shapes_models import base_alone
+from shapes_prompts import SHOTS, chat_prompt, held_out_shots
 
 Question = tuple[int, str, str, str]  # seed of the scene, type, question, right answer
 
@@ -37,15 +42,27 @@ def answers(model: Any, processor: Any, questions: list[Question], batch: int = 
     """The model's answers to (seed, type, question, right answer), in the same order."""
     found = []
     for start in range(0, len(questions), batch):
-        part = questions[start : start + batch]
-        prompts = [
-            processor.apply_chat_template(conversation([(text, None)]), add_generation_prompt=True)
-            for _, _, text, _ in part
-        ]
-        pictures = [[draw(make_scene(seed))] for seed, *_ in part]
-        inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        found += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += replies(model, processor, question_inputs(processor, questions[start : start + batch]))
+    return found
+
+
+def question_inputs(processor: Any, questions: list[Question]) -> Any:
+    """What this processor, ours or the reference's, makes of each question and its picture as a conversation."""
+    pictures = [draw(make_scene(seed)) for seed, *_ in questions]
+    texts = [text for _, _, text, _ in questions]
+    if type(processor).__name__ == "IdeficsProcessor":
+        prompts = [chat_prompt(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+        return processor(text=prompts, padding=True, return_tensors="pt")
+    prompts = [
+        processor.apply_chat_template(conversation([(text, None)]), add_generation_prompt=True) for text in texts
+    ]
+    return processor(text=prompts, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
+
+
+def replies(model: Any, processor: Any, inputs: Any) -> list[str]:
+    """What the model goes on with, greedily."""
+    ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    found = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in found]
 
 
@@ -78,6 +95,44 @@ def with_and_without_tiles(model: Any, processor: Any, count: int) -> dict[str, 
     return rows
 
 
+def few_shot_share(model: Any, processor: Any, shots: int, styles: list[str], count: int) -> float:
+    """Share of right answers to few-shot prompts with so many examples of one of these styles."""
+    right: list[bool] = []
+    cases = held_out_shots(count, shots, styles)
+    for start in range(0, count, 50):
+        prompts, wanted = zip(*cases[start : start + 50], strict=True)
+        inputs = processor(text=list(prompts), padding=True, return_tensors="pt")
+        right += [a == b for a, b in zip(replies(model, processor, inputs), wanted, strict=True)]
+    return sum(right) / len(right)
+
+
+def few_shot_table(model: Any, processor: Any, count: int) -> str:
+    """A markdown table: right answers to "Describe this image." by the number of examples and what they show."""
+    first, *others = STYLES
+    lines = ["| examples | asked | a description | something else, known from the examples only |", "|---|---|---|---|"]
+    for shots in SHOTS:
+        shares = [few_shot_share(model, processor, shots, styles, count) for styles in ([first], others)]
+        lines.append(f"| {shots} | 2 × {count} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
+    return "\n".join(lines)
+
+
+def task_right(name: str, found: list[str], right: str) -> bool:
+    """Whether a task of the guide, which answers with its prompts before the answers, has the right ones."""
+    if name == "rank_classification":
+        return found[0].split()[1] == right
+    return all(f" {answer}".endswith(f" {one}") for answer, one in zip(found, right.split(" | "), strict=True))
+
+
+def task_table(model: Any, processor: Any, count: int) -> str:
+    """A markdown table: the tasks of the guide on `count` sets of scenes."""
+    shows = [from_shapes(HELD_OUT_SEED + 60_000_000 + 1000 * number) for number in range(count)]
+    lines = ["| task of the guide | asked | right |", "|---|---|---|"]
+    for name, task in TASKS.items():
+        right = [task_right(name, task(model, processor, show), show.right[name]) for show in shows]
+        lines.append(f"| {name.replace('_', ' ')} | {count} | {100 * sum(right) / count:.0f} % |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -97,6 +152,8 @@ def main() -> None:
     tiled = hasattr(model.config, "image_grid_pinpoints")
     print(table(questions, found, **(with_and_without_tiles(model, processor, args.count) if tiled else {})))
     print(f"\n{len(questions)} questions in {time.monotonic() - begun:.0f} s")
+    if model.config.model_type == "idefics":
+        print(f"\n{few_shot_table(model, processor, args.count)}\n\n{task_table(model, processor, args.count // 3)}")
     wrong = [(question, reply) for question, reply in zip(questions, found, strict=True) if question[3] != reply]
     for (seed, kind, text, answer), reply in wrong[:: max(1, len(wrong) // args.show) if args.show else len(wrong) + 1]:
         print(f"scene {seed}, {kind}: {text!r} is {answer!r}, the model said {reply!r}")

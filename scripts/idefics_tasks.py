@@ -194,7 +194,7 @@ def from_shapes(seed: int | None = None) -> Show:
     import shapes
 
     first = shapes.HELD_OUT_SEED if seed is None else seed
-    scenes = [shapes.make_scene(number) for number in range(first, first + 200)]
+    scenes = [shapes.make_scene(number) for number in range(first, first + 60)]
     single = next(scene for scene in scenes if len(scene.shapes) == 1)
     asked = ((scene, shapes.ask(scene, "colour", random.Random(first), held_out=True)) for scene in scenes)
     people, (question, answer) = next((scene, ask) for scene, ask in asked if ask and ask[1] != shapes.NONE)
@@ -223,6 +223,7 @@ def from_shapes(seed: int | None = None) -> Show:
             "question_answering": answer,
             "classification": single.shapes[0].kind,
             "rank_classification": single.shapes[0].kind,
+            "story": shapes.story(door),
             "batch": " | ".join(map(text, (tower, people, single))),
             "conversation": text(owner),
         },

@@ -15,6 +15,7 @@ import math
 import random
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -247,19 +248,24 @@ def draw(scene: Scene) -> Image.Image:
 LABELS = {"kind": 8, "colour": 9, "x": 17, "y": 17, "tens": 12, "units": 11}  # classes of each per-patch label
 
 
-def patch_labels(scene: Scene, patch: int = 8) -> np.ndarray:
+def patch_labels(scene: Scene, patch: int = 8, square: bool = False) -> np.ndarray:
     """What each patch shows, (rows, columns, 6) in the order of LABELS; 0 is "nothing".
 
     Every patch of an object carries the whole object's labels (a number's both digits, the centre in 4 units), so
-    that a tower trained on them gathers an object from its patches.
+    that a tower trained on them gathers an object from its patches. `square`: of the picture squeezed to 64 × 64.
     """
+    width, height = (64, 64) if square else (scene.width, scene.height)
+
+    def place(thing: Shape | Number) -> tuple[int, int]:
+        return int(thing.x * (width / scene.width) // 4) + 1, int(thing.y * (height / scene.height) // 4) + 1
+
     owner = Image.new("L", (scene.width, scene.height))
     pen = ImageDraw.Draw(owner)
     rows = [(0, 0, 0, 0, 0, 0)]
     for shape in scene.shapes:
         pen.polygon(_outline(shape), fill=len(rows))
         kind, colour = KINDS.index(shape.kind) + 1, list(COLOURS).index(shape.colour) + 1
-        rows.append((kind, colour, int(shape.x // 4) + 1, int(shape.y // 4) + 1, 0, 0))
+        rows.append((kind, colour, *place(shape), 0, 0))
     if scene.number is not None:
         number = scene.number
         mask = _number_mask(number.text, 64, number.style)
@@ -267,8 +273,9 @@ def patch_labels(scene: Scene, patch: int = 8) -> np.ndarray:
         box = (number.x - half_w, number.y - half_h, number.x + half_w, number.y + half_h)
         pen.rectangle(box, fill=len(rows))
         tens = int(number.text[-2]) + 1 if len(number.text) > 1 else 11
-        rows.append((7, 0, int(number.x // 4) + 1, int(number.y // 4) + 1, tens, int(number.text[-1]) + 1))
-    grid = np.asarray(owner).reshape(scene.height // patch, patch, scene.width // patch, patch)
+        rows.append((7, 0, *place(number), tens, int(number.text[-1]) + 1))
+    owner = owner.resize((width, height), Image.NEAREST)
+    grid = np.asarray(owner).reshape(height // patch, patch, width // patch, patch)
     shares = np.stack([(grid == index).sum(axis=(1, 3)) for index in range(len(rows))])
     shares[0] = patch * patch // 8  # an object must cover an eighth of a patch to be its label
     return np.array(rows)[shares.argmax(axis=0)]
@@ -445,9 +452,22 @@ def _absent(scene: Scene, rng: random.Random) -> str:
 
 def describe(scene: Scene) -> str:
     """Shapes from left to right, then the number: "a red star, an orange cross and the number 7."."""
+    return f"{_listed(_things(scene))}."
+
+
+def story(scene: Scene) -> str:
+    """The same things: "once upon a time there was a red star. it met an orange cross and the number 7. the end."."""
+    first, *others = _things(scene)
+    return f"once upon a time there was {first}. it {f'met {_listed(others)}' if others else 'was alone'}. the end."
+
+
+def _things(scene: Scene) -> list[str]:
     parts = [_article(f"{shape.colour} {shape.kind}") for shape in scene.shapes]
-    parts += [f"the number {scene.number.text}"] if scene.number else []
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) + "."
+    return parts + ([f"the number {scene.number.text}"] if scene.number else [])
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _plurals(shape: Shape) -> tuple[str, ...]:
@@ -464,6 +484,21 @@ def layout(scene: Scene) -> str:
 
 def _quarter(scene: Scene, thing: Shape | Number) -> str:
     return f"{'top' if thing.y < scene.height / 2 else 'bottom'} {'left' if thing.x < scene.width / 2 else 'right'}"
+
+
+def _of_shapes(scene: Scene, attribute: str) -> str:
+    return f"{_listed([getattr(shape, attribute) for shape in scene.shapes])}." if scene.shapes else NONE
+
+
+# What "describe this image" can mean: the first by itself, the others where examples show it.
+STYLES: dict[str, Callable[[Scene], str]] = {
+    "describe": describe,
+    "layout": layout,
+    "colours": lambda scene: _of_shapes(scene, "colour"),
+    "shapes": lambda scene: _of_shapes(scene, "kind"),
+    "count": lambda scene: f"{COUNTS[len(scene.shapes)]}.",
+    "number": lambda scene: f"{scene.number.text}." if scene.number else NONE,
+}
 
 
 def _corner(scene: Scene, thing: Shape | Number) -> str | None:
@@ -548,7 +583,7 @@ def ask(scene: Scene, kind: str, rng: random.Random, held_out: bool = False) -> 
     elif wording in ("count", "exists", "where", "side"):
         found = {"count": _count, "exists": _exists, "where": _where, "side": _side}[wording](scene, rng)
     elif wording == "number":
-        found = {}, f"{scene.number.text}." if scene.number else NONE
+        found = {}, STYLES["number"](scene)
     else:
         found = {}, {"describe": describe, "layout": layout}.get(wording, lambda _: OFF_TOPIC)(scene)
     return found and (_phrase(wording, found[0], rng, held_out), found[1])

@@ -5,13 +5,15 @@
     write_processor(family, folder)        the processor's files alone
     save_package(family, model, folder)    the whole checkpoint, weights in half precision
 
-Both see pictures of up to 64×64 pixels in patches of 8. The Idefics2 takes such a picture as it is. The LLaVA-NeXT's
-tower takes squares of 32: the base picture, in which the smallest digits are 5 pixels high, and up to four tiles.
+All see pictures of up to 64×64 pixels in patches of 8. The Idefics2 takes such a picture as it is. The LLaVA-NeXT's
+tower takes squares of 32: the base picture, in which the smallest digits are 5 pixels high, and up to four tiles. The
+IDEFICS squeezes every picture into a square of 64.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,17 +23,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import vocabulary
+from idefics_tasks import (
+    caption_prompt,
+    classification_prompt,
+    conversation_prompt,
+    few_shot_prompt,
+    prompted_caption_prompt,
+    question_prompt,
+    story_prompt,
+)
+from shapes import EXAMPLE, story, vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from minivlm import Idefics2Config, Idefics2ForConditionalGeneration, Idefics2Processor
+from minivlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text
 from minivlm.models.llava_next import LlavaNextConfig, LlavaNextForConditionalGeneration
+from minivlm.processing.idefics import IdeficsProcessor
 from minivlm.processing.llava_next import LlavaNextProcessor
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-IMAGE, END = SPECIAL.index("<image>"), SPECIAL.index("<end_of_utterance>")
+IMAGE = SPECIAL.index("<image>")
 LATENTS = 16
+AND_THAT = "And what is in that?"  # of a second picture
 PATCH, TILE = 8, 32
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 CHAT_TEMPLATE = (
@@ -45,11 +59,17 @@ CHAT_TEMPLATE = (
 # ----------------------------------------------------------------------------------------------------- words
 
 
-def build_tokenizer() -> Tokenizer:
-    """The task's words, and letters to spell all others with; capitals do not count."""
+def build_tokenizer(decoupled: bool = False) -> Tokenizer:
+    """The task's words, and letters to spell all others with; capitals do not count.
+
+    `decoupled`: with the words of the IDEFICS guide's prompts, and the three tokens that IDEFICS adds behind the rest.
+    """
     letters = string.ascii_lowercase + string.digits
     tokens = [*SPECIAL, "user", "assistant", *string.punctuation, *letters, *("##" + letter for letter in letters)]
     tokens += [word for word in vocabulary() if word not in tokens]
+    if decoupled:
+        tokens = [token for token in [*tokens, *guide_words()] if token not in SPECIAL[3:]] + SPECIAL[3:]
+        tokens = list(dict.fromkeys(tokens))
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="##"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -60,6 +80,22 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.WordPiece("##", cleanup=True), decoders.Replace(" :", ":")])
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
+
+
+def guide_words() -> list[str]:
+    """Every word of the prompts of the IDEFICS guide, and of the stories, sorted."""
+    prompts = [
+        caption_prompt(""),
+        prompted_caption_prompt(""),
+        few_shot_prompt([], ""),
+        question_prompt("", ""),
+        classification_prompt("", []),
+        story_prompt(""),
+        conversation_prompt("", "", "", AND_THAT),
+        [story(EXAMPLE), story(replace(EXAMPLE, shapes=()))],
+    ]
+    written = " ".join(text for prompt in prompts for text in prompt).replace(SPECIAL[-1], " ")
+    return sorted(set(re.findall("[a-z]+", written.lower())))
 
 
 # ------------------------------------------------------------------------------------------------- the models
@@ -109,29 +145,101 @@ def llava_next_config() -> LlavaNextConfig:
     )
 
 
-def start_from_idefics2(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
-    """Copy the tower, the decoder and the head of a trained small Idefics2; the decoder's first layer stays new.
+def idefics_config() -> IdeficsConfig:
+    """A real IDEFICS with the tower and the decoder of the Idefics2 above: 1.96 million parameters, 3.9 MB.
+
+    Its decoder knows no shared key heads. A gated block stands before the first layer and before the third. Gates start
+    open; what a block adds at first is nothing all the same, see `idefics_start`.
+    """
+    resampler = {"resampler_n_latents": LATENTS, "resampler_depth": 1, "resampler_n_heads": 4}
+    resampler |= {"resampler_head_dim": 32, "qk_layer_norms_perceiver": True}
+    vision = {**VISION, "image_size": 64, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    vision["embed_dim"] = vision.pop("hidden_size")
+    names = ("hidden_size", "initializer_range", "intermediate_size", "num_attention_heads", "rms_norm_eps")
+    names += ("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    return IdeficsConfig.from_hub(
+        {
+            **{name: TEXT[name] for name in names},
+            **{"model_type": "idefics", "vision_config": vision, "perceiver_config": resampler},
+            **{"num_hidden_layers": 4, "cross_layer_interval": 2, "alpha_initializer": "ones"},
+            **{"use_resampler": True, "qk_layer_norms": True},
+            **{"freeze_text_layers": False, "freeze_vision_layers": False},
+            "vocab_size": build_tokenizer(decoupled=True).get_vocab_size() - len(SPECIAL[3:]),
+            "additional_vocab_size": len(SPECIAL[3:]),
+        }
+    )
+
+
+# ------------------------------------------------------------------------- parts of a small Idefics2 to start from
+
+# What a block adds to the residual stream comes out of these.
+ADDING = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+CROSSING = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+def start_from_idefics2(family: Family, model: nn.Module, folder: Path) -> None:
+    """Copy what `family.start` makes of the weights of a trained small Idefics2; all else stays new."""
+    old = Idefics2ForConditionalGeneration.from_pretrained(folder).float().state_dict()
+    state = model.state_dict()
+    taken = {name: value for name, value in family.start(old, state).items() if name in state}
+    model.load_state_dict(state | taken)
+
+
+def as_clip(old: dict[str, Tensor], tower: str, grid: slice) -> dict[str, Tensor]:
+    """The tower of an Idefics2 as a CLIP of this name, with the positions of a part of its grid of 8 × 8.
 
     SigLIP has no norm before its layers, so as a CLIP the tower is only nearly what it was: the norm gets the spread
-    that embedded patches had, about 0.5, and the middle of the grid of positions serves for a tile.
+    that embedded patches had, about 0.5.
     """
-    old = {}
-    for name, value in Idefics2ForConditionalGeneration.from_pretrained(folder).float().state_dict().items():
-        name = name.replace("vision_model", "vision_tower").replace("text_model", "language_model")
+    prefix = "model.vision_model."
+    new = {f"model.{tower}.{name.removeprefix(prefix)}": value for name, value in old.items() if prefix in name}
+    places = old[prefix + "embeddings.position_embedding.weight"].unflatten(0, (8, 8))[grid, grid].flatten(0, 1)
+    places = places + old[prefix + "embeddings.patch_embedding.bias"]  # CLIP's patches have no bias
+    new[f"model.{tower}.embeddings.position_embedding.weight"] = torch.cat([torch.zeros_like(places[:1]), places])
+    new[f"model.{tower}.pre_layrnorm.weight"] = torch.full_like(places[0], 0.5)
+    return new
+
+
+def llava_next_start(old: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tower, decoder and head; the decoder's first layer is new and adds nothing at first.
+
+    A tile's positions are the middle of the grid.
+    """
+    new = as_clip(old, "vision_tower", slice(2, 6)) | {"lm_head.weight": old["lm_head.weight"]}
+    for name, value in old.items():
+        name = name.replace("model.text_model.", "model.language_model.")
         for layer in reversed(range(4)):
-            name = name.replace(f"language_model.layers.{layer}.", f"language_model.layers.{layer + 1}.")
-        old[name] = value
-    vision = "model.vision_tower.embeddings."
-    grid = old[vision + "position_embedding.weight"].unflatten(0, (8, 8))[2:6, 2:6].flatten(0, 1)
-    places = grid + old[vision + "patch_embedding.bias"]  # CLIP's patches have no bias
-    old[vision + "position_embedding.weight"] = torch.cat([torch.zeros_like(places[:1]), places])
-    state = model.state_dict()
-    state |= {name: value for name, value in old.items() if name in state}
-    model.load_state_dict(state)
-    nn.init.constant_(model.model.vision_tower.pre_layrnorm.weight, 0.5)
-    new = model.model.language_model.layers[0]  # adds nothing at first
-    nn.init.zeros_(new.self_attn.o_proj.weight)
-    nn.init.zeros_(new.mlp.down_proj.weight)
+            name = name.replace(f".language_model.layers.{layer}.", f".language_model.layers.{layer + 1}.")
+        new[name] = value
+    first = "model.language_model.layers.0."
+    return new | {first + name: torch.zeros_like(state[first + name]) for name in ADDING}
+
+
+def idefics_start(old: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tower, decoder, embeddings and head; the gated blocks are new and add nothing at first.
+
+    Key heads that two query heads shared are doubled. Tokens are found by their names: three of them moved behind the
+    vocabulary, into tables of their own.
+    """
+    new = as_clip(old, "vision_model", slice(0, 8))
+    for name, value in old.items():
+        if "text_model.layers." in name:
+            shared = "k_proj" in name or "v_proj" in name
+            doubled = value.unflatten(0, (-1, 32)).repeat_interleave(2, dim=0).flatten(0, 1) if shared else value
+            new[name] = doubled
+    new["model.text_model.norm.weight"] = old["model.text_model.norm.weight"]
+    places, vocabulary = build_tokenizer().get_vocab(), build_tokenizer(decoupled=True).get_vocab()
+    pairs = [(vocabulary[token], place) for token, place in places.items()]
+    tables = {"model.text_model.embed_tokens": "model.additional_embedding", "lm_head": "additional_fc"}
+    for table, added in tables.items():
+        rows = torch.cat([state[f"{table}.weight"], state[f"{added}.weight"]])
+        now, before = torch.tensor(pairs).T
+        rows[now] = old[f"{table}.weight"][before]
+        new[f"{table}.weight"], new[f"{added}.weight"] = rows.split([len(rows) - len(SPECIAL[3:]), len(SPECIAL[3:])])
+    for block in range(2):
+        names = [f"model.gated_cross_attn_layers.{block}.{name}" for name in CROSSING]
+        new |= {name: torch.zeros_like(state[name]) for name in names}
+    return new
 
 
 # --------------------------------------------------------------------------- what a tower sees, and its labels
@@ -174,8 +282,12 @@ def squares(pictures: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def base_labels(labels: Tensor) -> Tensor:
     """Labels of the quarters of the base's 16 patches: (B, h / 8, w / 8, 6) → (B, 16, 4, 6)."""
     rows, columns = (torch.arange(8) * size // 8 for size in labels.shape[1:3])
-    quarters = centres_in_sixteenths(labels)[:, rows][:, :, columns]  # (B, 8, 8, 6)
-    return quarters.unflatten(2, (4, 2)).unflatten(1, (4, 2)).transpose(2, 3).reshape(-1, 16, 4, 6)
+    return fours(centres_in_sixteenths(labels)[:, rows][:, :, columns])
+
+
+def fours(labels: Tensor) -> Tensor:
+    """Labels of 8 × 8 patches by squares of four: (B, 8, 8, 6) → (B, 16, 4, 6)."""
+    return labels.unflatten(2, (4, 2)).unflatten(1, (4, 2)).transpose(2, 3).reshape(-1, 16, 4, 6)
 
 
 # What is labelled in stage 2: (outputs of the module, the model's inputs, labels of the batch's pictures) → vectors
@@ -203,6 +315,11 @@ def picture_tokens(outputs: list[Tensor], inputs: Any, labels: list[Tensor]) -> 
     return outputs[0][slots], torch.cat(targets)
 
 
+def latents(outputs: list[Tensor], _: Any, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """IDEFICS's latents (n, Q, C) of the pictures in the order of the rows; each answers for four patches."""
+    return outputs[0].flatten(0, 1), fours(torch.stack(labels)).flatten(0, 1)
+
+
 @contextmanager
 def base_alone(model: nn.Module, processor: LlavaNextProcessor) -> Iterator[None]:
     """Within it a LLaVA-NeXT has one canvas, of one tile: it sees pictures at the base's size only.
@@ -224,7 +341,7 @@ def base_alone(model: nn.Module, processor: LlavaNextProcessor) -> Iterator[None
 
 @dataclass(frozen=True)
 class Family:
-    """All that differs between the models, but for the start that one gives to the other."""
+    """All that differs between the models."""
 
     model: type[nn.Module]
     processor: type
@@ -232,11 +349,14 @@ class Family:
     preprocessor: dict[str, Any]  # preprocessor_config.json, but for what is common
     settings: dict[str, Any]  # processor_config.json
     view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # what the tower sees of pictures and their labels
-    features: Callable[[nn.Module, Tensor], Tensor]  # tower, what it sees → a vector per patch (N, P, C)
-    labels: int  # for each of the tower's patches
-    tower: str
+    seeing: Callable[[nn.Module], nn.Module]  # model → what stage 1 trains
+    features: Callable[[nn.Module, Tensor], Tensor]  # that, what it sees → vectors (N, P or Q, C)
+    labels: int  # for each of these vectors
     middle: Callable[[nn.Module], nn.Module]  # whose outputs are labelled in stage 2
     labelled: Callable[[list[Tensor], Any, list[Tensor]], tuple[Tensor, Tensor]]
+    start: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]] | None = None  # see start_from_idefics2
+    square: bool = False  # pictures are squeezed into squares
+    decoupled: bool = False  # see build_tokenizer
 
 
 FAMILIES = {
@@ -247,9 +367,9 @@ FAMILIES = {
         preprocessor={"do_image_splitting": False, "size": {"longest_edge": 64, "shortest_edge": 32}},
         settings={"image_seq_len": LATENTS},
         view=whole,
+        seeing=lambda model: model.model.vision_model,
         features=lambda tower, pictures: tower(pictures),
         labels=1,
-        tower="vision_model",
         middle=lambda model: model.model.connector.modality_projection,
         labelled=projected_patches,
     ),
@@ -270,11 +390,28 @@ FAMILIES = {
             "vision_feature_select_strategy": "default",
         },
         view=squares,
+        seeing=lambda model: model.model.vision_tower,
         features=lambda tower, tiles: tower(tiles)[0][:, 1:],
         labels=4,
-        tower="vision_tower",
         middle=lambda model: model.model.language_model.layers[2],
         labelled=picture_tokens,
+        start=llava_next_start,
+    ),
+    "idefics": Family(
+        model=IdeficsForVisionText2Text,
+        processor=IdeficsProcessor,
+        config=idefics_config,
+        preprocessor={"image_size": 64, "image_num_channels": 3, "resample": 3},
+        settings={},
+        view=lambda pictures, labels: (pictures, fours(labels)),
+        seeing=lambda model: nn.ModuleList([model.model.vision_model, model.model.perceiver_resampler]),
+        features=lambda parts, pictures: parts[1](parts[0](pictures)[0]),
+        labels=4,
+        middle=lambda model: model.model.perceiver_resampler,
+        labelled=latents,
+        start=idefics_start,
+        square=True,
+        decoupled=True,
     ),
 }
 
@@ -282,7 +419,7 @@ FAMILIES = {
 def write_processor(family: Family, folder: Path) -> None:
     """Everything but weights and their configuration, in the files that the Hub's checkpoints have."""
     folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    build_tokenizer(family.decoupled).save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     names["additional_special_tokens"] = SPECIAL[3:]
     processor_class = {"processor_class": family.processor.__name__}
@@ -321,6 +458,7 @@ def save_package(family: Family, model: nn.Module, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"dtype": "float32", "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = {"bad_words_ids": [[3], [4]], "bos_token_id": 1, "eos_token_id": [2, END], "pad_token_id": 0}
+    fake, image, end = map(build_tokenizer(family.decoupled).token_to_id, SPECIAL[3:])
+    generation = {"bad_words_ids": [[fake], [image]], "bos_token_id": 1, "eos_token_id": [2, end], "pad_token_id": 0}
     generation["max_new_tokens"] = 64
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

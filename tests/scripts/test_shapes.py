@@ -14,9 +14,9 @@ from eval_shapes import answers, small_numbers
 from PIL import Image, ImageDraw, ImageFont
 from shapes import COLOURS, COUNTS, KINDS, NONE, PHRASINGS, PLURALS, TYPES, Scene, ask, make_scene
 from shapes_models import (
-    END,
     FAMILIES,
     PINPOINTS,
+    SPECIAL,
     base_alone,
     build_tokenizer,
     save_package,
@@ -29,6 +29,7 @@ from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.hub import BUILT_IN
 from minivlm.processing.llava_next import LlavaNextImageProcessor
 
+END = SPECIAL[-1]
 SCENES = [make_scene(seed) for seed in range(200)]
 
 
@@ -132,10 +133,16 @@ def test_labels_count_the_assistants_words_only():
     tokenizer = build_tokenizer()
     text = "User: how many?<end_of_utterance>\nAssistant: two.<end_of_utterance>\nUser: sure?<end_of_utterance>\n"
     ids = torch.tensor([tokenizer.encode(text + "Assistant: yes.<end_of_utterance>\n").ids])
-    labels = train.answer_labels(ids, tokenizer.token_to_id("assistant"), tokenizer.token_to_id(":"))
+    end = tokenizer.token_to_id(END)
+    labels = train.answer_labels(ids, tokenizer.token_to_id("assistant"), tokenizer.token_to_id(":"), end)
     counted = [token for token in labels[0].tolist() if token != -100]
     words = [tokenizer.token_to_id(token) for token in ("two", ".", "yes", ".")]
-    assert counted == [*words[:2], END, *words[2:], END]
+    assert counted == [*words[:2], end, *words[2:], end]
+
+
+def pixels_of(found):
+    """An image processor's answer is a dict, but for IDEFICS's, which is the pixels."""
+    return found if isinstance(found, torch.Tensor) else found["pixel_values"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -143,35 +150,43 @@ def test_the_pool_holds_what_the_processor_makes(name, tmp_path):
     """Pictures are shrunk once, when the pool is drawn; the processor would have made the same pixels of them."""
     write_processor(FAMILIES[name], tmp_path)
     shrink = FAMILIES[name].processor.from_pretrained(tmp_path).image_processor
+    square = FAMILIES[name].square
     for scene in SCENES[:20]:
-        pooled = Image.fromarray(train._drawn(scene.seed)[0][: scene.height, : scene.width])
-        whole, small = (
-            shrink([picture], return_tensors="pt")["pixel_values"] for picture in (shapes.draw(scene), pooled)
-        )
+        pooled = train._drawn(scene.seed, square)[0]
+        pooled = Image.fromarray(pooled if square else pooled[: scene.height, : scene.width])
+        whole, small = (pixels_of(shrink([picture], return_tensors="pt")) for picture in (shapes.draw(scene), pooled))
         if name == "llava_next":  # the base is shrunk once more
             assert (whole[:, 0] - small[:, 0]).abs().mean() < 0.02
             whole, small = whole[:, 1:], small[:, 1:]
         assert torch.equal(whole, small)
 
 
+def same_state(first, second):
+    """Of two optimisers: every number that they remember."""
+    a, b = first.state_dict()["state"], second.state_dict()["state"]
+    return a.keys() == b.keys() and all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_stages_train_and_resume(name, tmp_path):
     family = FAMILIES[name]
     write_processor(family, tmp_path / "processor")
-    pool = train.make_pool(tmp_path, 60)
-    model = family.model(family.config())
-    head = torch.nn.Linear(128, family.labels * train.CLASSES)
-    train.train_vision(tmp_path, family, getattr(model.model, family.tower), pool, batch=2, steps=2, minutes=1)
+    pool = train.make_pool(tmp_path, 60, family.square)
+    model, head = family.model(family.config()), train.new_head(family)
+    train.train_vision(tmp_path, family, model, pool, batch=2, steps=2, minutes=1)
     processor = family.processor.from_pretrained(tmp_path / "processor")
     modules = {"model": model, "head": head}
     step = train.joint_step(family, modules, processor, pool, batch=2, most=7)
-    for steps in (1, 9):
+    before: list = []
+    for steps in (1, 3):
         optimisers = [*train.muon_and_adamw(model, 1e-3), train.adamw(head.parameters(), 1e-3)]
         run = train.Run(tmp_path, "joint", modules, optimisers, steps, minutes=1)
         assert run.step == (0 if steps == 1 else 1)
+        assert all(same_state(*pair) for pair in zip(before, optimisers, strict=False))  # nothing is forgotten
         run.train(step)
+        before = optimisers
     logged = [json.loads(line) for line in (tmp_path / "joint.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged] == [1, 9]
+    assert [line["step"] for line in logged] == [1, 3]
     assert all(0 < line["answers"] < 20 for line in logged)
 
 
@@ -193,16 +208,42 @@ def test_tiles_are_cut_as_the_processor_cuts_them(width, height):
     assert colours[colours > 0].sort().values.equal(patches[..., 1][patches[..., 1] > 0].sort().values)
 
 
-def test_llava_next_begins_with_the_parts_of_an_idefics2(tmp_path):
-    idefics2, llava = (family.model(family.config()) for family in FAMILIES.values())
-    save_package(FAMILIES["idefics2"], idefics2, tmp_path)
-    start_from_idefics2(llava, tmp_path)
+@pytest.fixture(scope="module")
+def small_idefics2(tmp_path_factory):
+    """A folder with random weights, to start from."""
+    folder = tmp_path_factory.mktemp("idefics2")
+    save_package(FAMILIES["idefics2"], FAMILIES["idefics2"].model(FAMILIES["idefics2"].config()), folder)
+    return folder
+
+
+def test_llava_next_begins_with_the_parts_of_an_idefics2(small_idefics2):
+    family = FAMILIES["llava_next"]
+    llava = family.model(family.config())
+    start_from_idefics2(family, llava, small_idefics2)
     ids = torch.arange(10, 60)[None]
-    wanted = AutoModelForImageTextToText.from_pretrained(tmp_path)(input_ids=ids).logits
+    wanted = AutoModelForImageTextToText.from_pretrained(small_idefics2)(input_ids=ids).logits
     torch.testing.assert_close(llava(input_ids=ids).logits, wanted)  # of text alone they say the same
 
 
-@pytest.fixture(scope="module", params=["shapes-idefics2", "shapes-llava-next"])
+def test_idefics_begins_with_the_parts_of_an_idefics2(small_idefics2):
+    """Of text alone they say the same, token by token, though three tokens and two key heads are elsewhere."""
+    family = FAMILIES["idefics"]
+    idefics, theirs = family.model(family.config()), AutoModelForImageTextToText.from_pretrained(small_idefics2)
+    start_from_idefics2(family, idefics, small_idefics2)
+    text = "User: how many stars?<end_of_utterance> Assistant: two.<end_of_utterance>"
+    before, now = build_tokenizer(), build_tokenizer(decoupled=True)
+    ids, others = (torch.tensor([tokenizer.encode(text).ids]) for tokenizer in (before, now))
+    no_picture = {"pixel_values": torch.zeros(1, 1, 3, 64, 64), "image_attention_mask": torch.zeros(*ids.shape, 1)}
+    logits = idefics(input_ids=others, **no_picture).logits
+    known = [now.token_to_id(before.id_to_token(index)) for index in range(before.get_vocab_size())]
+    torch.testing.assert_close(logits[..., known], theirs(input_ids=ids).logits)
+    tower, siglip = idefics.model.vision_model, theirs.model.vision_model
+    pictures = torch.randn(1, 3, 64, 64)
+    patches = tower.embeddings(pictures)[:, 1:]
+    torch.testing.assert_close(patches, siglip.embeddings(pictures, None))
+
+
+@pytest.fixture(scope="module", params=["shapes-idefics2", "shapes-llava-next", "shapes-idefics"])
 def checkpoint(request):
     return BUILT_IN / request.param
 
@@ -214,6 +255,13 @@ def ours(checkpoint):
 
 def test_the_checkpoint_is_small(checkpoint):
     assert sum(file.stat().st_size for file in checkpoint.iterdir()) <= 4_000_000
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_script_still_writes_the_vocabulary_that_was_trained(name):
+    shipped = BUILT_IN / f"shapes-{name.replace('_', '-')}" / "tokenizer.json"
+    tokenizer = build_tokenizer(FAMILIES[name].decoupled)
+    assert json.loads(tokenizer.to_str()) == json.loads(shipped.read_text())
 
 
 def test_the_checkpoint_has_learned_the_task(ours):
@@ -242,8 +290,8 @@ def test_a_hand_drawn_picture(ours):
     found = {}
     for question in expected:
         messages = shapes.conversation([(question, None)])
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = processor(text=prompt, images=[picture], return_tensors="pt")
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template(messages, images=[[picture]], **options)
         ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         found[question] = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert found == expected
