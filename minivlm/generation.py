@@ -200,7 +200,7 @@ def _next_logits(model: Any, run: Run, step: int) -> Tensor:
 
 
 def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Tensor:
-    """`decode_step`, on CUDA captured in a graph, which asks neither Python nor the host for anything."""
+    """Run one more token (B·n,) at `position` (B·n,), S keys in all: as a graph on CUDA, else by `decode_step`."""
     if run.captured is None and _can_capture(run):
         run.captured = CapturedStep(model, run.cache, run.mask)
     if run.captured is not None:
@@ -209,7 +209,7 @@ def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Te
 
 
 def _can_capture(run: Run) -> bool:
-    return run.cache.data.is_cuda
+    return run.cache.data.is_cuda and not run.settings.disable_compile
 
 
 def _read(model: Any, run: Run, step: int, copy: int) -> Tensor:

@@ -205,6 +205,40 @@ def test_a_step_does_not_grow_and_does_not_wait(case: tuple[Any, dict[str, Tenso
     assert not {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"} & set(many.counts)
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["plain", "captured"])
+def test_generation_waits_once_a_token(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whether all rows have ended. On a CPU, where nothing waits, each step's logits are checked as well."""
+    model, inputs = idefics2()
+    monkeypatch.setattr(generation, "_can_capture", lambda run: captured)
+    monkeypatch.setattr(generation, "_check_finite", lambda *_: None)
+    reads = []
+    for tokens in (4, 9):
+        with Operations() as seen:
+            found = model.generate(**inputs, max_new_tokens=tokens, eos_token_id=[99])
+        assert found.shape[1] == inputs["input_ids"].shape[1] + tokens  # no row has met 99
+        reads.append(seen.counts["aten::_local_scalar_dense"])
+    assert reads[1] - reads[0] == 9 - 4
+
+
+def test_a_graph_can_be_declined() -> None:
+    model, inputs = idefics2()
+    run = prepare(model, **inputs, disable_compile=True)
+    run.cache.data = torch.empty(0, device="meta")
+    assert not generation._can_capture(run)
+
+
+def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, _ = idefics2()
+    step = CapturedStep(model, model.new_cache(1, 4))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.raises(RuntimeError, match="disable_compile=True"):
+        step._capture()
+
+
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
 
 
