@@ -5,7 +5,8 @@
 
 Everything here is a plain function over a model; it knows token ids, not text or images: whatever else the model takes
 (`pixel_values`, …) goes to the prefill as it is, and never to a decode step, so that an image placeholder which the
-model writes itself is just a token. `generate` collects what `stream` yields, or hands over to `beams`.
+model writes itself is just a token. `generate` collects what `stream` yields, or hands over to `beams`. On CUDA,
+`CapturedStep` stands in for `decode_step`.
 
 B rows, n copies of each (beams, or samples) that differ from the first new token on, P prompt ids, K prompt keys (P, or
 the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The rules act on float32 scores in the order
