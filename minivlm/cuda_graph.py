@@ -67,6 +67,13 @@ class CapturedStep:
         return output.logits[:, -1].float()
 
     def _capture(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.token.device), torch.cuda.graph(self.graph):
-            self.logits = self._run()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device_of(self.token), torch.cuda.graph(graph):
+                self.logits = self._run()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a decode step of this model cannot be captured in a CUDA graph: a layer, or a hook, waits for the "
+                "device or copies from the host; pass disable_compile=True to generate without one"
+            ) from error
+        self.graph = graph

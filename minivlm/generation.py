@@ -5,7 +5,8 @@
 
 Everything here is a plain function over a model; it knows token ids, not text or images: whatever else the model takes
 (`pixel_values`, …) goes to the prefill as it is, and never to a decode step, so that an image placeholder which the
-model writes itself is just a token. `generate` collects what `stream` yields, or hands over to `beams`.
+model writes itself is just a token. `generate` collects what `stream` yields, or hands over to `beams`. On CUDA,
+`CapturedStep` stands in for `decode_step`.
 
 B rows, n copies of each (beams, or samples) that differ from the first new token on, P prompt ids, K prompt keys (P, or
 the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The rules act on float32 scores in the order
@@ -210,7 +211,7 @@ def _next_logits(model: Any, run: Run, step: int) -> Tensor:
 
 
 def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Tensor:
-    """`decode_step`, on CUDA captured in a graph, which asks neither Python nor the host for anything."""
+    """Run one more token (B·n,) at `position` (B·n,), S keys in all: as a graph on CUDA, else by `decode_step`."""
     if run.captured is None and _can_capture(run):
         run.captured = CapturedStep(model, run.cache, run.mask)
     if run.captured is not None:
@@ -219,7 +220,7 @@ def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Te
 
 
 def _can_capture(run: Run) -> bool:
-    return run.cache.data.is_cuda
+    return run.cache.data.is_cuda and not run.settings.disable_compile
 
 
 def _read(model: Any, run: Run, step: int, copy: int) -> Tensor:

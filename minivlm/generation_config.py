@@ -48,7 +48,7 @@ UNSUPPORTED: dict[str, Any] = {
 # These never change the ids of what is supported.
 HARMLESS = {
     *("transformers_version", "_from_model_config", "_commit_hash", "decoder_start_token_id", "synced_gpus", "labels"),
-    *("cache_implementation", "cache_config", "max_cache_len", "low_memory", "compile_config", "disable_compile"),
+    *("cache_implementation", "cache_config", "max_cache_len", "low_memory", "compile_config"),
     *("prefill_chunk_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
     *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
     *("continuous_batching_config",),
@@ -84,6 +84,7 @@ class GenerationConfig:
     pad_token_id: int | None  # fills rows that have ended; the first eos id if not set
     bos_token_id: int | None
     use_cache: bool | None
+    disable_compile: bool | None  # on CUDA, launch each step from Python instead of capturing one in a graph
     return_dict_in_generate: bool | None  # return a `GenerateOutput`
     output_scores: bool | None  # with the scores of each step in it
     output_logits: bool | None  # with the logits of each step in it

@@ -28,9 +28,9 @@ class Mask:
 
     causal: query i (in slot S − T + i) sees no later slot.
     window: with `causal`, it sees the last `window` slots, its own included.
-    valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
     filled: () on the device, where shapes do not tell (`StaticCache`): so many of the S slots hold tokens, of which the
     queries are the last; None: all S do.
+    valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
 
     What a query gets that sees no slot, such as padding, is up to the backend: 0 from triton, itself from the others.
     """
