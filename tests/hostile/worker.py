@@ -1,4 +1,4 @@
-"""Loads checkpoints, one a line of stdin, and answers with a line of JSON each; a process of its own with a limit of memory.
+"""Loads checkpoints, one a line of stdin, and answers with a line of JSON each: a process with a limit of memory.
 
 What it prints: {"answer": …} if the checkpoint could be loaded and asked, {"error": [type, its bases …], "message": …}
 if not. Whatever else happens (a crash, silence) happens to this process alone.
@@ -21,7 +21,7 @@ ROOM = 512 * 2**20  # bytes that a case may need beside what the process has
 
 
 def answer(folder: str) -> Any:
-    """Ids that the checkpoint answers to a picture, and the sum of its logits: what must be the same for the same files."""
+    """Ids that the checkpoint answers to a picture, and the sum of its logits."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     picture = Image.fromarray(np.arange(28 * 28 * 3, dtype=np.uint8).reshape(28, 28, 3))
