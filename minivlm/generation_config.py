@@ -217,7 +217,8 @@ def _check_search(settings: GenerationConfig) -> None:
     check("num_beams", beams, is_whole(beams, 1), "an integer > 0")
     check("num_return_sequences", copies, is_whole(copies, 1), "an integer > 0")
     check("early_stopping", early, isinstance(early, bool) or early == "never", "True, False or 'never'")
-    check("length_penalty", settings.length_penalty, is_number(settings.length_penalty), "a number")
+    penalty = settings.length_penalty
+    check("length_penalty", penalty, is_number(penalty) and abs(penalty) <= 10, "a number from -10 to 10")
     if beams == 1 < copies and not settings.do_sample:
         raise ValueError(f"num_return_sequences={copies}: greedy search has one answer; pass num_beams or do_sample")
     if 1 < beams < copies:

@@ -15,6 +15,7 @@ from minivlm.hub import CheckpointError, CheckpointFileError, check_start, parse
 
 MAX_HEADER = 2**23  # bytes; a released shard's has up to 10**5, the format allows 10**8
 MAX_DIMENSIONS = 8
+MAX_NAME = 256
 # Bytes of a number. The smaller kinds (F8_E4M3, F4, …) mean nothing without scales, for which there is no rule.
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -54,8 +55,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(where: str, name: str, value: Any) -> Entry:
-    if not name.isprintable():
-        raise CheckpointError(f"{where}: names of tensors are made of printable characters")
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise CheckpointError(f"{where}: names of tensors are made of up to {MAX_NAME} printable characters")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} should be described by dtype, shape and data_offsets, found {value!r:.80}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

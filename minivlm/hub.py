@@ -165,7 +165,7 @@ def source(
 ) -> Source:
     """A folder on disk, the name of a checkpoint in this package (`shapes-idefics2`), or a Hub id, in this order.
 
-    Raises TypeError for anything but a string or path, CheckpointFileError for a path that looks local but is none.
+    Raises TypeError for anything but a string or path, CheckpointFileError for a path of no folder.
     """
     if not isinstance(name_or_folder, str | Path):
         raise TypeError(f"a checkpoint is named by a string or path, found {type(name_or_folder).__name__}")

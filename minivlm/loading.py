@@ -70,7 +70,13 @@ def from_pretrained(
     with torch.device("meta"):
         model = cls(config, attn_implementation=attn_implementation)
     shards = weight_files(files)
-    fill(model, shards, wanted_dtype(dtype or torch_dtype, config.dtype), wanted_device(device_map))
+    wanted = wanted_dtype(dtype or torch_dtype, config.dtype)
+    fill(model, shards, wanted, wanted_device(device_map))
+    if wanted is None and len(found := {parameter.dtype for parameter in model.parameters()}) > 1:
+        raise CheckpointError(
+            f"{files.name} stores its weights in {' and '.join(sorted(map(str, found)))}, and config.json does not say "
+            "which it should be; pass dtype="
+        )
     model.generation_config = read_generation_config(files) or model.generation_config
     return model.eval()
 

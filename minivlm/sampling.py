@@ -127,7 +127,8 @@ def logits_rules(
     """
     rules: list[Rule] = []
     if (penalty := settings.repetition_penalty) not in (None, 1):
-        check("repetition_penalty", penalty, isinstance(penalty, float) and penalty > 0, "a float > 0, such as 1.2")
+        fits = isinstance(penalty, float) and 1e-6 <= penalty <= 1e6  # beyond, scores could overflow
+        check("repetition_penalty", penalty, fits, "a float > 0, such as 1.2")
         rules.append(lambda scores, ids: repetition_penalty(scores, ids, penalty, padding))
     if (n := settings.no_repeat_ngram_size) not in (None, 0):
         check("no_repeat_ngram_size", n, is_whole(n, 1), "an integer > 0, or 0 to switch it off")
@@ -155,7 +156,7 @@ def _sampling_rules(settings: GenerationConfig) -> list[Rule]:
     rules: list[Rule] = []
     keep = 1 if settings.num_beams in (None, 1) else max(2, len(settings.eos_ids) + 1)
     if (temperature := settings.temperature) not in (None, 1):
-        fits = isinstance(temperature, float) and temperature > 0
+        fits = isinstance(temperature, float) and temperature >= 1e-6  # below, scores could overflow
         check("temperature", temperature, fits, "a float > 0 (for greedy search, pass do_sample=False)")
         rules.append(lambda scores, ids: scores / temperature)
     if (k := settings.top_k) not in (None, 0):

@@ -306,6 +306,22 @@ def test_inspect_needs_the_config_alone(checkpoint, tmp_path, capsys):
     assert {**alone, "model": checkpoint} == json.loads(capsys.readouterr().out)
 
 
+def test_inspect_checks_every_number_when_asked(checkpoint, tmp_path, capsys):
+    assert cli.main(["inspect", checkpoint, "--check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["checked"]
+    assert found["tensors"] > 80
+    assert found["tokens"] == 32003
+    assert cli.main(["inspect", checkpoint, "--check"]) == 0
+    assert "checked: 32,003 tokens" in capsys.readouterr().out
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\x00\x00\xc0\x7f")  # NaN, in the last tensor
+    assert cli.main(["inspect", str(folder)]) == 0
+    capsys.readouterr()
+    assert "1 tensors with NaN or infinity:" in fails(capsys, "inspect", str(folder), "--check")
+
+
 def test_inspect_refuses_in_one_line(tmp_path, capsys):
     assert "is not in the local cache" in fails(capsys, "inspect", "nobody/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "idefics2", "text_config": {"hidden_size": "wide"}}')

@@ -719,7 +719,7 @@ ERRORS = [
     ({"num_return_sequences": 2}, "num_return_sequences=2: greedy search has one answer"),
     ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than there are beams: num_beams=2"),
     ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping should be True, False or 'never', found 'soon'"),
-    ({"num_beams": 2, "length_penalty": "long"}, "length_penalty should be a number, found 'long'"),
+    ({"num_beams": 2, "length_penalty": "long"}, "length_penalty should be a number from -10 to 10, found 'long'"),
     ({"stop_strings": ["a"]}, "stop_strings need the tokenizer .*: pass tokenizer=processor.tokenizer"),
     (
         {"stop_strings": [""], "tokenizer": 1},

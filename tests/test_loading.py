@@ -1,9 +1,7 @@
-"""From folder to model and back: exact round trips, memory-mapped tensors, one clear error for what does not fit."""
+"""From folder to model and back: exact round trips, memory-mapped tensors. Broken folders: `hostile/`."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import oracle
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minivlm import AutoModelForImageTextToText, Idefics2Config, Idefics2ForConditionalGeneration
-from minivlm.loading import INDEX, WEIGHTS, wanted_device, wanted_dtype
+from minivlm.loading import WEIGHTS, wanted_device, wanted_dtype
 
 Model = Idefics2ForConditionalGeneration
 
@@ -123,93 +121,6 @@ def test_random_weights_from_a_config() -> None:
     model = AutoModelForImageTextToText.from_config(config)
     assert abs(model.lm_head.weight.std() - 0.02) < 0.002
     assert not model.model.vision_model.encoder.layers[0].mlp.fc1.bias.any()
-
-
-def edit_json(name: str, **values: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / name
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return edit
-
-
-def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
-
-
-def only(*names: str) -> Callable[[Path], None]:
-    """Leave config.json, and empty files of these names, in place of the weights."""
-
-    def edit(folder: Path) -> None:
-        (folder / WEIGHTS).unlink()
-        for name in names:
-            (folder / name).write_bytes(b"")
-
-    return edit
-
-
-def truncate(folder: Path) -> None:
-    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size // 2)
-
-
-def index(weight_map: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
-        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-
-    return edit
-
-
-LATENTS = "model.connector.perceiver_resampler.latents"
-BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "missing tensor": (edit_weights(lambda t: t.pop("lm_head.weight")), ValueError, r"1 tensors missing:\n +lm_head"),
-    "unexpected tensor": (edit_weights(lambda t: t.update(x=torch.ones(2))), ValueError, r"unexpected:\n +x \[2\]"),
-    "misshapen tensor": (
-        edit_weights(lambda t: t.update({LATENTS: torch.ones(4, 64)})),
-        ValueError,
-        r"latents \[4, 64\], expected \[5, 64\]",
-    ),
-    "many missing tensors": (
-        edit_weights(lambda t: [t.pop(name) for name in list(t) if "vision" in name]),
-        ValueError,
-        r"53 tensors missing:(.|\n)*and 43 more",
-    ),
-    "unknown model_type": (edit_json("config.json", model_type="blip"), ValueError, "'blip'"),
-    "config of no sense": (edit_json("config.json", text_config=3), ValueError, "config.json does not describe"),
-    "config is a list": (write("config.json", b"[]"), ValueError, "JSON object"),
-    "config is no JSON": (write("config.json", b"{'a"), ValueError, "not valid JSON"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), OSError, "has no config.json; found"),
-    "no weights": (only(), OSError, "neither model.safetensors nor"),
-    "only a pickle": (only("pytorch_model.bin"), OSError, "only pickled weights"),
-    "truncated file": (truncate, OSError, "not a complete safetensors file"),
-    "empty file": (write(WEIGHTS, b""), OSError, "not a complete safetensors file"),
-    "Git LFS pointer": (
-        write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-        OSError,
-        "Git LFS pointer",
-    ),
-    "index that leaves the folder": (index({"a": "../../x.safetensors"}), ValueError, "not a safetensors file of its"),
-    "index that names a pickle": (index({"a": "model.bin"}), ValueError, "not a safetensors file of its"),
-    "index without a map": (index([]), ValueError, "weight_map"),
-    "index with a lost shard": (index({"a": "lost.safetensors"}), OSError, "has no lost.safetensors"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_folders(case: str, folder: Path) -> None:
-    damage, error, message = BROKEN[case]
-    damage(folder)
-    with pytest.raises(error, match=message):
-        AutoModelForImageTextToText.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ Pair = tuple[int, int]  # (height, width) or (rows, columns)
 
 STRATEGIES = ("default", "full")
 MAX_SIDE = 2**31 - 1  # of a picture; what Pillow can hold
-MAX_PINPOINT = 8192  # of a canvas: 800 MB of pixel values
+MAX_PINPOINT = 2**12  # of a canvas: 200 MB of pixel values
+MAX_TOKENS = 2**20  # of one picture; the released checkpoints need up to 2,928
+MAX_CLASS_TOKENS = 64
 MAX_PINPOINTS = 256  # every picture is held against all of them; the released checkpoints have five
 
 
@@ -104,11 +106,16 @@ def image_token_count(
     rows, columns = tile_grid(size, pinpoints, tile)
     if type(patch) is not int or not 1 <= patch <= tile:
         raise ValueError(f"patch_size is a whole number from 1 to the tile's side of {tile}, found {patch!r:.80}")
-    if type(class_tokens) is not int or class_tokens < 0:
-        raise ValueError(f"num_additional_image_tokens is a whole number from 0, found {class_tokens!r:.80}")
+    if type(class_tokens) is not int or not 0 <= class_tokens <= MAX_CLASS_TOKENS:
+        raise ValueError(
+            f"num_additional_image_tokens is a whole number from 0 to {MAX_CLASS_TOKENS}, found {class_tokens!r:.80}"
+        )
     side = tile // patch
     _, _, height, width = unpadded_grid(size, (rows * side, columns * side))
-    return side * side + class_tokens - (strategy == "default") + height * (width + 1)
+    count = side * side + class_tokens - (strategy == "default") + height * (width + 1)
+    if count > MAX_TOKENS:
+        raise ValueError(f"tiles of {tile} in patches of patch_size {patch} make {count:,} tokens of one picture")
+    return count
 
 
 def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:

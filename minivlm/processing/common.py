@@ -14,6 +14,7 @@ from minivlm.processing.shown import short
 from minivlm.processing.tokenizer import Tokenizer
 
 # red, green and blue of the pictures that CLIP was trained on
+MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 

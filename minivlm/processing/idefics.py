@@ -23,7 +23,7 @@ from PIL import Image
 
 from minivlm import hub
 from minivlm.processing import chat_template as chat
-from minivlm.processing.common import check_pixel_options, encode_all, pixel_table_of, read_processor
+from minivlm.processing.common import MAX_EDGE, check_pixel_options, encode_all, pixel_table_of, read_processor
 from minivlm.processing.files import read_configs, write_json
 from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
@@ -57,8 +57,10 @@ class IdeficsImageProcessor:
     do_normalize: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.image_size) is not int or not 1 <= self.image_size <= 8192:
-            raise ValueError(f"image_size is the side of a square in pixels, 1 to 8192, found {self.image_size!r:.80}")
+        if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_EDGE:
+            raise ValueError(
+                f"image_size is the side of a square in pixels, 1 to {MAX_EDGE}, found {self.image_size!r:.80}"
+            )
         if type(self.image_num_channels) is not int or self.image_num_channels != 3:
             raise ValueError(f"image_num_channels is 3, for pictures are RGB; found {self.image_num_channels!r:.80}")
         check_pixel_options(self)

@@ -15,7 +15,14 @@ import numpy as np
 
 from minivlm import hub
 from minivlm.processing import chat_template as chat
-from minivlm.processing.common import as_prompts, check_pixel_options, encode_all, pixel_table_of, read_processor
+from minivlm.processing.common import (
+    MAX_EDGE,
+    as_prompts,
+    check_pixel_options,
+    encode_all,
+    pixel_table_of,
+    read_processor,
+)
 from minivlm.processing.files import read_configs, write_json
 from minivlm.processing.images import check_pixel_count, image_rows, load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
@@ -71,9 +78,10 @@ class Idefics2ImageProcessor:
     def __post_init__(self) -> None:
         size = self.size if isinstance(self.size, dict) else {}
         edges = [size.get("shortest_edge"), size.get("longest_edge")]
-        if [type(edge) for edge in edges] != [int, int] or not 1 <= edges[0] <= edges[1] <= 8192:
+        if [type(edge) for edge in edges] != [int, int] or not 1 <= edges[0] <= edges[1] <= MAX_EDGE:
             raise ValueError(
-                f'size is {{"shortest_edge": a, "longest_edge": b}} with 1 <= a <= b <= 8192, found {self.size!r:.80}'
+                f'size is {{"shortest_edge": a, "longest_edge": b}} with 1 <= a <= b <= {MAX_EDGE}, '
+                f"found {self.size!r:.80}"
             )
         check_pixel_options(self)
 

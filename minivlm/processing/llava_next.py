@@ -21,6 +21,7 @@ from minivlm.processing import chat_template as chat
 from minivlm.processing.common import (
     CLIP_MEAN,
     CLIP_STD,
+    MAX_EDGE,
     as_prompts,
     check_pixel_options,
     encode_all,
@@ -306,7 +307,8 @@ def _side(name: str, value: Any) -> int:
     sides = {key: side for key, side in sides.items() if side is not None}
     side = next(iter(sides.values()), None)
     known = sides.keys() in ({"shortest_edge"}, {"height", "width"})
-    if not known or any(type(other) is not int or other != side for other in sides.values()) or not 1 <= side <= 8192:
+    fits = all(type(other) is int and other == side for other in sides.values())
+    if not known or not fits or not 1 <= side <= MAX_EDGE:
         raise ValueError(f'{name} is a square, for instance {{"height": 336, "width": 336}}, found {value!r:.80}')
     return side
 

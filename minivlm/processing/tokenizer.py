@@ -28,6 +28,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"
 MAX_FILE = 2**25  # bytes of tokenizer.json; those of the released checkpoints have up to a third
 MAX_ADDED = 2**14  # tokens beside the vocabulary, each of which is looked for in every text
+MAX_MISSING = 2**10  # of them, those that only the files beside tokenizer.json have
 MAX_AROUND = 16  # special tokens that tokenizer.json puts around a text
 MAX_GROWTH = 256  # times that normalisation may make a text longer; "▁" for a blank makes it three
 MAX_TEXT = 2**22  # characters; a hundred times what fills the longest context of the models here
@@ -78,6 +79,8 @@ class Tokenizer:
     def _add_listed(self, listed: dict[int, tuple[str, bool]]) -> None:
         """Add what tokenizer.json does not have of `listed`, id → (token, special). ValueError if an id is another."""
         missing = {i: token for i, token in sorted(listed.items()) if self.backend.token_to_id(token[0]) is None}
+        if len(missing) > MAX_MISSING:
+            raise ValueError(f"tokenizer.json lacks {len(missing):,} tokens that the files beside it have")
         for special, tokens in itertools.groupby(missing.values(), key=lambda token: token[1]):
             self.add_tokens([token for token, _ in tokens], special=special)
         for expected, (token, _) in listed.items():
@@ -430,8 +433,10 @@ def _growth(spec: dict[str, Any]) -> int:
 
 def _listed(added: dict[str, Any], decoder: Any) -> dict[int, tuple[str, bool]]:
     """Id → (token, special) of added_tokens.json, and over it of tokenizer_config.json's added_tokens_decoder."""
-    if not isinstance(decoder, dict) or len(added) + len(decoder) > MAX_ADDED:
-        raise ValueError(f"added_tokens_decoder is an object of at most {MAX_ADDED} tokens, found {decoder!r:.80}")
+    if not isinstance(decoder, dict):
+        raise ValueError(f"added_tokens_decoder is an object of ids and tokens, found {decoder!r:.80}")
+    if max(len(added), len(decoder)) > MAX_ADDED:
+        raise ValueError(f"the files beside tokenizer.json list more than {MAX_ADDED} added tokens")
     listed: dict[int, tuple[str, bool]] = {}
     for token, i in added.items():
         if type(i) is not int or not 0 <= i < 2**32:

@@ -1,6 +1,6 @@
 """Good tiny checkpoints of the three families, and a table of ways to break them.
 
-A case is a name, the family, how the folder is broken, and what must come of it: the kind of error and words of its
+A case is a name, the family, how the folder is broken, and what must come of it: the kind of error, and words of its
 message. Kinds: `file` (CheckpointFileError: absent, cut, no file), `content` (CheckpointError: what it says cannot be),
 `use` (ValueError: the files are sound, and an answer shows that they do not go together).
 """
@@ -230,6 +230,13 @@ def tensors(change: Callable[[dict[str, tuple[str, list[int], bytes]]], Any]) ->
     return broken
 
 
+def half_of_them(parts: dict[str, tuple[str, list[int], bytes]]) -> None:
+    """Every other tensor in half precision, which zeros are easily turned into."""
+    for name in sorted(parts)[::2]:
+        _, shape, data = parts[name]
+        parts[name] = "F16", shape, bytes(len(data) // 2)
+
+
 def write_tensors(path: Path, parts: dict[str, tuple[str, list[int], bytes]]) -> None:
     described, end = {}, 0
     for name, (dtype, shape, data) in parts.items():
@@ -239,7 +246,7 @@ def write_tensors(path: Path, parts: dict[str, tuple[str, list[int], bytes]]) ->
 
 
 def sharded(change: Callable[[dict[str, str], dict[str, dict]], Any] = lambda *_: None) -> Break:
-    """Two shards and an index; `change` gets the index's map and the shards, name → tensors, before they are written."""
+    """Two shards and an index. `change` gets the index's map and the shards, name → tensors, before that."""
 
     def broken(folder: Path) -> None:
         values, data = read_weights(folder / WEIGHTS)
@@ -477,6 +484,14 @@ HEADERS = _cases(
             header(lambda values: values.update({"\x1b[2Jx": values.pop("lm_head.weight")})),
             "printable characters",
         ),
+        "a name of a million letters": (
+            header(lambda values: values.update({"a" * 10**6: values.pop("lm_head.weight")})),
+            "names of tensors are made of up to 256",
+        ),
+        "weights of two kinds": (
+            several(tensors(half_of_them), entry("config.json", "dtype", GONE)),
+            "stores its weights in torch.float16 and torch.float32, and config.json does not say which",
+        ),
         "half a character in a name": (
             header(lambda values: values.update({"\ud800": values.pop("lm_head.weight")})),
             "printable characters",
@@ -674,7 +689,7 @@ VALUES |= _values(
         ("image_grid_pinpoints", [], "image_grid_pinpoints is a list of at least one"),
         ("image_grid_pinpoints", [[28, 30]], "multiples of the tile's side of 28; found .28, 30"),
         ("image_grid_pinpoints", [[28, -28]], "whole numbers from 1"),
-        ("image_grid_pinpoints", [[28, 28 * 10**6]], "whole numbers from 1 to 8192"),
+        ("image_grid_pinpoints", [[28, 28 * 10**6]], "whole numbers from 1 to 4096"),
         ("image_grid_pinpoints", [[28.0, 28.0]], "image_grid_pinpoints are .height, width. in whole numbers"),
         ("image_grid_pinpoints", [28, 56], "image_grid_pinpoints are"),
         ("image_grid_pinpoints", [[28, 56]] * 5000, "at most 256"),
@@ -739,6 +754,8 @@ VALUES |= _values(
         ("max_new_tokens", 10**9, "positions, but this model has 64"),
         ("num_beams", 0.5, "num_beams"),
         ("repetition_penalty", -1.0, "repetition_penalty should be a float > 0"),
+        ("length_penalty", 1e30, "length_penalty should be a number from -10 to 10"),
+        ("max_time", -1, "max_time should be a number of seconds"),
         ("bad_words_ids", [["no"]], "bad_words_ids should be a list of words"),
         ("bad_words_ids", [[500]], "bad_words_ids has the id 500, but the vocabulary has 102"),
         ("stop_strings", ["x"], "stop_strings need the tokenizer"),
@@ -813,7 +830,7 @@ TOKENIZERS |= _values(
         ("padding_side", "middle", "padding_side is .left. or .right., found 'middle'"),
         ("padding_side", None, "padding_side is .left. or .right., found None"),
         ("truncation_side", "both", "truncation_side is .left. or .right."),
-        ("added_tokens_decoder", [3], "added_tokens_decoder is an object of at most"),
+        ("added_tokens_decoder", [3], "added_tokens_decoder is an object of ids"),
         ("added_tokens_decoder", {"x": {"content": "<y>"}}, "gives an id its token, found .* for 'x'"),
         ("added_tokens_decoder", {"4": "<image>"}, "gives an id its token"),
         ("added_tokens_decoder", {"4": {"content": None}}, "gives an id its token"),
@@ -856,6 +873,14 @@ TOKENIZERS |= _cases(
             "each token its id, found '4' for '<a>'",
         ),
         "token ids that contradict": (content("added_tokens.json", b'{"<image>": 7}'), "'<image>' has id 4 .* but 7"),
+        "20,000 tokens beside the file": (
+            content("added_tokens.json", json.dumps({f"<{i}>": i for i in range(102, 20_102)}).encode()),
+            "the files beside tokenizer.json list more than 16384 added tokens",
+        ),
+        "2,000 tokens that the file lacks": (
+            content("added_tokens.json", json.dumps({f"<{i}>": i for i in range(102, 2_102)}).encode()),
+            "tokenizer.json lacks 2,000 tokens that the files beside it have",
+        ),
         "roles that are numbers": (
             content("special_tokens_map.json", b'{"eos_token": 3}'),
             "a token in .* is a string",
@@ -904,6 +929,7 @@ PICTURES |= _values(
     [
         ("image_size", -224, "image_size is the side of a square"),
         ("image_size", 10**9, "image_size is the side of a square"),
+        ("image_size", 5000, "image_size is the side of a square in pixels, 1 to 4096"),
         ("image_num_channels", 1, "image_num_channels is 3"),
         ("size", {"height": [], "width": 3}, "pictures are squares"),
         ("size", 224, "pictures are squares"),
@@ -914,7 +940,7 @@ PICTURES |= _values(
     "preprocessor_config.json",
     "content",
     [
-        ("size", {"shortest_edge": 0, "longest_edge": 28}, "size is .* with 1 <= a <= b <= 8192"),
+        ("size", {"shortest_edge": 0, "longest_edge": 28}, "size is .* with 1 <= a <= b <= 4096"),
         ("size", {"shortest_edge": 56, "longest_edge": 28}, "size is .* with 1 <= a <= b"),
         ("size", {"shortest_edge": 14, "longest_edge": 10**9}, "size is .* with 1 <= a <= b"),
         ("size", {"shortest_edge": "14", "longest_edge": 28}, "size is"),
@@ -951,6 +977,7 @@ PICTURES |= _values(
         ("image_token", 7, "image_token is the text"),
         ("image_token", "", "image_token is the text"),
         ("num_additional_image_tokens", -1, "num_additional_image_tokens is a whole number"),
+        ("num_additional_image_tokens", HUGE, "num_additional_image_tokens is a whole number from 0 to 64"),
     ],
 )
 PICTURES |= _values(

@@ -145,7 +145,7 @@ def test_check_holds_the_tokenizer_against_the_model(good: dict[str, Path], load
 
 # ---- Anything at all -------------------------------------------------------------------------------------------------
 
-any_way = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+any_way = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
     return [below for key, item in inner for below in [(*path, key), *places(item, (*path, key))]]
 
 
-@settings(any_way, max_examples=400)
+@settings(any_way, max_examples=250)
 @given(data=st.data())
 def test_settings_of_any_kind(data: st.DataObject, load: Worker, scratch: Any) -> None:
     """Any value in the place of any entry of any JSON file: an answer, or a refusal, and never another error."""

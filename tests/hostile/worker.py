@@ -21,7 +21,7 @@ ROOM = 512 * 2**20  # bytes that a case may need beside what the process has
 
 
 def answer(folder: str) -> Any:
-    """Ids that the checkpoint answers to a picture, and the sum of its logits: the same for the same files."""
+    """Ids that the checkpoint answers to a picture, and the sum of its logits."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     picture = Image.fromarray(np.arange(28 * 28 * 3, dtype=np.uint8).reshape(28, 28, 3))
