@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from minivlm import __version__
 
 DEFAULT_MODEL = "shapes-idefics2"
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # characters that terminals obey; not tab and new line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +57,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(error: Exception | str) -> int:
-    print("minivlm: error:", *(str(error) or type(error).__name__).split(), file=sys.stderr)
+    text = re.sub(CONTROL, "", str(error)) or type(error).__name__  # it may quote a file or a template
+    print("minivlm: error:", *text.split(), file=sys.stderr)
     return 1
 
 
@@ -172,7 +174,7 @@ def _print_pieces(pieces: Iterable[str]) -> None:
     """Print as they come, without leading blanks and control characters (a model may write escape sequences)."""
     begun = False
     for piece in pieces:
-        piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", piece if begun else piece.lstrip())
+        piece = re.sub(CONTROL, "", piece if begun else piece.lstrip())
         begun = begun or bool(piece)
         print(piece, end="", flush=True)
     print()
