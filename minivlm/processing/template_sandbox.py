@@ -11,8 +11,8 @@ thousand times over. Here, therefore:
 - what could cost more than its price is bounded by itself: whole numbers have at most MAX_BITS bits, and there is no
   `'%9d' % x`, no `str.center`, no `str.format`.
 
-So memory and time are bounded by BUDGET, whatever the template does. Ordinary ones spend some ten units per character
-of the prompt and notice nothing.
+So memory and time are bounded by BUDGET, whatever the template does. The released ones spend one to
+three units per character of a prompt and notice nothing.
 """
 
 import json
@@ -34,7 +34,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE = 2**16  # characters of a template; the released ones have under 2**10
-BUDGET = 2**24  # of one prompt; 2**20 characters of text spend a third of it, and no model has positions for them
+BUDGET = 2**24  # of one prompt; 2**20 characters of text spend a fifth of it at most, and no model has positions for them
 ITEM = 16  # what a number or a place in a list costs
 PIECE = 4 * ITEM  # what a new text costs beside its characters: nearly its bytes in memory
 TIME_LIMIT = 5.0  # seconds for one prompt; the released templates take well under a millisecond
@@ -301,16 +301,23 @@ def _call_text(context: Context, method: Callable, *args: Any, **kwargs: Any) ->
     budget.pay(ITEM + 3 * len(text))
     if name == "join":
         return _join(context, *args, text)
-    if name in ("strip", "lstrip", "rstrip", "rsplit") and args and len(args[0] or "") > MAX_NEEDLE:
-        raise SecurityError(f"a chat template may not {name} {len(args[0]):,} characters, only up to {MAX_NEEDLE}")
     if name in ("split", "rsplit"):
         return _split(budget, method, *args, **kwargs)
+    if name in ("strip", "lstrip", "rstrip") and args:
+        _check_needle(name, args[0])
     if name == "replace" and len(args) > 1:
         budget.pay(text.count(args[0]) * len(args[1]))
     return method(*args, **kwargs)
 
 
+def _check_needle(name: str, needle: str | None) -> None:
+    if isinstance(needle, str) and len(needle) > MAX_NEEDLE:
+        raise SecurityError(f"a chat template may not {name} {len(needle):,} characters, only up to {MAX_NEEDLE}")
+
+
 def _split(budget: _Budget, method: Callable, sep: str | None = None, maxsplit: int = -1) -> list[str]:
+    if method.__name__ == "rsplit":
+        _check_needle("rsplit", sep)
     affordable = budget.left // PIECE + 1
     pieces = method(sep, affordable if maxsplit < 0 else min(maxsplit, affordable))
     budget.pay(PIECE * len(pieces))

@@ -54,6 +54,7 @@ REFUSED = {
     f"{X}{{{{ x | list | join(x) }}}}": WORK,
     f"{X}{{{{ x.strip(x) }}}}": f"may not strip 1,000,000 characters|{WORK}",
     f"{X}{{{{ x.rsplit('b' + x) }}}}": f"may not rsplit 1,000,001 characters|{WORK}",
+    f"{X}{{{{ x.rsplit(sep='b' + x) }}}}": f"may not rsplit 1,000,001 characters|{WORK}",
     f"{X}{{{{ x.split('x') | length }}}}": WORK,
     f"{X}{LOOP}{{% if x == x + '' %}}{{% endif %}}{END}": WORK,
     f"{X}{LOOP}{{% set y = x[1:] %}}{END}": WORK,
