@@ -34,7 +34,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE = 2**16  # characters of a template; the released ones have under 2**10
-BUDGET = 2**24  # of one prompt; 2**20 characters of text spend a fifth of it at most, and no model has positions for them
+BUDGET = 2**24  # of one prompt; 2**20 characters of text, which no model has positions for, spend a fifth of it
 ITEM = 16  # what a number or a place in a list costs
 PIECE = 4 * ITEM  # what a new text costs beside its characters: nearly its bytes in memory
 TIME_LIMIT = 5.0  # seconds for one prompt; the released templates take well under a millisecond
