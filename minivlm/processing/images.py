@@ -87,7 +87,7 @@ def _decode(file: Path | io.BytesIO, name: str) -> tuple[Image.Image, str]:
     try:
         image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} {_guess(file)}; pictures are {', '.join(FORMATS)}") from error
+        raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture: {_guess(file)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
     except _BROKEN as error:
@@ -102,19 +102,19 @@ def _guess(file: Path | io.BytesIO) -> str:
         stream.seek(0)
         begin = stream.read(1024)
     if not begin:
-        return "is empty"
+        return "it is empty"
     for pattern, what in NOT_PICTURES.items():
         if re.match(pattern, begin, re.IGNORECASE | re.DOTALL):
             return what
-    return f"is not a picture, or its header is damaged (it begins with {begin[:16]!r})"
+    return f"it begins with {begin[:16]!r}, or its header is damaged"
 
 
 NOT_PICTURES = {
-    rb"version https://git-lfs": "is the Git LFS pointer to a file, not the file; fetch it with `git lfs pull`",
-    rb"\s*(<\?xml.*)?<svg": "is an SVG drawing; export it as PNG",
-    rb"\s*<(!doctype html|html|head|\?xml)": "is a web page or XML, not a picture; give the address of the picture",
-    rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "is a PDF or PostScript document; export its pages as PNG",
-    rb"....ftyp": "is a HEIC, AVIF or video file; export it as JPEG or PNG",
+    rb"version https://git-lfs": "it is the Git LFS pointer to a file, not the file; fetch it with `git lfs pull`",
+    rb"\s*(<\?xml.*)?<svg": "it is an SVG drawing; export it as PNG",
+    rb"\s*<(!doctype html|html|head|\?xml)": "it is a web page or XML, not a picture; give the address of the picture",
+    rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "it is a PDF or PostScript document; export its pages as PNG",
+    rb"....ftyp": "it is a HEIC, AVIF or video file; export it as JPEG or PNG",
 }
 
 
@@ -197,6 +197,8 @@ def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
 
 def _array_to_uint8(array: np.ndarray) -> np.ndarray:
     """(H, W), (H, W, C) or (C, H, W), uint8 or float in [0, 1] → uint8 (H, W), (H, W, 3) or (H, W, 4)."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError("a masked array has holes, which a picture cannot have; pass array.filled(…)")
     if array.ndim not in (2, 3):
         raise ValueError(f"one picture has 2 or 3 dimensions, found shape {array.shape}; pass a list for several")
     if array.ndim == 3:

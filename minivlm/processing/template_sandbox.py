@@ -11,8 +11,8 @@ thousand times over. Here, therefore:
 - what could cost more than its price is bounded by itself: whole numbers have at most MAX_BITS bits, and there is no
   `'%9d' % x`, no `str.center`, no `str.format`.
 
-So memory and time are bounded by BUDGET, whatever the template does. Ordinary ones spend some ten units per character
-of the prompt and notice nothing.
+So memory and time are bounded by BUDGET, whatever the template does. The released ones spend one to
+three units per character of a prompt and notice nothing.
 """
 
 import json
@@ -34,12 +34,14 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE = 2**16  # characters of a template; the released ones have under 2**10
-BUDGET = 2**24  # of one prompt; 2**20 characters of text spend a third of it, and no model has positions for them
+BUDGET = 2**24  # of one prompt; 2**20 characters of text, which no model has positions for, spend a fifth of it
 ITEM = 16  # what a number or a place in a list costs
 PIECE = 4 * ITEM  # what a new text costs beside its characters: nearly its bytes in memory
 TIME_LIMIT = 5.0  # seconds for one prompt; the released templates take well under a millisecond
 MAX_BITS = 4096  # of a whole number
 MAX_NEEDLE = 64  # characters that `strip` and `rsplit` may look for: they try all of them everywhere
+DEAR = 4096  # whoever pays so much at once is shown the clock
+VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 BUDGET_KEY = " budget"  # of the budget among a template's variables; with a blank, so that no template can name it
 
 
@@ -67,7 +69,7 @@ def _compile(template: str) -> jinja2.Template:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply, or calls itself without end"
-    return str(error) or type(error).__name__
+    return str(error)[:500] or type(error).__name__
 
 
 class _Budget:
@@ -82,10 +84,15 @@ class _Budget:
         self.left -= price
         if self.left < 0:
             raise SecurityError(f"it does the work of more than {BUDGET:,} characters; are the messages so long?")
+        if price > DEAR:
+            self.look_at_the_clock()
 
     def turn(self, text: int = 0) -> None:
-        """Pay for a turn of a loop or a call, and for the plain text in it; and look at the clock."""
+        """Pay for a turn of a loop or a call, and for the plain text in it."""
         self.pay(ITEM + text)
+        self.look_at_the_clock()
+
+    def look_at_the_clock(self) -> None:
         if time.monotonic() > self.deadline:
             raise SecurityError(f"it takes longer than {TIME_LIMIT:g} seconds")
 
@@ -94,8 +101,8 @@ class _Budget:
         if isinstance(value, str):
             self.pay(len(value) * times)
             return
-        self.pay(ITEM * times)
-        if isinstance(value, list | tuple | dict):
+        self.pay(ITEM * (len(value) if isinstance(value, range) else 1) * times)
+        if isinstance(value, (list, tuple, dict, *VIEWS)):
             for item in value:
                 self.pay_for(item, times)
         if isinstance(value, dict):
@@ -231,7 +238,7 @@ class _Generation(Extension):
 class _Sandbox(ImmutableSandboxedEnvironment):
     """The sandbox with only what is listed here."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})  # "-", "/" and "//" make nothing larger
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)  # all of them
 
     def __init__(self, **options: Any) -> None:
         super().__init__(finalize=_text, **options)
@@ -259,6 +266,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         budget = _budget(context)
         budget.turn()
         if isinstance(function, Macro | Undefined):
+            budget.pay(ITEM * (len(args) + len(kwargs)))  # f(*x) copies x
             return super().call(context, function, *args, **kwargs)
         budget.pay_for(args)
         kind = type(getattr(function, "__self__", None))
@@ -293,16 +301,23 @@ def _call_text(context: Context, method: Callable, *args: Any, **kwargs: Any) ->
     budget.pay(ITEM + 3 * len(text))
     if name == "join":
         return _join(context, *args, text)
-    if name in ("strip", "lstrip", "rstrip", "rsplit") and args and len(args[0] or "") > MAX_NEEDLE:
-        raise SecurityError(f"a chat template may not {name} {len(args[0]):,} characters, only up to {MAX_NEEDLE}")
     if name in ("split", "rsplit"):
         return _split(budget, method, *args, **kwargs)
+    if name in ("strip", "lstrip", "rstrip") and args:
+        _check_needle(name, args[0])
     if name == "replace" and len(args) > 1:
         budget.pay(text.count(args[0]) * len(args[1]))
     return method(*args, **kwargs)
 
 
+def _check_needle(name: str, needle: str | None) -> None:
+    if isinstance(needle, str) and len(needle) > MAX_NEEDLE:
+        raise SecurityError(f"a chat template may not {name} {len(needle):,} characters, only up to {MAX_NEEDLE}")
+
+
 def _split(budget: _Budget, method: Callable, sep: str | None = None, maxsplit: int = -1) -> list[str]:
+    if method.__name__ == "rsplit":
+        _check_needle("rsplit", sep)
     affordable = budget.left // PIECE + 1
     pieces = method(sep, affordable if maxsplit < 0 else min(maxsplit, affordable))
     budget.pay(PIECE * len(pieces))
@@ -421,7 +436,7 @@ def _at_once(name: str) -> Callable:
     @pass_context
     def call(context: Context, values: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         _budget(context).pay_for([*args, *kwargs.values()], ITEM)
-        return iter(_list(context, FILTERS[name](context, values, *args, **kwargs)))
+        return iter(list(FILTERS[name](context, _list(context, values or ()), *args, **kwargs)))
 
     return call
 

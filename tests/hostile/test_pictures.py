@@ -84,6 +84,14 @@ def tiff(width: int, height: int, mode: str = "L", **tags: int) -> bytes:
     return bytes(whole)
 
 
+def circle() -> bytes:
+    """A TIFF whose first page is followed by its first page."""
+    whole = bytearray(file("TIFF"))
+    page = struct.unpack_from("<I", whole, 4)[0]
+    struct.pack_into("<I", whole, page + 2 + 12 * struct.unpack_from("<H", whole, page)[0], page)
+    return bytes(whole)
+
+
 def written(content: bytes, name: str = "x.png") -> Made:
     """The path of a file with this content."""
 
@@ -234,6 +242,15 @@ FILES: dict[str, tuple[Made, Any]] = {
     "TIFF that says its strip has 4 GB": (plain(tiff(4, 4, t279=2**32 - 1)), ((4, 4), (7, 7, 7))),
     "TIFF whose strips lie behind its end": (plain(tiff(4, 4, t273=2**31)), "OSError: .*damaged"),
     "TIFF of 60,000 bits a sample": (plain(tiff(4, 4, t258=60_000)), "(ValueError|OSError): .*"),
+    "GIF whose frame has 60,000x60,000 and lies outside": (
+        plain(file("GIF").replace(b",\0\0\0\0\3\0\2\0", b"," + struct.pack("<4H", *[60_000] * 4))),
+        "ValueError: .*limit",
+    ),
+    "PNG with a second header, of 60,000x60,000": (
+        plain(png(2, 2, 8, 2, None, b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))),
+        "ValueError: .*limit",
+    ),
+    "TIFF whose pages go in a circle": (plain(circle()), RED),
     "JPEG of 3,000 scans": (plain(scans(3000)), "ValueError: .*3005 scans"),
     "the same, open": (opened(scans(3000)), "ValueError: .*3005 scans"),
     "PNG with a text of 128 MB, packed": (
@@ -250,8 +267,8 @@ FILES: dict[str, tuple[Made, Any]] = {
     ),
     "a file of 1 TB": (sparse, "ValueError: .*more than the 536,870,912"),
     # ---- broken
-    "no bytes": (plain(b""), "ValueError: .*is empty"),
-    "an empty file": (written(b""), r"ValueError: .*x\.png is empty"),
+    "no bytes": (plain(b""), "ValueError: .*it is empty"),
+    "an empty file": (written(b""), "ValueError: .*it is empty"),
     "JPEG cut in half": (plain(file("JPEG", noise())[:2000]), "OSError: .*damaged or cut off"),
     "PNG cut in half": (plain(file("PNG", noise())[:2000]), "OSError: .*damaged or cut off"),
     "WebP cut in half": (plain(file("WEBP", noise())[:1000]), "(OSError|ValueError): .*"),
@@ -272,10 +289,10 @@ FILES: dict[str, tuple[Made, Any]] = {
     "HEIC": (plain(b"\0\0\0\x18ftypheic" + bytes(99)), "ValueError: .*HEIC"),
     "a Git LFS pointer": (
         written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-        r"ValueError: .*x\.png is the Git LFS pointer",
+        r"ValueError: .*.*Git LFS pointer",
     ),
-    "PPM, whose decoder is not asked": (plain(b"P6 1 1 255 abc"), "ValueError: .*not a picture"),
-    "text": (plain(b"a picture of a cat"), "ValueError: .*not a picture"),
+    "PPM, whose decoder is not asked": (plain(b"P6 1 1 255 abc"), "ValueError: .*it begins with"),
+    "text": (plain(b"a picture of a cat"), "ValueError: .*it begins with"),
     "only the first bytes of a PNG": (plain(b"\x89PNG\r\n\x1a\n"), "(ValueError|OSError): .*"),
     # ---- paths
     "no such file": (plain("nowhere.png"), "OSError: no picture at 'nowhere.png'"),
@@ -291,7 +308,7 @@ FILES: dict[str, tuple[Made, Any]] = {
     "a link to itself": (special("loop"), "OSError: .*(cannot be|no picture)"),
     "file: URL": (plain("file:///etc/hostname"), "ValueError: only http"),
     "ftp: URL": (plain("ftp://host/x.png"), "ValueError: only http"),
-    "data: URL of no picture": (plain("data:image/png;base64,AAAA"), "ValueError: .*not a picture"),
+    "data: URL of no picture": (plain("data:image/png;base64,AAAA"), "ValueError: .*it begins with"),
     "data: URL without base64": (plain("data:,hello"), "ValueError: a data: URL holds base64"),
     "data: URL of broken base64": (plain("data:image/png;base64,!!!!"), "ValueError: .*not valid base64"),
     "DATA: in capitals, with new lines": (
@@ -336,8 +353,14 @@ FILES: dict[str, tuple[Made, Any]] = {
     "NaN": (plain(np.full((H, W), np.nan)), r"ValueError: .*\[0, 1\]"),
     "one NaN": (plain(np.where(np.arange(H * W).reshape(H, W) == 9, np.nan, 0.5)), r"ValueError: .*\[0, 1\]"),
     "infinity": (plain(np.full((H, W), np.inf)), r"ValueError: .*\[0, 1\]"),
+    "a masked array": (plain(np.ma.array(np.zeros((H, W), np.uint8), mask=True)), "ValueError: .*filled"),
+    "records": (plain(np.zeros((H, W), [("r", "u1")])), "ValueError: .*uint8, or floats"),
     "bfloat16 tensor": (plain(torch.full((3, H, W), 0.5, dtype=torch.bfloat16)), ((W, H), (128, 128, 128))),
     "float8 tensor": (plain(torch.full((3, H, W), 0.5).to(torch.float8_e4m3fn)), ((W, H), (128, 128, 128))),
+    "quantised tensor": (
+        lambda folder: torch.quantize_per_tensor(torch.zeros(H, W), 0.1, 0, torch.quint8),
+        "ValueError: .*quint8.* has no pixels",
+    ),
     "tensor with gradient": (plain(torch.full((3, H, W), 1.0, requires_grad=True)), ((W, H), (255, 255, 255))),
     "tensor on the meta device": (plain(torch.empty(3, H, W, device="meta")), "ValueError: .*meta has no pixels"),
     "sparse tensor": (plain(torch.zeros(H, W).to_sparse()), "ValueError: .*sparse.* has no pixels"),

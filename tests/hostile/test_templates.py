@@ -38,7 +38,7 @@ REFUSED = {
     "{{ (1, 2) * 10**9 }}": WORK,
     f"{NS}{LOOP}{{% set ns.n = ns.n * ns.n %}}{END}": "may not compute",
     f"{NS}{LOOP}{{% set ns.n = ns.n + ns.n %}}{END}": "may not compute",
-    f"{NS}{LOOP}{LOOP}{{% set ns.n = ns.n - -ns.n %}}{END}{END}": WORK,
+    f"{NS}{LOOP}{LOOP}{{% set ns.n = ns.n - -ns.n %}}{END}{END}": "may not compute",
     "{{ 1 / 0 }}": "division by zero",
     "{{ '" + "9" * 5000 + "' | int }}": "may not read a number of 5,000 digits",
     "{{ ('f' * 10**6) | int(0, 16) }}": "may not read a number",
@@ -54,6 +54,7 @@ REFUSED = {
     f"{X}{{{{ x | list | join(x) }}}}": WORK,
     f"{X}{{{{ x.strip(x) }}}}": f"may not strip 1,000,000 characters|{WORK}",
     f"{X}{{{{ x.rsplit('b' + x) }}}}": f"may not rsplit 1,000,001 characters|{WORK}",
+    f"{X}{{{{ x.rsplit(sep='b' + x) }}}}": f"may not rsplit 1,000,001 characters|{WORK}",
     f"{X}{{{{ x.split('x') | length }}}}": WORK,
     f"{X}{LOOP}{{% if x == x + '' %}}{{% endif %}}{END}": WORK,
     f"{X}{LOOP}{{% set y = x[1:] %}}{END}": WORK,
@@ -97,6 +98,10 @@ REFUSED = {
     "{{ [messages] * 10**5 == [messages] * 10**5 }}": WORK,
     "{{ messages * 10**4 in [messages * 10**4] }}": WORK,
     "{{ range(99999) | list | string | length }}" * 20: WORK,
+    "{% set d = {1: 2} %}{{ d.keys() - d.keys() }}": "may not compute dict_keys - dict_keys",
+    "{% set d = {1: [0] * 10**5} %}" + "{% if d.items() == d.items() %}{% endif %}" * 99: WORK,
+    "{% set r = range(99999) %}" + "{% if 1.5 in r %}{% endif %}" * 99: WORK,
+    "{% set x = [0] * 10**5 %}{% macro f() %}{{ f(*x) }}{{ varargs | length }}{% endmacro %}{{ f() }}": WORK,
     # ---- loops
     "{{ range(10**9) | list }}": "Range too big",
     LOOP * 4 + "x" + END * 4: WORK,
@@ -151,6 +156,8 @@ REFUSED = {
     "{{ self }}": "may not print a TemplateReference",
     "{{ raise_exception('only cats') }}": "only cats",
     "{{ messages[5].role }}": "has no element 5",
+    "{{ {}['x' * 10**6].y }}": "has no attribute.{0,600}$",
+    "{{ raise_exception('x' * 10**6) }}": "fails on these messages: x{500}$",
     "{{ nope.nope }}": "'nope' is undefined",
 }
 

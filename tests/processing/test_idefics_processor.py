@@ -635,7 +635,7 @@ def test_urls_that_give_no_picture(processor, server, monkeypatch):
         processor(["http://127.0.0.1:1/x.png"])
     with pytest.raises(OSError, match="404"):
         processor([f"{server}/nothing"])
-    with pytest.raises(ValueError, match=r"/page is a web page"):
+    with pytest.raises(ValueError, match="/page is not a JPEG, PNG"):
         processor([f"{server}/page"])
     for other in ("ftp://host/x.png", "s3://bucket/x.png", "file://host/x.png"):
         with pytest.raises(ValueError, match="only http"):
