@@ -39,21 +39,22 @@ LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
 if triton is not None:
     LOG2_E = tl.constexpr(LOG2_E)  # kernels see no other globals
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv for heads up to a width. All compile without a spill
-# and within the chip's shared memory (tests/kernels). None is tuned on a GPU yet: kernels/benchmarks/tune_attention.py.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv, for heads up to a width. All compile without spills
+# and within the chip's shared memory (tests/kernels). Not yet tuned on a GPU: kernels/benchmarks/tune_attention.py.
 BLOCKS = {
-    "hopper": {  # sm_90, sm_100: 227 KiB of shared memory
-        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-        96: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-        128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    "ampere": {  # sm_80 and what is smaller: within 99 KiB of shared memory
+        64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+        96: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        128: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     },
-    "ampere": {  # sm_80 and every smaller chip: within 99 KiB
-        64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-        96: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
-        128: ((128, 32, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+    "hopper": {  # sm_90: 227 KiB
+        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+        96: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
     },
+    "blackwell": {128: ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2))},  # sm_100: 227 KiB
     "amd": {128: ((128, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))},  # gfx942: 64 KiB
-    "ieee": {128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))},  # fp32 on any chip: no tensor cores
+    "ieee": {128: ((32, 16, 4, 1), (16, 16, 8, 1), (16, 32, 4, 1))},  # fp32 on any chip: no tensor cores
     "interpreter": {128: ((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1))},
 }
 
@@ -588,7 +589,7 @@ def family(q: Tensor) -> str:
         return "ieee"
     if torch.version.hip:
         return "amd"
-    return "hopper" if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(q.device)[0], "ampere")
 
 
 def split_width(width: int) -> tuple[int, int]:
