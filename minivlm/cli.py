@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from minivlm import __version__
 
 DEFAULT_MODEL = "shapes-idefics2"
-CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # what terminals obey, but tab and new line, and lone surrogates
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # what terminals obey (not tab and new line); surrogates
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,7 +39,7 @@ MAX_ROWS = {2: 64, 4: 16}  # of one tile, by bytes a number; where there are mor
 WARPS = {2: 4, 4: 8}  # fp32 has no tensor cores: with fewer, its operands do not fit into registers
 MAX_SPLITS = 64  # the combine kernel holds the partial results of a row at once
 TILE_BYTES = 16 * 1024  # of keys, and as many of values, that a program reads at a time
-STAGES = {"cuda": 3, "hip": 2}  # such tiles on their way or in use, within 227 (163, 64) KiB of shared memory
+STAGES = {"cuda": 3, "hip": 2}  # such tiles on their way or in use; RTX cards with 99 KiB of shared memory do, too
 LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
 
 # ---- Reference -------------------------------------------------------------------------------------------------------

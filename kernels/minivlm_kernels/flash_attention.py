@@ -39,21 +39,28 @@ LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
 if triton is not None:
     LOG2_E = tl.constexpr(LOG2_E)  # kernels see no other globals
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv for heads up to a width. All compile without a spill
-# and within the chip's shared memory (tests/kernels). None is tuned on a GPU yet: kernels/benchmarks/tune_attention.py.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv, for heads up to a width, and for any with a mask
+# (B, T, S), whose tiles take registers too. All compile without spills and within the chip's shared memory
+# (tests/kernels). Not yet tuned on a GPU: kernels/benchmarks/tune_attention.py.
 BLOCKS = {
-    "hopper": {  # sm_90, sm_100: 227 KiB of shared memory
-        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-        96: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-        128: ((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    "ampere": {  # sm_80 and what is smaller: within 99 KiB of shared memory
+        64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+        96: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        128: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+        "pairs": ((64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 2)),
     },
-    "ampere": {  # sm_80 and every smaller chip: within 99 KiB
-        64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-        96: ((128, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2)),
-        128: ((128, 32, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+    "hopper": {  # sm_90: 227 KiB
+        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+        96: ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
+        "pairs": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2)),
+    },
+    "blackwell": {  # sm_100: 227 KiB
+        128: ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
+        "pairs": ((128, 32, 8, 1), (128, 32, 8, 2), (32, 128, 8, 2)),
     },
     "amd": {128: ((128, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))},  # gfx942: 64 KiB
-    "ieee": {128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))},  # fp32 on any chip: no tensor cores
+    "ieee": {128: ((32, 16, 4, 1), (16, 16, 8, 1), (16, 32, 8, 1))},  # fp32 on any chip: no tensor cores
     "interpreter": {128: ((32, 32, 1, 1), (32, 32, 1, 1), (32, 32, 1, 1))},
 }
 
@@ -183,18 +190,36 @@ def _mix(weights, b, acc):
 
 
 @_jit
-def _seen(m, n, mask_ptr, stride_mt, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr):
-    """Which query m sees which key n. One of m and n is a column and the other a row: the answer is a tile."""
-    own = m + (keys - queries)  # a query's slot: the last query stands in the last one
-    seen = (n < keys) & (m < queries)
+def _seen(
+    start_m,
+    start_n,
+    mask_ptr,
+    stride_mt,
+    queries,
+    keys,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
+    """Which of BLOCK_M queries see which of BLOCK_N keys: (BLOCK_M, BLOCK_N) bool, or the other way round."""
+    if TRANSPOSED:
+        m, n = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
+    else:
+        m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    seen = (m < queries - start_m) & (n < keys - start_n)
+    own = start_m + keys - queries - start_n  # the first query's slot, counted from the first key
     if CAUSAL:
-        seen = seen & (n <= own)
+        seen = seen & (n <= m + own)
     if WINDOW is not None:
-        seen = seen & (n > own - WINDOW)
+        seen = seen & (n > m + own - WINDOW)
     if MASK == "keys":
-        seen = seen & (tl.load(mask_ptr + n, mask=n < keys, other=0) != 0)
+        seen = seen & (tl.load(mask_ptr + start_n + n, mask=n < keys - start_n, other=0) != 0)
     if MASK == "pairs":
-        seen = seen & (tl.load(mask_ptr + m.to(tl.int64) * stride_mt + n, mask=seen, other=0) != 0)
+        mask_ptr += (start_m + m).to(tl.int64) * stride_mt
+        seen = seen & (tl.load(mask_ptr + (start_n + n), mask=seen, other=0) != 0)
     return seen
 
 
@@ -311,8 +336,8 @@ def _forward_kernel(
             k = _load(k_ptr, stride_k, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
             scores = _products(q, k)  # (BLOCK_M, BLOCK_N)
             if EDGE:
-                offs_n = start_n + tl.arange(0, BLOCK_N)
-                seen = _seen(offs_m[:, None], offs_n[None, :], mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK)
+                where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
+                seen = _seen(*where, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
                 scores = tl.where(seen, scores, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
             base = tl.where(m_new == -float("inf"), 0.0, m_new) if EDGE else m_new  # −∞ − −∞ would be NaN
@@ -394,8 +419,8 @@ def _dq_kernel(
             v = _load(v_ptr, stride_v, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
             p = _weights(_products(q, k), lse[:, None], scale)  # (BLOCK_M, BLOCK_N)
             if EDGE:
-                offs_n = start_n + tl.arange(0, BLOCK_N)
-                seen = _seen(offs_m[:, None], offs_n[None, :], mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK)
+                where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
+                seen = _seen(*where, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
                 p = tl.where(seen, p, 0.0)
             dq = _mix(p * (_products(do, v) - delta[:, None]), k, dq)
 
@@ -438,7 +463,6 @@ def _dkdv_kernel(
     """dv = pᵀ·do and dk = scale·dsᵀ·q for BLOCK_N keys of one key head: sums over the queries of all its H/K heads."""
     key_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start_n = tl.program_id(0) * BLOCK_N
-    offs_n = start_n + tl.arange(0, BLOCK_N)
     k = _load(_head(k_ptr, stride_k, batch, key_head), stride_k, start_n, keys, BLOCK_N, D, BODY, TAIL)
     v = _load(_head(v_ptr, stride_v, batch, key_head), stride_v, start_n, keys, BLOCK_N, D, BODY, TAIL)
     if MASK is not None:
@@ -451,16 +475,16 @@ def _dkdv_kernel(
         for i in range(group * blocks):
             head = key_head * group + i // blocks
             start_m = _start(i % blocks, span, EDGE, BLOCK_M)
-            offs_m = start_m + tl.arange(0, BLOCK_M)
             q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
             do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
             rows = (batch * tl.num_programs(1) * group + head) * queries + start_m
-            lse = tl.load(lse_ptr + rows + tl.arange(0, BLOCK_M), mask=offs_m < queries, other=float("inf"))
-            delta = tl.load(delta_ptr + rows + tl.arange(0, BLOCK_M), mask=offs_m < queries, other=0.0)
+            offs_m = tl.arange(0, BLOCK_M)
+            lse = tl.load(lse_ptr + rows + offs_m, mask=offs_m < queries - start_m, other=float("inf"))
+            delta = tl.load(delta_ptr + rows + offs_m, mask=offs_m < queries - start_m, other=0.0)
             p = _weights(_products(k, q), lse[None, :], scale)  # (BLOCK_N, BLOCK_M): all is transposed here
             if EDGE:
-                m, n = offs_m[None, :], offs_n[:, None]
-                p = tl.where(_seen(m, n, mask_ptr, stride_mt, queries, keys, CAUSAL, WINDOW, MASK), p, 0.0)
+                where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
+                p = tl.where(_seen(*where, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N, TRANSPOSED=True), p, 0.0)
             dv = _mix(p, do, dv)
             dk = _mix(p * (_products(v, do) - delta[None, :]), q, dk)
 
@@ -492,8 +516,8 @@ def flash_attention(
     window: with causal, a query sees the last so many slots, its own included; others are never read.
     mask: (B, S) bool, False = a slot that nobody sees, such as padding; or (B, T, S) where queries differ.
 
-    Returns out (B, H, T, D), its dimensions in the order in memory that q has, and with return_lse also lse (B, H, T) in fp32. A query that
-    sees nothing gets out = 0, lse = −∞ and no gradient.
+    Returns out (B, H, T, D), its dimensions in memory in the order of q's, and with return_lse also lse (B, H, T) in
+    fp32. A query that sees nothing gets out = 0, lse = −∞ and no gradient.
     Raises ValueError for arguments that do not fit each other or this list, empty ones included, and without a GPU.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -542,7 +566,7 @@ def forward_launch(
     family: str,
 ) -> Launch:
     """The launch that fills out and lse. The arguments are known to fit; tensors on the meta device do, too."""
-    blocks = _blocks(family, q.shape[3])[0]
+    blocks = _blocks(family, q.shape[3], mask)[0]
     shared = _shared(q, k, v, mask, scale, causal, window)
     arguments = shared | {"out_ptr": out, "lse_ptr": lse, "stride_o": _strides(out)}
     return _planned(_forward_kernel, (triton.cdiv(q.shape[2], blocks[0]), q.shape[1], len(q)), arguments, blocks)
@@ -567,7 +591,7 @@ def backward_launches(
     family: str,
 ) -> list[Launch]:
     """The launches that fill delta and dq, and then dk and dv."""
-    _, for_dq, for_dkdv = _blocks(family, q.shape[3])
+    _, for_dq, for_dkdv = _blocks(family, q.shape[3], mask)
     shared = _shared(q, k, v, mask, scale, causal, window)
     shared |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "stride_do": _strides(do)}
     first = {"out_ptr": out, "dlse_ptr": dlse, "dq_ptr": dq, "stride_o": _strides(out), "stride_dq": _strides(dq)}
@@ -588,7 +612,7 @@ def family(q: Tensor) -> str:
         return "ieee"
     if torch.version.hip:
         return "amd"
-    return "hopper" if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(q.device)[0], "ampere")
 
 
 def split_width(width: int) -> tuple[int, int]:
@@ -599,8 +623,11 @@ def split_width(width: int) -> tuple[int, int]:
     return (body, tail) if body >= 16 and body + tail < whole else (whole, 0)
 
 
-def _blocks(family: str, width: int) -> tuple[tuple[int, int, int, int], ...]:
-    return next(blocks for widest, blocks in BLOCKS[family].items() if width <= widest)
+def _blocks(family: str, width: int, mask: Tensor | None) -> tuple[tuple[int, int, int, int], ...]:
+    rows = BLOCKS[family]
+    if mask is not None and mask.ndim == 3 and "pairs" in rows:
+        return rows["pairs"]
+    return next(blocks for widest, blocks in rows.items() if widest != "pairs" and width <= widest)
 
 
 def _shared(
@@ -627,7 +654,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 def _planned(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], blocks: tuple[int, ...]) -> Launch:
     block_m, block_n, warps, stages = blocks
-    # From triton 3.10 on, multiplications and additions are fused only if one asks: half of the softmax's instructions.
+    # From triton 3.10 on, products and sums are fused only if one asks.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return kernel, grid, arguments | {"BLOCK_M": block_m, "BLOCK_N": block_n}, options
 
@@ -639,9 +666,11 @@ def _launch(q: Tensor, launches: list[Launch]) -> None:
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Rows begin at multiples of 16 bytes (of 8 elements) and are contiguous: what `_load` is compiled for."""
+    """What `_load` is compiled for: rows contiguous, beginning at multiples of 16 bytes and 8 elements, and so close
+    that 128 of them span less than 2³¹ elements."""
     steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
-    return tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+    multiples = tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+    return multiples and tensor.stride(3) == 1 and tensor.stride(2) < 2**24
 
 
 def _check(

@@ -129,9 +129,9 @@ def choose_backend(requested: str | None, q: Tensor, mask: Mask) -> str:
     """The path of a call: what was asked for, or the best here. On a GPU that is triton, in half precision: its fp32 is
     exact, and so does without tensor cores. On a CPU, None and `sdpa` leave room for `blocked` where that is faster.
 
-    Measured on 2 cores: one query over 2,900 keys takes 0.55 ms instead of 10.7 in bf16; over pictures torch's CPU
-    kernel runs at 60 % of the blocks' rate in bf16, but above it in fp32; over a causal triangle, which it knows how to
-    halve, at the same rate and with less memory. Under autograd the blocks would keep all their weights.
+    Measured on 2 cores: one query over 2,900 keys takes 0.55 ms instead of 10.7 in bf16; over pictures torch's kernel
+    runs at 60 % of the blocks' rate in bf16, but above it in fp32; over a causal triangle, which it knows how to halve,
+    at the same rate and with less memory. Under autograd the blocks would keep all their weights.
     """
     backend = None if requested is None else check_implementation(requested)
     if backend is None:

@@ -6,8 +6,10 @@ real sizes are for `-m gpu`.
 
 import importlib.util
 import math
+import runpy
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aot
@@ -211,6 +213,14 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(alone.decode_attention_reference(q, k, v), decode_attention_reference(q, k, v))
     with pytest.raises(ValueError, match="needs triton"):
         alone.decode_attention(q, k, v)
+
+
+def test_the_benchmark_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[2] / "kernels" / "benchmarks" / "bench_decode.py"
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="measures on a CUDA GPU, and there is none here"):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 # ---- By the compiler -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minivlm_kernels import flash_attention as module
-from minivlm_kernels.flash_attention import BLOCKS, attention_reference, flash_attention, split_width
+from minivlm_kernels.flash_attention import attention_reference, flash_attention, split_width
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,3 +207,109 @@ def test_widths_are_split_where_that_saves() -> None:
     found = [split_width(D) for D in (8, 16, 24, 40, 64, 72, 80, 96, 112, 128)]
     assert found[:5] == [(16, 0), (16, 0), (32, 0), (32, 16), (64, 0)]
     assert found[5:] == [(64, 16), (64, 16), (64, 32), (128, 0), (128, 0)]
+
+
+# ---- By the compiler -------------------------------------------------------------------------------------------------
+
+FAMILIES = {80: "ampere", 90: "hopper", 100: "blackwell", "gfx942": "amd"}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "keys": {"mask": "keys"},
+    "pairs": {"mask": "pairs"},
+    "causal": {"causal": True},
+    "causal keys": {"causal": True, "mask": "keys"},
+    "window": {"causal": True, "window": 100},
+    "window pairs": {"causal": True, "window": 100, "mask": "pairs"},
+}
+
+
+def jobs(arch: int | str, dtype: torch.dtype, D: int, kind: str) -> list[aot.Job]:
+    """Forward, dq and dk+dv, as the launcher would start them for tensors of lengths that divide by nothing."""
+    B, H, K, T, S = 2, 8, 2, 1001, 1003
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, rows = meta(B, T, H, D).transpose(1, 2), meta(B, K, S, D), meta(B, H, T, dtype=torch.float32)
+    causal, window = KINDS[kind].get("causal", False), KINDS[kind].get("window")
+    masks = {"keys": (B, S), "pairs": (B, T, S)}
+    mask = meta(*masks[KINDS[kind]["mask"]], dtype=torch.bool) if "mask" in KINDS[kind] else None
+    options = (0.1, causal, window, "ieee" if dtype == torch.float32 else FAMILIES[arch])
+    launches = [module.forward_launch(q, k, k, mask, q, rows, *options)]
+    launches += module.backward_launches(q, k, k, mask, q, rows, q, rows, rows, q, k, k, *options)
+    found = []
+    for kernel, _, arguments, compiler in launches:
+        signature, constants = aot.specialise(kernel, arguments)
+        warps, stages = compiler["num_warps"], compiler["num_stages"]
+        name = f"{module.__name__}:{kernel.fn.__name__}"
+        found.append(aot.Job(name, signature, constants, arch=arch, num_warps=warps, num_stages=stages))
+    return found
+
+
+def assert_fit(wanted: list[aot.Job]) -> None:
+    """Every kernel compiles, spills no registers, and fits into shared memory: what 99 KiB hold runs on all sm_8x."""
+    failures = []
+    for job, info in zip(wanted, aot.compile_kernels(wanted, timeout=3600), strict=True):
+        limit = 99 * 1024 if job.arch == 80 else aot.SHARED_LIMIT[job.arch]
+        if info.error or info.spill_bytes or info.shared > limit:
+            constants = {name: job.constexprs[name] for name in ("D", "WINDOW", "MASK", "BLOCK_M", "BLOCK_N")}
+            failures.append(f"{job.arch} {job.kernel} {job.signature['q_ptr']} {constants}: {info}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_compiles(arch: int | str) -> None:
+    """What needs most registers: the widest head; on the usual chips also two tiles and a mask of pairs; exact fp32."""
+    forward, dq, dkdv = jobs(arch, torch.bfloat16, 128, "window")
+    wanted = [forward]
+    if arch in (80, 90):
+        wanted += [dq, dkdv, jobs(arch, torch.bfloat16, 96, "window pairs")[2]]
+    if arch == 90:
+        wanted += [jobs(arch, torch.float16, 72, "causal")[0], jobs(arch, torch.float32, 128, "causal")[2]]
+    assert_fit(wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_configuration_compiles(arch: int | str, dtype: torch.dtype) -> None:
+    """Forward, dq and dk+dv of every width and kind of mask: 105 kernels, 1 to 4 s of a core each."""
+    assert_fit([job for D in WIDTHS for kind in KINDS for job in jobs(arch, dtype, D, kind)])
+
+
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+REAL = {
+    "siglip": ({"H": 16, "K": 16, "T": 4900, "S": 4900, "D": 72}, {}),
+    "clip": ({"B": 5, "H": 16, "K": 16, "T": 577, "S": 577, "D": 64}, {}),
+    "perceiver": ({"H": 16, "K": 4, "T": 64, "S": 4964, "D": 96}, {}),
+    "prefill": ({"H": 32, "K": 8, "T": 2049, "S": 2049, "D": 128}, {"causal": True}),
+    "second turn": ({"H": 32, "K": 8, "T": 300, "S": 3001, "D": 128}, {"causal": True, "window": 1000}),
+    "clip-h": ({"B": 4, "H": 16, "K": 16, "T": 257, "S": 257, "D": 80}, {}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", REAL)
+def test_real_sizes(name: str, dtype: torch.dtype) -> None:
+    sizes, options = REAL[name]
+    check(*inputs(dtype=dtype, **sizes), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(2, 900), (2, 500, 900)], ids=str)
+def test_real_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(*inputs(B=2, H=8, K=8, T=500, S=900, D=80, dtype=dtype), mask=random_mask(*shape))
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_32_bits() -> None:
+    """The last rows of a tensor of more than 2³¹ elements."""
+    q = torch.randn(1, 1, 64, 64, device="cuda", dtype=torch.float16)
+    k = torch.randn(1, 2**25 + 100, 1, 64, device="cuda", dtype=torch.float16).transpose(1, 2)
+    with torch.no_grad():
+        found = flash_attention(q, k, k, causal=True, window=128)
+    last = k[:, :, -192:]
+    torch.testing.assert_close(found, flash_attention(q, last, last, causal=True, window=128), rtol=0, atol=0)

@@ -1,0 +1,78 @@
+"""Block sizes for the table in flash_attention.py: tries those below on this GPU and prints the fastest.
+
+    python kernels/benchmarks/tune_attention.py [--width 72 ...] [--candidates 20]
+
+For each head width and each of the three kernels. Candidates that do not compile, do not fit into shared memory or
+spill registers are left out. Takes seconds a candidate, most of them for compilation.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+CANDIDATES = list(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)))  # M, N, warps, stages
+NAMES = ("forward", "dq", "dk+dv")
+
+
+def launches(width: int, blocks: tuple[int, int, int, int], tensors: dict[str, Any]) -> list[Any]:
+    """The three launches, each with these blocks."""
+    from minivlm_kernels import flash_attention as module
+
+    module.BLOCKS["tuned"] = {module.MAX_WIDTH: (blocks, blocks, blocks)}
+    q, k, v, out, lse, do, delta, dq, dk, dv = tensors.values()
+    options = (width**-0.5, True, None, "tuned")
+    forward = module.forward_launch(q, k, v, None, out, lse, *options)
+    return [forward, *module.backward_launches(q, k, v, None, out, lse, do, None, delta, dq, dk, dv, *options)]
+
+
+def measure(launch: Any) -> float | None:
+    """Milliseconds, or None where the candidate is of no use."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.testing import do_bench
+
+    kernel, grid, arguments, options = launch
+    try:
+        compiled = kernel[grid](**arguments, **options)
+        if compiled.n_spills:
+            return None
+        return do_bench(lambda: kernel[grid](**arguments, **options), warmup=25, rep=100, return_mode="median")
+    except (CompilationError, OutOfResources, PTXASError):
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, nargs="+", default=[64, 72, 96, 128])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--candidates", type=int, default=len(CANDIDATES), help="try only the first so many")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tune_attention.py measures a GPU, and torch finds none here")
+    print(torch.cuda.get_device_name(), "causal, bf16, 16 heads,", arguments.tokens, "tokens")
+    for width in arguments.width:
+        size = (1, 16, arguments.tokens, width)
+        names = ("q", "k", "v", "out", "do", "dq", "dk", "dv")
+        tensors = {name: torch.randn(size, device="cuda", dtype=torch.bfloat16) for name in names}
+        rows = {name: torch.zeros(size[:3], device="cuda") for name in ("lse", "delta")}
+        tensors = {
+            name: {**tensors, **rows}[name] for name in ("q", "k", "v", "out", "lse", "do", "delta", "dq", "dk", "dv")
+        }
+        times: list[dict[tuple[int, ...], float]] = [{}, {}, {}]
+        for blocks in CANDIDATES[: arguments.candidates]:
+            for index, launch in enumerate(launches(width, blocks, tensors)):
+                time = measure(launch)
+                if time is not None:
+                    times[index][blocks] = time
+        for name, found in zip(NAMES, times, strict=True):
+            best = sorted(found.items(), key=lambda item: item[1])[:3]
+            print(width, name, ", ".join(f"{blocks}: {time:.3f} ms" for blocks, time in best), flush=True)
+
+
+if __name__ == "__main__":
+    main()
