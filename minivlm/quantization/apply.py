@@ -49,7 +49,7 @@ def selected(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
 
 
 def _inside(name: str, pattern: str) -> bool:
-    """Whether a dotted name has the words of `pattern` in a row: "layers.1" is in a.layers.1.mlp, not in a.layers.11."""
+    """Whether a dotted name has the words of `pattern` in a row: a.layers.1.mlp has "layers.1", a.layers.11 has not."""
     return re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) is not None
 
 

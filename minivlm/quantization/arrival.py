@@ -41,7 +41,7 @@ class Arrival:
         return self.config.stored.files(layer.shape) if self.stored else {"weight": layer.shape}
 
     def take(self, name: str, layer: QuantizedLinear, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-        """Give a layer its tensors, on the device where it is to live. dtype None = as stored (or fp32 if quantised)."""
+        """Give a layer its tensors, on the device where it is to live. dtype: the model's; None = the tensors' own."""
         try:
             if self.stored:
                 layer.restore(self.config.stored.read(tensors, layer.shape), dtype or torch.float32)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm.quantization import products
+from minivlm.quantization import cpu, products
 from minivlm.quantization.formats import Format, Tensors
 
 
@@ -38,13 +38,19 @@ class QuantizedLinear(nn.Module):
         return self.out_features, self.in_features
 
     @property
-    def tensors(self) -> Tensors:
+    def held(self) -> Tensors:
+        """The tensors as they are held now: on a CPU, int4 has an order of its own (`cpu.pack`)."""
         return {name: getattr(self, name) for name in self._names}
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors as the format names them."""
+        return cpu.unpack(self.held, self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and tables, without the bias."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.held.values())
 
     def quantize_(self, weight: Tensor) -> None:
         """Take a floating-point weight (N, K), on the device where the layer is to live."""
@@ -57,6 +63,11 @@ class QuantizedLinear(nn.Module):
         self._take(tensors)
 
     def _take(self, tensors: Tensors) -> None:
+        """Hold these, in place of what is held."""
+        for name in self._names:
+            delattr(self, name)
+        if self.dtype == torch.bfloat16 and all(tensor.device.type == "cpu" for tensor in tensors.values()):
+            tensors = tensors and cpu.pack(tensors, self.format, self.shape)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.cpu() if tensor.ndim == 0 else tensor)
         self._names = tuple(tensors)
@@ -82,12 +93,16 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """What `.to`, `.cuda`, `.half` call. A single number stays on the CPU: kernels take it as an argument, and
         fetching it from a GPU would wait for all that is queued there."""
-        kept = self.tensors
+        held = self.tensors
+        self._take({})
         super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            moved = tensor if tensor.ndim == 0 else getattr(self, name)
-            setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
+        self._take({name: _moved(tensor, fn) for name, tensor in held.items()})
         return self
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    moved = tensor if tensor.ndim == 0 else fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 class _Product(torch.autograd.Function):
@@ -96,7 +111,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return products.linear(x, layer.tensors, layer.format, layer.shape, bias)
+        return products.linear(x, layer.held, layer.format, layer.shape, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
