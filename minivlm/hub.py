@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUILT_IN = Path(__file__).parent / "checkpoints"
+# What a processor is made of.
+BESIDE_THE_WEIGHTS = (
+    *("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 @dataclass(frozen=True)

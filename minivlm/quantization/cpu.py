@@ -35,7 +35,7 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     if rows.dtype == torch.bfloat16 and len(rows) <= FEW and "packed" in tensors:
         y = _int4(rows, tensors, format, shape)
-    elif rows.dtype == torch.bfloat16 and len(rows) <= FEW and isinstance(format, Int8):
+    elif rows.dtype == torch.bfloat16 and len(rows) <= FEW and isinstance(format, Int8) and shape[1] % 16 == 0:
         y = _int8(rows, tensors)
     elif isinstance(format, Codebook):
         return _tiles(rows, tensors, format, shape, bias).view(*x.shape[:-1], shape[0])
@@ -45,7 +45,8 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
 
 
 def _int8(x: Tensor, tensors: Tensors) -> Tensor:
-    """The operator would take bf16 scales: it gets ones, and the real ones come after."""
+    """The operator would take bf16 scales: it gets ones, and the real ones come after. It reads rows by 16 inputs, and
+    past the end of a row that is no multiple (torch 2.13)."""
     scales = tensors["scales"] / 127
     return torch._weight_int8pack_mm(x.contiguous(), tensors["qweight"], scales.new_ones(len(scales)).to(x)) * scales
 

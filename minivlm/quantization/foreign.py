@@ -10,7 +10,7 @@ with G = ⌈K / group_size⌉ groups along K:
                                                (not in "gptq_v2" files);  scales (G, N);  g_idx (K,): each input's group
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -115,6 +115,7 @@ class ForeignConfig:
     """What a `config.json` says about AWQ or GPTQ files. Saving the model writes `Int4Config` files."""
 
     stored: AwqFiles | GptqFiles
+    skip_modules: list[str] = field(default_factory=list)  # as the config says; what the files hold decides
 
     compute_dtype = None
 
@@ -152,7 +153,8 @@ def _int4(values: dict[str, Any]) -> Config:
 def _awq(values: dict[str, Any]) -> Config:
     version = str(values.get("version") or values.get("format") or "gemm").lower()
     _expect("AWQ", {"bits": values.get("bits", values.get("w_bit", 4)), "version": version}, bits=4, version="gemm")
-    return ForeignConfig(AwqFiles(_group_size(values.get("group_size", values.get("q_group_size", 128)))))
+    group_size = _group_size(values.get("group_size", values.get("q_group_size", 128)))
+    return ForeignConfig(AwqFiles(group_size), values.get("modules_to_not_convert") or [])
 
 
 def _gptq(values: dict[str, Any]) -> Config:

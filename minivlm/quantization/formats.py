@@ -30,6 +30,9 @@ class Codebook:
 
     marker = "weight.absmax"  # a file that has this tensor of a layer holds it in this format
 
+    def __str__(self) -> str:
+        return f"{self.kind} in blocks of {self.block}" + (", doubly quantised" if self.nested else "")
+
     def quantize(self, weight: Tensor) -> Tensors:
         qweight, absmax = codebook.quantize(weight, self.kind, self.block)
         tensors = {"qweight": qweight, "code": codebook.codebook(self.kind).to(weight.device, copy=True)}
@@ -48,6 +51,13 @@ class Codebook:
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         return codebook.dequantize(tensors["qweight"], self.scales(tensors), tensors["code"], shape, dtype, self.block)
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of a weight's tensors."""
+        count = shape[0] * shape[1]
+        blocks = -(-count // self.block)
+        scales = blocks + 4 * -(-blocks // codebook.NESTED_BLOCK) + 4 * 257 if self.nested else 4 * blocks
+        return -(-count // 2) + 4 * 16 + scales
 
     def files(self, shape: Shape) -> dict[str, tuple[int, ...] | None]:
         """Names in files, with the shapes that can be known from here (the others are checked by `read`)."""
@@ -99,11 +109,18 @@ class Affine:
 
     marker = "qweight"
 
+    def __str__(self) -> str:
+        return f"int4 in groups of {self.group_size}"
+
     def quantize(self, weight: Tensor) -> Tensors:
         return dict(zip(("qweight", "scales", "zeros"), affine.quantize(weight, self.group_size), strict=True))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         return affine.dequantize(**tensors, group_size=self.group_size, columns=shape[1], dtype=dtype)
+
+    def nbytes(self, shape: Shape) -> int:
+        """With scales of 16 bits, as files hold them."""
+        return shape[0] * (-(-shape[1] // 2) + 3 * -(-shape[1] // self.group_size))
 
     def files(self, shape: Shape) -> dict[str, tuple[int, ...] | None]:
         groups = (shape[0], -(-shape[1] // self.group_size))
@@ -124,11 +141,17 @@ class Int8:
 
     marker = "SCB"
 
+    def __str__(self) -> str:
+        return "int8"
+
     def quantize(self, weight: Tensor) -> Tensors:
         return dict(zip(("qweight", "scales"), int8.quantize(weight), strict=True))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         return int8.dequantize(tensors["qweight"], tensors["scales"], dtype)
+
+    def nbytes(self, shape: Shape) -> int:
+        return shape[0] * (shape[1] + 4)
 
     def files(self, shape: Shape) -> dict[str, tuple[int, ...] | None]:
         return {"weight": shape, "SCB": shape[:1], "weight_format": ()}

@@ -77,7 +77,7 @@ def test_quantising_a_model_that_holds_its_weights() -> None:
     assert apply.layers(model).keys() == set(apply.selected(ours(config)))
     assert (layer.dequantize() - weight).abs().max() < 0.01
     assert isinstance(model.lm_head, nn.Linear)
-    assert "Affine(group_size=64)" in repr(layer)
+    assert "int4 in groups of 64" in repr(layer)
 
 
 @pytest.mark.parametrize(
