@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, slowly
+
 DATA = Path(__file__).parent / "data"
 HUB = DATA / "hub" / "HuggingFaceM4"
 LLAVA = HUB.parent / "llava-hf"
