@@ -23,19 +23,21 @@ from torch import Tensor
 GROUP_SIZES = (32, 64, 128)
 
 
-def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(weight: Tensor, group_size: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A weight (N, K) → qweight (N, ⌈K/2⌉) uint8, scales (N, G) of the weight's dtype, zeros (N, G) uint8.
+
+    dtype: that the weight is rounded to before, some rows at a time: a copy of all of it never exists.
 
     Raises ValueError for weights that are not finite.
     """
     rows, columns = weight.shape
     bytes_, groups = -(-columns // 2), -(-columns // group_size)
     qweight = weight.new_empty(rows, bytes_, dtype=torch.uint8)
-    scales, zeros = weight.new_empty(rows, groups), qweight.new_empty(rows, groups)
+    scales, zeros = weight.new_empty(rows, groups, dtype=dtype), qweight.new_empty(rows, groups)
     step = max(1, 2**16 // columns)  # rows at once: their temporaries stay in the cache
     for start in range(0, rows, step):
         some = slice(start, start + step)
-        qweight[some], scales[some], zeros[some] = _quantize(weight[some].detach(), group_size)
+        qweight[some], scales[some], zeros[some] = _quantize(weight[some].detach().to(scales.dtype), group_size)
     if not scales.isfinite().all():
         raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
     return qweight, scales, zeros

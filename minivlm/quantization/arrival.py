@@ -46,8 +46,7 @@ class Arrival:
             if self.stored:
                 layer.restore(self.config.stored.read(tensors, layer.shape), dtype or torch.float32)
             else:
-                weight = tensors["weight"]
-                layer.quantize_(weight if dtype is None else weight.to(dtype))
+                layer.quantize_(tensors["weight"], dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -56,9 +56,10 @@ def gap(kind: str) -> float:
 # ---- Weights ----
 
 
-def quantize(weight: Tensor, kind: str, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, kind: str, block: int = BLOCK, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """A weight of any shape → packed codes (bytes,) uint8 and scales (blocks,) fp32.
 
+    dtype: that the weight is rounded to before, a piece at a time: a copy of all of it never exists.
     Raises ValueError for weights that are not finite.
     """
     flat = weight.detach().reshape(-1)
@@ -66,7 +67,7 @@ def quantize(weight: Tensor, kind: str, block: int = BLOCK) -> tuple[Tensor, Ten
     packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=flat.device)
     scales = torch.empty(-(-count // block), dtype=torch.float32, device=flat.device)
     for start, part in _chunks(flat, _chunk_size(flat, block)):
-        codes, absmax = _quantize(part.float(), kind, block)
+        codes, absmax = _quantize(part.to(dtype or part.dtype).float(), kind, block)
         packed[start // 2 : (start + len(part) + 1) // 2] = pack(codes)
         scales[start // block : start // block + len(absmax)] = absmax
     if not scales.isfinite().all():

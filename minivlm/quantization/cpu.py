@@ -108,17 +108,17 @@ def pack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
         return tensors
     rows, columns = shape
     fill = (0, -columns % format.group_size, 0, -rows % BLOCK_ROWS)
-    parts = []
+    packed = tensors["qweight"].new_empty(rows + fill[3], (columns + fill[1]) // 2)
     step = BLOCK_ROWS * max(1, 2**18 // columns // BLOCK_ROWS)
     for start in range(0, rows, step):
         codes = affine.unpack(tensors["qweight"][start : start + step], columns)
         last = start + step >= rows
-        parts.append(_pack(F.pad(codes, fill if last else fill[:2]).int()))
+        packed[start : start + step] = _pack(F.pad(codes, fill if last else fill[:2]).int())
     scales = tensors["scales"].float()
     steps = torch.stack([scales, (8 - tensors["zeros"].float()) * scales], dim=2)  # (N, G, 2)
     steps = F.pad(steps, (0, 0, 0, 0, 0, fill[3])).transpose(0, 1).bfloat16().contiguous()
     kept = {name: tensors[name] for name in ("scales", "zeros")}
-    return {"packed": torch.cat(parts), "steps": steps, **kept}
+    return {"packed": packed, "steps": steps, **kept}
 
 
 def unpack(tensors: Tensors, shape: Shape) -> Tensors:

@@ -33,8 +33,8 @@ class Codebook:
     def __str__(self) -> str:
         return f"{self.kind} in blocks of {self.block}" + (", doubly quantised" if self.nested else "")
 
-    def quantize(self, weight: Tensor) -> Tensors:
-        qweight, absmax = codebook.quantize(weight, self.kind, self.block)
+    def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensors:
+        qweight, absmax = codebook.quantize(weight, self.kind, self.block, dtype)
         tensors = {"qweight": qweight, "code": codebook.codebook(self.kind).to(weight.device, copy=True)}
         if not self.nested:
             return {**tensors, "absmax": absmax}
@@ -112,8 +112,8 @@ class Affine:
     def __str__(self) -> str:
         return f"int4 in groups of {self.group_size}"
 
-    def quantize(self, weight: Tensor) -> Tensors:
-        return dict(zip(("qweight", "scales", "zeros"), affine.quantize(weight, self.group_size), strict=True))
+    def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensors:
+        return dict(zip(("qweight", "scales", "zeros"), affine.quantize(weight, self.group_size, dtype), strict=True))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         return affine.dequantize(**tensors, group_size=self.group_size, columns=shape[1], dtype=dtype)
@@ -144,8 +144,8 @@ class Int8:
     def __str__(self) -> str:
         return "int8"
 
-    def quantize(self, weight: Tensor) -> Tensors:
-        return dict(zip(("qweight", "scales"), int8.quantize(weight), strict=True))
+    def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensors:
+        return dict(zip(("qweight", "scales"), int8.quantize(weight, dtype), strict=True))
 
     def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         return int8.dequantize(tensors["qweight"], tensors["scales"], dtype)

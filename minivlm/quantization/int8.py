@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """A weight (N, K) → codes (N, K) int8, SCB (N,) fp32.
+
+    dtype: that the weight is rounded to before, some rows at a time: a copy of all of it never exists.
 
     Raises ValueError for weights that are not finite in fp16 (65,504 is the largest).
     """
@@ -28,7 +30,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, 2**16 // columns)  # rows at once: their temporaries stay in the cache
     for start in range(0, rows, step):
         some = slice(start, start + step)
-        part = weight[some].detach().half()
+        part = weight[some].detach().to(dtype or weight.dtype).half()
         scales[some] = part.abs().amax(dim=1)
         codes[some] = (part * (127.0 / scales[some, None])).nan_to_num(0.0).round()  # a row of zeros: 0 · inf
     if not scales.isfinite().all():

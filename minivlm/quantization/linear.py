@@ -52,10 +52,10 @@ class QuantizedLinear(nn.Module):
         """Bytes of codes, scales and tables, without the bias."""
         return sum(tensor.nbytes for tensor in self.held.values())
 
-    def quantize_(self, weight: Tensor) -> None:
-        """Take a floating-point weight (N, K), on the device where the layer is to live."""
-        self.dtype = weight.dtype
-        self._take(self.format.quantize(weight))
+    def quantize_(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Take a floating-point weight (N, K), on the device where the layer is to live, rounded to `dtype` first."""
+        self.dtype = dtype or weight.dtype
+        self._take(self.format.quantize(weight, dtype))
 
     def restore(self, tensors: Tensors, dtype: torch.dtype) -> None:
         """Take the tensors of a file, as `Format.read` gives them."""
