@@ -73,15 +73,19 @@ def unpack(qweight: Tensor, columns: int) -> Tensor:
     return torch.stack([qweight & 15, qweight >> 4], dim=2).flatten(1)[:, :columns]
 
 
+def byte_pairs(device: torch.device) -> Tensor:
+    """Both codes of every byte as fp32, in one 64-bit number, (256,): looking up beats taking bytes apart."""
+    code = torch.arange(16.0, device=device)
+    return torch.cartesian_prod(code, code).flip(1).contiguous().view(torch.int64).view(-1)
+
+
 def dequantize(
     qweight: Tensor, scales: Tensor, zeros: Tensor, group_size: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """Packed codes, scales and zero points → (N, K) of a dtype."""
     rows = len(qweight)
     out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
-    # Both codes of every byte as fp32, in one 64-bit number: looking up is faster than taking bytes apart.
-    code = torch.arange(16.0, device=qweight.device)
-    pairs = torch.cartesian_prod(code, code).flip(1).contiguous().view(torch.int64).view(-1)
+    pairs = byte_pairs(qweight.device)
     step = max(1, 2**16 // columns)
     for start in range(0, rows, step):
         some = slice(start, start + step)

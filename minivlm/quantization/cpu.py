@@ -26,21 +26,22 @@ from torch import Tensor
 from minivlm.quantization import affine, codebook
 from minivlm.quantization.formats import Affine, Codebook, Format, Int8, Shape, Tensors
 
-FEW = 128  # rows of x up to which an operator beats dequantising everything
+FEW = 64  # rows of x up to which an operator is faster than dequantising and a large product
 TILE, LARGE_TILE = 2**16, 2**22  # weights dequantised at once, for one row of x and for many
 
 
 def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
     """x (…, K) → (…, N), of the dtype of x."""
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    if rows.dtype == torch.bfloat16 and len(rows) <= FEW and "packed" in tensors:
-        y = _int4(rows, tensors, format, shape)
-    elif rows.dtype == torch.bfloat16 and len(rows) <= FEW and isinstance(format, Int8) and shape[1] % 16 == 0:
+    few = rows.dtype == torch.bfloat16 and len(rows) <= FEW
+    if "packed" in tensors:
+        y = _int4(rows, tensors, format, shape) if few else _int4_many(rows, tensors, format, shape)
+    elif few and isinstance(format, Int8) and shape[1] % 16 == 0:
         y = _int8(rows, tensors)
     elif isinstance(format, Codebook):
-        return _tiles(rows, tensors, format, shape, bias).view(*x.shape[:-1], shape[0])
+        return _tiles(rows, tensors, format, shape, bias).to(x.dtype).view(*x.shape[:-1], shape[0])
     else:
-        return F.linear(x, format.dequantize(unpack(tensors, shape), shape, x.dtype), bias)
+        return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], shape[0])
 
 
@@ -52,18 +53,23 @@ def _int8(x: Tensor, tensors: Tensors) -> Tensor:
 
 
 def _tiles(x: Tensor, tensors: Tensors, format: Codebook, shape: Shape, bias: Tensor | None) -> Tensor:
-    """x (M, K) → (M, N), some outputs at a time. A tile begins where a block of scales begins."""
+    """x (M, K) → (M, N), some outputs at a time. A tile begins where a block of scales begins.
+
+    One row is multiplied in fp32: the tile is fp32 before it is rounded to anything, and bf16 would be slower.
+    """
     rows, columns = shape
     scales, block = format.scales(tensors), format.block
     whole = math.lcm(columns, block) // columns  # so many outputs fill whole blocks
     step = max(1, (TILE if len(x) == 1 else LARGE_TILE) // columns // whole) * whole
+    x = x.float() if len(x) == 1 else x
+    bias = x.new_zeros(rows) if bias is None else bias.to(x.dtype)
     out = x.new_empty(len(x), rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         codes = tensors["qweight"][start * columns // 2 : (stop * columns + 1) // 2]
         some = scales[start * columns // block : -(-stop * columns // block)]
         tile = codebook.dequantize(codes, some, tensors["code"], (stop - start, columns), x.dtype, block)
-        out[:, start:stop] = F.linear(x, tile, None if bias is None else bias[start:stop])
+        out[:, start:stop] = F.linear(x, tile, bias[start:stop])
     return out
 
 
@@ -129,10 +135,9 @@ def unpack(tensors: Tensors, shape: Shape) -> Tensors:
     order = _half_bytes().argsort()
     packed = tensors["packed"]
     qweight = packed.new_empty(len(packed), -(-columns // 2))
-    step = BLOCK_ROWS * max(1, 2**18 // columns // BLOCK_ROWS)
-    for start in range(0, len(packed), step):
-        codes = _halves(packed[start : start + step])[:, :columns, order]  # (n/64, K, 64)
-        qweight[start : start + step] = affine.pack(codes.transpose(1, 2).flatten(0, 1))
+    for start in range(0, len(packed), BLOCK_ROWS):
+        block = packed[start : start + BLOCK_ROWS].view(-1, BLOCK_ROWS // 2)[:columns].T.contiguous()  # (32, K)
+        qweight[start : start + BLOCK_ROWS] = affine.pack(torch.cat([block & 15, block >> 4])[order])
     return {"qweight": qweight[:rows], "scales": tensors["scales"], "zeros": tensors["zeros"]}
 
 
@@ -140,3 +145,30 @@ def _int4(x: Tensor, tensors: Tensors, format: Affine, shape: Shape) -> Tensor:
     x = F.pad(x, (0, -shape[1] % format.group_size)).contiguous()
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, tensors["packed"], format.group_size, tensors["steps"])
     return y[:, : shape[0]]
+
+
+def _int4_many(x: Tensor, tensors: Tensors, format: Affine, shape: Shape) -> Tensor:
+    """x (M, K) → (M, N): weights are dequantised in the operator's order, (K, 64) a block, and multiplied as they are.
+
+    Only the outputs are put in order.
+    """
+    x = F.pad(x, (0, -shape[1] % format.group_size))
+    blocks = tensors["packed"].view(len(tensors["packed"]) // BLOCK_ROWS, x.shape[1], -1)  # (N/64, K, 32)
+    places = _half_bytes().view(2, -1).T.flatten()  # outputs in the order of low and high half of each byte
+    scales, zeros = (_by_block(tensors[name], len(blocks))[:, :, places] for name in ("scales", "zeros"))
+    pairs = affine.byte_pairs(blocks.device)
+    out = x.new_empty(len(blocks), len(x), BLOCK_ROWS)
+    step = max(1, LARGE_TILE // blocks[0].numel() // 2)
+    for start in range(0, len(blocks), step):
+        some = slice(start, start + step)
+        codes = pairs.index_select(0, blocks[some].flatten().int()).view(torch.float32)
+        groups = codes.view(-1, scales.shape[1], format.group_size, BLOCK_ROWS)  # (n, G, g, 64)
+        weights = (groups - zeros[some, :, None]) * scales[some, :, None].float()
+        out[some] = x @ weights.flatten(1, 2).to(x.dtype)  # (n, M, 64)
+    return out[:, :, places.argsort()].transpose(0, 1).flatten(1)[:, : shape[0]]
+
+
+def _by_block(values: Tensor, blocks: int) -> Tensor:
+    """(N, G) → (N/64, G, 64), filled up."""
+    filled = F.pad(values, (0, 0, 0, blocks * BLOCK_ROWS - len(values)))
+    return filled.view(blocks, BLOCK_ROWS, -1).transpose(1, 2)

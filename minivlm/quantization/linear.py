@@ -84,7 +84,9 @@ class QuantizedLinear(nn.Module):
         """x (…, K) → (…, N), same dtype."""
         compute = self.compute_dtype if x.dtype == torch.float16 and self.compute_dtype else x.dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        return _Product.apply(x.to(compute), bias, self).to(x.dtype)
+        if torch.is_grad_enabled():
+            return _Product.apply(x.to(compute), bias, self).to(x.dtype)
+        return products.linear(x.to(compute), self.held, self.format, self.shape, bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
