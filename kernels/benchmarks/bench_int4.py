@@ -27,7 +27,7 @@ LAYERS = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (32003, 4096
 ROWS = [1, 4, 16, 64, 512, 4096]
 KINDS = ["nf4", "nested", "int4"]
 GROUP = 64
-COLD = 512 * 2**20  # bytes of weights in rotation: ten times the largest cache
+COLD = 512 * 2**20  # bytes of weights in rotation, ten times the cache of an H200
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ of 32 it is four of them, 16 bytes, the most that a thread loads at once:
     row n   │ chunk 0 │ chunk 1 │ ···     CHUNK = gcd(K, block, 32); chunk c of the whole weight has the words from
             └─ scale ─┴─ scale ─┘         c·CHUNK/8 on and, in the table format, scale c·CHUNK // block
 
-Where that leaves less than a word (K is not a multiple of 8: no layer of these models) every weight looks up its own
-byte, and a chunk is one weight.
+Where that leaves less than a word (K is not a multiple of 8: no layer of these models) a chunk is one weight, which
+looks up its own byte: right, but slow, so only `dequantize_kernel` does it.
 
 N rows (outputs of the linear layer), K columns (its inputs), G groups of a row.
 """
@@ -109,10 +109,12 @@ def load_chunks(
     number = offs_n.to(tl.int64)[:, None] * (K // CHUNK) + chunk[None, :]  # of a chunk in the whole weight
     if CHUNK > 1:
         WORDS: tl.constexpr = CHUNK // 8
-        words = qweight_ptr.to(tl.pointer_type(tl.int32)) + number[:, :, None] * WORDS
-        word = tl.load(words + tl.arange(0, WORDS)[None, None, :], mask=inside[:, :, None], other=0)
+        width = K // CHUNK * WORDS  # words in a row, said so that the compiler knows that WORDS divides it
+        offs_w = first // CHUNK * WORDS + tl.arange(0, CHUNKS * WORDS)
+        words = qweight_ptr.to(tl.pointer_type(tl.int32)) + offs_n.to(tl.int64)[:, None] * width + offs_w[None, :]
+        word = tl.load(words, mask=(offs_n < N)[:, None] & (offs_w < width)[None, :], other=0)
         nibble = tl.arange(0, 8) ^ 1 if TABLE else tl.arange(0, 8)  # the table format has the high nibble first
-        q = tl.reshape(word, (BLOCK_N, CHUNKS, WORDS, 1)) >> (4 * nibble)[None, None, None, :] & 15
+        q = tl.reshape(word, (BLOCK_N, CHUNKS * WORDS, 1)) >> (4 * nibble)[None, None, :] & 15
     else:
         nibble = number if TABLE else number + offs_n[:, None] * (K % 2)  # affine rows end with a byte
         byte = tl.load(qweight_ptr + nibble // 2, mask=inside, other=0).to(tl.int32)
@@ -199,14 +201,19 @@ class Packed:
             raise ValueError(f"qweight should begin at a multiple of {ALIGNMENT} bytes; call .clone() once")
 
     @property
+    def chunk(self) -> int:
+        """Weights that are read together: 8, 16 or 32, or 1."""
+        chunk = math.gcd(self.shape[1], self.block, MAX_CHUNK)
+        return chunk if chunk >= MIN_CHUNK else 1
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What every kernel that reads the weight is given."""
         pointers = ("qweight", "scales", "code", "zeros", "nested_code", "nested_absmax")
         N, K = self.shape
-        chunk = math.gcd(K, self.block, MAX_CHUNK)
         return {
             **{f"{name}_ptr": getattr(self, name) for name in pointers},
-            **{"offset": self.offset, "N": N, "K": K, "BLOCK": self.block, "CHUNK": chunk if chunk >= MIN_CHUNK else 1},
+            **{"offset": self.offset, "N": N, "K": K, "BLOCK": self.block, "CHUNK": self.chunk},
         }
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -222,7 +229,8 @@ class Packed:
         """Multiply and add stay two roundings, as in the reference, so that the values are equal to its values."""
         arguments = {**self.arguments, "out_ptr": out, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
         grid = (triton.cdiv(self.shape[0], BLOCK_N), triton.cdiv(self.shape[1], BLOCK_K))
-        return Launch(dequantize_kernel, grid, arguments, {"num_warps": 4, "enable_fp_fusion": False})
+        num_warps = 4 if self.chunk > 1 else 8  # an address for every weight takes registers
+        return Launch(dequantize_kernel, grid, arguments, {"num_warps": num_warps, "enable_fp_fusion": False})
 
 
 def run(launch: Launch) -> None:

@@ -8,7 +8,7 @@ What limits the speed changes with the rows M of x, so there are three ways:
     M ≤ 512     matmul_kernel: a tile of W is decoded, rounded to the dtype of x and multiplied on the tensor cores. W
                 is the left operand, because its rows fill the hardware's tile whatever M is.
     above       W is decoded once into memory and multiplied by torch: a tile would be decoded anew for every block of
-                rows of x, and there are many by then.
+                rows of x, and there are many by then. The same where K is not a multiple of 8.
 
 Where N gives too few programs to fill a GPU, K is split among several; each writes a partial result in fp32, and
 `reduce_kernel` adds them in order. No atomics: the same input gives the same bits.
@@ -238,7 +238,7 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
         ctx.weight = weight
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > MATMUL_ROWS:
+        if len(rows) > MATMUL_ROWS or weight.chunk == 1:
             return F.linear(x, weight.dequantize(x.dtype), bias)
         out = torch.empty(len(rows), weight.shape[0], dtype=x.dtype, device=x.device)
         if len(rows):

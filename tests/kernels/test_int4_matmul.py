@@ -22,7 +22,7 @@ def rows(M: int, K: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 
 
 def assert_near(found: Tensor, x: Tensor, exact: Tensor, bias: Tensor | None = None) -> None:
-    """Within the sum of what is rounded: the result, K products and sums in float32, and, in tiles, each weight.
+    """Within the sum of what is rounded: the result, K products and sums in float32, and, but for one row, each weight.
 
     A unit is half the last place of the dtype, relative to the number rounded; 4 more for the scales in float32.
     """
@@ -30,7 +30,7 @@ def assert_near(found: Tensor, x: Tensor, exact: Tensor, bias: Tensor | None = N
     extra = 0 if bias is None else bias.double()
     expected = x.double() @ exact.T + extra
     size = x.double().abs() @ exact.abs().T + abs(extra)
-    weight_unit = 0 if len(x) == 1 else unit
+    weight_unit = 0 if len(x) == 1 and x.shape[1] % 8 == 0 else unit
     bound = unit * expected.abs() + (weight_unit + (x.shape[-1] + 4) * 2**-24) * size
     assert not found.isnan().any()
     assert ((found.double() - expected).abs() <= bound).all()
@@ -38,7 +38,7 @@ def assert_near(found: Tensor, x: Tensor, exact: Tensor, bias: Tensor | None = N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("K", [65, 127, 130, 304])
+@pytest.mark.parametrize("K", [65, 127, 130, 136, 304])
 def test_against_float64(kind: str, K: int, dtype: torch.dtype) -> None:
     for N, M in ((3, 1), (33, 5), (3, 17), (33, 33)):
         arguments, exact = weight(kind, N, K)
@@ -60,8 +60,8 @@ def test_split_along_k(kind: str, M: int, K: int) -> None:
 
 def test_many_rows_decode_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_matmul, "MATMUL_ROWS", 16)
-    arguments, exact = weight("nested", 33, 130)
-    x, bias = rows(17, 130), rows(1, 33)[0]
+    arguments, exact = weight("nested", 33, 136)
+    x, bias = rows(17, 136), rows(1, 33)[0]
     assert_near(matmul(x, arguments, bias), x, exact, bias)
 
 
@@ -69,8 +69,8 @@ def test_many_rows_decode_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("M", [1, 6])
 def test_gradients(kind: str, M: int) -> None:
     """Of x and of bias, in three dimensions, against autograd in float64."""
-    arguments, exact = weight(kind, 33, 65)
-    x, bias = rows(M, 65).view(1, M, 65).requires_grad_(), rows(1, 33)[0].requires_grad_()
+    arguments, exact = weight(kind, 33, 72)
+    x, bias = rows(M, 72).view(1, M, 72).requires_grad_(), rows(1, 33)[0].requires_grad_()
     out = matmul(x, arguments, bias)
     assert out.shape == (1, M, 33)
     out.square().sum().backward()
@@ -91,13 +91,13 @@ def test_frozen_bias_and_input() -> None:
 
 def test_views_and_empty_batches() -> None:
     """The last token of each sequence, every other column, no rows at all."""
-    arguments, exact = weight("nf4", 33, 65)
-    hidden = rows(12, 65).view(3, 4, 65)[:, -1:]
+    arguments, exact = weight("nf4", 33, 72)
+    hidden = rows(12, 72).view(3, 4, 72)[:, -1:]
     assert_near(matmul(hidden, arguments).squeeze(1), hidden.squeeze(1), exact)
-    wide = rows(5, 130)[:, ::2]
+    wide = rows(5, 144)[:, ::2]
     assert_near(matmul(wide, arguments), wide, exact)
-    assert matmul(torch.empty(2, 0, 65), arguments).shape == (2, 0, 33)
-    assert matmul(rows(1, 65)[0], arguments).shape == (33,)
+    assert matmul(torch.empty(2, 0, 72), arguments).shape == (2, 0, 33)
+    assert matmul(rows(1, 72)[0], arguments).shape == (33,)
 
 
 @pytest.mark.parametrize(
