@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AutoModelForImageTextToText": "minivlm.auto",
     "AutoProcessor": "minivlm.auto",
+    "BitsAndBytesConfig": "minivlm.quantization.config",
     "Chat": "minivlm.chat",
     "CheckpointError": "minivlm.hub",
     "GenerationConfig": "minivlm.generation_config",
@@ -24,6 +25,7 @@ _HOME = {
     "IdeficsImageProcessor": "minivlm.processing.idefics",
     "IdeficsModel": "minivlm.models.idefics",
     "IdeficsProcessor": "minivlm.processing.idefics",
+    "Int4Config": "minivlm.quantization.config",
     "KVCache": "minivlm.modules.cache",
     "LlavaNextConfig": "minivlm.models.llava_next",
     "LlavaNextForConditionalGeneration": "minivlm.models.llava_next",

@@ -1,5 +1,5 @@
 """`minivlm ask`, `chat`, `batch`: one question about pictures, a conversation, a file of questions. `minivlm inspect`:
-what a checkpoint is made of.
+what a checkpoint is made of. `minivlm quantize`: the same checkpoint in four or eight bits.
 
 Exit codes: 0 done, 1 bad input (for chat and batch: some lines of it), 2 wrong usage, 130 interrupted; an error is one
 line. Answers and tables go to stdout, everything else to stderr. torch is imported inside the verbs, so that `--help`
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -295,7 +296,7 @@ def describe(name: str) -> dict[str, Any]:
     from minivlm import auto, hub, loading
 
     if name in auto.PRESETS and not Path(name).is_dir():
-        config = auto.PRESETS[name]
+        config, files = auto.PRESETS[name], None
         model_type = config.to_hub()["model_type"]
     else:
         files = hub.source(name)
@@ -303,6 +304,7 @@ def describe(name: str) -> dict[str, Any]:
         config = loading.read_config(files, auto.family(model_type, name)[0].config_class)
     with torch.device("meta"):
         model = auto.family(model_type, name)[0](config)
+    stored = None if files is None else files.json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
     text = getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat
@@ -314,6 +316,7 @@ def describe(name: str) -> dict[str, Any]:
         "parts": parts,
         "parameters": total,
         "bytes": {dtype: total * size for dtype, size in BYTES.items()},
+        "quantised": _quantised(model, stored),
         "tokens_per_image": config.image_tokens,
         "max_position_embeddings": text.max_position_embeddings,
         "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
@@ -338,6 +341,23 @@ def check(name: str) -> dict[str, int]:
     with hub.blame(f"{name}: tokenizer.json"):
         tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
     return {"tensors": loading.check_weights(model, files), "tokens": len(tokenizer)}
+
+
+def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
+    """The memory of a checkpoint that is quantised, or that any would take once it were; the rest is in 16 bits."""
+    from minivlm import BitsAndBytesConfig, Int4Config
+    from minivlm.quantization import apply, foreign
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    configs = [nf4, Int4Config(), BitsAndBytesConfig(load_in_8bit=True)]
+    total, found = sum(parameter.numel() for parameter in model.parameters()), []
+    for config in configs if stored is None else [foreign.from_hub(stored)]:
+        weights = [model.get_submodule(name).weight for name in apply.selected(model, config.skip_modules)]
+        count = sum(weight.numel() for weight in weights)
+        size = sum(config.format.nbytes(tuple(weight.shape)) for weight in weights)
+        numbers = {"parameters": count, "bytes": size, "bytes_per_parameter": size / count}
+        found.append({"format": str(config.format), **numbers, "total_bytes": size + 2 * (total - count)})
+    return found
 
 
 def _parts(model: Any) -> Iterator[tuple[str, Any]]:
@@ -373,10 +393,17 @@ def _table(found: dict[str, Any]) -> str:
         for columns in (enumerate(zip(row, widths, strict=True)) for row in rows)
     ]
     tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
+    quantised = [
+        f"{entry['format']}: {entry['parameters']:,} parameters, {entry['bytes_per_parameter']:.3f} byte each; "
+        f"with the rest in 16 bits {_memory(entry['total_bytes'])}"
+        for entry in found["quantised"]
+    ]
     return "\n".join(
         [
             f"{found['model']} ({found['model_type']}, stored as {found['dtype'] or 'unknown dtype'})\n",
             *lines,
+            "",
+            *quantised,
             f"\ntokens per image: {', '.join(f'{count} ({kind})' for kind, count in tokens.items())}",
             f"positions: {found['max_position_embeddings']:,}",
             *(f"checked: {count:,} {what}" for what, count in found.get("checked", {}).items()),
@@ -394,11 +421,60 @@ def _memory(size: int) -> str:
     return f"{size:,.2f} GiB"
 
 
+# ---- quantize ----
+
+
+def _quantize_parser() -> _Parser:
+    about = "Write a checkpoint in four or eight bits: a folder that loads like any other, with no further settings."
+    parser = _Parser("minivlm quantize", description=about)
+    parser.add_argument("model", help="folder, built-in name or Hub id")
+    parser.add_argument("out", type=Path, help="a new folder")
+    formats = "nf4 (default) and fp4: as bitsandbytes, doubly quantised; int4: fastest on a CPU; int8"
+    parser.add_argument("--format", choices=["nf4", "fp4", "int4", "int8"], default="nf4", help=formats)
+    parser.add_argument("--group-size", type=int, default=128, choices=[32, 64, 128], help="of int4 (default: 128)")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="MODULE", help="leave it as it is, as vision_model")
+    kinds = ["auto", "float32", "bfloat16", "float16"]
+    what = "of what is not quantised (default: bfloat16; auto: as stored)"
+    parser.add_argument("--dtype", choices=kinds, default="bfloat16", help=what)
+    return parser
+
+
+def quantize(args: argparse.Namespace, parser: _Parser) -> None:
+    """Quantise while loading, write the weights, and copy what belongs to them."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists already; name a new folder")
+
+    from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config, hub
+    from minivlm.quantization import apply
+
+    if args.format == "int4":
+        config = Int4Config(args.group_size, args.skip)
+    elif args.format == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=args.skip or None)
+    else:
+        double = {"bnb_4bit_quant_type": args.format, "bnb_4bit_use_double_quant": True}
+        config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=args.skip or None, **double)
+    files = hub.source(args.model)
+    if files.json("config.json").get("quantization_config") is not None:
+        raise ValueError(f"{args.model} is quantised already; start from the original")
+    model = AutoModelForImageTextToText.from_pretrained(args.model, quantization_config=config, dtype=args.dtype)
+    model.save_pretrained(args.out)
+    for name in hub.BESIDE_THE_WEIGHTS:
+        path = files.file(name, required=False)
+        if path is not None:
+            shutil.copyfile(path, args.out / name)
+    layers = apply.layers(model).values()
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    size = sum(config.format.nbytes(layer.shape) for layer in layers)
+    print(f"{args.out}: {count:,} parameters as {config.format}, {size / count:.3f} byte each, {_memory(size)}")
+
+
 VERBS = {
     "ask": (ask, _ask_parser),
     "chat": (chat, _chat_parser),
     "batch": (batch, _batch_parser),
     "inspect": (inspect, _inspect_parser),
+    "quantize": (quantize, _quantize_parser),
 }
 
 

@@ -52,6 +52,13 @@ def blame(where: str) -> Iterator[None]:
         raise CheckpointError(f"{where}: {error}") from error
 
 
+# What a processor is made of.
+BESIDE_THE_WEIGHTS = (
+    *("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+
+
 @dataclass(frozen=True)
 class Source:
     """A named set of files. `folder` is set for local sources; otherwise `name` is a Hub id."""

@@ -24,8 +24,12 @@ from minivlm import hub
 from minivlm.generation_config import GenerationConfig
 from minivlm.header import Entry, read_header
 from minivlm.hub import CheckpointError, CheckpointFileError
+from minivlm.quantization import apply
+from minivlm.quantization.arrival import Arrival, choose
 
 Model = TypeVar("Model", bound=nn.Module)
+Places = dict[str, list[tuple[Any, str]]]  # our name of a tensor → files that hold it, with its name there
+Shapes = dict[str, tuple[int, ...] | None]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,14 +57,14 @@ def from_pretrained(
 
     dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
     device_map: None, "auto" (the GPU if there is one) or one device; models here live on one device.
+    quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
+    that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) says so itself and needs none.
     low_cpu_mem_usage is accepted and always on. The model comes back in eval mode.
 
     Raises CheckpointFileError, an OSError, for files that are missing or cannot be fetched, and CheckpointError, a
     ValueError, for a config or weights that do not fit: every missing, unexpected and misshapen tensor is named in one.
     All is checked before any data is read, but for the numbers themselves (see `not_finite`).
     """
-    if quantization_config is not None:
-        raise ValueError("quantization_config is not supported yet; load without it")
     if use_flash_attention_2:
         attn_implementation = attn_implementation or "flash_attention_2"
     files = hub.source(
@@ -71,8 +75,10 @@ def from_pretrained(
         model = cls(config, attn_implementation=attn_implementation)
     shards = weight_files(files)
     wanted = wanted_dtype(dtype or torch_dtype, config.dtype)
-    fill(model, shards, wanted, wanted_device(device_map))
-    if wanted is None and len(found := {parameter.dtype for parameter in model.parameters()}) > 1:
+    arrival = choose(files.name, files.json("config.json").get("quantization_config"), quantization_config)
+    fill(model, shards, wanted, wanted_device(device_map), arrival)
+    found = {parameter.dtype for parameter in model.parameters()}
+    if wanted is None and arrival is None and len(found) > 1:
         raise CheckpointError(
             f"{files.name} stores its weights in {' and '.join(sorted(map(str, found)))}, and config.json does not say "
             "which it should be; pass dtype="
@@ -143,18 +149,36 @@ def _check_index(weight_map: dict[str, str], headers: dict[str, dict[str, Entry]
             )
 
 
-def fill(model: nn.Module, shards: list[Path], dtype: torch.dtype | None, device: torch.device) -> None:
+def fill(
+    model: nn.Module,
+    shards: list[Path],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    arrival: Arrival | None = None,
+) -> None:
     """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
 
-    dtype None keeps each tensor's own.
+    dtype None keeps each tensor's own. arrival: which layers are quantised, in the files or as they are read; then
+    only the weight at hand is in memory unquantised.
     """
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(_open(path)) for path in shards]
-        places = _match(model, readers, shards)
-        for name, (reader, hub_name) in tqdm(places.items(), "loading", delay=2, leave=False):
-            tensor = reader.get_tensor(hub_name)
+        found, layers = _match(model, readers, shards, arrival)
+
+        def read(name: str) -> Tensor:
+            reader, hub_name = found[name][0]
+            return reader.get_tensor(hub_name)
+
+        progress = tqdm(total=len(found), desc="loading", delay=2, leave=False)
+        for name, _ in list(model.named_parameters()):
+            tensor = read(name)
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             _assign(model, name, tensor.to(device, wanted))
+            progress.update()
+        for name, layer in layers.items():
+            tensors = {leaf: read(f"{name}.{leaf}").to(device) for leaf in arrival.files(layer)}
+            arrival.take(name, layer, tensors, dtype)
+            progress.update(len(tensors))
 
 
 def _open(path: Path) -> Any:
@@ -164,29 +188,47 @@ def _open(path: Path) -> Any:
         raise CheckpointFileError(f"{path} is no safetensors file ({error}); fetch it again") from error
 
 
-def _match(model: nn.Module, readers: list[Any], shards: list[Path]) -> dict[str, tuple[Any, str]]:
-    """Parameter name → (file, name in the file). One error lists all that is missing, unexpected or does not fit."""
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    places: dict[str, tuple[Any, str]] = {}
-    unexpected, misshapen, unreal, doubled = [], [], [], []
+def _match(
+    model: nn.Module, readers: list[Any], shards: list[Path], arrival: Arrival | None
+) -> tuple[Places, dict[str, nn.Module]]:
+    """Where every tensor is, once all fit, and the layers by name that `arrival` has put in place of others."""
+    found = _names(model, readers)
+    layers = {} if arrival is None else arrival.replace(model, found)
+    shapes: Shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, layer in layers.items():
+        shapes |= {f"{name}.{leaf}": shape for leaf, shape in arrival.files(layer).items()}
+    _check(model, found, shapes, shards)
+    return found, layers
+
+
+def _names(model: nn.Module, readers: list[Any]) -> Places:
+    """Our name of every tensor in the files → (file, its name there), more than one if several have that name."""
+    found: Places = {}
     for reader in readers:
         for hub_name in reader.keys():  # noqa: SIM118  (a reader is no dict)
-            name = local_name(hub_name, model.hub_prefixes)
+            found.setdefault(local_name(hub_name, model.hub_prefixes), []).append((reader, hub_name))
+    return found
+
+
+def _check(model: nn.Module, found: Places, shapes: Shapes, shards: list[Path]) -> None:
+    """One CheckpointError lists all that is missing, unexpected or does not fit. shapes: None fits anything."""
+    parameters = dict(model.named_parameters())
+    unexpected, misshapen, unreal, doubled = [], [], [], []
+    for name, places in found.items():
+        for number, (reader, hub_name) in enumerate(places):
             if name not in shapes and is_ignored(hub_name, model):
                 continue
-            part = reader.get_slice(hub_name)
-            found = tuple(part.get_shape())
+            part, wanted = reader.get_slice(hub_name), shapes.get(name)
+            shape = tuple(part.get_shape())
             if name not in shapes:
-                unexpected.append(f"{hub_name} {list(found)}")
-            elif found != shapes[name]:
-                misshapen.append(f"{hub_name} {list(found)}, expected {list(shapes[name])}")
-            elif parameters[name].is_floating_point() and part.get_dtype() not in FLOATS:
+                unexpected.append(f"{hub_name} {list(shape)}")
+            elif wanted is not None and shape != wanted:
+                misshapen.append(f"{hub_name} {list(shape)}, expected {list(wanted)}")
+            elif name in parameters and part.get_dtype() not in FLOATS:
                 unreal.append(f"{hub_name} of {part.get_dtype()}")
-            elif name in places:
+            elif number:
                 doubled.append(hub_name)
-            places[name] = (reader, hub_name)
-    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in places]
+    missing = [f"{name} {list(shape or ())}" for name, shape in shapes.items() if name not in found]
     problems = {
         "missing": missing,
         "unexpected": unexpected,
@@ -197,7 +239,6 @@ def _match(model: nn.Module, readers: list[Any], shards: list[Path]) -> dict[str
     if any(problems.values()):
         folder = shards[0].parent if shards else "the checkpoint"
         raise CheckpointError(f"the weights in {folder} do not fit the model:\n" + "\n".join(_listed(problems)))
-    return places
 
 
 def _listed(problems: dict[str, list[str]], most: int = 10) -> list[str]:
@@ -268,8 +309,9 @@ def check_weights(model: nn.Module, files: hub.Source) -> int:
     Reads everything; errors as in `from_pretrained`, and CheckpointError that names tensors with NaN or infinity.
     """
     shards = weight_files(files)
+    arrival = choose(files.name, files.json("config.json").get("quantization_config"), None)
     with contextlib.ExitStack() as stack:
-        places = _match(model, [stack.enter_context(_open(path)) for path in shards], shards)
+        places, _ = _match(model, [stack.enter_context(_open(path)) for path in shards], shards, arrival)
     if broken := not_finite(shards):
         raise CheckpointError(
             f"the weights of {files.name} are damaged:\n" + "\n".join(_listed({"with NaN or infinity": broken}))
@@ -298,7 +340,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_hub_name(name, model.hub_prefixes): value for name, value in model.state_dict().items()}
+    tensors = {_hub_name(name, model.hub_prefixes): value for name, value in apply.files(model).items()}
     shards = _split(tensors, _bytes(max_shard_size))
     names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
@@ -313,8 +355,12 @@ def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | 
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", {**model.config.to_hub(), "dtype": dtype, "torch_dtype": dtype})
+    dtype = str(model.dtype).removeprefix("torch.")
+    about = {**model.config.to_hub(), "dtype": dtype, "torch_dtype": dtype}
+    if getattr(model, "quantization_config", None) is not None:
+        kept = [_hub_name(f"{name}.", model.hub_prefixes).rstrip(".") for name in apply.kept(model)]
+        about["quantization_config"] = model.quantization_config.to_hub(kept)
+    _write_json(folder / "config.json", about)
     _write_json(folder / "generation_config.json", model.generation_config.to_hub())
 
 

@@ -27,7 +27,10 @@ MAY_IMPORT = {
     },
     "minivlm.cuda_graph": {"minivlm.modules"},
     "minivlm.ranking": {"minivlm.diagnosis", "minivlm.generation", "minivlm.modules"},
-    "minivlm.loading": {"minivlm.hub", "minivlm.header", "minivlm.generation_config", "minivlm.modules"},
+    "minivlm.quantization": {"minivlm.modules", "minivlm_kernels"},
+    "minivlm.loading": {
+        *("minivlm.hub", "minivlm.header", "minivlm.generation_config", "minivlm.modules", "minivlm.quantization"),
+    },
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.generation_config", "minivlm.loading"},
     "minivlm.processing": {"minivlm.hub", "minivlm.modules"},
     "minivlm.auto": {"minivlm.hub", "minivlm.models", "minivlm.processing"},

@@ -560,11 +560,11 @@ class IdeficsForVisionText2Text(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.text_model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.model.text_model.norm.weight.dtype
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `batch` rows of `slots` tokens, to be passed as `past_key_values`."""

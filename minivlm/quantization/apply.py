@@ -1,0 +1,97 @@
+"""Which layers of a model are quantised, and putting quantised ones in their places."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from minivlm.quantization.linear import QuantizedLinear
+
+# Per family: the parts whose linear layers are quantised (all of them), and the linear layers that stay, with the
+# reason. Everything that is not an `nn.Linear` stays: embeddings, norms, gates, patch convolutions, latents.
+# It is what transformers' bitsandbytes integration converts of these models, vision tower included; to leave out more,
+# name it in `llm_int8_skip_modules` or `skip_modules`.
+TABLE = {
+    "idefics2": {
+        "quantised": ("model.vision_model.encoder", "model.connector", "model.text_model.layers"),
+        "kept": {"lm_head": "logits decide between near neighbours"},
+    },
+    "llava_next": {
+        "quantised": ("model.vision_tower.encoder", "model.multi_modal_projector", "model.language_model.layers"),
+        "kept": {"lm_head": "logits decide between near neighbours"},
+    },
+    "idefics": {
+        "quantised": (
+            *("model.vision_model.encoder", "model.perceiver_resampler"),
+            *("model.gated_cross_attn_layers", "model.text_model.layers"),
+        ),
+        "kept": {"lm_head": "logits decide between near neighbours", "additional_fc": "logits too, of added tokens"},
+    },
+}
+
+
+def selected(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers that are quantised. skip: modules to leave out, as `BitsAndBytesConfig` explains.
+
+    Raises ValueError for a name in `skip` that names nothing here.
+    """
+    family = model.config.model_type
+    if family not in TABLE:
+        raise ValueError(f"no table says which layers of a {family!r} are quantised; known: {', '.join(TABLE)}")
+    parts, kept = TABLE[family]["quantised"], TABLE[family]["kept"]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in skip:
+        if not any(_inside(name, pattern) for name, _ in model.named_modules()):
+            raise ValueError(f"no module to skip is called {pattern!r}; names look like {', '.join(names[:3])}")
+    left = [name for name in names if name not in kept and not any(_inside(name, pattern) for pattern in skip)]
+    return [name for name in left if name.startswith(tuple(f"{part}." for part in parts))]
+
+
+def _inside(name: str, pattern: str) -> bool:
+    """Whether a dotted name has the words of `pattern` in a row: a.layers.1.mlp has "layers.1", a.layers.11 has not."""
+    return re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) is not None
+
+
+def replace(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, QuantizedLinear]:
+    """Put an empty quantised layer in the place of each named linear layer, which keeps its bias; returns them."""
+    layers = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        sizes = (linear.in_features, linear.out_features)
+        layers[name] = QuantizedLinear(*sizes, linear.bias, config.format, config.compute_dtype)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def quantize(model: nn.Module, config: Any) -> nn.Module:
+    """Quantise the layers of a model that holds its weights, in place; `from_pretrained` does it while loading."""
+    for name in selected(model, config.skip_modules):
+        weight = model.get_submodule(name).weight
+        replace(model, [name], config)[name].quantize_(weight)
+    model.quantization_config = config
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantised layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def kept(model: nn.Module) -> list[str]:
+    """Names of the linear layers of a quantised model that are not quantised."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def files(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model as files hold them: its state, with quantised weights as their format writes them."""
+    quantised = layers(model)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in quantised and leaf != "bias":
+            continue
+        tensors[name] = value
+    for name, layer in quantised.items():
+        tensors |= {f"{name}.{leaf}": value for leaf, value in layer.files().items()}
+    return tensors

@@ -1,0 +1,201 @@
+"""NF4 and FP4: sixteen values, a scale for each block of 64 weights (Dettmers et al. 2023, "QLoRA").
+
+The weight is read as one long row, whatever its shape; blocks are 64 consecutive elements and may straddle rows:
+
+    scale   absmax = max |w| of the block, fp32
+    code    the index q of the value in CODES[kind] that is nearest to w / absmax
+    weight  ŵ = CODES[kind][q] · absmax, an fp32 product rounded once to the dtype asked for
+
+    packed  two codes a byte, the first in the HIGH half; an odd number of weights is filled up with a zero
+
+Error: |w − ŵ| ≤ `gap(kind)` · absmax, half the widest gap between neighbouring values: 0.152 for NF4, 0.167 for FP4
+(plus the rounding of ŵ). Zero is one of the values, and so are ±absmax: these weights come back exactly.
+
+Memory: 4 bits + 32/64 = 4.5 bits a weight. Double quantisation replaces the fp32 scales by bytes, in blocks of 256:
+
+    offset          the mean of all scales, fp32
+    nested_absmax   max |absmax − offset| of 256 scales, fp32
+    code            the index of the value in `dynamic_map()` that is nearest to (absmax − offset) / nested_absmax
+
+which makes 4 + 8/64 + 32/(64·256) = 4.127 bits. Scales, codes and dequantised values equal those of bitsandbytes bit
+by bit, its CPU build where its builds differ.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK, NESTED_BLOCK = 64, 256
+
+# NF4: quantiles of the normal distribution, zero among them. FP4: sign, two bits of exponent, one of fraction, over 12.
+CODES = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
+CHUNK = {"cpu": 2**16}  # elements at once: on a CPU temporaries stay in the cache, elsewhere launches are to be few
+
+
+@functools.cache
+def codebook(kind: str) -> Tensor:
+    """The sixteen values of "nf4" or "fp4", fp32. Not to be changed in place."""
+    return torch.tensor(CODES[kind], dtype=torch.float32)
+
+
+def gap(kind: str) -> float:
+    """Half the widest gap between neighbouring values: the largest error, in units of the block's scale."""
+    return codebook(kind).sort().values.diff().max().item() / 2
+
+
+# ---- Weights ----
+
+
+def quantize(weight: Tensor, kind: str, block: int = BLOCK, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A weight of any shape → packed codes (bytes,) uint8 and scales (blocks,) fp32.
+
+    dtype: that the weight is rounded to before, a piece at a time: a copy of all of it never exists.
+    Raises ValueError for weights that are not finite.
+    """
+    flat = weight.detach().reshape(-1)
+    count = flat.numel()
+    packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=flat.device)
+    scales = torch.empty(-(-count // block), dtype=torch.float32, device=flat.device)
+    for start, part in _chunks(flat, _chunk_size(flat, block)):
+        codes, absmax = _quantize(part.to(dtype or part.dtype).float(), kind, block)
+        packed[start // 2 : (start + len(part) + 1) // 2] = pack(codes)
+        scales[start // block : start // block + len(absmax)] = absmax
+    if not scales.isfinite().all():
+        raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
+    return packed, scales
+
+
+def _chunk_size(tensor: Tensor, block: int) -> int:
+    return CHUNK.get(tensor.device.type, 2**24) // block * block
+
+
+def _chunks(flat: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(flat), size):
+        yield start, flat[start : start + size]
+
+
+def _quantize(flat: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
+    """fp32 (n,) → codes (n,) uint8 (one more, that of zero, where n is odd), scales (blocks,).
+
+    As in bitsandbytes a whole block is multiplied by 1 / absmax, and what is left at the end is divided by absmax, and
+    its scale is not below 1e-38; the two roundings differ.
+    """
+    whole = len(flat) // block * block
+    blocks, rest = flat[:whole].view(-1, block), flat[whole:]
+    absmax = blocks.abs().amax(dim=1)
+    normed = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
+    if len(rest):
+        last = rest.abs().amax().clamp(min=1e-38)
+        absmax, normed = torch.cat([absmax, last[None]]), torch.cat([normed, rest / last])
+    if len(normed) % 2:
+        normed = torch.cat([normed, normed.new_zeros(1)])
+    return _nearest(normed, kind), absmax
+
+
+@functools.cache
+def _bounds(kind: str) -> tuple[list[float], Tensor | None]:
+    """Midpoints of neighbouring values, and for each interval between them its code (None: simply its number)."""
+    values, order = codebook(kind).sort(stable=True)
+    middles = ((values[:-1] + values[1:]) / 2).tolist()
+    return middles, None if kind == "nf4" else order.to(torch.uint8)
+
+
+def _nearest(normed: Tensor, kind: str) -> Tensor:
+    """Codes of values in [−1, 1]. On a midpoint the smaller value wins.
+
+    Counting the midpoints below a value is fifteen passes over the cache, and faster than one binary search each.
+    """
+    middles, order = _bounds(kind)
+    codes = torch.zeros(normed.shape, dtype=torch.uint8, device=normed.device)
+    for middle in middles:
+        codes += normed > middle
+    return codes if order is None else order.to(codes.device)[codes.int()]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """An even number n of uint8 codes → (n/2,) bytes."""
+    return codes[::2] << 4 | codes[1::2]
+
+
+def unpack(packed: Tensor, count: int) -> Tensor:
+    """The way back: (bytes,) → (count,) uint8 codes."""
+    return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:count]
+
+
+def dequantize(
+    packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype, block: int = BLOCK
+) -> Tensor:
+    """Packed codes and fp32 scales → the weight in its shape and a dtype. code: the sixteen values, fp32."""
+    count = int(torch.Size(shape).numel())
+    # The two values of every byte, as one 64-bit number: looking up single numbers is three times as fast as rows.
+    pairs = torch.cartesian_prod(code, code).view(torch.int64).view(-1)
+    out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
+    size = _chunk_size(packed, block)
+    for start, part in _chunks(packed, size // 2):
+        values = pairs.index_select(0, part.int()).view(torch.float32)
+        scales = absmax[2 * start // block : -(-2 * (start + len(part)) // block)]
+        out[2 * start : 2 * (start + len(part))] = _scaled(values, scales, block)
+    return out[:count].view(shape)
+
+
+def _scaled(values: Tensor, scales: Tensor, block: int) -> Tensor:
+    whole = len(values) // block * block
+    if whole == len(values):
+        return (values.view(-1, block) * scales[:, None]).view(-1)
+    return values * scales.repeat_interleave(block)[: len(values)]
+
+
+# ---- Double quantisation of the scales ----
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
+    """256 values in [−1, 1] (Dettmers 2016, "8-bit approximations"): fine near zero, coarse near one.
+
+    For each of seven powers of ten, 2ⁱ values of either sign: the middles of equal intervals of [0.1, 1]; 0 and 1.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for power in range(7):
+        edges = torch.linspace(0.1, 1, 2**power + 1)
+        middles = 10.0 ** (power - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values
+
+
+@functools.cache
+def _dynamic_codes() -> Tensor:
+    """The code of each of 65,536 equally spaced values of [−1, 1]: bitsandbytes' CPU build rounds to these first."""
+    values = dynamic_map()
+    grid = torch.arange(65536, dtype=torch.float32) / 65535 * 2 - 1
+    return torch.bucketize(grid, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+
+
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 scales (n,) → codes (n,) uint8, nested_absmax (⌈n/256⌉,) fp32, offset () fp32.
+
+    Error: |absmax − what comes back| ≤ 0.0071 · nested_absmax: half the map's widest gap, and half a step of the grid.
+    """
+    offset = absmax.mean()
+    centred = absmax - offset
+    filled = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested = filled.abs().amax(dim=1)
+    normed = (filled / nested[:, None]).nan_to_num(-1.0)  # equal scales: 0 / 0, and their codes do not matter
+    places = ((normed + 1) * 0.5 * 65535 + 0.5).int()
+    codes = _dynamic_codes().to(absmax.device).index_select(0, places.view(-1))
+    return codes[: len(absmax)], nested, offset
+
+
+def dequantize_scales(codes: Tensor, nested_map: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """The way back, (n,) fp32."""
+    values = nested_map.index_select(0, codes.int())
+    return values * nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(values)] + offset

@@ -1,0 +1,174 @@
+"""x Ŵᵀ + b on a CPU, each format by the fastest way that torch has there without a compiler.
+
+What was measured (`python scripts/bench_int4_cpu.py` prints the table again; a row of 512 × 4096 weights, one thread of
+an AVX-512 machine, best of many; milliseconds for one row of x, or 16 or 64 where said):
+
+    bf16 F.linear                                   0.38   (4 rows 0.21, 16 rows 0.43, 64 rows 1.35)
+    fp16 F.linear                                   0.18
+    int4 _weight_int4pack_mm_for_cpu, bf16 x        0.11   (16 rows 0.78, 64 rows 3.1); with fp16 or fp32 x 4 to 30
+    int8 _weight_int8pack_mm, bf16 x                0.16   (16 rows 0.88); with fp32 x 1.7
+    two values by look-up of a byte, 1-D int64      0.75   the look-ups alone; by rows (256, 2) of fp32 2.5
+
+So int4 and int8 use their operators for bf16 inputs of few rows, and everything else multiplies with weights that are
+dequantised a tile at a time, small enough to stay in the cache while there are few rows. NF4 and FP4 have no operator.
+
+The operators round differently: int4's scales are bf16, and products are rounded to bf16 before int8's scales and the
+bias come to them. Each is a rounding like that of the bf16 weight or of the result itself, 2⁻⁹ of the number.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlm.quantization import affine, codebook
+from minivlm.quantization.formats import Affine, Codebook, Format, Int8, Shape, Tensors
+
+FEW = 64  # rows of x up to which an operator is faster than dequantising and a large product
+TILE, LARGE_TILE = 2**16, 2**22  # weights dequantised at once, for one row of x and for many
+
+
+def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
+    """x (…, K) → (…, N), of the dtype of x."""
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    few = rows.dtype == torch.bfloat16 and len(rows) <= FEW
+    if "packed" in tensors:
+        y = _int4(rows, tensors, format, shape) if few else _int4_many(rows, tensors, format, shape)
+    elif few and isinstance(format, Int8) and shape[1] % 16 == 0:
+        y = _int8(rows, tensors)
+    elif isinstance(format, Codebook):
+        return _tiles(rows, tensors, format, shape, bias).to(x.dtype).view(*x.shape[:-1], shape[0])
+    else:
+        return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], shape[0])
+
+
+def _int8(x: Tensor, tensors: Tensors) -> Tensor:
+    """The operator would take bf16 scales: it gets ones, and the real ones come after. It reads rows by 16 inputs, and
+    past the end of a row that is no multiple (torch 2.13)."""
+    scales = tensors["scales"] / 127
+    return torch._weight_int8pack_mm(x.contiguous(), tensors["qweight"], scales.new_ones(len(scales)).to(x)) * scales
+
+
+def _tiles(x: Tensor, tensors: Tensors, format: Codebook, shape: Shape, bias: Tensor | None) -> Tensor:
+    """x (M, K) → (M, N), some outputs at a time. A tile begins where a block of scales begins.
+
+    One row is multiplied in fp32: the tile is fp32 before it is rounded to anything, and bf16 would be slower.
+    """
+    rows, columns = shape
+    scales, block = format.scales(tensors), format.block
+    whole = math.lcm(columns, block) // columns  # so many outputs fill whole blocks
+    step = max(1, (TILE if len(x) == 1 else LARGE_TILE) // columns // whole) * whole
+    x = x.float() if len(x) == 1 else x
+    bias = x.new_zeros(rows) if bias is None else bias.to(x.dtype)
+    out = x.new_empty(len(x), rows)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        codes = tensors["qweight"][start * columns // 2 : (stop * columns + 1) // 2]
+        some = scales[start * columns // block : -(-stop * columns // block)]
+        tile = codebook.dequantize(codes, some, tensors["code"], (stop - start, columns), x.dtype, block)
+        out[:, start:stop] = F.linear(x, tile, bias[start:stop])
+    return out
+
+
+# ---- int4: the operator's own order ----
+
+BLOCK_ROWS = 64  # outputs that the operator packs together; N is filled up to a multiple
+
+
+@functools.cache
+def _half_bytes() -> Tensor | None:
+    """Which of 64 outputs each half byte of a packed block holds, (64,): the low halves of its 32 bytes, then the high.
+
+    The order depends on the processor, so the operator is asked, and a random weight checks the answer. None where it
+    has another form: then int4 is dequantised like the others.
+    """
+    numbers = torch.arange(BLOCK_ROWS, dtype=torch.int32)[:, None].expand(BLOCK_ROWS, 32)
+    low, high = (_halves(_pack(part.contiguous()))[0, 0] for part in (numbers % 16, numbers // 16))
+    order = low.long() + 16 * high.long()
+    codes = torch.randint(16, (2 * BLOCK_ROWS, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    expected = codes.view(2, BLOCK_ROWS, 64)[:, order].transpose(1, 2)
+    return order if torch.equal(_halves(_pack(codes)), expected.to(torch.uint8)) else None
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """(N, K) int32, N a multiple of 64 → (N, K/2) uint8 in the operator's order."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """Packed codes → (N/64, K, 64): for each input of a block the codes of its half bytes."""
+    blocks = packed.view(len(packed) // BLOCK_ROWS, -1, BLOCK_ROWS // 2)
+    return torch.cat([blocks & 15, blocks >> 4], dim=2)
+
+
+def pack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
+    """The tensors of `Affine` with their codes in the operator's order: packed and steps instead of qweight.
+
+    packed: (N', K'/2), N' and K' filled up to multiples of 64 and of a group.  steps: (G, N', 2) bf16, scale and
+    (8 − zero) · scale. As they are where there is nothing to gain.
+    """
+    if not isinstance(format, Affine) or "packed" in tensors or _half_bytes() is None:
+        return tensors
+    rows, columns = shape
+    fill = (0, -columns % format.group_size, 0, -rows % BLOCK_ROWS)
+    packed = tensors["qweight"].new_empty(rows + fill[3], (columns + fill[1]) // 2)
+    step = BLOCK_ROWS * max(1, 2**18 // columns // BLOCK_ROWS)
+    for start in range(0, rows, step):
+        codes = affine.unpack(tensors["qweight"][start : start + step], columns)
+        last = start + step >= rows
+        packed[start : start + step] = _pack(F.pad(codes, fill if last else fill[:2]).int())
+    scales = tensors["scales"].float()
+    steps = torch.stack([scales, (8 - tensors["zeros"].float()) * scales], dim=2)  # (N, G, 2)
+    steps = F.pad(steps, (0, 0, 0, 0, 0, fill[3])).transpose(0, 1).bfloat16().contiguous()
+    kept = {name: tensors[name] for name in ("scales", "zeros")}
+    return {"packed": packed, "steps": steps, **kept}
+
+
+def unpack(tensors: Tensors, shape: Shape) -> Tensors:
+    """The way back."""
+    if "packed" not in tensors:
+        return tensors
+    rows, columns = shape
+    order = _half_bytes().argsort()
+    packed = tensors["packed"]
+    qweight = packed.new_empty(len(packed), -(-columns // 2))
+    for start in range(0, len(packed), BLOCK_ROWS):
+        block = packed[start : start + BLOCK_ROWS].view(-1, BLOCK_ROWS // 2)[:columns].T.contiguous()  # (32, K)
+        qweight[start : start + BLOCK_ROWS] = affine.pack(torch.cat([block & 15, block >> 4])[order])
+    return {"qweight": qweight[:rows], "scales": tensors["scales"], "zeros": tensors["zeros"]}
+
+
+def _int4(x: Tensor, tensors: Tensors, format: Affine, shape: Shape) -> Tensor:
+    x = F.pad(x, (0, -shape[1] % format.group_size)).contiguous()
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, tensors["packed"], format.group_size, tensors["steps"])
+    return y[:, : shape[0]]
+
+
+def _int4_many(x: Tensor, tensors: Tensors, format: Affine, shape: Shape) -> Tensor:
+    """x (M, K) → (M, N): weights are dequantised in the operator's order, (K, 64) a block, and multiplied as they are.
+
+    Only the outputs are put in order.
+    """
+    x = F.pad(x, (0, -shape[1] % format.group_size))
+    blocks = tensors["packed"].view(len(tensors["packed"]) // BLOCK_ROWS, x.shape[1], -1)  # (N/64, K, 32)
+    places = _half_bytes().view(2, -1).T.flatten()  # outputs in the order of low and high half of each byte
+    scales, zeros = (_by_block(tensors[name], len(blocks))[:, :, places] for name in ("scales", "zeros"))
+    pairs = affine.byte_pairs(blocks.device)
+    out = x.new_empty(len(blocks), len(x), BLOCK_ROWS)
+    step = max(1, LARGE_TILE // blocks[0].numel() // 2)
+    for start in range(0, len(blocks), step):
+        some = slice(start, start + step)
+        codes = pairs.index_select(0, blocks[some].flatten().int()).view(torch.float32)
+        groups = codes.view(-1, scales.shape[1], format.group_size, BLOCK_ROWS)  # (n, G, g, 64)
+        weights = (groups - zeros[some, :, None]) * scales[some, :, None].float()
+        out[some] = x @ weights.flatten(1, 2).to(x.dtype)  # (n, M, 64)
+    return out[:, :, places.argsort()].transpose(0, 1).flatten(1)[:, : shape[0]]
+
+
+def _by_block(values: Tensor, blocks: int) -> Tensor:
+    """(N, G) → (N/64, G, 64), filled up."""
+    filled = F.pad(values, (0, 0, 0, blocks * BLOCK_ROWS - len(values)))
+    return filled.view(blocks, BLOCK_ROWS, -1).transpose(1, 2)

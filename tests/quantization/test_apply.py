@@ -1,0 +1,116 @@
+"""Which layers are quantised, beside what transformers' bitsandbytes integration converts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import oracle_idefics
+import oracle_llava
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config
+from minivlm.auto import PRESETS, family
+from minivlm.loading import local_name
+from minivlm.quantization import apply
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "idefics2": oracle.idefics2_config,
+    "llava_next": oracle_llava.llava_config,
+    "idefics": oracle_idefics.idefics_config,
+}
+
+
+def ours(config: Any) -> nn.Module:
+    model_class = family(config.model_type)[0]
+    with torch.device("meta"):
+        return model_class(model_class.config_class.from_hub(config.to_dict()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_table_is_what_bitsandbytes_would_convert(name: str) -> None:
+    config = CONFIGS[name]()
+    with torch.device("meta"):
+        reference = transformers.AutoModelForImageTextToText.from_config(config)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    kept = get_keys_to_not_convert(reference)
+    reference = replace_with_bnb_linear(reference, kept, settings)
+    converted = {name for name, module in reference.named_modules() if type(module).__name__ == "Linear4bit"}
+    model = ours(config)
+    theirs = {local_name(f"{name}.", model.hub_prefixes).rstrip(".") for name in converted}
+    assert set(apply.selected(model)) == theirs
+    assert len(theirs) > 20
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_linear_layer_is_either_quantised_or_kept_for_a_reason(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(PRESETS[name])
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kept = linears - set(apply.selected(model))
+    assert kept == set(apply.TABLE[model.config.model_type]["kept"])
+
+
+def test_skipping() -> None:
+    model = ours(oracle.idefics2_config())
+    everything = apply.selected(model)
+    assert not [name for name in apply.selected(model, ["vision_model"]) if "vision" in name]
+    without = set(everything) - set(apply.selected(model, ["text_model.layers.1", "q_proj"]))
+    assert all("text_model.layers.1." in name or name.endswith("q_proj") for name in without)
+    assert len(without) == 7 + len([name for name in everything if name.endswith("q_proj")]) - 1
+    with pytest.raises(ValueError, match="no module to skip is called 'vision'"):
+        apply.selected(model, ["vision"])
+
+
+def test_quantising_a_model_that_holds_its_weights() -> None:
+    torch.manual_seed(0)
+    config = oracle.idefics2_config()
+    model_class = family("idefics2")[0]
+    model = model_class(model_class.config_class.from_hub(config.to_dict()))
+    weight = model.model.text_model.layers[0].mlp.up_proj.weight.detach().clone()
+    apply.quantize(model, Int4Config(64))
+    layer = model.model.text_model.layers[0].mlp.up_proj
+    assert apply.layers(model).keys() == set(apply.selected(ours(config)))
+    assert (layer.dequantize() - weight).abs().max() < 0.01
+    assert isinstance(model.lm_head, nn.Linear)
+    assert "int4 in groups of 64" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "set one of load_in_4bit and load_in_8bit"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, ValueError, "not both"),
+        ({"load_in_4bit": 1}, TypeError, "load_in_4bit should be True or False"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, ValueError, '"nf4" or "fp4", found \'nf3\''),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "int8"}, ValueError, "bnb_4bit_compute_dtype"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_storage": "complex"}, ValueError, "bnb_4bit_quant_storage"),
+        ({"load_in_8bit": True, "llm_int8_has_fp16_weight": True}, ValueError, "llm_int8_has_fp16_weight=True"),
+        ({"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}, ValueError, "one device"),
+        ({"load_in_8bit": True, "llm_int8_skip_modules": "lm_head"}, TypeError, "list of module names"),
+        ({"load_in_3bit": True}, TypeError, "load_in_3bit"),
+    ],
+)
+def test_configs_that_cannot_be_honoured(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        BitsAndBytesConfig(**options)
+
+
+def test_int4_config() -> None:
+    assert Int4Config().group_size == 128
+    for options in ({"group_size": 100}, {"group_size": None}):
+        with pytest.raises(ValueError, match="32, 64, 128"):
+            Int4Config(**options)
+    with pytest.raises(TypeError, match="list of module names"):
+        Int4Config(skip_modules="lm_head")
+
+
+def test_the_documentation_s_defaults() -> None:
+    """The names and defaults of the reference's class, but for compute_dtype, which it turns into a dtype at once."""
+    theirs = transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()
+    found = BitsAndBytesConfig(load_in_4bit=True).to_hub([])
+    assert found == {name: value for name, value in theirs.items() if not name.startswith("_")}
