@@ -29,6 +29,7 @@ MISPRINTS = {
     "Image. Soehbat(": "Image.open(",
     # The Chinese conversation alone has 107 tokens, so this limit is an error, here as in the reference.
     "max_length=100)": "max_length=150)",
+    "    model_id,": '    "llava-hf/llava-v1.6-mistral-7b-hf",',  # its page never says what it is
 }
 CHANGES = {
     "from transformers import": "from minivlm import",

@@ -19,6 +19,7 @@ from minivlm import Idefics2ForConditionalGeneration, IdeficsForVisionText2Text,
 from minivlm.modules import attention as module
 from minivlm.modules.attention import Mask, attention, choose_backend
 
+pytest.importorskip("triton", reason="the kernels are written in triton, which is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

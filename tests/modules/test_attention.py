@@ -125,7 +125,7 @@ def test_cache_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "triton"])
 def test_slots_that_are_not_filled_are_not_seen(window: int | None, backend: str) -> None:
     """A mask that is told on the device how much is filled sees what one over just these slots does."""
     q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
