@@ -128,11 +128,11 @@ def test_the_small_idefics_does_the_task(trained, show, name):
 
 
 def test_examples_say_what_is_wanted(trained):
-    """Without them nobody can know it; measured: see README."""
+    """Without them nobody can know it. Of 300 with two examples 98.7 % are right, so two mistakes in 20 are rare."""
     others = list(STYLES)[1:]
-    assert few_shot_share(*trained, 0, others, 20) < 0.2
-    assert few_shot_share(*trained, 2, others, 20) > 0.7
-    assert few_shot_share(*trained, 2, ["describe"], 20) > 0.7
+    assert few_shot_share(*trained, 0, others, 20) <= 0.1
+    assert few_shot_share(*trained, 2, others, 20) >= 0.9
+    assert few_shot_share(*trained, 2, ["describe"], 20) >= 0.9
 
 
 def test_transformers_goes_on_from_few_shot_prompts_alike(trained):
