@@ -371,13 +371,13 @@ def _memory(size: int) -> str:
 
 def _parity_parser() -> _Parser:
     about = (
-        "Run a model twice, as side a and side b, compare them stage by stage from the pixels to the greedy tokens, and "
+        "Run a model twice, as side a and side b, compare them stage by stage from pixels to greedy tokens, and "
         "name the first stage that diverges. Side a is transformers (or a recording), side b is minivlm."
     )
     settings = "a setting of side {}: attn=eager, dtype=bfloat16, quantize=nf4, model=FOLDER, code=transformers"
     parser = _Parser("minivlm parity", description=about)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder, built-in name or Hub id")
-    parser.add_argument("--image", action="append", metavar="FILE", help="a picture; again for more (default: drawn)")
+    parser.add_argument("--image", action="append", metavar="FILE", help="a picture; repeat for more (default: drawn)")
     parser.add_argument("--prompt", metavar="TEXT", help="the question about it")
     parser.add_argument(
         "--reference", choices=["transformers", "minivlm"], default="transformers", help="side a's code"

@@ -82,13 +82,13 @@ class Yardstick:
 
         The floor is for stages in front of any attention, where a's backends agree to the bit and another order of
         summing does not. In float32 a sum of a thousand products is off by some 10 steps of its last place: 1e-5 of the
-        largest value (84 steps) is out of reach, and so is 2e-6 (17 steps) for all values together. In half precision
+        largest value (84 steps) is out of reach, and so is 1e-6 (8 steps) for all values together. In half precision
         sums are kept in float32 and only results are rounded. A value is rounded twice before we see it, as a product
         and again as a sum, so it may land 2 steps (eps) away; and if each side rounded each value anew, ‖Δ‖ would be
         0.41 steps of the values' own, so half a step of relative difference is not reached by rounding alone.
         """
         largest = max(2 * self.largest, max(1e-5, 2 * found.eps) * found.peak)
-        return largest, max(2 * self.relative, max(2e-6, found.eps / 2))
+        return largest, max(2 * self.relative, max(1e-6, found.eps / 2))
 
     def excess(self, found: Difference) -> float:
         """The larger of both differences, in units of what is allowed: above 1 the stage diverges."""

@@ -201,10 +201,11 @@ def _idefics2_pictures(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     place = masks.flatten(1).any(1).cumsum(0) - 1  # of a picture among the real ones
     patches = torch.cat([F.pad(masks[n].flatten().nonzero(), (1, 0), value=int(n)) for n in order])  # (R, 2)
     ours = [masks[group][:, :high, :wide].flatten(1) for (high, wide), group in groups.items()]
+    every = [torch.ones(len(group), dtype=torch.bool) for group in groups.values()]
     theirs = place[patches[:, 0]], patches[:, 1]
     return {
         "patches": Rows({"minivlm": ours, "transformers": [theirs]}, ("picture", "patch"), patches),
-        "vectors": Rows({"minivlm": [...] * len(groups), "transformers": [place[order]]}, ("picture", "vector"), order),
+        "vectors": Rows({"minivlm": every, "transformers": [place[order]]}, ("picture", "vector"), order),
     }
 
 
@@ -235,8 +236,8 @@ def _idefics_pictures(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     seen = inputs["image_attention_mask"].bool().any(1).flatten()  # (B·N,)
     if not seen.any():
         return {}
-    select = {"minivlm": [...], "transformers": [seen]}
     order = seen.nonzero()[:, 0]
+    select = {"minivlm": [torch.ones_like(order, dtype=torch.bool)], "transformers": [seen]}
     return {
         "patches": Rows(select, ("picture", "place"), order),
         "vectors": Rows(select, ("picture", "vector"), order),
