@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "minivlm.chat": {"minivlm.generation", "minivlm.generation_config", "minivlm.modules", "minivlm.processing"},
     "minivlm.batch": {"minivlm.processing"},
     "minivlm.parity": {
+        "minivlm",  # its version
         *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.generation", "minivlm.modules"),
     },
     "minivlm.cli": None,  # anything; and nothing imports it

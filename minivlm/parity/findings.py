@@ -12,18 +12,8 @@ from minivlm import generation
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.recording import Recording
-from minivlm.parity.sides import Side
+from minivlm.parity.sides import INPUTS, Side
 from minivlm.parity.stages import Rows, Stage
-
-# What processors make, in the order of the report. Both sides must agree exactly.
-INPUTS = {
-    "pixel_values": "pixels",
-    "pixel_attention_mask": "pixel mask",
-    "image_sizes": "image sizes",
-    "input_ids": "token ids",
-    "attention_mask": "attention mask",
-    "image_attention_mask": "image mask",
-}
 
 
 @dataclass(frozen=True)

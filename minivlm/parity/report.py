@@ -11,7 +11,7 @@ from minivlm.parity.findings import Finding
 
 COLUMNS = ("stage", "rows x channels", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
 WIDTHS = (20, 15, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
-LEGEND = "excess: of what is allowed, above 1 a stage diverges (!); largest at: row or picture, place in it, channel"
+LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: picture or row, place, channel"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,15 @@ QUANTIZED: dict[str, tuple[dict[str, Any], float]] = {
     "int4": ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, 0.6),
     "int8": ({"load_in_8bit": True}, 1.1),
 }
+# What models take of what processors make (transformers 4 adds token_type_ids), by its name in reports, in their order.
+INPUTS = {
+    "pixel_values": "pixels",
+    "pixel_attention_mask": "pixel mask",
+    "image_sizes": "image sizes",
+    "input_ids": "token ids",
+    "attention_mask": "attention mask",
+    "image_attention_mask": "image mask",
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ def load(side: Side) -> nn.Module:
     try:
         with _quietly():
             model = getattr(transformers(), model_class.__name__).from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # of many kinds: a cut file is a SafetensorError
         raise OSError(f"{side.version} cannot load {side.model}: {error}") from error
     return model.to(side.device or "cpu").eval()
 
@@ -246,14 +255,19 @@ def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
     """
     processor, options = processor_of(side), {"return_tensors": "pt"}
     if config_of(side).model_type == "idefics":
-        return dict(processor(text=[["User:", *pictures, prompt, "\nAssistant:"]], **options))
+        found = processor(text=[["User:", *pictures, prompt, "\nAssistant:"]], **options)
+    else:
+        images = {"images": [pictures]} if pictures else {}
+        found = processor(text=[_rendered(side, len(pictures), prompt)], **images, **options)
+    return {name: found[name] for name in INPUTS if name in found}
+
+
+def _rendered(side: Side, pictures: int, prompt: str) -> str:
     template = auto.AutoProcessor.from_pretrained(side.model)
-    text = "<image>" * len(pictures) + prompt
-    if template.chat_template:
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-        text = template.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    images = {"images": [pictures]} if pictures else {}
-    return dict(processor(text=[text], **images, **options))
+    if not template.chat_template:
+        return "<image>" * pictures + prompt
+    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt}]
+    return template.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------
