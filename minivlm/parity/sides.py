@@ -1,9 +1,10 @@
 """One side of a comparison: which code runs which weights, and how. The only place that knows transformers' calls.
 
-side = Side("shapes-idefics2", "transformers", dtype="float32")
-model = load(side)
-inputs = encode(side, [picture], "what is this?")
-forward(model, stages, inputs, sink)     # sink(stage, call, output) for every stage, as the module runs
+    side = Side("shapes-idefics2", "transformers", dtype="float32")
+    model, inputs = load(side), encode(side, [picture], "what is this?")
+    forward(model, stages, inputs, sink)
+
+calls sink(stage, call, output) for every stage as its module runs, for the first, second, … time.
 """
 
 import contextlib
@@ -27,11 +28,12 @@ from minivlm.parity.stages import Stage
 Sink = Callable[[Stage, int, Tensor], None]
 
 CODES = ("minivlm", "transformers")
-# `quantize`: the settings of a BitsAndBytesConfig, and about how many bytes a weight takes, its scale included.
-QUANTIZED: dict[str, tuple[dict[str, Any], float]] = {
-    "nf4": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.6),
-    "int4": ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, 0.6),
-    "int8": ({"load_in_8bit": True}, 1.1),
+# `quantize`: which of our configurations, its settings, and about how many bytes a weight takes with its scale.
+QUANTIZED: dict[str, tuple[str, dict[str, Any], float]] = {
+    "nf4": ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.6),
+    "fp4": ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, 0.6),
+    "int8": ("BitsAndBytesConfig", {"load_in_8bit": True}, 1.1),
+    "int4": ("Int4Config", {}, 0.6),
 }
 # What models take of what processors make (transformers 4 adds token_type_ids), by its name in reports, in their order.
 INPUTS = {
@@ -46,9 +48,9 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Side:
-    """model: a folder, a built-in name, a Hub id, or a loaded model of either code (then the rest says nothing).
+    """model: a folder, a built-in name, a Hub id, or a loaded model of either code, which tells all but the dtype.
 
-    code: "minivlm" or "transformers".  dtype: of the weights; None keeps the checkpoint's.  attn: the backend; None is
+    code: "minivlm" or "transformers".  dtype: of the weights; None keeps what they have.  attn: the backend; None is
     the code's own choice.  quantize: None or one of QUANTIZED, with minivlm only.  device: None is the CPU.
     """
 
@@ -62,8 +64,8 @@ class Side:
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):
             object.__setattr__(self, "code", code_of(self.model))
-            object.__setattr__(self, "dtype", str(self.model.dtype).removeprefix("torch."))
-            object.__setattr__(self, "attn", self.attn or backend(self.model))
+            object.__setattr__(self, "dtype", self.dtype or str(self.model.dtype).removeprefix("torch."))
+            object.__setattr__(self, "attn", backend(self.model))
         if self.code not in CODES:
             raise ValueError(f"a side runs {' or '.join(CODES)}, found {self.code!r}")
         if self.quantize is not None and (self.quantize not in QUANTIZED or self.code != "minivlm"):
@@ -161,9 +163,10 @@ def load(side: Side) -> nn.Module:
 def _quantization(side: Side) -> dict[str, Any]:
     if side.quantize is None:
         return {}
-    if not hasattr(minivlm, "BitsAndBytesConfig"):
+    name, settings, _ = QUANTIZED[side.quantize]
+    if not hasattr(minivlm, name):
         raise ValueError(f"quantize={side.quantize} is not supported by minivlm {minivlm.__version__}")
-    return {"quantization_config": minivlm.BitsAndBytesConfig(**QUANTIZED[side.quantize][0])}
+    return {"quantization_config": getattr(minivlm, name)(**settings)}
 
 
 def foresee(side: Side, config: Any) -> None:
@@ -172,7 +175,7 @@ def foresee(side: Side, config: Any) -> None:
         model = _classes(config.model_type)[0](config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
-    size = QUANTIZED[side.quantize][1] if side.quantize else dtype.itemsize
+    size = QUANTIZED[side.quantize][2] if side.quantize else dtype.itemsize
     needed = weights * size + 1000 * model.lm_head.out_features * dtype.itemsize
     free = available(side.device)
     if free is not None and needed > free:
@@ -255,7 +258,7 @@ def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
     """
     processor, options = processor_of(side), {"return_tensors": "pt"}
     if config_of(side).model_type == "idefics":
-        found = processor(text=[["User:", *pictures, prompt, "\nAssistant:"]], **options)
+        found = processor(text=[["User:", *pictures, f"{prompt}\nAssistant:"]], **options)
     else:
         images = {"images": [pictures]} if pictures else {}
         found = processor(text=[_rendered(side, len(pictures), prompt)], **images, **options)

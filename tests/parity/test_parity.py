@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import oracle
+import oracle_idefics
 import oracle_llava
 import pytest
+import tiny_idefics
 import torch
 
 import minivlm
@@ -179,6 +182,23 @@ def test_ours_of_yesterday_is_a_side_too(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # ---- Sides -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_idefics_from_pixels_on(tmp_path: Path, dtype: str) -> None:
+    """The family without a chat template, and so far without a checkpoint that ships."""
+    files = tiny_idefics.write_small(tmp_path / "idefics", tiny_idefics.SPECIAL[:-1])
+    vision = {"embed_dim": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": tiny_idefics.IMAGE_SIZE, "patch_size": 4}
+    config = oracle_idefics.idefics_config(vocab_size=110, interval=2, vision_config=vision)
+    oracle.save(oracle_idefics.random_reference(config), files)
+    a, b = Side(files, "transformers", dtype=dtype), Side(files, dtype=dtype)
+    pictures = drawn_picture(), drawn_picture().rotate(90)
+    report = compare(a, b, Question(pictures, "Which colours?"), tokens=4)
+    assert report.first is None, report.table()
+    stages = [finding.stage for finding in report.findings]
+    assert stages[:4] == ["pixels", "token ids", "attention mask", "image mask"]
+    assert stages.index("gated block 1") == stages.index("decoder layer 1") + 1
 
 
 def test_another_dtype_is_measured_by_the_references_own_rounding() -> None:
