@@ -63,6 +63,8 @@ def compare(
     if isinstance(a, Recording):
         return against(a, b, question, progress=progress)
     a = a if isinstance(a, Side) else Side(a)
+    for side in (a, b):  # before either has run for an hour
+        sides.foresee(side)
     with tempfile.TemporaryDirectory(prefix="minivlm-parity-") as folder:
         path = Path(folder) / "a.safetensors"
         recording = record(a, path, question, layers=layers, tokens=tokens, other_dtype=b.dtype, progress=progress)
@@ -135,7 +137,7 @@ def _record(
 ) -> dict[str, Difference]:
     """Fill the writer; what the other backend differs by, if it is to `measure` that. The model dies on return."""
     model = sides.load(side)
-    about["side"] = sides.described(side, model)
+    about["side"] = side.words(sides.backend(model))
     with job.bar(about["side"]) as seen:
 
         def store(stage: Stage, call: int, output: Tensor) -> None:
@@ -153,7 +155,7 @@ def _record(
 
 
 def _other_dtype(job: _Job, side: Side, recording: Recording) -> dict[str, Difference]:
-    return _measured(job, sides.load(side), recording, f"{side}, for the yardstick")
+    return _measured(job, sides.load(side), recording, f"{side.version}, {side.dtype}, for the yardstick")
 
 
 def _measured(job: _Job, model: nn.Module, recording: Recording, name: str) -> dict[str, Difference]:
@@ -223,7 +225,7 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
         findings += input_findings(inputs, question.encoded(side), side)
     job = _Job(stages, rows, inputs, progress)
     model = sides.load(side)
-    name = sides.described(side, model)
+    name = side.words(sides.backend(model))
     found, error = _differences(job, model, recording, name)
     if error is not None:  # what a model returns at its end never came, and is no fault of what came before
         last = max((index for index, stage in enumerate(stages) if stage.name in found), default=0)

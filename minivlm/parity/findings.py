@@ -20,9 +20,9 @@ from minivlm.parity.stages import Rows, Stage
 class Finding:
     """One line of a report. Differences are NaN where there was nothing to compare; `note` says why.
 
-    shape: (rows, channels) of a stage, or that of an input.  where: the largest difference.  yardstick, allowed: of
-    max |Δ|.  excess: the larger of max |Δ| and ‖Δ‖/‖a‖ in units of what is allowed for it; above 1 the stage diverges.
-    path, code: the module of side b that is to blame.
+    shape: (rows, channels) of a stage, or that of an input.  where: the largest difference.  yardstick: of max |Δ|.
+    allowed, allowed_relative: the most that max |Δ| and ‖Δ‖/‖a‖ may be.  excess: the larger of both in units of what is
+    allowed for it; above 1 the stage diverges.  path, code: the module of side b that is to blame.
     """
 
     stage: str
@@ -36,6 +36,7 @@ class Finding:
     where: str = ""
     yardstick: float = 0.0
     allowed: float = 0.0
+    allowed_relative: float = 0.0
     excess: float = 0.0
     note: str = ""
 
@@ -65,7 +66,8 @@ def stage_finding(
         note = found or (f"{type(error).__name__}: {error}" if error else "did not run")
         return Finding(stage.name, shape, path, code, excess=math.inf, note=note)
     where = f"{rows.place(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else ""
-    bounds = {"yardstick": yardstick.largest, "allowed": yardstick.bounds(found)[0], "excess": yardstick.excess(found)}
+    bounds = dict(zip(("allowed", "allowed_relative"), yardstick.bounds(found), strict=True))
+    bounds |= {"yardstick": yardstick.largest, "excess": yardstick.excess(found)}
     return Finding(stage.name, shape, path, code, where=where, **_numbers(found), **bounds)
 
 

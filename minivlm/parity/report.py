@@ -33,7 +33,10 @@ class Report:
             ties = [finding.note for finding in self.findings if finding.note]
             return "\n".join([f"no stage diverges ({len(self.findings)} compared)", *ties])
         found = self.first
-        why = found.note or f"max |Δ| {found.largest:.2g}, {_times(found.excess)} what is allowed, at {found.where}"
+        why = found.note or f"at {found.where}, where both must be equal"
+        if found.allowed:
+            size = f"max |Δ| {found.largest:.2g}, at {found.where}"
+            why = f"{_times(found.excess)} times what is allowed; {size}"
         count = sum(finding.diverges for finding in self.findings)
         return (
             f"first divergence: {found.stage} ({why})\n"
@@ -92,7 +95,8 @@ def _finite(value: Any) -> Any:
 
 
 def plot(reports: dict[str, Report], path: str | Path) -> None:
-    """Error by depth, on a logarithmic scale: for each of the reports, by name, ‖Δ‖/‖a‖ of its stages.
+    """Error by depth, on a logarithmic scale: ‖Δ‖/‖a‖ of the stages of each report, by its dtype; dashed, what is
+    allowed. Stages that are equal are gaps; rings are those that diverge.
 
     Raises OSError if matplotlib is not installed.
     """
@@ -102,14 +106,17 @@ def plot(reports: dict[str, Report], path: str | Path) -> None:
         raise OSError("a plot needs matplotlib: pip install 'minivlm[plot]'") from error
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name, report in reports.items():
-        shown = [finding for finding in report.findings if finding.relative > 0]
-        (line,) = axes.semilogy([f.stage for f in shown], [f.relative for f in shown], marker=".", label=name)
-        bad = [finding for finding in shown if finding.diverges]
-        axes.semilogy([f.stage for f in bad], [f.relative for f in bad], "o", mfc="none", color=line.get_color())
-    any_report = next(iter(reports.values()))
-    axes.set(ylabel="‖Δ‖ / ‖a‖", title=f"a: {any_report.a}\nb: {any_report.b}")
-    axes.tick_params(axis="x", rotation=90, labelsize=7)
+    for dtype, report in reports.items():
+        shown = [finding for finding in report.findings if finding.allowed_relative]
+        error = [finding.relative or math.nan for finding in shown]
+        bad = [finding.relative if finding.diverges else math.nan for finding in shown]
+        (line,) = axes.semilogy(error, marker=".", label=dtype)
+        axes.semilogy(bad, "o", markersize=9, markerfacecolor="none", color=line.get_color())
+        axes.semilogy([finding.allowed_relative for finding in shown], "--", linewidth=1, color=line.get_color())
+        axes.set_xticks(range(len(shown)), [finding.stage for finding in shown], rotation=90, fontsize=7)
+        titles = [f"{name}: {words.replace(f', {dtype}', '')}" for name, words in (("a", report.a), ("b", report.b))]
+        axes.set_title("\n".join(titles))
+    axes.set_ylabel("‖Δ‖ / ‖a‖")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

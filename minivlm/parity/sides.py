@@ -14,7 +14,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import minivlm
 from minivlm import auto, hub, loading
+from minivlm.modules.attention import check_implementation
 from minivlm.parity.stages import Stage
 
 Sink = Callable[[Stage, int, Tensor], None]
@@ -70,9 +71,12 @@ class Side:
             raise ValueError(f"a side runs {' or '.join(CODES)}, found {self.code!r}")
         if self.quantize is not None and (self.quantize not in QUANTIZED or self.code != "minivlm"):
             raise ValueError(f"quantize is one of {', '.join(QUANTIZED)}, with minivlm; found {self.quantize!r}")
+        if self.code == "minivlm" and self.attn is not None:
+            check_implementation(self.attn)
 
-    def __str__(self) -> str:
-        settings = (self.dtype or "dtype as stored", self.attn, self.quantize, self.device)
+    def words(self, attn: str | None) -> str:
+        """The side in words, with the backend that its model has chosen (None: one for each call)."""
+        settings = (self.dtype or "dtype as stored", attn or "best attention", self.quantize, self.device)
         return ", ".join([self.version, *filter(None, settings)])
 
     @property
@@ -112,11 +116,6 @@ def code_of(model: nn.Module) -> str:
     return "transformers" if type(model).__module__.split(".")[0] == "transformers" else "minivlm"
 
 
-def described(side: Side, model: nn.Module) -> str:
-    """The side in words, with the backend that it has chosen."""
-    return str(replace(side, attn=side.attn or backend(model) or "best attention"))
-
-
 # ---- Loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,8 +143,8 @@ def load(side: Side) -> nn.Module:
     if isinstance(side.model, nn.Module):
         wanted = loading.DTYPES[side.dtype]
         return side.model if side.model.dtype == wanted else copy.deepcopy(side.model).to(wanted)
+    foresee(side)
     config = config_of(side)
-    foresee(side, config)
     options = {"dtype": side.dtype or "auto", "device_map": side.device, "attn_implementation": side.attn}
     model_class = _classes(config.model_type)[0]
     if side.code == "minivlm":
@@ -169,8 +168,11 @@ def _quantization(side: Side) -> dict[str, Any]:
     return {"quantization_config": getattr(minivlm, name)(**settings)}
 
 
-def foresee(side: Side, config: Any) -> None:
+def foresee(side: Side) -> None:
     """MemoryError if the weights, and logits for a thousand tokens, do not fit into what is free on the device."""
+    if isinstance(side.model, nn.Module):
+        return
+    config = config_of(side)
     with torch.device("meta"):
         model = _classes(config.model_type)[0](config)
     weights = sum(parameter.numel() for parameter in model.parameters())

@@ -343,10 +343,10 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         plot({}, tmp_path / "out.png")
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_release_has_its_stages(name: str) -> None:
+@pytest.mark.parametrize("name", ["idefics-9b", "idefics2-8b", "llava-v1.6-mistral-7b-hf"])
+def test_a_release_has_its_stages(name: str) -> None:
     """Names are unique, every path exists in our model, and layers are all there."""
-    config = PRESETS[name]
+    config = next(preset for release, preset in PRESETS.items() if release.endswith(f"/{name}"))
     with torch.device("meta"):
         model = family(config.model_type)[0](config)
     stages = stages_of(config)
