@@ -90,29 +90,28 @@ def record(
     dtype: rounding is what one then asks about.
     """
     config, inputs = sides.config_of(side), question.encoded(side)
-    stages, rows = _stages(config, inputs, layers)
-    calls = sum(len(rows[stage.rows].select[side.code]) for stage in stages)
-    writer = Writer(Path(path), room=(1 << 17) + 256 * calls + 128 * len(stages))
-    for name, value in inputs.items():
-        writer.add(f"inputs/{name}", value)
+    job = _Job(*_stages(config, inputs, layers), inputs, progress)
     dtype = side.dtype or config.dtype
     about = {
         FORMAT: 1,
-        "side": "",
         "dtype": other_dtype or dtype,
         "config": _plain(config),
         "question": question.identity,
         "layers": layers,
         "torch": torch.__version__,
-        "yardsticks": {},
     }
-    same_dtype = other_dtype in (None, dtype)
-    job = _Job(stages, rows, inputs, progress)
-    found = _record(job, side, writer, about, tokens, same_dtype)
-    if not same_dtype:
-        found = _other_dtype(job, replace(side, dtype=other_dtype), Recording(path))
-    about["yardsticks"] = {name: (each.largest, each.relative) for name, each in found.items()}
-    writer.finish(about)
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.part")  # an interruption leaves what was there
+    try:
+        writer = Writer(unfinished, job.room(side.code))
+        found = _record(job, side, writer, about, tokens, measure=other_dtype in (None, dtype))
+        if other_dtype not in (None, dtype):
+            found = _other_dtype(job, replace(side, dtype=other_dtype), Recording(unfinished))
+        about["yardsticks"] = {name: (each.largest, each.relative) for name, each in found.items()}
+        writer.finish(about)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return Recording(path)
 
 
@@ -125,6 +124,11 @@ class _Job:
     inputs: dict[str, Any]
     progress: bool
 
+    def room(self, code: str) -> int:
+        """Bytes for a recording's header: settings, and less than 400 for each tensor and its yardstick."""
+        calls = sum(len(self.rows[stage.rows].select[code]) for stage in self.stages)
+        return (1 << 17) + 400 * calls
+
     @contextmanager
     def bar(self, name: str) -> Iterator[Callable[[Stage, int], None]]:
         """A bar that steps at a stage's first call."""
@@ -136,6 +140,8 @@ def _record(
     job: _Job, side: Side, writer: Writer, about: dict[str, Any], tokens: int, measure: bool
 ) -> dict[str, Difference]:
     """Fill the writer; what the other backend differs by, if it is to `measure` that. The model dies on return."""
+    for name, value in job.inputs.items():
+        writer.add(f"inputs/{name}", value)
     model = sides.load(side)
     about["side"] = side.words(sides.backend(model))
     with job.bar(about["side"]) as seen:

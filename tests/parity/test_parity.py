@@ -159,16 +159,18 @@ def test_files_that_are_no_recordings(capsys: Any, tmp_path: Path) -> None:
     assert "there is no recording" in fails(capsys, MODEL, "--against", str(tmp_path / "none"))
 
 
-def test_an_interrupted_recording_is_no_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_the_recording_that_was_there(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sides, "greedy", interrupted)
-    path = tmp_path / "ref.safetensors"
+    path = Path(shutil.copy(recorded, tmp_path))
+    monkeypatch.setattr(sides, "other_backend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         record(Side(MODEL), path, Question((drawn_picture(),)))
-    with pytest.raises(OSError, match="no complete recording"):
-        Recording(path)
+    assert path.read_bytes() == recorded.read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_ours_of_yesterday_is_a_side_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
