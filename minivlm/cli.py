@@ -389,6 +389,7 @@ def _parity_parser() -> _Parser:
     parser.add_argument("--a", action="append", default=[], metavar="KEY=VALUE", help=settings.format("a"))
     parser.add_argument("--b", action="append", default=[], metavar="KEY=VALUE", help=settings.format("b"))
     parser.add_argument("--layers", metavar="N,N,…", help="look at these layers only")
+    parser.add_argument("--inside", action="store_true", help="look inside of layers: norms and projections")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (default: 16)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="store side a in a safetensors file, and stop")
     parser.add_argument("--against", type=Path, metavar="FILE", help="a recording as side a: needs no transformers")
@@ -407,7 +408,7 @@ def parity(args: argparse.Namespace, parser: _Parser) -> bool:
         parser.error("a recording is of one dtype")
     pictures = [load_image(image) for image in args.image] if args.image else [drawn_picture()]
     question = Question(tuple(pictures), **({} if args.prompt is None else {"prompt": args.prompt}))
-    shared = {"layers": _numbers(args.layers), "tokens": args.tokens}
+    shared = {"layers": _numbers(args.layers), "inside": args.inside, "tokens": args.tokens}
     progress = sys.stderr.isatty()
     recording = Recording(args.against) if args.against else None
     reports = {}

@@ -40,6 +40,7 @@ def compare(
     question: Question | dict[str, Any],
     *,
     layers: list[int] | None = None,
+    inside: bool = False,
     tokens: int = TOKENS,
     progress: bool = False,
 ) -> Report:
@@ -47,8 +48,8 @@ def compare(
 
     a, b: a `Side`, or what stands for one: a loaded model of minivlm or transformers, or the name of a checkpoint (then
     minivlm runs it). a can also be a `Recording`.  question: a `Question`, or the model's inputs as a dict of tensors.
-    layers: numbers of the layers to look at, None for all.  tokens: how many greedy ones are compared, 0 for none.
-    progress: a bar on stderr.
+    layers: numbers of the layers to look at, None for all.  inside: look at the parts of layers too.  tokens: how many
+    greedy ones are compared, 0 for none.  progress: a bar on stderr.
 
         a, b = Side("shapes-idefics2", "transformers"), Side("shapes-idefics2", attn="eager")
         report = compare(a, b, Question((picture,), "what is this?"))
@@ -67,7 +68,8 @@ def compare(
         sides.foresee(side)
     with tempfile.TemporaryDirectory(prefix="minivlm-parity-") as folder:
         path = Path(folder) / "a.safetensors"
-        recording = record(a, path, question, layers=layers, tokens=tokens, other_dtype=b.dtype, progress=progress)
+        options = {"layers": layers, "inside": inside, "tokens": tokens, "other_dtype": b.dtype, "progress": progress}
+        recording = record(a, path, question, **options)
         return _against(recording, b, question, progress)
 
 
@@ -80,6 +82,7 @@ def record(
     question: Question,
     *,
     layers: list[int] | None = None,
+    inside: bool = False,
     tokens: int = TOKENS,
     other_dtype: str | None = None,
     progress: bool = False,
@@ -90,7 +93,7 @@ def record(
     dtype: rounding is what one then asks about.
     """
     config, inputs = sides.config_of(side), question.encoded(side)
-    job = _Job(*_stages(config, inputs, layers), inputs, progress)
+    job = _Job(*_stages(config, inputs, layers, inside), inputs, progress)
     dtype = side.dtype or config.dtype
     about = {
         FORMAT: 1,
@@ -98,6 +101,7 @@ def record(
         "config": _plain(config),
         "question": question.identity,
         "layers": layers,
+        "inside": inside,
         "torch": torch.__version__,
     }
     path = Path(path)
@@ -171,9 +175,11 @@ def _measured(job: _Job, model: nn.Module, recording: Recording, name: str) -> d
     return {stage: each for stage, each in found.items() if isinstance(each, Difference)}
 
 
-def _stages(config: Any, inputs: dict[str, Any], layers: list[int] | None) -> tuple[list[Stage], dict[str, Rows]]:
+def _stages(
+    config: Any, inputs: dict[str, Any], layers: list[int] | None, inside: bool
+) -> tuple[list[Stage], dict[str, Rows]]:
     rows = rows_of(inputs, config)
-    return [stage for stage in stages_of(config, layers) if stage.rows in rows], rows
+    return [stage for stage in stages_of(config, layers, inside) if stage.rows in rows], rows
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -225,7 +231,8 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
     family = known["config"]["model_type"]
     if (other := sides.config_of(side).model_type) != family:
         raise ValueError(f"side a is of the family {family}, side b of {other}: they have no stages in common")
-    stages, rows = _stages(auto.family(family)[0].config_class.from_hub(known["config"]), inputs, known["layers"])
+    config = auto.family(family)[0].config_class.from_hub(known["config"])
+    stages, rows = _stages(config, inputs, known["layers"], known["inside"])
     findings = []
     if question is not None and question.inputs is None:
         findings += input_findings(inputs, question.encoded(side), side)

@@ -9,8 +9,8 @@ from typing import Any
 
 from minivlm.parity.findings import Finding
 
-COLUMNS = ("stage", "rows x channels", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
-WIDTHS = (20, 15, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
+COLUMNS = ("stage", "shape", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
+WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
 LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: picture or row, place, channel"
 
 
@@ -65,10 +65,17 @@ def _row(finding: Finding) -> str:
     if math.isnan(finding.largest):
         note = finding.note or "equal"
         room = sum(WIDTHS[2:]) + len(WIDTHS) - 3
-        return _line([finding.stage, shape, note if len(note) <= room else note[: room - 1] + "…"]) + mark
+        return _line([_name(finding), shape, note if len(note) <= room else note[: room - 1] + "…"]) + mark
     numbers = [finding.largest, finding.mean, finding.relative, 1 - finding.cosine, finding.allowed]
     place = ",".join(re.findall(r"\d+", finding.where))
-    return _line([finding.stage, shape, *map(_short, numbers), _times(finding.excess), place]) + mark
+    return _line([_name(finding), shape, *map(_short, numbers), _times(finding.excess), place]) + mark
+
+
+def _name(finding: Finding) -> str:
+    """A part's own name alone, for its layer stands in the line below its last part."""
+    _, comma, part = finding.stage.partition(", ")
+    name = f"  {part}" if comma else finding.stage
+    return name if len(name) <= WIDTHS[0] else name[: WIDTHS[0] - 1] + "…"
 
 
 def _line(cells: Sequence[str]) -> str:

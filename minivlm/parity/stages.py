@@ -27,6 +27,7 @@ class Stage:
     rows: what its rows are, a key of `rows_of`.  ours, theirs: the module's path here and in transformers, where there
     is one path for each way its versions spell it.  take: its "output", its "input", or a field of the whole model's
     output.  blame: the module that is named when the stage diverges, if it is another one.  number: of its layer.
+    parts: modules inside it, in the order in which data flows, that can be stages too: see `opened`.
     """
 
     name: str
@@ -36,18 +37,55 @@ class Stage:
     take: str = "output"
     blame: str | None = None
     number: int | None = None
+    parts: tuple[str, ...] = ()
+
+    def opened(self) -> list["Stage"]:
+        """Its parts as stages, then itself."""
+        found = [
+            Stage(
+                f"{self.name}, {part.rpartition('.')[2]}",
+                self.rows,
+                f"{self.ours}.{part}",
+                tuple(f"{path}.{part}" for path in self.theirs),
+                number=self.number,
+            )
+            for part in self.parts
+        ]
+        return [*found, self]
 
     def paths(self, code: str) -> tuple[str, ...]:
         """Where the module may be, in a model of "minivlm" or "transformers"."""
         return (self.ours,) if code == "minivlm" or not self.theirs else self.theirs
 
 
-def _layers(count: int, name: str, rows: str, ours: str, *theirs: str) -> list[Stage]:
+# What has the same name and the same rows on both sides, inside of a block. Rotation, mask and softmax lie between the
+# projections of queries, keys and values and `o_proj`; the activation lies between `up_proj` and `down_proj`.
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_MLP = tuple(f"mlp.{name}" for name in _GATED)
+VISION = ("layer_norm1", *_QKV, "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2")
+DECODER = ("input_layernorm", *_QKV, "self_attn.o_proj", "post_attention_layernorm", *_MLP)
+RESAMPLER = ("input_latents_norm", _QKV[0], "self_attn.o_proj", "post_attention_layernorm", *_MLP)
+# Without `o_proj`: there tokens that see no picture may get anything, which is set to 0 behind it.
+CROSS = ("input_layernorm", "cross_attn.q_proj", "post_attention_layernorm", *_MLP)
+
+
+def _layers(count: int, name: str, rows: str, ours: str, *theirs: str, parts: tuple[str, ...] = ()) -> list[Stage]:
     """One stage a layer; `{}` in name and paths stands for its number."""
     return [
-        Stage(name.format(n), rows, ours.format(n), tuple(path.format(n) for path in theirs), number=n)
+        Stage(name.format(n), rows, ours.format(n), tuple(path.format(n) for path in theirs), number=n, parts=parts)
         for n in range(count)
     ]
+
+
+def _vision(count: int, *towers: str) -> list[Stage]:
+    """The blocks of a tower: of ours, then of theirs where it is spelled otherwise."""
+    paths = (f"{tower}.encoder.layers.{{}}" for tower in towers)
+    return _layers(count, "vision layer {}", "patches", *paths, parts=VISION)
+
+
+def _decoder(count: int, *texts: str) -> list[Stage]:
+    return _layers(count, "decoder layer {}", "tokens", *(f"{text}.layers.{{}}" for text in texts), parts=DECODER)
 
 
 def _idefics2(config: Any) -> list[Stage]:
@@ -56,13 +94,13 @@ def _idefics2(config: Any) -> list[Stage]:
     depth = config.perceiver_config.resampler_depth
     return [
         Stage("patch embedding", "patches", f"{tower}.embeddings"),
-        *_layers(config.vision_config.num_hidden_layers, "vision layer {}", "patches", f"{tower}.encoder.layers.{{}}"),
+        *_vision(config.vision_config.num_hidden_layers, tower),
         Stage("vision norm", "patches", f"{tower}.post_layernorm"),
-        Stage("projection", "patches", f"{connector}.modality_projection"),
-        *_layers(depth, "resampler layer {}", "vectors", f"{resampler}.layers.{{}}"),
+        Stage("projection", "patches", f"{connector}.modality_projection", parts=_GATED),
+        *_layers(depth, "resampler layer {}", "vectors", f"{resampler}.layers.{{}}", parts=RESAMPLER),
         Stage("resampler norm", "vectors", f"{resampler}.norm", blame=resampler),
         Stage("merged embeddings", "tokens", f"{text}.layers.0", take="input", blame="model"),
-        *_layers(config.text_config.num_hidden_layers, "decoder layer {}", "tokens", f"{text}.layers.{{}}"),
+        *_decoder(config.text_config.num_hidden_layers, text),
         Stage("final norm", "tokens", f"{text}.norm"),
         Stage("logits", "tokens", "", take="logits"),
     ]
@@ -76,15 +114,11 @@ def _llava_next(config: Any) -> list[Stage]:
     return [
         Stage("patch embedding", "patches", f"{tower}.embeddings", tuple(f"{path}.embeddings" for path in towers)),
         Stage("first norm", "patches", f"{tower}.pre_layrnorm", tuple(f"{path}.pre_layrnorm" for path in towers)),
-        *_layers(
-            run,
-            *("vision layer {}", "patches", f"{tower}.encoder.layers.{{}}"),
-            *(f"{path}.encoder.layers.{{}}" for path in towers),
-        ),
-        Stage("projection", "patches", "model.multi_modal_projector"),
+        *_vision(run, tower, *towers),
+        Stage("projection", "patches", "model.multi_modal_projector", parts=("linear_1", "linear_2")),
         Stage("packed vectors", "packed", "", take="image_hidden_states", blame="model"),
         Stage("merged embeddings", "tokens", f"{text}.layers.0", take="input", blame="model"),
-        *_layers(config.text_config.num_hidden_layers, "decoder layer {}", "tokens", f"{text}.layers.{{}}"),
+        *_decoder(config.text_config.num_hidden_layers, text),
         Stage("final norm", "tokens", f"{text}.norm"),
         Stage("logits", "tokens", "", take="logits"),
     ]
@@ -93,26 +127,23 @@ def _llava_next(config: Any) -> list[Stage]:
 def _idefics(config: Any) -> list[Stage]:
     tower, resampler, text = "model.vision_model", "model.perceiver_resampler", "model.text_model"
     gated, depth = "model.gated_cross_attn_layers", config.perceiver_config.resampler_depth
-    blocks = [
-        stage
-        for n in range(depth if config.use_resampler else 0)
-        for stage in (
-            Stage(f"resampler attention {n}", "vectors", f"{resampler}.blocks.{n}.0", number=n),
-            Stage(f"resampler MLP {n}", "vectors", f"{resampler}.blocks.{n}.1", number=n),
-        )
-    ]
-    norm = [Stage("resampler norm", "vectors", f"{resampler}.layer_norm", blame=resampler)]
+    attend = ("latents_layer_norm", "q_proj", "output_proj")
+    attentions = _layers(depth, "resampler attention {}", "vectors", f"{resampler}.blocks.{{}}.0", parts=attend)
+    mlps = _layers(depth, "resampler MLP {}", "vectors", f"{resampler}.blocks.{{}}.1", parts=("ln", "fc", "c_proj"))
+    norm = Stage("resampler norm", "vectors", f"{resampler}.layer_norm", blame=resampler)
+    resampling = [stage for pair in zip(attentions, mlps, strict=True) for stage in pair] + [norm]
     woven: list[Stage] = []
-    layers = _layers(config.num_hidden_layers, "decoder layer {}", "tokens", f"{text}.layers.{{}}", "model.layers.{}")
-    for layer in layers:
+    for layer in _decoder(config.num_hidden_layers, text, "model"):
         number, rest = divmod(layer.number, config.cross_layer_interval)
-        woven += [] if rest else [Stage(f"gated block {number}", "tokens", f"{gated}.{number}", number=number)]
+        if rest == 0:
+            name, path = f"gated block {number}", f"{gated}.{number}"
+            woven.append(Stage(name, "tokens", path, number=number, parts=CROSS))
         woven.append(layer)
     return [
         Stage("patch embedding", "patches", f"{tower}.embeddings"),
         Stage("first norm", "patches", f"{tower}.pre_layrnorm"),
-        *_layers(config.vision_config.num_hidden_layers, "vision layer {}", "patches", f"{tower}.encoder.layers.{{}}"),
-        *(blocks + norm if config.use_resampler else []),
+        *_vision(config.vision_config.num_hidden_layers, tower),
+        *(resampling if config.use_resampler else []),
         Stage("token embeddings", "tokens", f"{gated}.0", take="input", blame="model"),
         *woven,
         Stage("final norm", "tokens", f"{text}.norm", ("model.norm",)),
@@ -127,18 +158,19 @@ STAGES: dict[str, Callable[[Any], list[Stage]]] = {
 }
 
 
-def stages_of(config: Any, layers: list[int] | None = None) -> list[Stage]:
-    """The stages of a model with this configuration (one of ours), of numbered layers only those of `layers`.
+def stages_of(config: Any, layers: list[int] | None = None, inside: bool = False) -> list[Stage]:
+    """The stages of a model with this configuration (one of ours), of numbered layers only those of `layers`; with
+    `inside` also their parts.
 
     Raises ValueError for numbers that no layer has.
     """
-    everything = STAGES[config.model_type](config)
-    if layers is None:
-        return everything
-    most = max(stage.number for stage in everything if stage.number is not None)
-    if unknown := [number for number in layers if not 0 <= number <= most]:
+    stages = STAGES[config.model_type](config)
+    most = max(stage.number for stage in stages if stage.number is not None)
+    if unknown := [number for number in layers or () if not 0 <= number <= most]:
         raise ValueError(f"layers are numbered from 0 to {most} here, found {', '.join(map(str, unknown))}")
-    return [stage for stage in everything if stage.number is None or stage.number in layers]
+    if layers is not None:
+        stages = [stage for stage in stages if stage.number is None or stage.number in layers]
+    return [part for stage in stages for part in stage.opened()] if inside else stages
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------

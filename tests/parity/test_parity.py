@@ -221,10 +221,13 @@ def test_other_weights_diverge(tmp_path: Path, capsys: Any) -> None:
     with torch.no_grad():
         weight += 1e-3 * torch.randn_like(weight)
     model.save_pretrained(folder)
-    assert cli.main(["parity", MODEL, "--reference", "minivlm", "--b", f"model={folder}", "--tokens", "0"]) == 1
+    options = ["--reference", "minivlm", "--b", f"model={folder}", "--tokens", "0"]
+    assert cli.main(["parity", MODEL, *options]) == 1
     out = capsys.readouterr().out
-    assert "first divergence: decoder layer 3" in out
+    assert "first divergence: decoder layer 3 (" in out
     assert "minivlm/modules/decoder.py:" in out
+    assert cli.main(["parity", MODEL, *options, "--layers", "3", "--inside"]) == 1
+    assert "first divergence: decoder layer 3, down_proj (" in capsys.readouterr().out
     assert max(map(len, out.splitlines()[:-3])) <= 100
 
 

@@ -51,17 +51,22 @@ FAMILIES = {"idefics2": _idefics2, "llava_next": _llava_next, "idefics": _idefic
 
 
 @pytest.fixture(scope="module")
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, ...]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, ...]]:
     """`pair("idefics2")`: (recording of the reference, our model with its weights, a batch); each is made once."""
     made: dict[str, tuple[Any, ...]] = {}
+    recordings: dict[tuple[str, bool], Recording] = {}
 
-    def find(family: str) -> tuple[Any, ...]:
+    def find(family: str, inside: bool = False) -> tuple[Any, ...]:
         if family not in made:
             reference, model_class, inputs = FAMILIES[family]()
             folder = oracle.save(reference, tmp_path_factory.mktemp(family))
-            recording = record(Side(reference), folder / "ref.safetensors", Question(inputs=inputs), tokens=3)
-            made[family] = recording, model_class.from_pretrained(folder), inputs
-        return made[family]
+            made[family] = reference, model_class.from_pretrained(folder), inputs
+        reference, ours, inputs = made[family]
+        if (family, inside) not in recordings:
+            path, tokens = tmp_path_factory.mktemp("recording") / "ref.safetensors", 0 if inside else 3
+            question = Question(inputs=inputs)
+            recordings[family, inside] = record(Side(reference), path, question, inside=inside, tokens=tokens)
+        return recordings[family, inside], ours, inputs
 
     return find
 
@@ -319,15 +324,44 @@ def test_fault_is_named(pair: Any, family: str, name: str, monkeypatch: pytest.M
     assert report.first.stage == stage, report.table()
 
 
+# (family, fault above) → the part of the stage above
+PARTS = {
+    ("idefics2", "layer norm eps 1e-5 for 1e-6"): "vision layer 0, layer_norm1",
+    ("idefics2", "gelu for its approximation"): "vision layer 2, fc2",
+    ("idefics2", "gate and up swapped in the projection"): "projection, gate_proj",
+    ("idefics2", "rope base 1e6"): "decoder layer 0, o_proj",
+    ("idefics2", "window one too long"): "decoder layer 1, o_proj",
+    ("llava_next", "heads of half the width"): "vision layer 0, out_proj",
+    ("llava_next", "no bias in the projector"): "projection, linear_2",
+    ("llava_next", "rms eps 1e-5 for 1e-6"): "decoder layer 1, input_layernorm",
+    ("idefics", "values without bias"): "vision layer 1, v_proj",
+    ("idefics", "latents not normalised"): "resampler attention 0, latents_layer_norm",
+    ("idefics", "gelu for relu"): "resampler MLP 0, c_proj",
+    ("idefics", "every token sees every picture"): "gated block 0, post_attention_layernorm",
+}
+
+
+@pytest.mark.parametrize(("family", "name"), PARTS, ids=[": ".join(key) for key in PARTS])
+def test_fault_is_named_inside_of_its_layer(pair: Any, family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording, ours, inputs = pair(family, inside=True)
+    model = copy.deepcopy(ours)
+    FAULTS[family, name][0](model, monkeypatch)
+    report = against(recording, Side(model), Question(inputs=inputs))
+    assert report.first is not None, report.table()
+    assert report.first.stage == PARTS[family, name], report.table()
+    assert max(map(len, report.table().splitlines()[3:-3])) <= 100
+
+
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("backend", [None, "sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_clean_models_have_no_fault(pair: Any, family: str, backend: str | None) -> None:
-    recording, ours, inputs = pair(family)
+def test_clean_models_have_no_fault(pair: Any, family: str, backend: str | None, inside: bool) -> None:
+    recording, ours, inputs = pair(family, inside)
     model = copy.deepcopy(ours)
     model.attn_implementation = backend
     report = against(recording, Side(model), Question(inputs=inputs))
     assert report.first is None, report.table()
-    assert report.findings[-1].stage == "greedy tokens"
+    assert inside or report.findings[-1].stage == "greedy tokens"
 
 
 def test_another_way_is_no_fault(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
