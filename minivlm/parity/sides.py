@@ -123,9 +123,9 @@ def config_of(side: Side) -> Any:
     """The model's configuration as one of ours, whoever runs it. ValueError for a family that is not ours."""
     if isinstance(side.model, nn.Module):
         config = side.model.config
-        return (
-            config if side.code == "minivlm" else _classes(config.model_type)[0].config_class.from_hub(config.to_dict())
-        )
+        if side.code == "minivlm":
+            return config
+        return _classes(config.model_type)[0].config_class.from_hub(config.to_dict())
     files = hub.source(side.model)
     return loading.read_config(files, _classes(files.json("config.json").get("model_type"))[0].config_class)
 
@@ -242,10 +242,8 @@ def processor_of(side: Side) -> Any:
 
 def _pillow(family: str) -> Any:
     """transformers' image processor on Pillow: a class of its own since version 5, the plain one before."""
-    package, name = (
-        f"transformers.models.{family}.image_processing",
-        f"{_classes(family)[1].__name__[:-9]}ImageProcessor",
-    )
+    package = f"transformers.models.{family}.image_processing"
+    name = _classes(family)[1].__name__.removesuffix("Processor") + "ImageProcessor"
     try:
         return getattr(importlib.import_module(f"{package}_pil_{family}"), f"{name}Pil")
     except ImportError:
@@ -358,8 +356,9 @@ def code_at(thing: Any) -> str:
 
 
 def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
-    """(path, code) of the module that makes a stage; for one of torch's own, which are not at fault, the one around."""
-    path = (path_of(model, stage) or "") if stage.blame is None else stage.blame
-    while path and type(model.get_submodule(path)).__module__.startswith("torch."):
+    """(path, code) of the module that makes a stage: of one that is torch's own, or is gone, the module around it."""
+    path = stage.blame or path_of(model, stage) or stage.ours
+    modules = dict(model.named_modules())
+    while path and (path not in modules or type(modules[path]).__module__.startswith("torch.")):
         path = path.rpartition(".")[0]
-    return path or "the model", code_at(type(model.get_submodule(path)))
+    return path or "the model", code_at(type(modules[path]))

@@ -259,16 +259,25 @@ def test_loaded_models_and_a_tie() -> None:
     assert compare(model, other, inputs, tokens=2).findings[-1].diverges
 
 
-def test_an_error_on_the_way_is_part_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("part", "new", "stage", "error"),
+    [
+        ("layers.2.mlp.up_proj", torch.nn.Linear(7, 7), "decoder layer 2", "RuntimeError"),
+        ("norm", None, "final norm", "TypeError"),
+    ],
+)
+def test_an_error_on_the_way_is_part_of_the_report(part: str, new: Any, stage: str, error: str) -> None:
     model = LlavaNextForConditionalGeneration.from_pretrained(MODEL)
     broken = copy.deepcopy(model)
-    broken.model.language_model.layers[2].mlp.up_proj = torch.nn.Linear(7, 7)
+    broken.model.language_model.set_submodule(part, new) if new else setattr(broken.model.language_model, part, new)
     inputs = sides.encode(Side(MODEL), [drawn_picture()], "what is this?")
     report = compare(model, broken, inputs)
-    assert report.first.stage == "decoder layer 2"
-    assert report.first.note.startswith("RuntimeError")
-    diverging = [finding.stage for finding in report.findings if finding.diverges]
-    assert diverging == ["decoder layer 2", "decoder layer 3", "decoder layer 4", "final norm", "logits"]
+    assert report.first.stage == stage
+    assert report.first.note.startswith(error)
+    assert "minivlm/modules/decoder.py" in report.first.code
+    behind = [finding.stage for finding in report.findings]
+    assert [finding.stage for finding in report.findings if finding.diverges] == behind[behind.index(stage) :]
+    assert behind[-1] == "logits"  # no greedy tokens of a model that has failed
 
 
 def test_memory_is_foreseen(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
