@@ -36,7 +36,8 @@ class Report:
         why = found.note or f"at {found.where}, where both must be equal"
         if found.allowed:
             size = f"max |Δ| {found.largest:.2g}, at {found.where}"
-            why = f"{_times(found.excess)} times what is allowed; {size}"
+            times = f"{found.excess:.1f}" if found.excess < 10 else f"{found.excess:,.0f}"
+            why = f"{times} times what is allowed; {size}"
         count = sum(finding.diverges for finding in self.findings)
         return (
             f"first divergence: {found.stage} ({why})\n"
@@ -46,8 +47,8 @@ class Report:
     def table(self) -> str:
         """Both sides, a line for each stage, the verdict."""
         head = [f"a: {self.a}", f"b: {self.b}", "", _line(COLUMNS), _line(["-" * width for width in WIDTHS])]
-        rows = [_row(finding).rstrip() for finding in self.findings]
-        return "\n".join([*head, *rows, LEGEND, "", self.verdict()])
+        lines = [*head, *map(_row, self.findings), LEGEND, "", self.verdict()]
+        return "\n".join(line.rstrip() for line in lines)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what is no finite number becomes None."""
