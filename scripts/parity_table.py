@@ -86,8 +86,8 @@ def _cells(report: Report) -> list[str]:
     exact = ["equal" if not found[name].diverges else "differ" for name in ("pixels", "token ids") if name in found]
     logits, greedy = found["logits"], found["greedy tokens"]
     first = "none" if report.first is None else report.first.stage
-    tokens = f"{greedy.note or 'equal'}"
-    return [*(exact or ["", ""]), f"{logits.largest:.1e} of {logits.allowed:.1e}", first, tokens]
+    tokens = "differ" if greedy.diverges else "equal up to a tie" if greedy.note else "equal"
+    return [*(exact or ["", ""]), f"{logits.largest:.1e} ({logits.allowed:.1e})", first, tokens]
 
 
 def gradients(case: Case, side: Side) -> str:
@@ -121,7 +121,16 @@ def main() -> None:
 
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "Pillow": PIL.__version__}
     print(", ".join(f"{name} {version}" for name, version in versions.items()), f"on {platform.machine()}\n")
-    header = ["family", "model", "dtype", "ours", "pixels", "ids", "logits: max |Δ| of allowed", "first divergence"]
+    header = [
+        "family",
+        "model",
+        "dtype",
+        "ours",
+        "pixels",
+        "ids",
+        "logits: largest difference (allowed)",
+        "first divergence",
+    ]
     header += ["greedy", "gradients"]
     print("|", " | ".join(header), "|")
     print("|", " | ".join("---" for _ in header), "|")
