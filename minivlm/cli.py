@@ -1,9 +1,10 @@
 """`minivlm ask`, `chat`, `batch`: one question about pictures, a conversation, a file of questions. `minivlm inspect`:
-what a checkpoint is made of. `minivlm quantize`: the same checkpoint in four or eight bits.
+what a checkpoint is made of. `quantize`: the same one in four or eight bits. `parity`: where two ways of running it
+disagree.
 
-Exit codes: 0 done, 1 bad input (for chat and batch: some lines of it), 2 wrong usage, 130 interrupted; an error is one
-line. Answers and tables go to stdout, everything else to stderr. torch is imported inside the verbs, so that `--help`
-is instant.
+Exit codes: 0 done, 1 bad input (for chat and batch: some lines of it; for parity also: they disagree), 2 wrong usage,
+130 interrupted; an error is one line. Answers and tables go to stdout, everything else to stderr. torch is imported
+inside the verbs, so that `--help` is instant.
 """
 
 import argparse
@@ -469,12 +470,104 @@ def quantize(args: argparse.Namespace, parser: _Parser) -> None:
     print(f"{args.out}: {count:,} parameters as {config.format}, {size / count:.3f} byte each, {_memory(size)}")
 
 
+# ---- parity ----
+
+
+def _parity_parser() -> _Parser:
+    about = (
+        "Run a model twice, as side a and side b, compare them stage by stage from pixels to greedy tokens, and "
+        "name the first stage that diverges. Side a is transformers (or a recording), side b is minivlm."
+    )
+    settings = "a setting of side {}: attn=eager, dtype=bfloat16, quantize=nf4, model=FOLDER, code=transformers"
+    parser = _Parser("minivlm parity", description=about)
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder, built-in name or Hub id")
+    parser.add_argument("--image", action="append", metavar="FILE", help="a picture; repeat for more (default: drawn)")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question about it")
+    parser.add_argument(
+        "--reference", choices=["transformers", "minivlm"], default="transformers", help="side a's code"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", metavar="D[,D]", help="of both sides; several: one after the other"
+    )
+    parser.add_argument("--device", help="cpu, cuda, … (default: cpu)")
+    parser.add_argument("--a", action="append", default=[], metavar="KEY=VALUE", help=settings.format("a"))
+    parser.add_argument("--b", action="append", default=[], metavar="KEY=VALUE", help=settings.format("b"))
+    parser.add_argument("--layers", metavar="N,N,…", help="look at these layers only")
+    parser.add_argument("--inside", action="store_true", help="look inside of layers: norms and projections")
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (default: 16)")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="store side a in a safetensors file, and stop")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="a recording as side a: needs no transformers")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the error by depth")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: a report for each dtype")
+    return parser
+
+
+def parity(args: argparse.Namespace, parser: _Parser) -> bool:
+    """Print a report for each dtype, or store a recording; whether something diverges."""
+    from minivlm.parity import Question, Recording, against, compare, drawn_picture, plot, record
+    from minivlm.processing.images import load_image
+
+    dtypes = args.dtype.split(",")
+    if (args.record or args.against) and len(dtypes) > 1:
+        parser.error("a recording is of one dtype")
+    pictures = [load_image(image) for image in args.image] if args.image else [drawn_picture()]
+    question = Question(tuple(pictures), **({} if args.prompt is None else {"prompt": args.prompt}))
+    shared = {"layers": _numbers(args.layers), "inside": args.inside, "tokens": args.tokens}
+    progress = sys.stderr.isatty()
+    recording = Recording(args.against) if args.against else None
+    reports = {}
+    for dtype in dtypes:
+        b = _side(args, args.b, dtype, "minivlm", parser)
+        if recording is not None:
+            reports[dtype] = against(recording, b, question, progress=progress)
+            continue
+        a = _side(args, args.a, dtype, args.reference, parser)
+        if args.record:
+            stored = record(a, args.record, question, other_dtype=b.dtype, **shared, progress=progress)
+            print(f"{args.record}: {_memory(args.record.stat().st_size)}, {stored.metadata['side']}")
+            return False
+        reports[dtype] = compare(a, b, question, **shared, progress=progress)
+    if args.plot:
+        plot(reports, args.plot)
+    if args.json:
+        print(json.dumps({dtype: report.to_json() for dtype, report in reports.items()}))
+    else:
+        print("\n\n".join(report.table() for report in reports.values()))
+    return any(report.first for report in reports.values())
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"--layers takes numbers such as 0,1,31, found {text!r}")
+    return [int(number) for number in text.split(",")]
+
+
+def _side(args: argparse.Namespace, settings: list[str], dtype: str, code: str, parser: _Parser) -> Any:
+    """A `parity.Side` with the settings KEY=VALUE of the command line over what both sides share."""
+    from minivlm.loading import DTYPES
+    from minivlm.parity import Side
+
+    values = {"model": args.model, "code": code, "dtype": dtype, "device": args.device}
+    known = (*values, "attn", "quantize")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if key not in known or not equals:
+            parser.error(f"a setting is KEY=VALUE with one of {', '.join(known)}, found {setting!r}")
+        values[key] = value
+    if values["dtype"] not in DTYPES:
+        parser.error(f"dtype is one of {', '.join(DTYPES)}, found {values['dtype']!r}")
+    return Side(**values)
+
+
 VERBS = {
     "ask": (ask, _ask_parser),
     "chat": (chat, _chat_parser),
     "batch": (batch, _batch_parser),
     "inspect": (inspect, _inspect_parser),
     "quantize": (quantize, _quantize_parser),
+    "parity": (parity, _parity_parser),
 }
 
 

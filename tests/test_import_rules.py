@@ -36,16 +36,21 @@ MAY_IMPORT = {
     "minivlm.auto": {"minivlm.hub", "minivlm.models", "minivlm.processing"},
     "minivlm.chat": {"minivlm.generation", "minivlm.generation_config", "minivlm.modules", "minivlm.processing"},
     "minivlm.batch": {"minivlm.processing"},
+    "minivlm.parity": {
+        "minivlm",  # its version
+        *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.generation", "minivlm.modules"),
+    },
     "minivlm.cli": None,  # anything; and nothing imports it
 }
-# Third-party packages that only some rooms may see; `transformers` is for tests alone.
+# Third-party packages that only some rooms may see; `transformers` is the oracle of tests and of the parity instrument.
 ONLY_IN = {
-    "transformers": set(),
+    "transformers": {"minivlm.parity"},
     "tokenizers": {"minivlm.processing"},
-    "PIL": {"minivlm.processing", "minivlm.cli"},
+    "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.cli"},
     "jinja2": {"minivlm.processing"},
     "huggingface_hub": {"minivlm.hub"},
-    "safetensors": {"minivlm.loading"},
+    "safetensors": {"minivlm.loading", "minivlm.parity"},
+    "matplotlib": {"minivlm.parity"},
     "triton": {"minivlm_kernels"},
 }
 FILES = [path for top in ("minivlm", "kernels/minivlm_kernels") for path in sorted((ROOT / top).rglob("*.py"))]

@@ -1,0 +1,18 @@
+"""Two models on the same question, stage by stage: which is the first place where they disagree?
+
+    from minivlm.parity import Question, Side, compare, drawn_picture
+
+    a, b = Side("shapes-idefics2", "transformers"), Side("shapes-idefics2", attn="eager")
+    report = compare(a, b, Question((drawn_picture(),), "what is this?"))
+    print(report.table())
+
+`stages` says where is compared, `sides` loads and runs, `recording` stores, `difference` measures, `findings` judges.
+"""
+
+from minivlm.parity.compare import against, compare, record
+from minivlm.parity.question import Question, drawn_picture
+from minivlm.parity.recording import Recording
+from minivlm.parity.report import Report, plot
+from minivlm.parity.sides import Side
+
+__all__ = ["Question", "Recording", "Report", "Side", "against", "compare", "drawn_picture", "plot", "record"]

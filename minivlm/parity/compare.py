@@ -1,0 +1,280 @@
+"""Record one side, compare another with the recording, name the first stage at which they are too far apart.
+
+    side a ── backend 1 ─► recording (a file) ◄─ compared as it runs ── side b
+                                ▲
+    side a ── backend 2 ────────┘ the yardstick
+
+One model is in memory at a time, and of its activations one stage: a's go to the file as its modules run, b's are
+compared with them as its own do. Both models get a's inputs, so that a difference between the processors, which is
+reported, does not hide one between the models.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minivlm import auto
+from minivlm.parity import sides
+from minivlm.parity.difference import Difference
+from minivlm.parity.findings import greedy_finding, input_findings, stage_finding
+from minivlm.parity.question import Question
+from minivlm.parity.recording import FORMAT, Recording, Writer
+from minivlm.parity.report import Report
+from minivlm.parity.sides import Side
+from minivlm.parity.stages import Rows, Stage, rows_of, stages_of
+
+TOKENS = 16  # greedy ones
+
+
+def compare(
+    a: Side | Recording | nn.Module | str | Path,
+    b: Side | nn.Module | str | Path,
+    question: Question | dict[str, Any],
+    *,
+    layers: list[int] | None = None,
+    inside: bool = False,
+    tokens: int = TOKENS,
+    progress: bool = False,
+) -> Report:
+    """Run both sides on one question, stage by stage. Side a counts as right.
+
+    a, b: a `Side`, or what stands for one: a loaded model of minivlm or transformers, or the name of a checkpoint (then
+    minivlm runs it). a can also be a `Recording`.  question: a `Question`, or the model's inputs as a dict of tensors.
+    layers: numbers of the layers to look at, None for all.  inside: look at the parts of layers too.  tokens: how many
+    greedy ones are compared, 0 for none.  progress: a bar on stderr.
+
+        a, b = Side("shapes-idefics2", "transformers"), Side("shapes-idefics2", attn="eager")
+        report = compare(a, b, Question((picture,), "what is this?"))
+        print(report.table())
+        assert report.first is None, f"{report.first.stage} diverges: {report.first.code}"
+
+    Raises ValueError for sides that cannot be compared, OSError for what cannot be read or loaded, MemoryError for what
+    will not fit. An error that b raises while it runs is part of the report.
+    """
+    b = b if isinstance(b, Side) else Side(b)
+    question = question if isinstance(question, Question) else Question(inputs=question)
+    if isinstance(a, Recording):
+        return against(a, b, question, progress=progress)
+    a = a if isinstance(a, Side) else Side(a)
+    for side in (a, b):  # before either has run for an hour
+        sides.foresee(side)
+    with tempfile.TemporaryDirectory(prefix="minivlm-parity-") as folder:
+        path = Path(folder) / "a.safetensors"
+        options = {"layers": layers, "inside": inside, "tokens": tokens, "other_dtype": b.dtype, "progress": progress}
+        recording = record(a, path, question, **options)
+        return _against(recording, b, question, progress)
+
+
+# ---- Side a ----------------------------------------------------------------------------------------------------------
+
+
+def record(
+    side: Side,
+    path: str | Path,
+    question: Question,
+    *,
+    layers: list[int] | None = None,
+    inside: bool = False,
+    tokens: int = TOKENS,
+    other_dtype: str | None = None,
+    progress: bool = False,
+) -> Recording:
+    """Run one side and store all that a comparison needs of it: inputs, stages, greedy tokens, and the yardstick.
+
+    The yardstick is the side itself with its other attention backend; or, if `other_dtype` is not its own, in that
+    dtype: rounding is what one then asks about.
+    """
+    config, inputs = sides.config_of(side), question.encoded(side)
+    job = _Job(*_stages(config, inputs, layers, inside), inputs, progress)
+    dtype = side.dtype or config.dtype
+    about = {
+        FORMAT: 1,
+        "dtype": other_dtype or dtype,
+        "config": _plain(config),
+        "question": question.identity,
+        "layers": layers,
+        "inside": inside,
+        "torch": torch.__version__,
+    }
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.part")  # an interruption leaves what was there
+    try:
+        writer = Writer(unfinished, job.room(side.code))
+        found = _record(job, side, writer, about, tokens, measure=other_dtype in (None, dtype))
+        if other_dtype not in (None, dtype):
+            found = _other_dtype(job, replace(side, dtype=other_dtype), Recording(unfinished))
+        about["yardsticks"] = {name: (each.largest, each.relative) for name, each in found.items()}
+        writer.finish(about)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return Recording(path)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every run of a comparison has in common."""
+
+    stages: list[Stage]
+    rows: dict[str, Rows]
+    inputs: dict[str, Any]
+    progress: bool
+
+    def room(self, code: str) -> int:
+        """Bytes for a recording's header: settings, and less than 400 for each tensor and its yardstick."""
+        calls = sum(len(self.rows[stage.rows].select[code]) for stage in self.stages)
+        return (1 << 17) + 400 * calls
+
+    @contextmanager
+    def bar(self, name: str) -> Iterator[Callable[[Stage, int], None]]:
+        """A bar that steps at a stage's first call."""
+        with tqdm(total=len(self.stages), desc=name, unit="stage", leave=False, disable=not self.progress) as bar:
+            yield lambda _stage, call: None if call else bar.update()
+
+
+def _record(
+    job: _Job, side: Side, writer: Writer, about: dict[str, Any], tokens: int, measure: bool
+) -> dict[str, Difference]:
+    """Fill the writer; what the other backend differs by, if it is to `measure` that. The model dies on return."""
+    for name, value in job.inputs.items():
+        writer.add(f"inputs/{name}", value)
+    model = sides.load(side)
+    about["side"] = side.words(sides.backend(model))
+    with job.bar(about["side"]) as seen:
+
+        def store(stage: Stage, call: int, output: Tensor) -> None:
+            writer.add(f"{stage.name}#{call}", job.rows[stage.rows].pick(side.code, call, output))
+            seen(stage, call)
+
+        sides.forward(model, job.stages, job.inputs, store)
+    for name, value in (sides.greedy(model, job.inputs, tokens) if tokens else {}).items():
+        writer.add(f"greedy/{name}", value)
+    writer.finish(about)
+    if not measure:
+        return {}
+    with sides.other_backend(model):
+        return _measured(job, model, Recording(writer.path), f"{about['side']}, now {sides.backend(model)}")
+
+
+def _other_dtype(job: _Job, side: Side, recording: Recording) -> dict[str, Difference]:
+    return _measured(job, sides.load(side), recording, f"{side.version}, {side.dtype}, for the yardstick")
+
+
+def _measured(job: _Job, model: nn.Module, recording: Recording, name: str) -> dict[str, Difference]:
+    found, error = _differences(job, model, recording, name)
+    if error is not None:
+        raise error
+    return {stage: each for stage, each in found.items() if isinstance(each, Difference)}
+
+
+def _stages(
+    config: Any, inputs: dict[str, Any], layers: list[int] | None, inside: bool
+) -> tuple[list[Stage], dict[str, Rows]]:
+    rows = rows_of(inputs, config)
+    return [stage for stage in stages_of(config, layers, inside) if stage.rows in rows], rows
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON has it, without the dtype of the stored weights."""
+    return {name: value for name, value in json.loads(json.dumps(config.to_hub())).items() if name != "dtype"}
+
+
+# ---- Side b ----------------------------------------------------------------------------------------------------------
+
+
+def against(recording: Recording, side: Side, question: Question | None = None, *, progress: bool = False) -> Report:
+    """Compare a side with a recording. Its processor is compared too if there is a question for it to encode.
+
+    Raises ValueError if the recording is of another configuration, dtype or question.
+    """
+    known, config = recording.metadata, sides.config_of(side)
+    theirs, ours = _flat(known["config"]), _flat(_plain(config))
+    if other := [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]:
+        listed = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in other[:3])
+        more = f" (and {len(other) - 3} more)" if len(other) > 3 else ""
+        raise ValueError(f"{recording.path} is of a model with another configuration: {listed}{more}")
+    if (dtype := side.dtype or config.dtype) != known["dtype"]:
+        raise ValueError(
+            f"{recording.path} is for sides in {known['dtype']}, and this one is in {dtype}: its yardstick does not "
+            f"apply. Compare with dtype {known['dtype']}, or record anew"
+        )
+    if question is not None and question.identity != known["question"]:
+        raise ValueError(
+            f"{recording.path} was made of other inputs: {_words(known['question'])}; here it is "
+            f"{_words(question.identity)}. Pass the same pictures and prompt, or record anew"
+        )
+    return _against(recording, side, question, progress)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings in one dict: {"text_config.hidden_size": 128, …}."""
+    if not isinstance(value, dict):
+        return {name: value}
+    prefix = f"{name}." if name else ""
+    return {key: each for part, inner in value.items() for key, each in _flat(inner, prefix + part).items()}
+
+
+def _words(identity: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in identity.items())
+
+
+def _against(recording: Recording, side: Side, question: Question | None, progress: bool) -> Report:
+    known, inputs = recording.metadata, recording.group("inputs")
+    family = known["config"]["model_type"]
+    if (other := sides.config_of(side).model_type) != family:
+        raise ValueError(f"side a is of the family {family}, side b of {other}: they have no stages in common")
+    config = auto.family(family)[0].config_class.from_hub(known["config"])
+    stages, rows = _stages(config, inputs, known["layers"], known["inside"])
+    findings = []
+    if question is not None and question.inputs is None:
+        findings += input_findings(inputs, question.encoded(side), side)
+    job = _Job(stages, rows, inputs, progress)
+    model = sides.load(side)
+    name = side.words(sides.backend(model))
+    found, error = _differences(job, model, recording, name)
+    if error is not None:  # what a model returns at its end never came, and is no fault of what came before
+        last = max((index for index, stage in enumerate(stages) if stage.name in found), default=0)
+        stages = [stage for index, stage in enumerate(stages) if index >= last or stage.name in found]
+    findings += [
+        stage_finding(stage, found.get(stage.name), error, recording, rows[stage.rows], model) for stage in stages
+    ]
+    if error is None and "greedy/tokens" in recording.names:
+        findings.append(greedy_finding(recording, model, inputs, findings[-1].allowed))
+    return Report(known["side"], name, findings)
+
+
+def _differences(
+    job: _Job, model: nn.Module, recording: Recording, name: str
+) -> tuple[dict[str, Difference | str], Exception | None]:
+    """What each stage differs by from the recording, in words where the shapes do; and the error that ended the run."""
+    code = sides.code_of(model)
+    found: dict[str, Difference | str] = {}
+    stages = [stage for stage in job.stages if sides.path_of(model, stage) is not None]
+    with job.bar(name) as seen:
+
+        def look(stage: Stage, call: int, output: Tensor) -> None:
+            seen(stage, call)
+            difference = found.setdefault(stage.name, Difference())
+            if isinstance(difference, str):
+                return
+            try:
+                rows = job.rows[stage.rows].pick(code, call, output).cpu()
+                difference.add(recording.rows(stage.name, difference.rows, len(rows)), rows)
+            except (IndexError, ValueError) as error:
+                found[stage.name] = str(error)
+
+        try:
+            sides.forward(model, stages, job.inputs, look)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever an edit may have broken: the stages up to there say where
+            return found, error
+    return found, None

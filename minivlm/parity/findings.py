@@ -1,0 +1,121 @@
+"""The verdict on one stage: how far apart, how far allowed, where the largest difference lies, whose code made it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from minivlm import generation
+from minivlm.parity import sides
+from minivlm.parity.difference import Difference
+from minivlm.parity.recording import Recording
+from minivlm.parity.sides import INPUTS, Side
+from minivlm.parity.stages import Rows, Stage
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report. Differences are NaN where there was nothing to compare; `note` says why.
+
+    shape: (rows, channels) of a stage, or that of an input.  where: the largest difference.  yardstick: of max |Δ|.
+    allowed, allowed_relative: the most that max |Δ| and ‖Δ‖/‖a‖ may be.  excess: the larger of both in units of what is
+    allowed for it; above 1 the stage diverges.  path, code: the module of side b that is to blame.
+    """
+
+    stage: str
+    shape: tuple[int, ...]
+    path: str
+    code: str
+    largest: float = math.nan
+    mean: float = math.nan
+    relative: float = math.nan
+    cosine: float = math.nan
+    where: str = ""
+    yardstick: float = 0.0
+    allowed: float = 0.0
+    allowed_relative: float = 0.0
+    excess: float = 0.0
+    note: str = ""
+
+    @property
+    def diverges(self) -> bool:
+        return not self.excess <= 1
+
+
+def _numbers(found: Difference) -> dict[str, float]:
+    return {"largest": found.largest, "mean": found.mean, "relative": found.relative, "cosine": found.cosine}
+
+
+def stage_finding(
+    stage: Stage,
+    found: Difference | str | None,
+    error: Exception | None,
+    recording: Recording,
+    rows: Rows,
+    model: nn.Module,
+) -> Finding:
+    """found: what b differs by, in words if the shapes do, None if it never came so far; error: what ended its run."""
+    shape, yardstick = recording.shape(stage.name), recording.yardstick(stage.name)
+    path, code = sides.blamed(model, stage)
+    if isinstance(found, Difference) and found.rows != shape[0]:
+        found = f"{found.rows} rows instead of {shape[0]}"
+    if not isinstance(found, Difference):
+        note = found or (f"{type(error).__name__}: {error}" if error else "did not run")
+        return Finding(stage.name, shape, path, code, excess=math.inf, note=note)
+    where = f"{rows.place(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else ""
+    bounds = dict(zip(("allowed", "allowed_relative"), yardstick.bounds(found), strict=True))
+    bounds |= {"yardstick": yardstick.largest, "excess": yardstick.excess(found)}
+    return Finding(stage.name, shape, path, code, where=where, **_numbers(found), **bounds)
+
+
+def input_findings(a: dict[str, Any], b: dict[str, Any], side: Side) -> list[Finding]:
+    """What both sides' processors made of the question; `side` is b."""
+    processor = sides.processor_of(side)
+    findings = []
+    for key in [key for key in INPUTS if key in a or key in b]:
+        part = processor.image_processor if INPUTS[key] in ("pixels", "pixel mask", "image sizes") else processor
+        findings.append(_input_finding(key, a.get(key), b.get(key), sides.code_at(type(part))))
+    return findings
+
+
+def _input_finding(key: str, a: Tensor | None, b: Tensor | None, code: str) -> Finding:
+    name, path = INPUTS[key], "the processor"
+    if a is None or b is None:
+        note = f"only side {'a' if b is None else 'b'} has {key}"
+        return Finding(name, tuple((b if a is None else a).shape), path, code, excess=math.inf, note=note)
+    shape, found = tuple(a.shape), Difference()
+    if a.shape != b.shape:
+        note = f"shape {tuple(b.shape)} instead of {shape}"
+        return Finding(name, shape, path, code, excess=math.inf, note=note)
+    found.add(a.reshape(-1, shape[-1]), b.reshape(-1, shape[-1]))
+    place = (*(int(index) for index in np.unravel_index(found.at[0], shape[:-1])), found.at[1])
+    where, excess = (f"{place}", math.inf) if found.largest else ("", 0.0)
+    return Finding(name, shape, path, code, where=where, excess=excess, **_numbers(found))
+
+
+def greedy_finding(recording: Recording, model: nn.Module, inputs: dict[str, Any], allowed: float) -> Finding:
+    """Greedy tokens must be equal, row by row, up to a tie: a step at which a's own choice hung on less than its two
+    best logits may move (`allowed`, each), and b took the second. What follows a tie is another text and is left out.
+    """
+    a, code = recording.group("greedy"), sides.code_at(generation.generate)
+    shape = tuple(a["tokens"].shape)
+    try:
+        found = sides.greedy(model, inputs, shape[1])["tokens"]
+    except Exception as error:  # whatever an edit may have broken
+        note = f"{type(error).__name__}: {error}"
+        return Finding("greedy tokens", shape, "generate", code, excess=math.inf, note=note)
+    found = pad(found, (0, shape[1] - found.shape[1]), value=-1)
+    notes, excess = [], 0.0
+    for row, (ours, theirs) in enumerate(zip(found.tolist(), a["tokens"].tolist(), strict=True)):
+        step = next((n for n, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        if step is None:
+            continue
+        margin, second = float(a["margins"][row, step]), int(a["seconds"][row, step])
+        tie = ours[step] == second and margin <= 2 * allowed
+        excess = max(excess, margin / (2 * allowed) if tie else math.inf)
+        kind = "a tie" if tie else "differs"
+        notes.append(f"row {row}, token {step}: {kind}, {ours[step]} for {theirs[step]}, which led by {margin:.2g}")
+    return Finding("greedy tokens", shape, "generate", code, excess=excess, note="; ".join(notes))

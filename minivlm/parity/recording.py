@@ -1,0 +1,109 @@
+"""A recording: one side's inputs, stages and greedy tokens in a safetensors file, written while the model runs.
+
+The header of a safetensors file stands at its beginning and is known at the end, so room is left for it; readers take
+the blanks that fill it up. Until `finish` there is no header, and the file cannot be mistaken for a whole one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minivlm.parity.difference import Yardstick
+
+FORMAT = "minivlm_parity"
+NAMES = {
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+}
+
+
+class Writer:
+    """Appends tensors to a file, one at a time, so that none has to be kept."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        """room: bytes for the header, 8 less than the place of the first tensor."""
+        self.path, self.room, self.offset = path, room, 0
+        self.entries: dict[str, Any] = {}
+        with path.open("wb") as file:
+            file.truncate(8 + room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor. ValueError if the name is taken."""
+        if name in self.entries:
+            raise ValueError(f"{name!r} is in {self.path} already")
+        data = tensor.detach().cpu().contiguous()
+        end = self.offset + data.nbytes
+        self.entries[name] = {
+            "dtype": NAMES[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [self.offset, end],
+        }
+        with self.path.open("ab") as file:
+            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self.offset = end
+
+    def finish(self, metadata: dict[str, Any]) -> None:
+        """Write the header, over an earlier one if need be. Values of `metadata` become JSON."""
+        values = {key: json.dumps(value) for key, value in metadata.items()}
+        header = json.dumps({"__metadata__": values, **self.entries}).encode()
+        if len(header) > self.room:
+            raise ValueError(f"the header of {self.path} takes {len(header):,} bytes, more than the {self.room:,} left")
+        with self.path.open("r+b") as file:
+            file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
+
+
+class Recording:
+    """What `Writer` has written. Rows are read from the file as they are asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises OSError for a file that is cut or missing, ValueError for one that holds something else."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise OSError(f"there is no recording {path}; make one with --record {path}")
+        try:
+            self.file = safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            raise OSError(
+                f"{path} is no complete recording ({error}); found {self.path.stat().st_size:,} bytes. "
+                "The run that made it was interrupted, or the copy was cut: record it again"
+            ) from error
+        metadata = self.file.metadata() or {}
+        if FORMAT not in metadata:
+            raise ValueError(f"{path} holds tensors, but is no recording of this tool; make one with --record {path}")
+        self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in metadata.items()}
+        self.names = set(self.file.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose name starts with `prefix/`, by the rest of their name."""
+        found = sorted(name for name in self.names if name.startswith(f"{prefix}/"))
+        return {name.removeprefix(f"{prefix}/"): self.tensor(name) for name in found}
+
+    def rows(self, stage: str, start: int, count: int) -> Tensor:
+        """Rows of a stage, fewer where it ends: they may lie in several parts, one for each time the module ran."""
+        found, part = [], 0
+        while count > 0 and f"{stage}#{part}" in self.names:
+            piece = self.file.get_slice(f"{stage}#{part}")
+            length = piece.get_shape()[0]
+            if start < length:
+                found.append(piece[start : start + count])
+                count -= len(found[-1])
+            start, part = max(0, start - length), part + 1
+        return torch.cat(found) if found else torch.empty(0, 0)
+
+    def shape(self, stage: str) -> tuple[int, int]:
+        """(R, C) of a stage, all parts together; (0, 0) if there is none."""
+        rows, width, part = 0, 0, 0
+        while f"{stage}#{part}" in self.names:
+            length, width = self.file.get_slice(f"{stage}#{part}").get_shape()
+            rows, part = rows + length, part + 1
+        return rows, width
+
+    def yardstick(self, stage: str) -> Yardstick:
+        return Yardstick(*self.metadata["yardsticks"].get(stage, (0.0, 0.0)))

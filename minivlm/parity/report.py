@@ -1,0 +1,130 @@
+"""What a comparison found: as a table of 100 columns, as JSON, as a picture."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minivlm.parity.findings import Finding
+
+COLUMNS = ("stage", "shape", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
+WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
+LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: picture or row, place, channel"
+
+
+@dataclass(frozen=True)
+class Report:
+    """a, b: both sides in words.  findings: in the order in which data flows."""
+
+    a: str
+    b: str
+    findings: list[Finding]
+
+    @property
+    def first(self) -> Finding | None:
+        """The first stage that diverges; None if none does."""
+        return next((finding for finding in self.findings if finding.diverges), None)
+
+    def verdict(self) -> str:
+        """One or two lines: what diverges first, and whose code that is."""
+        if self.first is None:
+            ties = [finding.note for finding in self.findings if finding.note]
+            return "\n".join([f"no stage diverges ({len(self.findings)} compared)", *ties])
+        found = self.first
+        why = found.note or f"at {found.where}, where both must be equal"
+        if found.allowed:
+            size = f"max |Δ| {found.largest:.2g}, at {found.where}"
+            times = f"{found.excess:.1f}" if found.excess < 10 else f"{found.excess:,.0f}"
+            why = f"{times} times what is allowed; {size}"
+        count = sum(finding.diverges for finding in self.findings)
+        return (
+            f"first divergence: {found.stage} ({why})\n"
+            f"made by {found.path}: {found.code}; {count} of {len(self.findings)} stages diverge"
+        )
+
+    def table(self) -> str:
+        """Both sides, a line for each stage, the verdict."""
+        head = [f"a: {self.a}", f"b: {self.b}", "", _line(COLUMNS), _line(["-" * width for width in WIDTHS])]
+        lines = [*head, *map(_row, self.findings), LEGEND, "", self.verdict()]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; what is no finite number becomes None."""
+        findings = [
+            {name: _finite(value) for name, value in asdict(finding).items()} | {"diverges": finding.diverges}
+            for finding in self.findings
+        ]
+        first = None if self.first is None else self.first.stage
+        return {"a": self.a, "b": self.b, "first_divergence": first, "stages": findings}
+
+
+def _row(finding: Finding) -> str:
+    shape = "x".join(map(str, finding.shape))
+    mark = " !" if finding.diverges else ""
+    if math.isnan(finding.largest):
+        note = finding.note or "equal"
+        room = sum(WIDTHS[2:]) + len(WIDTHS) - 3
+        return _line([_name(finding), shape, note if len(note) <= room else note[: room - 1] + "…"]) + mark
+    numbers = [finding.largest, finding.mean, finding.relative, 1 - finding.cosine, finding.allowed]
+    place = ",".join(re.findall(r"\d+", finding.where))
+    return _line([_name(finding), shape, *map(_short, numbers), _times(finding.excess), place]) + mark
+
+
+def _name(finding: Finding) -> str:
+    """A part's own name alone, for its layer stands in the line below its last part."""
+    _, comma, part = finding.stage.partition(", ")
+    name = f"  {part}" if comma else finding.stage
+    return name if len(name) <= WIDTHS[0] else name[: WIDTHS[0] - 1] + "…"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """Cells side by side: words from the left, numbers from the right."""
+    words = {0, 1, len(WIDTHS) - 1} if len(cells) == len(WIDTHS) else range(len(cells))
+    padded = [
+        cell.ljust(width) if index in words else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(cells, WIDTHS, strict=False))
+    ]
+    return " ".join(padded)
+
+
+def _short(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _times(excess: float) -> str:
+    """An excess in few letters: 0.31, 12, 3e+05, inf."""
+    return f"{excess:.2f}" if excess < 10 else f"{excess:.0f}" if excess < 1000 else f"{excess:.0e}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot(reports: dict[str, Report], path: str | Path) -> None:
+    """Error by depth, on a logarithmic scale: ‖Δ‖/‖a‖ of the stages of each report, by its dtype; dashed, what is
+    allowed. Stages that are equal are gaps; rings are those that diverge.
+
+    Raises OSError if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OSError("a plot needs matplotlib: pip install 'minivlm[plot]'") from error
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for dtype, report in reports.items():
+        shown = [finding for finding in report.findings if finding.allowed_relative]
+        error = [finding.relative or math.nan for finding in shown]
+        bad = [finding.relative if finding.diverges else math.nan for finding in shown]
+        (line,) = axes.semilogy(error, marker=".", label=dtype)
+        axes.semilogy(bad, "o", markersize=9, markerfacecolor="none", color=line.get_color())
+        axes.semilogy([finding.allowed_relative for finding in shown], "--", linewidth=1, color=line.get_color())
+        axes.set_xticks(range(len(shown)), [finding.stage for finding in shown], rotation=90, fontsize=7)
+        titles = [f"{name}: {words.replace(f', {dtype}', '')}" for name, words in (("a", report.a), ("b", report.b))]
+        axes.set_title("\n".join(titles))
+    axes.set_ylabel("‖Δ‖ / ‖a‖")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,364 @@
+"""One side of a comparison: which code runs which weights, and how. The only place that knows transformers' calls.
+
+    side = Side("shapes-idefics2", "transformers", dtype="float32")
+    model, inputs = load(side), encode(side, [picture], "what is this?")
+    forward(model, stages, inputs, sink)
+
+calls sink(stage, call, output) for every stage as its module runs, for the first, second, … time.
+"""
+
+import contextlib
+import copy
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import minivlm
+from minivlm import auto, hub, loading
+from minivlm.modules.attention import check_implementation
+from minivlm.parity.stages import Stage
+
+Sink = Callable[[Stage, int, Tensor], None]
+
+CODES = ("minivlm", "transformers")
+# `quantize`: which of our configurations, its settings, and about how many bytes a weight takes with its scale.
+QUANTIZED: dict[str, tuple[str, dict[str, Any], float]] = {
+    "nf4": ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.6),
+    "fp4": ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, 0.6),
+    "int8": ("BitsAndBytesConfig", {"load_in_8bit": True}, 1.1),
+    "int4": ("Int4Config", {}, 0.6),
+}
+# What models take of what processors make (transformers 4 adds token_type_ids), by its name in reports, in their order.
+INPUTS = {
+    "pixel_values": "pixels",
+    "pixel_attention_mask": "pixel mask",
+    "image_sizes": "image sizes",
+    "input_ids": "token ids",
+    "attention_mask": "attention mask",
+    "image_attention_mask": "image mask",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """model: a folder, a built-in name, a Hub id, or a loaded model of either code, which tells all but the dtype.
+
+    code: "minivlm" or "transformers".  dtype: of the weights; None keeps what they have.  attn: the backend; None is
+    the code's own choice.  quantize: None or one of QUANTIZED, with minivlm only.  device: None is the CPU.
+    """
+
+    model: Any
+    code: str = "minivlm"
+    dtype: str | None = None
+    attn: str | None = None
+    quantize: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, nn.Module):
+            object.__setattr__(self, "code", code_of(self.model))
+            object.__setattr__(self, "dtype", self.dtype or str(self.model.dtype).removeprefix("torch."))
+            object.__setattr__(self, "attn", backend(self.model))
+        if self.code not in CODES:
+            raise ValueError(f"a side runs {' or '.join(CODES)}, found {self.code!r}")
+        if self.quantize is not None and (self.quantize not in QUANTIZED or self.code != "minivlm"):
+            raise ValueError(f"quantize is one of {', '.join(QUANTIZED)}, with minivlm; found {self.quantize!r}")
+        if self.code == "minivlm" and self.attn is not None:
+            check_implementation(self.attn)
+
+    def words(self, attn: str | None) -> str:
+        """The side in words, with the backend that its model has chosen (None: one for each call)."""
+        settings = (self.dtype or "dtype as stored", attn or "best attention", self.quantize, self.device)
+        return ", ".join([self.version, *filter(None, settings)])
+
+    @property
+    def version(self) -> str:
+        version = minivlm.__version__ if self.code == "minivlm" else transformers().__version__
+        return f"{self.code} {version}"
+
+
+def transformers() -> Any:
+    """The reference's package. OSError that says how to do without it if it is not installed."""
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise OSError(
+            f"transformers cannot be imported ({error}); install it with pip install 'minivlm[parity]', or do without: "
+            "--against a recording, or --reference minivlm"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars and warnings (it warns at every change of backend, of parts that have none)."""
+    logging = transformers().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def code_of(model: nn.Module) -> str:
+    """Whose model this is."""
+    return "transformers" if type(model).__module__.split(".")[0] == "transformers" else "minivlm"
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------------
+
+
+def config_of(side: Side) -> Any:
+    """The model's configuration as one of ours, whoever runs it. ValueError for a family that is not ours."""
+    if isinstance(side.model, nn.Module):
+        config = side.model.config
+        if side.code == "minivlm":
+            return config
+        return _classes(config.model_type)[0].config_class.from_hub(config.to_dict())
+    files = hub.source(side.model)
+    return loading.read_config(files, _classes(files.json("config.json").get("model_type"))[0].config_class)
+
+
+def _classes(model_type: Any) -> tuple[Any, Any]:
+    return auto.family(model_type, "the model")
+
+
+def load(side: Side) -> nn.Module:
+    """The side's model, in eval mode. A loaded one is copied only if it should have another dtype.
+
+    Raises MemoryError, with the figures, before anything is loaded that does not fit, and OSError for what transformers
+    cannot load.
+    """
+    if isinstance(side.model, nn.Module):
+        wanted = loading.DTYPES[side.dtype]
+        return side.model if side.model.dtype == wanted else copy.deepcopy(side.model).to(wanted)
+    foresee(side)
+    config = config_of(side)
+    options = {"dtype": side.dtype or "auto", "device_map": side.device, "attn_implementation": side.attn}
+    model_class = _classes(config.model_type)[0]
+    if side.code == "minivlm":
+        return model_class.from_pretrained(side.model, **options, **_quantization(side))
+    folder = hub.source(side.model).folder or side.model
+    options.pop("device_map")
+    try:
+        with _quietly():
+            model = getattr(transformers(), model_class.__name__).from_pretrained(folder, **options)
+    except Exception as error:  # of many kinds: a cut file is a SafetensorError
+        raise OSError(f"{side.version} cannot load {side.model}: {error}") from error
+    return model.to(side.device or "cpu").eval()
+
+
+def _quantization(side: Side) -> dict[str, Any]:
+    if side.quantize is None:
+        return {}
+    name, settings, _ = QUANTIZED[side.quantize]
+    if not hasattr(minivlm, name):
+        raise ValueError(f"quantize={side.quantize} is not supported by minivlm {minivlm.__version__}")
+    return {"quantization_config": getattr(minivlm, name)(**settings)}
+
+
+def foresee(side: Side) -> None:
+    """MemoryError if the weights, and logits for a thousand tokens, do not fit into what is free on the device."""
+    if isinstance(side.model, nn.Module):
+        return
+    config = config_of(side)
+    with torch.device("meta"):
+        model = _classes(config.model_type)[0](config)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
+    size = QUANTIZED[side.quantize][2] if side.quantize else dtype.itemsize
+    needed = weights * size + 1000 * model.lm_head.out_features * dtype.itemsize
+    free = available(side.device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{side.model} in {side.quantize or dtype} takes {needed / 2**30:.1f} GiB ({weights / 1e9:.2f} billion "
+            f"weights), and {free / 2**30:.1f} GiB are free on {side.device or 'cpu'}; take a smaller dtype, or record "
+            "one side on a larger machine and compare with --against"
+        )
+
+
+def available(device: str | None) -> float | None:
+    """Free bytes of a device; None where the system does not tell."""
+    if device is not None and torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(ValueError, OSError):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def backend(model: nn.Module) -> str | None:
+    """The attention backend that a model is set to."""
+    return model.attn_implementation if code_of(model) == "minivlm" else model.config._attn_implementation
+
+
+@contextlib.contextmanager
+def other_backend(model: nn.Module) -> Iterator[None]:
+    """For a while, the model's other backend: eager, or where it is eager already, sdpa."""
+    before = backend(model)
+    _set_backend(model, "sdpa" if before == "eager" else "eager")
+    try:
+        yield
+    finally:
+        _set_backend(model, before)
+
+
+def _set_backend(model: nn.Module, name: str | None) -> None:
+    if code_of(model) == "minivlm":
+        model.attn_implementation = name
+        return
+    with _quietly():
+        model.set_attn_implementation(name)
+
+
+# ---- Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def processor_of(side: Side) -> Any:
+    """The side's processor; transformers' with its Pillow image backend, which gives equal pixels everywhere."""
+    if isinstance(side.model, nn.Module):
+        raise ValueError("a loaded model has no processor; pass `inputs`, or the checkpoint's name as the model")
+    if side.code == "minivlm":
+        return auto.AutoProcessor.from_pretrained(side.model)
+    folder = hub.source(side.model).folder or side.model
+    with _quietly():
+        processor = transformers().AutoProcessor.from_pretrained(folder)
+        processor.image_processor = _pillow(config_of(side).model_type).from_pretrained(folder)
+    return processor
+
+
+def _pillow(family: str) -> Any:
+    """transformers' image processor on Pillow: a class of its own since version 5, the plain one before."""
+    package = f"transformers.models.{family}.image_processing"
+    name = _classes(family)[1].__name__.removesuffix("Processor") + "ImageProcessor"
+    try:
+        return getattr(importlib.import_module(f"{package}_pil_{family}"), f"{name}Pil")
+    except ImportError:
+        return getattr(importlib.import_module(f"{package}_{family}"), name)
+
+
+def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
+    """What the side's processor makes of a question about pictures: a dict of tensors.
+
+    The prompt around the question is rendered here for both sides, by the checkpoint's chat template if it has one.
+    IDEFICS's processor in transformers takes no such text, so there it is written as the model's documentation does.
+    """
+    processor, options = processor_of(side), {"return_tensors": "pt"}
+    if config_of(side).model_type == "idefics":
+        found = processor(text=[["User:", *pictures, f"{prompt}\nAssistant:"]], **options)
+    else:
+        images = {"images": [pictures]} if pictures else {}
+        found = processor(text=[_rendered(side, len(pictures), prompt)], **images, **options)
+    return {name: found[name] for name in INPUTS if name in found}
+
+
+def _rendered(side: Side, pictures: int, prompt: str) -> str:
+    template = auto.AutoProcessor.from_pretrained(side.model)
+    if not template.chat_template:
+        return "<image>" * pictures + prompt
+    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt}]
+    return template.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+# ---- Running ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def forward(model: nn.Module, stages: list[Stage], inputs: dict[str, Any], sink: Sink) -> None:
+    """One pass over the prompt; hooks that only read hand every stage's tensor to `sink`, with how often it came."""
+    calls = dict.fromkeys(stages, 0)
+
+    def see(stage: Stage, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple | list) else value
+        calls[stage] += 1
+        sink(stage, calls[stage] - 1, value.detach())
+
+    handles = [_hook(model, stage, see) for stage in stages]
+    try:
+        model(**_moved(inputs, model))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(model: nn.Module, stage: Stage, see: Callable[[Stage, Any], None]) -> Any:
+    path = path_of(model, stage)
+    if path is None:
+        spelled = " or ".join(stage.paths(code_of(model)))
+        raise ValueError(f"{type(model).__name__} has no module {spelled} for the stage {stage.name!r}")
+    module = model.get_submodule(path)
+    if stage.take == "input":
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(stage, args[0] if args else kwargs["hidden_states"])
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    if stage.take == "output":
+        return module.register_forward_hook(lambda _module, _args, output: see(stage, output))
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if (found := getattr(output, stage.take)) is not None:
+            see(stage, found)
+
+    return module.register_forward_hook(after)
+
+
+def path_of(model: nn.Module, stage: Stage) -> str | None:
+    """The path of the stage's module in this model: the first of its spellings that there is."""
+    for path in stage.paths(code_of(model)):
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(path)
+            return path
+    return None
+
+
+def _moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, Tensor]:
+    """Up to so many new tokens (B, N), what would have been second at each step, and by how much it missed."""
+    options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
+    with _quietly() if code_of(model) == "transformers" else contextlib.nullcontext():
+        found = model.generate(**_moved(inputs, model), **options, return_dict_in_generate=True, output_scores=True)
+    best = torch.stack([scores.float().topk(2).values for scores in found.scores], dim=1).cpu()  # (B, N, 2)
+    second = torch.stack([scores.topk(2).indices[:, 1] for scores in found.scores], dim=1).cpu()
+    new = found.sequences[:, -second.shape[1] :].cpu()
+    return {"tokens": new, "seconds": second, "margins": best[..., 0] - best[..., 1]}
+
+
+# ---- Where the code is -----------------------------------------------------------------------------------------------
+
+
+def code_at(thing: Any) -> str:
+    """A class or function as "minivlm/modules/siglip.py:118 SiglipBlock"."""
+    file = inspect.getsourcefile(thing)
+    top = sys.modules[thing.__module__.split(".")[0]].__file__
+    if file is None or top is None:
+        return thing.__qualname__
+    with contextlib.suppress(ValueError):
+        file = Path(file).relative_to(Path(top).parents[1]).as_posix()
+    return f"{file}:{inspect.getsourcelines(thing)[1]} {thing.__qualname__}"
+
+
+def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
+    """(path, code) of the module that makes a stage: of one that is torch's own, or is gone, the module around it."""
+    path = stage.blame or path_of(model, stage) or stage.ours
+    modules = dict(model.named_modules())
+    while path and (path not in modules or type(modules[path]).__module__.startswith("torch.")):
+        path = path.rpartition(".")[0]
+    return path or "the model", code_at(type(modules[path]))
