@@ -200,7 +200,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if len(content) > MAX_JSON:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a JSON file has at most {MAX_JSON:,} here")
     check_start(path, content)
-    return parse_json(content, path)
+    value = parse_json(content, path)
+    if _deeper(value, MAX_DEPTH):
+        raise CheckpointError(f"{path} is nested deeper than {MAX_DEPTH} levels, which no checkpoint's file is")
+    return value
 
 
 def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
@@ -211,8 +214,6 @@ def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} should hold a JSON object, found {type(value).__name__}")
-    if _deeper(value, MAX_DEPTH):
-        raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels, which no checkpoint's file is")
     return value
 
 
