@@ -355,6 +355,10 @@ FILES = _cases(
         "tokenizer is a Git LFS pointer": (content("tokenizer.json", LFS), "tokenizer.json is a Git LFS pointer"),
         "empty tokenizer": (content("tokenizer.json", b""), "tokenizer.json is empty"),
         "tokenizer is a pipe": (instead("tokenizer.json", os.mkfifo), "found a pipe or device"),
+        "template is a pipe": (
+            lambda folder: os.mkfifo(folder / "chat_template.jinja"),
+            "chat_template.jinja should be a regular file, found a pipe",
+        ),
         "no preprocessor": (without("preprocessor_config.json"), "has no preprocessor_config.json"),
         "a shard is missing": (
             several(sharded(), without("b.safetensors")),
@@ -398,7 +402,7 @@ JSON = _cases(
         "config is rather deep": (entry("config.json", "x", json.loads("[" * 40 + "]" * 40)), "nested deeper than 16"),
         "config of 9 MB": (
             text("config.json", lambda s: s + " " * 9_000_000),
-            "has 9,000,.* bytes; a JSON file has at",
+            "has 9,000,.* bytes; such a file has at",
         ),
         "config with a number of 9,999 digits": (
             text("config.json", lambda s: s.replace("102", "9" * 9999, 1)),
@@ -827,6 +831,7 @@ TOKENIZERS |= _values(
         ("model_max_length", "long", "model_max_length is a number of tokens, found 'long'"),
         ("model_max_length", -1, "model_max_length is a number of tokens, found -1"),
         ("model_max_length", True, "model_max_length is a number of tokens, found True"),
+        ("chat_template", 7, "chat_template should be text, found int"),
         ("padding_side", "middle", "padding_side is .left. or .right., found 'middle'"),
         ("padding_side", None, "padding_side is .left. or .right., found None"),
         ("truncation_side", "both", "truncation_side is .left. or .right."),
@@ -881,6 +886,7 @@ TOKENIZERS |= _cases(
             content("added_tokens.json", json.dumps({f"<{i}>": i for i in range(102, 2_102)}).encode()),
             "tokenizer.json lacks 2,000 tokens that the files beside it have",
         ),
+        "a template in Latin-1": (content("chat_template.jinja", b"caf\xe9"), "chat_template.jinja: .*utf-8"),
         "roles that are numbers": (
             content("special_tokens_map.json", b'{"eos_token": 3}'),
             "a token in .* is a string",
@@ -1059,6 +1065,7 @@ SOUND: dict[str, Break] = {
     "the Hub's cache": hub_cache,
     "settings that nobody knows": entry("config.json", "favourite_colour", "blue"),
     "a header that ends at an odd byte": header(odd),
+    "templates without a name": entry("processor_config.json", "chat_template", ["a", {"name": ["default"]}]),
     "other files beside": content("pytorch_model.bin", b"\x80\x02}q\x00."),
     "an unfinished download of something else": content("notes.txt.incomplete", b""),
 }
