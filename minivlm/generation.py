@@ -182,8 +182,8 @@ def _steps(model: Any, run: Run) -> Iterator[Tensor]:
 def _next_scores(model: Any, run: Run, step: int) -> Tensor:
     """What the token after `step` new ones is chosen by, (B·n, V): logits (log-softmax for beams) after all rules."""
     logits = _next_logits(model, run, step)
-    least, most = logits.aminmax(dim=-1)  # NaN wins both, so one pass sees NaN and inf
-    run.finite &= least.isfinite() & most.isfinite()
+    # NaN wins both, so the two see NaN and either infinity; on a CPU `isfinite().all()` takes three times as long
+    run.finite &= logits.amin(-1).isfinite() & logits.amax(-1).isfinite()
     if step == 0 or logits.device.type == "cpu":  # looking waits for the device: elsewhere `_steps` does it later
         _check_finite(model, run, step)
     else:

@@ -7,9 +7,8 @@ reading the header, whatever the size of the data.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minivlm.hub import CheckpointError, CheckpointFileError, check_start, parse_json
 
@@ -20,14 +19,16 @@ MAX_NAME = 256
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-@dataclass(frozen=True)
-class Entry:
+FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+class Entry(NamedTuple):
     """One tensor of a file. begin, end: its bytes, counted from the first behind the header."""
 
-    dtype: str
-    shape: tuple[int, ...]
     begin: int
     end: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -48,32 +49,35 @@ def read_header(path: Path) -> dict[str, Entry]:
         values = parse_json(file.read(length), f"the header of {path}")
     metadata = values.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ should be a JSON object of strings, found {metadata!r:.80}")
-    entries = {name: _entry(f"{path}: tensor {name!r:.120}", name, value) for name, value in values.items()}
+        raise CheckpointError(f"{path}: __metadata__ should be a JSON object of strings")
+    entries = {}
+    for name, value in values.items():
+        try:
+            entries[name] = _entry(name, value)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: tensor {name!r:.120} {error}") from error
     _check_places(path, entries, size - 8 - length)
     return entries
 
 
-def _entry(where: str, name: str, value: Any) -> Entry:
+def _entry(name: str, value: Any) -> Entry:
+    """One tensor's description, checked; ValueError says what is wrong with it."""
     if not name.isprintable() or len(name) > MAX_NAME:
-        raise CheckpointError(f"{where}: names of tensors are made of up to {MAX_NAME} printable characters")
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} should be described by dtype, shape and data_offsets, found {value!r:.80}")
+        raise ValueError(f"has a name that is not made of up to {MAX_NAME} printable characters")
+    if not isinstance(value, dict) or value.keys() != FIELDS:
+        raise ValueError("should be described by dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM:
-        raise CheckpointError(f"{where} is of dtype {dtype!r:.40}, which is not supported; known: {', '.join(ITEM)}")
+        found = f"{dtype:.40}" if isinstance(dtype, str) else type(dtype).__name__
+        raise ValueError(f"is of dtype {found!r}, which is not supported; known: {', '.join(ITEM)}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise CheckpointError(
-            f"{where}: shape should be up to {MAX_DIMENSIONS} whole numbers from 0, found {shape!r:.80}"
-        )
+        raise ValueError(f"should have a shape of up to {MAX_DIMENSIONS} whole numbers from 0")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(
-            f"{where}: data_offsets should be [begin, end], whole numbers from 0, found {offsets!r:.80}"
-        )
+        raise ValueError("should have data_offsets [begin, end], whole numbers from 0")
     needs, has = math.prod(shape) * ITEM[dtype], offsets[1] - offsets[0]
     if needs != has:
-        raise CheckpointError(f"{where} has {has:,} bytes, but {dtype} of shape {shape} needs {needs:,}")
-    return Entry(dtype, tuple(shape), *offsets)
+        raise ValueError(f"has {has:,} bytes, but {dtype} of shape {shape} needs {needs:,}")
+    return Entry(offsets[0], offsets[1], dtype, tuple(shape))
 
 
 def _are_sizes(value: Any) -> bool:
@@ -88,14 +92,12 @@ def _check_places(path: Path, entries: dict[str, Entry], data: int) -> None:
             f"{path} is not a complete safetensors file: its tensors need {needs:,} bytes, found {data:,}; "
             "the download may have been cut: fetch it again"
         )
-    end, before = 0, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != end:
-            what = "overlaps" if entry.begin < end else "leaves a gap behind"
-            raise CheckpointError(
-                f"{path}: tensor {name!r:.120} begins at {entry.begin:,} and {what} {before}, to {end:,}"
-            )
-        end, before = entry.end, f"tensor {name!r:.120}"
+    end = 0
+    for begin, after, name in sorted((entry.begin, entry.end, name) for name, entry in entries.items()):
+        if begin != end:
+            where = "overlaps the one before it, to" if begin < end else "leaves a gap behind"
+            raise CheckpointError(f"{path}: tensor {name!r} begins at byte {begin:,} and {where} {end:,}")
+        end = after
     if end != data:
         raise CheckpointError(
             f"{path} has {data - end:,} bytes behind its last tensor, expected none; download it again"

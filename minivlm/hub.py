@@ -202,12 +202,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Stricter than Python's reader: no NaN or Infinity, no name twice in one object, no great size or depth.
     """
+    value = parse_json(_read(path), path)
+    if _deeper(value, MAX_DEPTH):
+        raise CheckpointError(f"{path} is nested deeper than {MAX_DEPTH} levels, which no checkpoint's file is")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """A small text file, such as a template. Raises CheckpointError that names the file."""
+    with blame(str(path)):
+        return _read(path).decode()
+
+
+def _read(path: Path) -> bytes:
     with path.open("rb") as file:
         content = file.read(MAX_JSON + 1)
     if len(content) > MAX_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a JSON file has at most {MAX_JSON:,} here")
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; such a file has at most {MAX_JSON:,} here")
     check_start(path, content)
-    return parse_json(content, path)
+    return content
 
 
 def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
@@ -218,8 +231,6 @@ def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} should hold a JSON object, found {type(value).__name__}")
-    if _deeper(value, MAX_DEPTH):
-        raise CheckpointError(f"{where} is nested deeper than {MAX_DEPTH} levels, which no checkpoint's file is")
     return value
 
 

@@ -31,7 +31,7 @@ Pair = tuple[int, int]  # (height, width) or (rows, columns)
 STRATEGIES = ("default", "full")
 MAX_SIDE = 2**31 - 1  # of a picture; what Pillow can hold
 MAX_PINPOINT = 2**12  # of a canvas: 200 MB of pixel values
-MAX_TOKENS = 2**20  # of one picture; the released checkpoints need up to 2,928
+MAX_TOKENS = 2**23  # of one picture; the released checkpoints need up to 2,928
 MAX_CLASS_TOKENS = 64
 MAX_PINPOINTS = 256  # every picture is held against all of them; the released checkpoints have five
 

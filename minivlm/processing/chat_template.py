@@ -23,15 +23,16 @@ def find_template(source: hub.Source, processor_config: dict[str, Any], tokenize
     """The template where any generation of transformers has put it; None if there is none."""
     path = source.file("chat_template.jinja", required=False)
     if path is not None:
-        return path.read_text(encoding="utf-8")
+        return hub.read_text(path)
     for config in (source.json("chat_template.json", required=False) or {}, processor_config, tokenizer_config):
         template = config.get("chat_template")
         if isinstance(template, list):  # several named ones
-            template = {entry.get("name"): entry.get("template") for entry in template}
+            named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+            template = next(named, {}).get("template")
         if isinstance(template, dict):
             template = template.get("default")
         if template is not None and not isinstance(template, str):
-            raise ValueError(f"{source.name}: chat_template should be text, found {type(template).__name__}")
+            raise hub.CheckpointError(f"{source.name}: chat_template should be text, found {type(template).__name__}")
         if template is not None:
             return template
     return None

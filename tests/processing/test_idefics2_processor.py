@@ -312,7 +312,7 @@ def test_truncation_of_text_behind_the_picture_is_fine(processor):
         ({"image_std": [0.5, "0.5", 0.5]}, "image_std"),
         ({"image_std": [0.5, 0, 0.5]}, "must not be 0"),
         ({"rescale_factor": "1/255"}, "rescale_factor"),
-        ({"rescale_factor": float("nan")}, "rescale_factor"),
+        ({"rescale_factor": float("nan")}, "NaN is no number in JSON"),
     ],
     ids=str,
 )

@@ -223,6 +223,13 @@ def test_damaged_and_contradicting_files(checkpoint, tmp_path):
         Tokenizer.from_pretrained(folder)
 
 
+def test_vocabularies_of_released_checkpoints_fit_their_models(checkpoint):
+    base = Tokenizer.from_pretrained(checkpoint("idefics2-8b-base"))
+    base.check_vocabulary(32002)  # the size of its model, though <end_of_utterance> has the id 32002
+    with pytest.raises(ValueError, match="has id 31999, but the model has 31999 tokens"):
+        base.check_vocabulary(31999)
+
+
 # ---- guarded prompts: what a user typed stays text
 
 GUARD = "\U000f1234"
