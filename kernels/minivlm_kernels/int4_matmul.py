@@ -51,6 +51,7 @@ class Tile(NamedTuple):
     programs: int  # fewer than so many: split K
 
 
+# Chosen by what the compiler says (registers, instructions a weight), not yet by a clock: `bench_int4.py --tune` will.
 # For one row, by N from so many on: a lane takes 16 bytes, so a warp covers 1,024 columns of each row of W.
 MATVEC = {0: Tile(1, 4, 4096, 4, 1, 256), 8192: Tile(1, 4, 1024, 1, 1, 256)}
 # For more, by the rows of x up to so many; 99 KiB of shared memory at most, which consumer cards have, too.
