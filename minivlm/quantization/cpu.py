@@ -31,17 +31,20 @@ TILE, LARGE_TILE = 2**16, 2**22  # weights dequantised at once, for one row of x
 
 
 def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
-    """x (…, K) → (…, N), of the dtype of x."""
+    """x (…, K) → (…, N), of the dtype of x. fp16 is computed in fp32: torch is slow in fp16 but for a single row."""
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    served = len(rows) if rows.dtype == torch.bfloat16 else math.inf  # by the operators
+    if rows.dtype == torch.float16:
+        rows = rows.float()
+    operator = rows.dtype == torch.bfloat16
     if "packed" in tensors:
-        y = (_int4 if served <= FEW_INT4 else _int4_many)(rows, tensors, format, shape)
-    elif isinstance(format, Int8) and served <= FEW_INT8 and shape[1] % 16 == 0:
+        y = (_int4 if operator and len(rows) <= FEW_INT4 else _int4_many)(rows, tensors, format, shape)
+    elif isinstance(format, Int8) and operator and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:
         y = _int8(rows, tensors)
     elif isinstance(format, Codebook):
-        return _tiles(rows, tensors, format, shape, bias).to(x.dtype).view(*x.shape[:-1], shape[0])
+        y, bias = _tiles(rows, tensors, format, shape, bias), None
     else:
-        return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
+        weight = format.dequantize(tensors, shape, rows.dtype)
+        y, bias = F.linear(rows, weight, None if bias is None else bias.to(rows.dtype)), None
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], shape[0])
 
 
