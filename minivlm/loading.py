@@ -169,16 +169,16 @@ def fill(
             reader, hub_name = found[name][0]
             return reader.get_tensor(hub_name)
 
-        progress = tqdm(total=len(found), desc="loading", delay=2, leave=False)
-        for name, _ in list(model.named_parameters()):
-            tensor = read(name)
-            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            _assign(model, name, tensor.to(device, wanted))
-            progress.update()
-        for name, layer in layers.items():
-            tensors = {leaf: read(f"{name}.{leaf}").to(device) for leaf in arrival.files(layer)}
-            arrival.take(name, layer, tensors, dtype)
-            progress.update(len(tensors))
+        with tqdm(total=len(found), desc="loading", delay=2, leave=False) as progress:
+            for name, _ in list(model.named_parameters()):
+                tensor = read(name)
+                wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                _assign(model, name, tensor.to(device, wanted))
+                progress.update()
+            for name, layer in layers.items():
+                tensors = {leaf: read(f"{name}.{leaf}").to(device) for leaf in arrival.files(layer)}
+                arrival.take(name, layer, tensors, dtype)
+                progress.update(len(tensors))
 
 
 def _open(path: Path) -> Any:

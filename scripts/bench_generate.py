@@ -1,11 +1,13 @@
 """Prefill, decode, load time and peak memory beside `transformers`, in one run, as ratios.
 
     python scripts/bench_generate.py [--family idefics2] [--dtype float32 bfloat16] [--context 2900] [--rounds 5]
+    python scripts/bench_generate.py --family idefics2_8b_widths --formats int4 nf4 int8     4 layers, the true widths
 
 Both sides load the same random checkpoint of the family (about 200 M parameters) and do the same work in
 turns, ours and theirs within one round, so that a machine whose speed drifts treats them alike; figures are medians,
 the ratio is reference / ours (above 1: ours is faster or smaller). Load time and memory are taken in fresh processes.
-Before anything is timed, both sides must choose the same greedy tokens (in fp32).
+Before anything is timed, both sides must choose the same greedy tokens (in fp32). With --formats, ours is quantised
+while it loads, from bf16, and stands beside the reference in bf16 and beside the reference with bitsandbytes.
 """
 
 import argparse
@@ -65,6 +67,22 @@ def idefics2_work(context: int) -> dict[str, Inputs]:
     }
 
 
+def idefics2_8b_widths_config() -> Any:
+    """Four layers of Idefics2-8B's text model; a small tower, whose widths bitsandbytes' CPU kernel can do."""
+    from transformers import Idefics2Config
+
+    vision = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 8}
+    return Idefics2Config(
+        vision_config={**vision, "image_size": 980, "patch_size": 14},
+        perceiver_config={"hidden_size": 4096, "resampler_depth": 1},
+        text_config={"model_type": "mistral", "vocab_size": 32003, "num_hidden_layers": 4, "hidden_size": 4096},
+    )
+
+
+def idefics2_8b_widths_work(context: int) -> dict[str, Inputs]:
+    return {name: work for name, work in idefics2_work(context).items() if "at 97" in name or "980×980" in name}
+
+
 def llava_next_config() -> Any:
     from transformers import LlavaNextConfig
 
@@ -118,6 +136,7 @@ def idefics_work(context: int) -> dict[str, Inputs]:
 
 FAMILIES = {
     "idefics2": (idefics2_config, idefics2_work),
+    "idefics2_8b_widths": (idefics2_8b_widths_config, idefics2_8b_widths_work),
     "llava_next": (llava_next_config, llava_next_work),
     "idefics": (idefics_config, idefics_work),
 }
@@ -143,12 +162,19 @@ def write_checkpoint(family: str, folder: Path) -> int:
     return sum(value.numel() for value in model.parameters())
 
 
-def load(side: str, folder: str, dtype: str) -> Any:
-    if side == "minivlm":
-        from minivlm import AutoModelForImageTextToText
-    else:
-        from transformers import AutoModelForImageTextToText
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+def load(side: str, folder: str, dtype: str, form: str | None = None) -> Any:
+    """form: "nf4" (doubly quantised), "int8", "int4" (ours alone)."""
+    library = importlib.import_module(side)
+    config = None
+    if form == "int4":
+        config = library.Int4Config()
+    elif form == "int8":
+        config = library.BitsAndBytesConfig(load_in_8bit=True)
+    elif form == "nf4":
+        double = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        config = library.BitsAndBytesConfig(load_in_4bit=True, **double)
+    options = {"dtype": getattr(torch, dtype), "quantization_config": config}
+    return library.AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
 
 
 def generate(model: Any, inputs: Inputs, tokens: int, **options: Any) -> torch.Tensor:
@@ -234,6 +260,26 @@ def fresh(family: str, folder: str, dtype: str, context: int, rounds: int) -> di
     }
 
 
+def formats(folder: str, names: list[str], work: dict[str, Inputs], rounds: int) -> None:
+    """Ours in each format beside the reference in bf16, and beside the reference with bitsandbytes, where it runs."""
+    for name in names:
+        for theirs in (None, name) if name != "int4" else (None,):
+            print(
+                f"\n| {name} | minivlm | transformers, {theirs or 'bfloat16'} | ratio |\n| --- | ---: | ---: | ---: |"
+            )
+            models, seconds_to_load = {}, {}
+            try:
+                for side, form in zip(SIDES, (name, theirs), strict=True):
+                    start = time.perf_counter()
+                    models[side] = load(side, folder, "bfloat16", form)
+                    seconds_to_load[side] = time.perf_counter() - start
+                print(row("load, files in the page cache", seconds_to_load), flush=True)
+                for what, figures in measure(models, work, rounds).items():
+                    print(row(what, figures), flush=True)
+            except (RuntimeError, ValueError) as error:
+                print(f"| fails | | {str(error).splitlines()[0]} | |", flush=True)
+
+
 def row(what: str, figures: dict[str, float]) -> str:
     ours, theirs = (figures[side] for side in SIDES)
     if "memory" in what:
@@ -245,6 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=FAMILIES, default="idefics2")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--formats", nargs="+", default=[], choices=["nf4", "int8", "int4"])
     parser.add_argument("--context", type=int, default=2900)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
@@ -260,6 +307,8 @@ def main() -> None:
         load("minivlm", f"{folder}/float32", "bfloat16").save_pretrained(f"{folder}/bfloat16")
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         print(f"{options.family}: {parameters / 1e6:.0f} M parameters, {torch.get_num_threads()} threads, {versions}")
+        if options.formats:
+            return formats(f"{folder}/bfloat16", options.formats, work, options.rounds)
         for dtype in options.dtype:
             path = f"{folder}/{dtype}"
             models = {side: load(side, path, dtype) for side in SIDES}

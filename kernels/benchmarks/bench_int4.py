@@ -97,7 +97,8 @@ def random_weight(kind: str, N: int, K: int) -> dict[str, object]:
         return arguments
     second = torch.rand(math.ceil(blocks / 256), device="cuda") * 0.02
     codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
-    return arguments | {"absmax": codes, "nested": (torch.linspace(-1, 1, 256, device="cuda"), second, 0.02)}
+    nested = (torch.linspace(-1, 1, 256, device="cuda"), second, torch.tensor(0.02, device="cuda"))
+    return arguments | {"absmax": codes, "nested": nested}
 
 
 def weight_bytes(arguments: dict[str, object]) -> int:
@@ -162,15 +163,12 @@ def candidates(M: int) -> list[tuple[object, object]]:
     """(kernel, tile) worth trying for so many rows."""
     from minivlm_kernels.int4_matmul import Tile, matmul_kernel, matvec_kernel
 
-    power = 1 << (M - 1).bit_length()
-    tried = []
-    if M <= 16:
+    block_m = min(max(1 << (M - 1).bit_length(), 16), 128)
+    shapes = itertools.product((32, 64, 128, 256), (64, 128), (4, 8), (2, 3, 4), (1, 128, 256))
+    tried = [(matmul_kernel, Tile(block_m, n, k, warps, stages, least)) for n, k, warps, stages, least in shapes]
+    if M == 1:
         shapes = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 256, 1024))
-        tried += [(matvec_kernel, Tile(power, n, 1024 * warps, warps, 1, least)) for n, warps, least in shapes]
-    if M > 1:
-        shapes = itertools.product((32, 64, 128, 256), (64, 128), (4, 8), (2, 3, 4), (1, 128, 256))
-        block_m = min(max(power, 16), 128)
-        tried += [(matmul_kernel, Tile(block_m, n, k, warps, stages, least)) for n, k, warps, stages, least in shapes]
+        tried += [(matvec_kernel, Tile(1, n, 1024 * warps, warps, 1, least)) for n, warps, least in shapes]
     return tried
 
 

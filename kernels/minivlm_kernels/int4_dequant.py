@@ -52,7 +52,7 @@ def nf4_reference(
     shape: tuple[int, int],
     *,
     block_size: int = 64,
-    nested: tuple[Tensor, Tensor, float] | None = None,
+    nested: tuple[Tensor, Tensor, Tensor | float] | None = None,
 ) -> Tensor:
     """The table format in plain PyTorch; (N, K) float32."""
     count = shape[0] * shape[1]
@@ -87,7 +87,7 @@ def load_chunks(
     zeros_ptr,  # (N, G) uint8, or None: the table format
     nested_code_ptr,  # (256,) float32, or None: scales are numbers as they are
     nested_absmax_ptr,
-    offset,
+    offset_ptr,
     offs_n,  # (BLOCK_N,)
     first,  # column, a multiple of BLOCK_K
     N,
@@ -135,7 +135,7 @@ def load_chunks(
     scales = tl.load(scales_ptr + place, mask=inside, other=0)
     if nested_code_ptr is not None:
         second = tl.load(nested_absmax_ptr + place // 256, mask=inside, other=0.0)
-        scales = tl.load(nested_code_ptr + scales.to(tl.int32)) * second + offset
+        scales = tl.load(nested_code_ptr + scales.to(tl.int32)) * second + tl.load(offset_ptr)
     return weights, scales.to(tl.float32)
 
 
@@ -147,7 +147,7 @@ def dequantize_kernel(
     zeros_ptr,
     nested_code_ptr,
     nested_absmax_ptr,
-    offset,
+    offset_ptr,
     out_ptr,  # (N, K), contiguous
     N,
     K,
@@ -160,7 +160,7 @@ def dequantize_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * BLOCK_K
     weights, scales = load_chunks(
-        *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset),
+        *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
         *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
     )
     values = tl.reshape(weights * scales[:, :, None], (BLOCK_N, BLOCK_K))
@@ -194,7 +194,7 @@ class Packed:
     zeros: Tensor | None = None  # affine format
     nested_code: Tensor | None = None
     nested_absmax: Tensor | None = None
-    offset: float = 0.0
+    offset: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.qweight.data_ptr() % ALIGNMENT:
@@ -209,11 +209,11 @@ class Packed:
     @property
     def arguments(self) -> dict[str, Any]:
         """What every kernel that reads the weight is given."""
-        pointers = ("qweight", "scales", "code", "zeros", "nested_code", "nested_absmax")
+        pointers = ("qweight", "scales", "code", "zeros", "nested_code", "nested_absmax", "offset")
         N, K = self.shape
         return {
             **{f"{name}_ptr": getattr(self, name) for name in pointers},
-            **{"offset": self.offset, "N": N, "K": K, "BLOCK": self.block, "CHUNK": self.chunk},
+            **{"N": N, "K": K, "BLOCK": self.block, "CHUNK": self.chunk},
         }
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -246,13 +246,14 @@ def nf4_dequantize(
     shape: tuple[int, int],
     *,
     block_size: int = 64,
-    nested: tuple[Tensor, Tensor, float] | None = None,
+    nested: tuple[Tensor, Tensor, Tensor | float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A weight of the table format (NF4, FP4) as (N, K) numbers of `dtype`, rounded once.
 
     qweight: ceil(N·K / 2) bytes in any shape.  absmax: one scale for every `block_size` weights, float32; uint8 with
-    `nested` = (code (256,), absmax (one for every 256 scales), offset), both float32.  code: (16,) float32.
+    `nested` = (code (256,), absmax (one for every 256 scales), offset), all float32.  code: (16,) float32.
+    An offset that is a number, not a tensor on the device, costs a fill each time.
 
     Raises ValueError for sizes, dtypes or devices that do not fit, and without a GPU.
     """
@@ -284,7 +285,7 @@ def table(
     code: Tensor,
     shape: tuple[int, int],
     block_size: int = 64,
-    nested: tuple[Tensor, Tensor, float] | None = None,
+    nested: tuple[Tensor, Tensor, Tensor | float] | None = None,
 ) -> Packed:
     """The arguments of `nf4_dequantize`, checked."""
     N, K = _check_shape(shape)
@@ -293,17 +294,19 @@ def table(
     blocks = -(-N * K // block_size)
     _check_tensor("qweight", qweight, (-(-N * K // 2),), (torch.uint8,), flat=True)
     _check_tensor("code", code, (16,), (torch.float32,))
-    nested_code, nested_absmax, offset = (None, None, 0.0) if nested is None else nested
+    if nested is None and absmax.dtype == torch.uint8:
+        raise ValueError("absmax holds uint8 codes: give `nested`, their table, their own scales and offset")
+    _check_tensor("absmax", absmax, (blocks,), (torch.float32 if nested is None else torch.uint8,), flat=True)
     if nested is None:
-        if absmax.dtype == torch.uint8:
-            raise ValueError("absmax holds uint8 codes: give `nested`, its table, its scales and its offset")
-        _check_tensor("absmax", absmax, (blocks,), (torch.float32,), flat=True)
-    else:
-        _check_tensor("absmax", absmax, (blocks,), (torch.uint8,), flat=True)
-        _check_tensor("the nested code", nested_code, (256,), (torch.float32,))
-        _check_tensor("the nested absmax", nested_absmax, (-(-blocks // NESTED_BLOCK),), (torch.float32,), flat=True)
-    _check_devices(qweight, absmax, code, nested_code, nested_absmax)
-    second = {"nested_code": nested_code, "nested_absmax": nested_absmax, "offset": float(offset)}
+        _check_devices(qweight, absmax, code)
+        return Packed(qweight, absmax, (N, K), block_size, code=code)
+    nested_code, nested_absmax, offset = nested
+    offset = offset if isinstance(offset, Tensor) else torch.full((), offset, device=qweight.device)
+    _check_tensor("the nested code", nested_code, (256,), (torch.float32,))
+    _check_tensor("the nested absmax", nested_absmax, (-(-blocks // NESTED_BLOCK),), (torch.float32,), flat=True)
+    _check_tensor("the nested offset", offset, (1,), (torch.float32,), flat=True)
+    _check_devices(qweight, absmax, code, nested_code, nested_absmax, offset)
+    second = {"nested_code": nested_code, "nested_absmax": nested_absmax, "offset": offset}
     return Packed(qweight, absmax, (N, K), block_size, code=code, **second)
 
 

@@ -51,6 +51,7 @@ class Tile(NamedTuple):
     programs: int  # fewer than so many: split K
 
 
+# Chosen by what the compiler says (registers, instructions a weight), not yet by a clock: `bench_int4.py --tune` will.
 # For one row, by N from so many on: a lane takes 16 bytes, so a warp covers 1,024 columns of each row of W.
 MATVEC = {0: Tile(1, 4, 4096, 4, 1, 256), 8192: Tile(1, 4, 1024, 1, 1, 256)}
 # For more, by the rows of x up to so many; 99 KiB of shared memory at most, which consumer cards have, too.
@@ -81,7 +82,7 @@ def matvec_kernel(
     zeros_ptr,
     nested_code_ptr,
     nested_absmax_ptr,
-    offset,
+    offset_ptr,
     x_ptr,  # (K,)
     bias_ptr,  # (N,), or None
     out_ptr,  # (splits, N)
@@ -99,7 +100,7 @@ def matvec_kernel(
     sums = tl.zeros((BLOCK_N, CHUNKS), tl.float32)
     for first in range(split * BLOCK_K, K, splits * BLOCK_K):
         weights, scales = load_chunks(
-            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset),
+            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
             *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
         )
         offs_k = first + tl.arange(0, BLOCK_K)
@@ -121,7 +122,7 @@ def matmul_kernel(
     zeros_ptr,
     nested_code_ptr,
     nested_absmax_ptr,
-    offset,
+    offset_ptr,
     x_ptr,  # (M, K), columns contiguous
     bias_ptr,
     out_ptr,  # (splits, M, N)
@@ -144,7 +145,7 @@ def matmul_kernel(
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(split * BLOCK_K, K, splits * BLOCK_K):
         weights, scales = load_chunks(
-            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset),
+            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
             *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
         )
         offs_k = first + tl.arange(0, BLOCK_K)[None, :]
@@ -191,7 +192,7 @@ def nf4_matmul(
     shape: tuple[int, int],
     *,
     block_size: int = 64,
-    nested: tuple[Tensor, Tensor, float] | None = None,
+    nested: tuple[Tensor, Tensor, Tensor | float] | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """x · Wᵀ + bias with W in the table format (NF4, FP4); its arguments are those of `nf4_dequantize`.

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128)
+CHUNK = {"cpu": 2**15}  # elements at once, as in `codebook.py`
 
 
 def quantize(weight: Tensor, group_size: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,7 @@ def quantize(weight: Tensor, group_size: int, dtype: torch.dtype | None = None) 
     bytes_, groups = -(-columns // 2), -(-columns // group_size)
     qweight = weight.new_empty(rows, bytes_, dtype=torch.uint8)
     scales, zeros = weight.new_empty(rows, groups, dtype=dtype), qweight.new_empty(rows, groups)
-    step = max(1, 2**16 // columns)  # rows at once: their temporaries stay in the cache
+    step = max(1, CHUNK.get(weight.device.type, 2**24) // columns)
     for start in range(0, rows, step):
         some = slice(start, start + step)
         qweight[some], scales[some], zeros[some] = _quantize(weight[some].detach().to(scales.dtype), group_size)
@@ -86,7 +87,7 @@ def dequantize(
     rows = len(qweight)
     out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
     pairs = byte_pairs(qweight.device)
-    step = max(1, 2**16 // columns)
+    step = max(1, CHUNK.get(qweight.device.type, 2**24) // columns)
     for start in range(0, rows, step):
         some = slice(start, start + step)
         codes = pairs.index_select(0, qweight[some].flatten().int()).view(torch.float32)

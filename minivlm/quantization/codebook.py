@@ -39,7 +39,9 @@ CODES = {
     ),
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
-CHUNK = {"cpu": 2**16}  # elements at once: on a CPU temporaries stay in the cache, elsewhere launches are to be few
+# Elements at once. On a CPU, temporaries stay in the cache, and up to 2¹⁵ elements torch starts no second thread, whose
+# waiting costs more than it helps where the machine is not idle; elsewhere, launches are to be few.
+CHUNK = {"cpu": 2**15}
 
 
 @functools.cache
@@ -70,8 +72,6 @@ def quantize(weight: Tensor, kind: str, block: int = BLOCK, dtype: torch.dtype |
         codes, absmax = _quantize(part.to(dtype or part.dtype).float(), kind, block)
         packed[start // 2 : (start + len(part) + 1) // 2] = pack(codes)
         scales[start // block : start // block + len(absmax)] = absmax
-    if not scales.isfinite().all():
-        raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
     return packed, scales
 
 
@@ -93,6 +93,8 @@ def _quantize(flat: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
     whole = len(flat) // block * block
     blocks, rest = flat[:whole].view(-1, block), flat[whole:]
     absmax = blocks.abs().amax(dim=1)
+    if not (absmax.isfinite().all() and rest.isfinite().all()):
+        raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
     normed = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
     if len(rest):
         last = rest.abs().amax().clamp(min=1e-38)
@@ -102,29 +104,42 @@ def _quantize(flat: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
     return _nearest(normed, kind), absmax
 
 
+CELLS = 1024  # of [0, 1]: none holds two midpoints of neighbouring values
+
+
 @functools.cache
-def _bounds(kind: str) -> tuple[list[float], Tensor | None]:
-    """Midpoints of neighbouring values, and for each interval between them its code (None: simply its number)."""
+def _cells(kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For each cell of [−1, 1]: how many midpoints lie in cells below it, and the midpoint in it (none: ∞); and which
+    code the n-th smallest value has (None: n)."""
     values, order = codebook(kind).sort(stable=True)
-    middles = ((values[:-1] + values[1:]) / 2).tolist()
-    return middles, None if kind == "nf4" else order.to(torch.uint8)
+    middles = (values[:-1] + values[1:]) / 2
+    cells = _cell(middles)
+    below = torch.bucketize(torch.arange(2 * CELLS + 1), cells, out_int32=True).to(torch.uint8)
+    inside = torch.full((2 * CELLS + 1,), torch.inf).index_copy_(0, cells.long(), middles)
+    return below, inside, None if kind == "nf4" else order.to(torch.uint8)
+
+
+def _cell(normed: Tensor) -> Tensor:
+    return ((normed + 1) * CELLS).int()
 
 
 def _nearest(normed: Tensor, kind: str) -> Tensor:
     """Codes of values in [−1, 1]. On a midpoint the smaller value wins.
 
-    Counting the midpoints below a value is fifteen passes over the cache, and faster than one binary search each.
+    Looking up a cell and comparing with the one midpoint in it is exact, for the cell of a number never falls as the
+    number grows; and it is several times as fast as a binary search for each number.
     """
-    middles, order = _bounds(kind)
-    codes = torch.zeros(normed.shape, dtype=torch.uint8, device=normed.device)
-    for middle in middles:
-        codes += normed > middle
-    return codes if order is None else order.to(codes.device)[codes.int()]
+    below, inside, order = (tensor if tensor is None else tensor.to(normed.device) for tensor in _cells(kind))
+    cells = _cell(normed)
+    codes = below.index_select(0, cells)
+    codes += normed > inside.index_select(0, cells)
+    return codes if order is None else order.index_select(0, codes.int())
 
 
 def pack(codes: Tensor) -> Tensor:
     """An even number n of uint8 codes → (n/2,) bytes."""
-    return codes[::2] << 4 | codes[1::2]
+    pairs = codes.view(torch.int16)  # the first code is its low byte
+    return (pairs << 4 | pairs >> 8).to(torch.uint8)
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:

@@ -26,22 +26,25 @@ from torch import Tensor
 from minivlm.quantization import affine, codebook
 from minivlm.quantization.formats import Affine, Codebook, Format, Int8, Shape, Tensors
 
-FEW = 64  # rows of x up to which an operator is faster than dequantising and a large product
+FEW_INT4, FEW_INT8 = 128, 32  # rows of x up to which the operator is faster than dequantising and a large product
 TILE, LARGE_TILE = 2**16, 2**22  # weights dequantised at once, for one row of x and for many
 
 
 def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
-    """x (…, K) → (…, N), of the dtype of x."""
+    """x (…, K) → (…, N), of the dtype of x. fp16 is computed in fp32: torch is slow in fp16 but for a single row."""
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    few = rows.dtype == torch.bfloat16 and len(rows) <= FEW
+    if rows.dtype == torch.float16:
+        rows = rows.float()
+    operator = rows.dtype == torch.bfloat16
     if "packed" in tensors:
-        y = _int4(rows, tensors, format, shape) if few else _int4_many(rows, tensors, format, shape)
-    elif few and isinstance(format, Int8) and shape[1] % 16 == 0:
+        y = (_int4 if operator and len(rows) <= FEW_INT4 else _int4_many)(rows, tensors, format, shape)
+    elif isinstance(format, Int8) and operator and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:
         y = _int8(rows, tensors)
     elif isinstance(format, Codebook):
-        return _tiles(rows, tensors, format, shape, bias).to(x.dtype).view(*x.shape[:-1], shape[0])
+        y, bias = _tiles(rows, tensors, format, shape, bias), None
     else:
-        return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
+        weight = format.dequantize(tensors, shape, rows.dtype)
+        y, bias = F.linear(rows, weight, None if bias is None else bias.to(rows.dtype)), None
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], shape[0])
 
 
@@ -158,7 +161,7 @@ def _int4_many(x: Tensor, tensors: Tensors, format: Affine, shape: Shape) -> Ten
     scales, zeros = (_by_block(tensors[name], len(blocks))[:, :, places] for name in ("scales", "zeros"))
     pairs = affine.byte_pairs(blocks.device)
     out = x.new_empty(len(blocks), len(x), BLOCK_ROWS)
-    step = max(1, LARGE_TILE // blocks[0].numel() // 2)
+    step = max(1, 4 * TILE // blocks[0].numel() // 2)
     for start in range(0, len(blocks), step):
         some = slice(start, start + step)
         codes = pairs.index_select(0, blocks[some].flatten().int()).view(torch.float32)

@@ -16,6 +16,8 @@ nearer to the 16-bit model than the reference's.
 import torch
 from torch import Tensor
 
+CHUNK = {"cpu": 2**15}  # elements at once, as in `codebook.py`
+
 
 def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """A weight (N, K) → codes (N, K) int8, SCB (N,) fp32.
@@ -27,7 +29,7 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, 
     rows, columns = weight.shape
     codes = weight.new_empty(rows, columns, dtype=torch.int8)
     scales = weight.new_empty(rows, dtype=torch.float32)
-    step = max(1, 2**16 // columns)  # rows at once: their temporaries stay in the cache
+    step = max(1, CHUNK.get(weight.device.type, 2**24) // columns)
     for start in range(0, rows, step):
         some = slice(start, start + step)
         part = weight[some].detach().to(dtype or weight.dtype).half()

@@ -21,7 +21,7 @@ def weights(N: int, K: int = K) -> dict[str, Packed]:
     blocks, groups = math.ceil(N * K / 64), (N, math.ceil(K / 64))
     flat, rows = meta(math.ceil(N * K / 2), dtype=torch.uint8), meta(N, math.ceil(K / 2), dtype=torch.uint8)
     code = meta(16)
-    nested = (meta(256), meta(math.ceil(blocks / 256)), 0.5)
+    nested = (meta(256), meta(math.ceil(blocks / 256)), meta(1))
     return {
         "nf4": table(flat, meta(blocks), code, (N, K)),
         "nested": table(flat, meta(blocks, dtype=torch.uint8), code, (N, K), nested=nested),

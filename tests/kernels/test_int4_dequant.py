@@ -27,6 +27,14 @@ def test_equals_the_reference(kind: str, shape: tuple[int, int]) -> None:
     assert torch.equal(dequantize(arguments, torch.float16), expected.half())
 
 
+def test_an_offset_on_the_device() -> None:
+    arguments, _ = weight("nested", 3, 64)
+    code, absmax, offset = arguments["nested"]
+    expected = dequantize(arguments, torch.float32)
+    for tensor in (torch.tensor(offset), torch.tensor([offset])):
+        assert torch.equal(dequantize(arguments | {"nested": (code, absmax, tensor)}, torch.float32), expected)
+
+
 @pytest.mark.parametrize("block", [2, 16, 256])
 def test_other_block_sizes(block: int) -> None:
     arguments, _ = weight("nf4", 5, 48)
@@ -64,6 +72,7 @@ INT4, _ = weight("int4", 4, 130)
         (NF4, {"code": NF4["code"].to("meta")}, "on one device, found cpu, meta"),
         (NESTED, {"nested": (NF4["code"], *NESTED["nested"][1:])}, r"nested code should have shape \(256,\)"),
         (NESTED, {"nested": (NESTED["nested"][0], torch.rand(2), 0.0)}, "nested absmax should have 1 elements"),
+        (NESTED, {"nested": (*NESTED["nested"][:2], torch.zeros(2))}, "nested offset should have 1 elements"),
         (NESTED, {"absmax": NF4["absmax"]}, "absmax should have 9 elements of uint8"),
         (INT4, {"qweight": INT4["qweight"][:, :-1].contiguous()}, r"qweight should have shape \(4, 65\)"),
         (INT4, {"scales": INT4["scales"][:, :-1].contiguous()}, r"scales should have shape \(4, 5\)"),

@@ -92,3 +92,21 @@ def test_memory() -> None:
     assert sizes["Codebook(kind='nf4', nested=True, block=64)"] == pytest.approx(4.127 / 8, rel=0.005)
     assert sizes["Affine(group_size=128)"] <= 0.56  # both forms of the scales, in the operator's order
     assert sizes["Int8()"] == pytest.approx(1.001, rel=0.001)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_product_on_a_gpu(format: Format, dtype: torch.dtype) -> None:
+    """The kernels behind the layer, after a move from the CPU, where int4 has an order of its own; and the way back."""
+    for shape in SHAPES:
+        made = layer(shape, format)
+        weight, before = made.dequantize(torch.float32).double(), made.tensors
+        made.to("cuda", dtype)
+        for rows in (1, 3, 130):
+            x = torch.randn(2, rows, shape[1]).to(dtype)
+            expected = x.double() @ weight.T + made.bias.double().cpu()
+            error = (made(x.cuda()).double().cpu() - expected).abs().max() / expected.abs().max()
+            assert error <= BOUNDS[dtype], (shape, rows, error)
+        made.to("cpu", torch.bfloat16)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in made.tensors.items())
