@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -118,39 +119,46 @@ def _head(ptr, strides, batch, head):
 
 
 @_jit
-def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
-    """ROWS rows of a head from `start` on, BODY and TAIL columns; zeros beyond row `limit` (None: all exist) and D."""
+def _load_tile(
+    ptr, strides, start, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
+):
+    """ROWS rows of a head from `start` on, COLUMNS columns from FIRST on; zeros beyond `limit` (None: all exist), D."""
     ptr += strides[2].to(tl.int64) * start * 8
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, BODY)[None, :]
+    rows, columns = tl.arange(0, ROWS)[:, None], FIRST + tl.arange(0, COLUMNS)[None, :]
     exists = columns < D
     if limit is not None:
         exists = exists & (rows < limit - start)
-    body = tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+    return tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+
+
+@_jit
+def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
+    """The same for both parts of the head width."""
+    body = _load_tile(ptr, strides, start, limit, ROWS, 0, BODY, D)
     if TAIL:
-        columns = BODY + tl.arange(0, TAIL)[None, :]
-        exists = columns < D
-        if limit is not None:
-            exists = exists & (rows < limit - start)
-        return body, tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+        return body, _load_tile(ptr, strides, start, limit, ROWS, BODY, TAIL, D)
     else:
         return (body,)
+
+
+@_jit
+def _store_tile(
+    tile, ptr, strides, start, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
+):
+    """The counterpart of `_load_tile`. Its comparison is another, lest the compiler keep that one through the loop."""
+    ptr += strides[2].to(tl.int64) * start * 8
+    rows, columns = tl.arange(0, ROWS)[:, None], FIRST + tl.arange(0, COLUMNS)[None, :]
+    exists = (start + rows < limit) & (columns < D)
+    tl.store(ptr + (rows * strides[2] * 8 + columns), tile.to(ptr.dtype.element_ty), mask=exists)
 
 
 @_jit
 def _store(
     parts, ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr
 ):
-    """The counterpart of `_load`."""
-    ptr += strides[2].to(tl.int64) * start * 8
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, BODY)[None, :]
-    exists = (start + rows < limit) & (columns < D)
-    tl.store(ptr + (rows * strides[2] * 8 + columns), parts[0].to(ptr.dtype.element_ty), mask=exists)
+    _store_tile(parts[0], ptr, strides, start, limit, ROWS, 0, BODY, D)
     if TAIL:
-        columns = BODY + tl.arange(0, TAIL)[None, :]
-        exists = (start + rows < limit) & (columns < D)
-        tl.store(ptr + (rows * strides[2] * 8 + columns), parts[1].to(ptr.dtype.element_ty), mask=exists)
+        _store_tile(parts[1], ptr, strides, start, limit, ROWS, BODY, TAIL, D)
 
 
 @_jit
@@ -539,6 +547,7 @@ class _FlashAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, lse = ctx.saved_tensors
         do = torch.zeros_like(out) if do is None else do
