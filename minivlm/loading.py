@@ -50,8 +50,8 @@ def from_pretrained(
 
     dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
     device_map: None, "auto" (the GPU if there is one) or one device; models here live on one device.
-    attn_implementation: "eager", "sdpa", "triton", or None for the best here, which is also what "flash_attention_2" and
-    use_flash_attention_2=True mean.
+    attn_implementation: "eager", "sdpa", "triton", or None for the best here, which "flash_attention_2" means too, and
+    use_flash_attention_2=True.
     low_cpu_mem_usage is accepted and always on. The model comes back in eval mode.
 
     Raises OSError for files that are missing or cannot be fetched, ValueError for a config or weights that do not fit:

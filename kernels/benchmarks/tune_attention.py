@@ -35,9 +35,9 @@ def launches(tensors: tuple[Tensor, ...], blocks: tuple[int, int, int, int]) -> 
 
     module.BLOCKS["tuned"] = {module.MAX_WIDTH: (blocks, blocks, blocks)}
     q, k, v, out, lse, do, *gradients = tensors
-    options = (q.shape[3] ** -0.5, True, None, "tuned")
-    forward = module.forward_launch(q, k, v, None, out, lse, *options)
-    return [forward, *module.backward_launches(q, k, v, None, out, lse, do, None, *gradients, *options)]
+    causal = module.Problem(q, k, v, None, q.shape[3] ** -0.5, True, None)
+    forward = module.forward_launch(causal, out, lse, "tuned")
+    return [forward, *module.backward_launches(causal, out, lse, do, None, *gradients, "tuned")]
 
 
 def measure(launch: Any) -> float | None:

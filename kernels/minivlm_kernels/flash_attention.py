@@ -22,7 +22,7 @@ from __future__ import annotations  # so that `tl.constexpr` is not looked up wh
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -544,7 +544,7 @@ class _FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.options = scale, causal, window
         ctx.set_materialize_grads(False)
-        _launch(q, [forward_launch(q, k, v, mask, out, lse, *ctx.options, family(q))])
+        _launch(q, [forward_launch(Problem(q, k, v, mask, *ctx.options), out, lse, family(q))])
         return out, lse
 
     @staticmethod
@@ -554,39 +554,37 @@ class _FlashAttention(torch.autograd.Function):
         do = torch.zeros_like(out) if do is None else do
         do = do if _is_aligned(do) else do.contiguous()  # such as the gradient of a sum: one number, expanded
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        arguments = (q, k, v, mask, out, lse, do, dlse, torch.empty_like(lse), dq, dk, dv)
-        _launch(q, backward_launches(*arguments, *ctx.options, family(q)))
+        dq, dk, dv, delta = (torch.empty_like(tensor) for tensor in (q, k, v, lse))
+        problem = Problem(q, k, v, mask, *ctx.options)
+        _launch(q, backward_launches(problem, out, lse, do, dlse, delta, dq, dk, dv, family(q)))
         return dq, dk, dv, None, None, None, None
+
+
+class Problem(NamedTuple):
+    """One attention, its arguments known to fit. Tensors may be on the meta device: then launches can be planned."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    window: int | None
 
 
 Launch = tuple[Any, tuple[int, int, int], dict[str, Any], dict[str, Any]]  # kernel, grid, arguments, compiler options
 
 
-def forward_launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    family: str,
-) -> Launch:
-    """The launch that fills out and lse. The arguments are known to fit; tensors on the meta device do, too."""
-    blocks = _blocks(family, q.shape[3], mask)[0]
-    shared = _shared(q, k, v, mask, scale, causal, window)
-    arguments = shared | {"out_ptr": out, "lse_ptr": lse, "stride_o": _strides(out)}
-    return _planned(_forward_kernel, (triton.cdiv(q.shape[2], blocks[0]), q.shape[1], len(q)), arguments, blocks)
+def forward_launch(problem: Problem, out: Tensor, lse: Tensor, family: str) -> Launch:
+    """The launch that fills out and lse."""
+    blocks = _blocks(family, problem)[0]
+    arguments = _shared(problem) | {"out_ptr": out, "lse_ptr": lse, "stride_o": _strides(out)}
+    batch, heads, queries, _ = problem.q.shape
+    return _planned(_forward_kernel, (triton.cdiv(queries, blocks[0]), heads, batch), arguments, blocks)
 
 
 def backward_launches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
+    problem: Problem,
     out: Tensor,
     lse: Tensor,
     do: Tensor,
@@ -595,19 +593,15 @@ def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
     family: str,
 ) -> list[Launch]:
     """The launches that fill delta and dq, and then dk and dv."""
-    _, for_dq, for_dkdv = _blocks(family, q.shape[3], mask)
-    shared = _shared(q, k, v, mask, scale, causal, window)
-    shared |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "stride_do": _strides(do)}
+    _, for_dq, for_dkdv = _blocks(family, problem)
+    (batch, heads, queries, _), (_, kv_heads, keys, _) = problem.q.shape, problem.k.shape
+    shared = _shared(problem) | {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "stride_do": _strides(do)}
     first = {"out_ptr": out, "dlse_ptr": dlse, "dq_ptr": dq, "stride_o": _strides(out), "stride_dq": _strides(dq)}
     second = {"dk_ptr": dk, "dv_ptr": dv, "stride_dk": _strides(dk), "stride_dv": _strides(dv)}
-    grid = (triton.cdiv(q.shape[2], for_dq[0]), q.shape[1], len(q))
-    grid_dkdv = (triton.cdiv(k.shape[2], for_dkdv[1]), k.shape[1], len(k))
+    grid, grid_dkdv = (triton.cdiv(queries, for_dq[0]), heads, batch), (triton.cdiv(keys, for_dkdv[1]), kv_heads, batch)
     return [
         _planned(_dq_kernel, grid, shared | first, for_dq),
         _planned(_dkdv_kernel, grid_dkdv, shared | second, for_dkdv),
@@ -633,17 +627,16 @@ def split_width(width: int) -> tuple[int, int]:
     return (body, tail) if body >= 16 and body + tail < whole else (whole, 0)
 
 
-def _blocks(family: str, width: int, mask: Tensor | None) -> tuple[tuple[int, int, int, int], ...]:
+def _blocks(family: str, problem: Problem) -> tuple[tuple[int, int, int, int], ...]:
     rows = BLOCKS[family]
-    if mask is not None and mask.ndim == 3 and "pairs" in rows:
+    if problem.mask is not None and problem.mask.ndim == 3 and "pairs" in rows:
         return rows["pairs"]
-    return next(blocks for widest, blocks in rows.items() if widest != "pairs" and width <= widest)
+    return next(blocks for widest, blocks in rows.items() if widest != "pairs" and problem.q.shape[3] <= widest)
 
 
-def _shared(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int | None
-) -> dict[str, Any]:
+def _shared(problem: Problem) -> dict[str, Any]:
     """The arguments that all three kernels have."""
+    q, k, v, mask, scale, causal, window = problem
     (_, H, T, D), (_, K, S, _) = q.shape, k.shape
     kind = None if mask is None else "keys" if mask.ndim == 2 else "pairs"
     body, tail = split_width(D)

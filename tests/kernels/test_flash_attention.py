@@ -286,9 +286,10 @@ def jobs(arch: int | str, dtype: torch.dtype, D: int, kind: str) -> list[aot.Job
     causal, window = KINDS[kind].get("causal", False), KINDS[kind].get("window")
     masks = {"keys": (B, S), "pairs": (B, T, S)}
     mask = meta(*masks[KINDS[kind]["mask"]], dtype=torch.bool) if "mask" in KINDS[kind] else None
-    options = (0.1, causal, window, "ieee" if dtype == torch.float32 else FAMILIES[arch])
-    launches = [module.forward_launch(q, k, k, mask, q, rows, *options)]
-    launches += module.backward_launches(q, k, k, mask, q, rows, q, rows, rows, q, k, k, *options)
+    family = "ieee" if dtype == torch.float32 else FAMILIES[arch]
+    problem = module.Problem(q, k, k, mask, 0.1, causal, window)
+    launches = [module.forward_launch(problem, q, rows, family)]
+    launches += module.backward_launches(problem, q, rows, q, rows, rows, q, k, k, family)
     found = []
     for kernel, _, arguments, compiler in launches:
         signature, constants = aot.specialise(kernel, arguments)
@@ -331,8 +332,8 @@ def test_every_configuration_compiles(arch: int | str, dtype: torch.dtype) -> No
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
 
-REAL = {
-    "siglip": ({"H": 16, "K": 16, "T": 4900, "S": 4900, "D": 72}, {}),
+REAL = {  # few heads, for the sake of the reference's scores in float64
+    "siglip": ({"H": 4, "K": 4, "T": 4900, "S": 4900, "D": 72}, {}),
     "clip": ({"B": 5, "H": 16, "K": 16, "T": 577, "S": 577, "D": 64}, {}),
     "perceiver": ({"H": 16, "K": 4, "T": 64, "S": 4964, "D": 96}, {}),
     "prefill": ({"H": 32, "K": 8, "T": 2049, "S": 2049, "D": 128}, {"causal": True}),
@@ -363,5 +364,6 @@ def test_addresses_beyond_32_bits() -> None:
     k = torch.randn(1, 2**25 + 100, 1, 64, device="cuda", dtype=torch.float16).transpose(1, 2)
     with torch.no_grad():
         found = flash_attention(q, k, k, causal=True, window=128)
-    last = k[:, :, -192:]
-    torch.testing.assert_close(found, flash_attention(q, last, last, causal=True, window=128), rtol=0, atol=0)
+    last = k[:, :, -192:]  # all that is seen; its blocks begin elsewhere, so sums are rounded otherwise
+    expected = flash_attention(q, last, last, causal=True, window=128)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(torch.float16).eps)
