@@ -529,7 +529,7 @@ def flash_attention(
     fp32. A query that sees nothing gets out = 0, lse = −∞ and no gradient.
     Raises ValueError for arguments that do not fit each other or this list, empty ones included, and without a GPU.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
     _check(q, k, v, scale, causal, window, mask)
     out, lse = _FlashAttention.apply(q, k, v, mask, scale, causal, window)
     return (out, lse) if return_lse else out

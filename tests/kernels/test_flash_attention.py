@@ -167,7 +167,7 @@ def problems(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, Any], str | Non
     return sizes, options, draw(st.sampled_from([None, "keys", "pairs"]))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(problems(), st.permutations([(32, 32, 1, 1), (16, 64, 1, 1), (64, 16, 1, 1)]))
 def test_any_problem(
     problem: tuple[dict[str, int], dict[str, Any], str | None], blocks: list[tuple[int, int, int, int]]
@@ -197,6 +197,7 @@ def test_bad_arguments() -> None:
         ((q, k, v[:, :, :4]), {}, "takes q"),
         ((q[:1], k, v), {}, "takes q"),
         ((q[:0], k[:0], v[:0]), {}, "at least one row"),
+        ((q[..., :0], k[..., :0], v[..., :0]), {}, "at least one row"),
         ((q, k[:, :, :0], v[:, :, :0]), {}, "at least one row"),
         ((q[:, :3], k, v), {}, "3 query heads cannot share 2"),
         ((wide, wide, wide), {}, "multiple of 8 up to 128, found 136"),
@@ -310,15 +311,12 @@ def assert_fit(wanted: list[aot.Job]) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_compiles(arch: int | str) -> None:
+def test_compiles() -> None:
     """What needs most registers: the widest head; on the usual chips also two tiles and a mask of pairs; exact fp32."""
-    forward, dq, dkdv = jobs(arch, torch.bfloat16, 128, "window")
-    wanted = [forward]
-    if arch in (80, 90):
-        wanted += [dq, dkdv, jobs(arch, torch.bfloat16, 96, "window pairs")[2]]
-    if arch == 90:
-        wanted += [jobs(arch, torch.float16, 72, "causal")[0], jobs(arch, torch.float32, 128, "causal")[2]]
+    wanted = [jobs(100, torch.bfloat16, 128, "window")[0], jobs("gfx942", torch.bfloat16, 128, "window")[0]]
+    for arch in (80, 90):
+        wanted += [*jobs(arch, torch.bfloat16, 128, "window"), jobs(arch, torch.bfloat16, 96, "window pairs")[2]]
+    wanted += [jobs(90, torch.float16, 72, "causal")[0], jobs(90, torch.float32, 128, "causal")[2]]
     assert_fit(wanted)
 
 
