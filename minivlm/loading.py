@@ -59,6 +59,8 @@ def from_pretrained(
     device_map: None, "auto" (the GPU if there is one) or one device; models here live on one device.
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
     that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) says so itself and needs none.
+    attn_implementation: "eager", "sdpa", "triton", or None for the best here, which "flash_attention_2" means too, and
+    use_flash_attention_2=True.
     low_cpu_mem_usage is accepted and always on. The model comes back in eval mode.
 
     Raises CheckpointFileError, an OSError, for files that are missing or cannot be fetched, and CheckpointError, a

@@ -13,21 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 CANDIDATES = list(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)))  # M, N, warps, stages
 NAMES = ("forward", "dq", "dk+dv")
 
 
-def launches(width: int, blocks: tuple[int, int, int, int], tensors: dict[str, Any]) -> list[Any]:
-    """The three launches, each with these blocks."""
+def problem(width: int, tokens: int) -> tuple[Tensor, ...]:
+    """q, k, v, out, lse, do, delta, dq, dk, dv of one causal attention of 16 heads."""
+    from minivlm_kernels.flash_attention import flash_attention
+
+    q, k, v, do = (torch.randn(1, 16, tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+    return q, k, v, out, lse, do, *(torch.empty_like(tensor) for tensor in (lse, q, k, v))
+
+
+def launches(tensors: tuple[Tensor, ...], blocks: tuple[int, int, int, int]) -> list[Any]:
+    """The launches of the three kernels, each with these blocks."""
     from minivlm_kernels import flash_attention as module
 
     module.BLOCKS["tuned"] = {module.MAX_WIDTH: (blocks, blocks, blocks)}
-    q, k, v, out, lse, do, delta, dq, dk, dv = tensors.values()
-    options = (width**-0.5, True, None, "tuned")
-    forward = module.forward_launch(q, k, v, None, out, lse, *options)
-    return [forward, *module.backward_launches(q, k, v, None, out, lse, do, None, delta, dq, dk, dv, *options)]
+    q, k, v, out, lse, do, *gradients = tensors
+    causal = module.Problem(q, k, v, None, q.shape[3] ** -0.5, True, None)
+    forward = module.forward_launch(causal, out, lse, "tuned")
+    return [forward, *module.backward_launches(causal, out, lse, do, None, *gradients, "tuned")]
 
 
 def measure(launch: Any) -> float | None:
@@ -56,16 +66,10 @@ def main() -> None:
         sys.exit("tune_attention.py measures a GPU, and torch finds none here")
     print(torch.cuda.get_device_name(), "causal, bf16, 16 heads,", arguments.tokens, "tokens")
     for width in arguments.width:
-        size = (1, 16, arguments.tokens, width)
-        names = ("q", "k", "v", "out", "do", "dq", "dk", "dv")
-        tensors = {name: torch.randn(size, device="cuda", dtype=torch.bfloat16) for name in names}
-        rows = {name: torch.zeros(size[:3], device="cuda") for name in ("lse", "delta")}
-        tensors = {
-            name: {**tensors, **rows}[name] for name in ("q", "k", "v", "out", "lse", "do", "delta", "dq", "dk", "dv")
-        }
+        tensors = problem(width, arguments.tokens)
         times: list[dict[tuple[int, ...], float]] = [{}, {}, {}]
         for blocks in CANDIDATES[: arguments.candidates]:
-            for index, launch in enumerate(launches(width, blocks, tensors)):
+            for index, launch in enumerate(launches(tensors, blocks)):
                 time = measure(launch)
                 if time is not None:
                     times[index][blocks] = time

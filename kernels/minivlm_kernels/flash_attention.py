@@ -22,10 +22,11 @@ from __future__ import annotations  # so that `tl.constexpr` is not looked up wh
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -45,9 +46,9 @@ if triton is not None:
 BLOCKS = {
     "ampere": {  # sm_80 and what is smaller: within 99 KiB of shared memory
         64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
-        96: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        96: ((128, 64, 8, 2), (64, 32, 4, 2), (16, 64, 4, 2)),
         128: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
-        "pairs": ((64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 2)),
+        "pairs": ((64, 64, 8, 2), (64, 32, 8, 2), (16, 64, 4, 2)),
     },
     "hopper": {  # sm_90: 227 KiB
         64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
@@ -56,6 +57,7 @@ BLOCKS = {
         "pairs": ((128, 32, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2)),
     },
     "blackwell": {  # sm_100: 227 KiB
+        96: ((128, 64, 8, 2), (128, 64, 4, 2), (64, 128, 8, 2)),
         128: ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
         "pairs": ((128, 32, 8, 1), (128, 32, 8, 2), (32, 128, 8, 2)),
     },
@@ -118,39 +120,46 @@ def _head(ptr, strides, batch, head):
 
 
 @_jit
-def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
-    """ROWS rows of a head from `start` on, BODY and TAIL columns; zeros beyond row `limit` (None: all exist) and D."""
+def _load_tile(
+    ptr, strides, start, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
+):
+    """ROWS rows of a head from `start` on, COLUMNS columns from FIRST on; zeros beyond `limit` (None: all exist), D."""
     ptr += strides[2].to(tl.int64) * start * 8
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, BODY)[None, :]
+    rows, columns = tl.arange(0, ROWS)[:, None], FIRST + tl.arange(0, COLUMNS)[None, :]
     exists = columns < D
     if limit is not None:
         exists = exists & (rows < limit - start)
-    body = tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+    return tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+
+
+@_jit
+def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
+    """The same for both parts of the head width."""
+    body = _load_tile(ptr, strides, start, limit, ROWS, 0, BODY, D)
     if TAIL:
-        columns = BODY + tl.arange(0, TAIL)[None, :]
-        exists = columns < D
-        if limit is not None:
-            exists = exists & (rows < limit - start)
-        return body, tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
+        return body, _load_tile(ptr, strides, start, limit, ROWS, BODY, TAIL, D)
     else:
         return (body,)
+
+
+@_jit
+def _store_tile(
+    tile, ptr, strides, start, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
+):
+    """The counterpart of `_load_tile`. Its comparison is another, lest the compiler keep that one through the loop."""
+    ptr += strides[2].to(tl.int64) * start * 8
+    rows, columns = tl.arange(0, ROWS)[:, None], FIRST + tl.arange(0, COLUMNS)[None, :]
+    exists = (start + rows < limit) & (columns < D)
+    tl.store(ptr + (rows * strides[2] * 8 + columns), tile.to(ptr.dtype.element_ty), mask=exists)
 
 
 @_jit
 def _store(
     parts, ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr
 ):
-    """The counterpart of `_load`."""
-    ptr += strides[2].to(tl.int64) * start * 8
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, BODY)[None, :]
-    exists = (start + rows < limit) & (columns < D)
-    tl.store(ptr + (rows * strides[2] * 8 + columns), parts[0].to(ptr.dtype.element_ty), mask=exists)
+    _store_tile(parts[0], ptr, strides, start, limit, ROWS, 0, BODY, D)
     if TAIL:
-        columns = BODY + tl.arange(0, TAIL)[None, :]
-        exists = (start + rows < limit) & (columns < D)
-        tl.store(ptr + (rows * strides[2] * 8 + columns), parts[1].to(ptr.dtype.element_ty), mask=exists)
+        _store_tile(parts[1], ptr, strides, start, limit, ROWS, BODY, TAIL, D)
 
 
 @_jit
@@ -520,7 +529,7 @@ def flash_attention(
     fp32. A query that sees nothing gets out = 0, lse = −∞ and no gradient.
     Raises ValueError for arguments that do not fit each other or this list, empty ones included, and without a GPU.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
     _check(q, k, v, scale, causal, window, mask)
     out, lse = _FlashAttention.apply(q, k, v, mask, scale, causal, window)
     return (out, lse) if return_lse else out
@@ -535,48 +544,47 @@ class _FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.options = scale, causal, window
         ctx.set_materialize_grads(False)
-        _launch(q, [forward_launch(q, k, v, mask, out, lse, *ctx.options, family(q))])
+        _launch(q, [forward_launch(Problem(q, k, v, mask, *ctx.options), out, lse, family(q))])
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, lse = ctx.saved_tensors
         do = torch.zeros_like(out) if do is None else do
         do = do if _is_aligned(do) else do.contiguous()  # such as the gradient of a sum: one number, expanded
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        arguments = (q, k, v, mask, out, lse, do, dlse, torch.empty_like(lse), dq, dk, dv)
-        _launch(q, backward_launches(*arguments, *ctx.options, family(q)))
+        dq, dk, dv, delta = (torch.empty_like(tensor) for tensor in (q, k, v, lse))
+        problem = Problem(q, k, v, mask, *ctx.options)
+        _launch(q, backward_launches(problem, out, lse, do, dlse, delta, dq, dk, dv, family(q)))
         return dq, dk, dv, None, None, None, None
+
+
+class Problem(NamedTuple):
+    """One attention, its arguments known to fit. Tensors may be on the meta device: then launches can be planned."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    window: int | None
 
 
 Launch = tuple[Any, tuple[int, int, int], dict[str, Any], dict[str, Any]]  # kernel, grid, arguments, compiler options
 
 
-def forward_launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    family: str,
-) -> Launch:
-    """The launch that fills out and lse. The arguments are known to fit; tensors on the meta device do, too."""
-    blocks = _blocks(family, q.shape[3], mask)[0]
-    shared = _shared(q, k, v, mask, scale, causal, window)
-    arguments = shared | {"out_ptr": out, "lse_ptr": lse, "stride_o": _strides(out)}
-    return _planned(_forward_kernel, (triton.cdiv(q.shape[2], blocks[0]), q.shape[1], len(q)), arguments, blocks)
+def forward_launch(problem: Problem, out: Tensor, lse: Tensor, family: str) -> Launch:
+    """The launch that fills out and lse."""
+    blocks = _blocks(family, problem)[0]
+    arguments = _shared(problem) | {"out_ptr": out, "lse_ptr": lse, "stride_o": _strides(out)}
+    batch, heads, queries, _ = problem.q.shape
+    return _planned(_forward_kernel, (triton.cdiv(queries, blocks[0]), heads, batch), arguments, blocks)
 
 
 def backward_launches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
+    problem: Problem,
     out: Tensor,
     lse: Tensor,
     do: Tensor,
@@ -585,19 +593,15 @@ def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
     family: str,
 ) -> list[Launch]:
     """The launches that fill delta and dq, and then dk and dv."""
-    _, for_dq, for_dkdv = _blocks(family, q.shape[3], mask)
-    shared = _shared(q, k, v, mask, scale, causal, window)
-    shared |= {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "stride_do": _strides(do)}
+    _, for_dq, for_dkdv = _blocks(family, problem)
+    (batch, heads, queries, _), (_, kv_heads, keys, _) = problem.q.shape, problem.k.shape
+    shared = _shared(problem) | {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "stride_do": _strides(do)}
     first = {"out_ptr": out, "dlse_ptr": dlse, "dq_ptr": dq, "stride_o": _strides(out), "stride_dq": _strides(dq)}
     second = {"dk_ptr": dk, "dv_ptr": dv, "stride_dk": _strides(dk), "stride_dv": _strides(dv)}
-    grid = (triton.cdiv(q.shape[2], for_dq[0]), q.shape[1], len(q))
-    grid_dkdv = (triton.cdiv(k.shape[2], for_dkdv[1]), k.shape[1], len(k))
+    grid, grid_dkdv = (triton.cdiv(queries, for_dq[0]), heads, batch), (triton.cdiv(keys, for_dkdv[1]), kv_heads, batch)
     return [
         _planned(_dq_kernel, grid, shared | first, for_dq),
         _planned(_dkdv_kernel, grid_dkdv, shared | second, for_dkdv),
@@ -623,17 +627,16 @@ def split_width(width: int) -> tuple[int, int]:
     return (body, tail) if body >= 16 and body + tail < whole else (whole, 0)
 
 
-def _blocks(family: str, width: int, mask: Tensor | None) -> tuple[tuple[int, int, int, int], ...]:
+def _blocks(family: str, problem: Problem) -> tuple[tuple[int, int, int, int], ...]:
     rows = BLOCKS[family]
-    if mask is not None and mask.ndim == 3 and "pairs" in rows:
+    if problem.mask is not None and problem.mask.ndim == 3 and "pairs" in rows:
         return rows["pairs"]
-    return next(blocks for widest, blocks in rows.items() if widest != "pairs" and width <= widest)
+    return next(blocks for widest, blocks in rows.items() if widest != "pairs" and problem.q.shape[3] <= widest)
 
 
-def _shared(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int | None
-) -> dict[str, Any]:
+def _shared(problem: Problem) -> dict[str, Any]:
     """The arguments that all three kernels have."""
+    q, k, v, mask, scale, causal, window = problem
     (_, H, T, D), (_, K, S, _) = q.shape, k.shape
     kind = None if mask is None else "keys" if mask.ndim == 2 else "pairs"
     body, tail = split_width(D)

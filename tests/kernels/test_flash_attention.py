@@ -8,6 +8,8 @@ import importlib.util
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import aot
@@ -41,6 +43,14 @@ def inputs(
     shapes = (B, H, T, D), (B, K, S, D), (B, K, S, D)
     q, k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def load_benchmark(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "kernels" / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    benchmark = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark
 
 
 def random_mask(*shape: int, seed: int = 0) -> Tensor:
@@ -157,7 +167,7 @@ def problems(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, Any], str | Non
     return sizes, options, draw(st.sampled_from([None, "keys", "pairs"]))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(problems(), st.permutations([(32, 32, 1, 1), (16, 64, 1, 1), (64, 16, 1, 1)]))
 def test_any_problem(
     problem: tuple[dict[str, int], dict[str, Any], str | None], blocks: list[tuple[int, int, int, int]]
@@ -187,6 +197,7 @@ def test_bad_arguments() -> None:
         ((q, k, v[:, :, :4]), {}, "takes q"),
         ((q[:1], k, v), {}, "takes q"),
         ((q[:0], k[:0], v[:0]), {}, "at least one row"),
+        ((q[..., :0], k[..., :0], v[..., :0]), {}, "at least one row"),
         ((q, k[:, :, :0], v[:, :, :0]), {}, "at least one row"),
         ((q[:, :3], k, v), {}, "3 query heads cannot share 2"),
         ((wide, wide, wide), {}, "multiple of 8 up to 128, found 136"),
@@ -229,6 +240,22 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         without.flash_attention(q, k, v)
 
 
+@pytest.mark.parametrize("name", ["bench_attention", "tune_attention"])
+def test_benchmarks_say_what_they_need(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load_benchmark(name)
+    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="measures a GPU, and torch finds none here"):
+        benchmark.main()
+
+
+def test_work_is_counted_as_it_is_seen() -> None:
+    shape = load_benchmark("bench_attention").Shape
+    assert shape("", 1, 1, 5, 9, 8).pairs == 45
+    assert shape("", 1, 1, 5, 9, 8, causal=True).pairs == 5 + 6 + 7 + 8 + 9
+    assert shape("", 2, 1, 5, 9, 8, batch=3, causal=True, window=6).operations == 4 * 3 * 2 * 8 * (5 + 6 + 6 + 6 + 6)
+
+
 def test_widths_are_split_where_that_saves() -> None:
     found = [split_width(D) for D in (8, 16, 24, 40, 64, 72, 80, 96, 112, 128)]
     assert found[:5] == [(16, 0), (16, 0), (32, 0), (32, 16), (64, 0)]
@@ -260,9 +287,10 @@ def jobs(arch: int | str, dtype: torch.dtype, D: int, kind: str) -> list[aot.Job
     causal, window = KINDS[kind].get("causal", False), KINDS[kind].get("window")
     masks = {"keys": (B, S), "pairs": (B, T, S)}
     mask = meta(*masks[KINDS[kind]["mask"]], dtype=torch.bool) if "mask" in KINDS[kind] else None
-    options = (0.1, causal, window, "ieee" if dtype == torch.float32 else FAMILIES[arch])
-    launches = [module.forward_launch(q, k, k, mask, q, rows, *options)]
-    launches += module.backward_launches(q, k, k, mask, q, rows, q, rows, rows, q, k, k, *options)
+    family = "ieee" if dtype == torch.float32 else FAMILIES[arch]
+    problem = module.Problem(q, k, k, mask, 0.1, causal, window)
+    launches = [module.forward_launch(problem, q, rows, family)]
+    launches += module.backward_launches(problem, q, rows, q, rows, rows, q, k, k, family)
     found = []
     for kernel, _, arguments, compiler in launches:
         signature, constants = aot.specialise(kernel, arguments)
@@ -283,15 +311,12 @@ def assert_fit(wanted: list[aot.Job]) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_compiles(arch: int | str) -> None:
+def test_compiles() -> None:
     """What needs most registers: the widest head; on the usual chips also two tiles and a mask of pairs; exact fp32."""
-    forward, dq, dkdv = jobs(arch, torch.bfloat16, 128, "window")
-    wanted = [forward]
-    if arch in (80, 90):
-        wanted += [dq, dkdv, jobs(arch, torch.bfloat16, 96, "window pairs")[2]]
-    if arch == 90:
-        wanted += [jobs(arch, torch.float16, 72, "causal")[0], jobs(arch, torch.float32, 128, "causal")[2]]
+    wanted = [jobs(100, torch.bfloat16, 128, "window")[0], jobs("gfx942", torch.bfloat16, 128, "window")[0]]
+    for arch in (80, 90):
+        wanted += [*jobs(arch, torch.bfloat16, 128, "window"), jobs(arch, torch.bfloat16, 96, "window pairs")[2]]
+    wanted += [jobs(90, torch.float16, 72, "causal")[0], jobs(90, torch.float32, 128, "causal")[2]]
     assert_fit(wanted)
 
 
@@ -305,8 +330,8 @@ def test_every_configuration_compiles(arch: int | str, dtype: torch.dtype) -> No
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
 
-REAL = {
-    "siglip": ({"H": 16, "K": 16, "T": 4900, "S": 4900, "D": 72}, {}),
+REAL = {  # few heads, for the sake of the reference's scores in float64
+    "siglip": ({"H": 4, "K": 4, "T": 4900, "S": 4900, "D": 72}, {}),
     "clip": ({"B": 5, "H": 16, "K": 16, "T": 577, "S": 577, "D": 64}, {}),
     "perceiver": ({"H": 16, "K": 4, "T": 64, "S": 4964, "D": 96}, {}),
     "prefill": ({"H": 32, "K": 8, "T": 2049, "S": 2049, "D": 128}, {"causal": True}),
@@ -337,5 +362,6 @@ def test_addresses_beyond_32_bits() -> None:
     k = torch.randn(1, 2**25 + 100, 1, 64, device="cuda", dtype=torch.float16).transpose(1, 2)
     with torch.no_grad():
         found = flash_attention(q, k, k, causal=True, window=128)
-    last = k[:, :, -192:]
-    torch.testing.assert_close(found, flash_attention(q, last, last, causal=True, window=128), rtol=0, atol=0)
+    last = k[:, :, -192:]  # all that is seen; its blocks begin elsewhere, so sums are rounded otherwise
+    expected = flash_attention(q, last, last, causal=True, window=128)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(torch.float16).eps)
