@@ -234,6 +234,10 @@ class Decoder(nn.Module):
 
     def mask(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:
         """What the T tokens of x (B, T, C) see, those before them being cached."""
+        if x.ndim != 3:
+            raise ValueError(
+                f"input_ids should be (batch, tokens), found {x.ndim - 1} dimensions; add one by ids[None]"
+            )
         past, filled = (0, None) if cache is None else (cache.length, cache.filled)
         slots = past + x.shape[1]
         if attention_mask is not None and attention_mask.shape != (x.shape[0], slots):
