@@ -272,154 +272,14 @@ def _inspect_parser() -> _Parser:
     return parser
 
 
-# The sizes of a part that are worth showing, and what to call them.
-SIZES = {
-    **{"num_hidden_layers": "layers", "resampler_depth": "layers", "hidden_size": "width", "intermediate_size": "MLP"},
-    **{"num_attention_heads": "heads", "resampler_n_heads": "heads", "num_key_value_heads": "KV heads"},
-    **{"resampler_n_latents": "latents", "image_size": "image", "patch_size": "patch", "vocab_size": "vocabulary"},
-    **{"sliding_window": "window"},
-}
-BYTES = {"float32": 4, "bfloat16": 2}
-
-
 def inspect(args: argparse.Namespace, parser: _Parser) -> None:
     """Print parts, sizes, parameters and memory as a table or as JSON; `--check` fails for any file that is damaged."""
-    found = describe(args.model)
+    from minivlm import inspection
+
+    found = inspection.describe(args.model)
     if args.check:
-        found["checked"] = check(args.model)
-    print(json.dumps(found) if args.json else _table(found))
-
-
-def describe(name: str) -> dict[str, Any]:
-    """What `inspect` prints, as plain data. The model is built on the meta device: no weights, no memory."""
-    import torch
-
-    from minivlm import auto, hub, loading
-
-    if name in auto.PRESETS and not Path(name).is_dir():
-        config, files = auto.PRESETS[name], None
-        model_type = config.to_hub()["model_type"]
-    else:
-        files = hub.source(name)
-        model_type = files.json("config.json").get("model_type")
-        config = loading.read_config(files, auto.family(model_type, name)[0].config_class)
-    with torch.device("meta"):
-        model = auto.family(model_type, name)[0](config)
-    stored = None if files is None else files.json("config.json").get("quantization_config")
-    parts = [_part(part, module) for part, module in _parts(model)]
-    total = sum(part["parameters"] for part in parts)
-    text = getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    return {
-        "model": name,
-        "model_type": model_type,
-        "dtype": config.dtype,
-        "parts": parts,
-        "parameters": total,
-        "bytes": {dtype: total * size for dtype, size in BYTES.items()},
-        "quantised": _quantised(model, stored),
-        "tokens_per_image": config.image_tokens,
-        "max_position_embeddings": text.max_position_embeddings,
-        "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
-    }
-
-
-def check(name: str) -> dict[str, int]:
-    """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
-    import torch
-
-    from minivlm import AutoProcessor, auto, hub, loading
-    from minivlm.processing.tokenizer import Tokenizer
-
-    files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name)[0]
-    with torch.device("meta"):
-        model = model_class(loading.read_config(files, model_class.config_class))
-    loading.read_generation_config(files)
-    AutoProcessor.from_pretrained(name)
-    tokenizer = Tokenizer.from_source(files)
-    text = getattr(model.config, "text_config", model.config)
-    with hub.blame(f"{name}: tokenizer.json"):
-        tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
-    return {"tensors": loading.check_weights(model, files), "tokens": len(tokenizer)}
-
-
-def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
-    """The memory of a checkpoint that is quantised, or that any would take once it were; the rest is in 16 bits."""
-    from minivlm import BitsAndBytesConfig, Int4Config
-    from minivlm.quantization import apply, foreign
-
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    configs = [nf4, Int4Config(), BitsAndBytesConfig(load_in_8bit=True)]
-    total, found = sum(parameter.numel() for parameter in model.parameters()), []
-    for config in configs if stored is None else [foreign.from_hub(stored)]:
-        weights = [model.get_submodule(name).weight for name in apply.selected(model, config.skip_modules)]
-        count = sum(weight.numel() for weight in weights)
-        size = sum(config.format.nbytes(tuple(weight.shape)) for weight in weights)
-        numbers = {"parameters": count, "bytes": size, "bytes_per_parameter": size / count}
-        found.append({"format": str(config.format), **numbers, "total_bytes": size + 2 * (total - count)})
-    return found
-
-
-def _parts(model: Any) -> Iterator[tuple[str, Any]]:
-    """The head, the parts of the model under it, and the parameters that it holds itself (LLaVA's `image_newline`)."""
-    for name, child in model.named_children():
-        if name == "model":
-            yield from child.named_children()
-            yield from child.named_parameters(recurse=False)
-        else:
-            yield name, child
-
-
-def _part(name: str, part: Any) -> dict[str, Any]:
-    config = getattr(part, "config", None)
-    sizes = {size: getattr(config, size) for size in SIZES if getattr(config, size, None) is not None}
-    if name == "lm_head":
-        sizes = {"hidden_size": part.in_features, "vocab_size": part.out_features}
-    parameters = sum(parameter.numel() for parameter in ([part] if hasattr(part, "numel") else part.parameters()))
-    memory = {dtype: parameters * size for dtype, size in BYTES.items()}
-    return {"part": name, "class": type(part).__name__, "sizes": sizes, "parameters": parameters, "bytes": memory}
-
-
-def _table(found: dict[str, Any]) -> str:
-    rows = [("part", "class", "parameters", *BYTES, "sizes")]
-    for part in [*found["parts"], {**found, "part": "total", "class": "", "sizes": {}}]:
-        sizes = ", ".join(f"{SIZES[name]} {value}" for name, value in part["sizes"].items())
-        memory = (_memory(part["bytes"][dtype]) for dtype in BYTES)
-        rows.append((part["part"], part["class"], f"{part['parameters']:,}", *memory, sizes))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1, len(widths) - 1}
-    lines = [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in columns).rstrip()
-        for columns in (enumerate(zip(row, widths, strict=True)) for row in rows)
-    ]
-    tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
-    quantised = [
-        f"{entry['format']}: {entry['parameters']:,} parameters, {entry['bytes_per_parameter']:.3f} byte each; "
-        f"with the rest in 16 bits {_memory(entry['total_bytes'])}"
-        for entry in found["quantised"]
-    ]
-    return "\n".join(
-        [
-            f"{found['model']} ({found['model_type']}, stored as {found['dtype'] or 'unknown dtype'})\n",
-            *lines,
-            "",
-            *quantised,
-            f"\ntokens per image: {', '.join(f'{count} ({kind})' for kind, count in tokens.items())}",
-            f"positions: {found['max_position_embeddings']:,}",
-            *(f"checked: {count:,} {what}" for what, count in found.get("checked", {}).items()),
-            f"cache per 1,000 tokens: {', '.join(f'{_memory(1000 * cache[dtype])} in {dtype}' for dtype in BYTES)}",
-        ]
-    )
-
-
-def _memory(size: int) -> str:
-    """Bytes in the largest unit that leaves at least 1: 1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.2f} GiB"
+        found["checked"] = inspection.check(args.model)
+    print(json.dumps(found) if args.json else inspection.table(found))
 
 
 # ---- quantize ----
@@ -446,6 +306,7 @@ def quantize(args: argparse.Namespace, parser: _Parser) -> None:
         raise ValueError(f"{args.out} exists already; name a new folder")
 
     from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config, hub
+    from minivlm.inspection import memory
     from minivlm.quantization import apply
 
     if args.format == "int4":
@@ -467,7 +328,7 @@ def quantize(args: argparse.Namespace, parser: _Parser) -> None:
     layers = apply.layers(model).values()
     count = sum(layer.in_features * layer.out_features for layer in layers)
     size = sum(config.format.nbytes(layer.shape) for layer in layers)
-    print(f"{args.out}: {count:,} parameters as {config.format}, {size / count:.3f} byte each, {_memory(size)}")
+    print(f"{args.out}: {count:,} parameters as {config.format}, {size / count:.3f} byte each, {memory(size)}")
 
 
 # ---- parity ----
@@ -504,6 +365,7 @@ def _parity_parser() -> _Parser:
 
 def parity(args: argparse.Namespace, parser: _Parser) -> bool:
     """Print a report for each dtype, or store a recording; whether something diverges."""
+    from minivlm.inspection import memory
     from minivlm.parity import Question, Recording, against, compare, drawn_picture, plot, record
     from minivlm.processing.images import load_image
 
@@ -524,7 +386,7 @@ def parity(args: argparse.Namespace, parser: _Parser) -> bool:
         a = _side(args, args.a, dtype, args.reference, parser)
         if args.record:
             stored = record(a, args.record, question, other_dtype=b.dtype, **shared, progress=progress)
-            print(f"{args.record}: {_memory(args.record.stat().st_size)}, {stored.metadata['side']}")
+            print(f"{args.record}: {memory(args.record.stat().st_size)}, {stored.metadata['side']}")
             return False
         reports[dtype] = compare(a, b, question, **shared, progress=progress)
     if args.plot:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from PIL import Image
 
 import minivlm
-from minivlm import cli
+from minivlm import cli, inspection
 from minivlm.auto import PRESETS
 from minivlm.chat import incremental_text
 
@@ -331,4 +331,9 @@ def test_inspect_refuses_in_one_line(tmp_path, capsys):
 
 
 def test_memory_is_printed_in_readable_units():
-    assert [cli._memory(size) for size in (12, 1536, 5 * 2**20, 3 * 2**30)] == ["12 B", "1.5 KiB", "5 MiB", "3.00 GiB"]
+    assert [inspection.memory(size) for size in (12, 1536, 5 * 2**20, 3 * 2**30)] == [
+        "12 B",
+        "1.5 KiB",
+        "5 MiB",
+        "3.00 GiB",
+    ]

@@ -40,6 +40,9 @@ MAY_IMPORT = {
         "minivlm",  # its version
         *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.generation", "minivlm.modules"),
     },
+    "minivlm.inspection": {
+        *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.processing", "minivlm.quantization"),
+    },
     "minivlm.cli": None,  # anything; and nothing imports it
 }
 # Third-party packages that only some rooms may see; `transformers` is the oracle of tests and of the parity instrument.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minivlm import AutoModelForImageTextToText, AutoProcessor, cli
+from minivlm import AutoModelForImageTextToText, AutoProcessor, inspection
 
 ROOM = 512 * 2**20  # bytes that a case may need beside what the process has
 
@@ -33,7 +33,7 @@ def answer(folder: str) -> Any:
     return [output.sequences.tolist(), sum(logits.double().sum().item() for logits in output.logits)]
 
 
-ACTIONS = {"answer": answer, "check": lambda folder: cli.check(folder)}
+ACTIONS = {"answer": answer, "check": lambda folder: inspection.check(folder)}
 
 
 def main() -> None:

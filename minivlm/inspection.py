@@ -1,0 +1,141 @@
+"""What a checkpoint is made of: parts, sizes, parameters, memory, from its config; and whether its files are sound."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minivlm import auto, hub, loading
+from minivlm.processing.tokenizer import Tokenizer
+from minivlm.quantization import apply, foreign
+from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
+
+# The sizes of a part that are worth showing, and what to call them.
+SIZES = {
+    **{"num_hidden_layers": "layers", "resampler_depth": "layers", "hidden_size": "width", "intermediate_size": "MLP"},
+    **{"num_attention_heads": "heads", "resampler_n_heads": "heads", "num_key_value_heads": "KV heads"},
+    **{"resampler_n_latents": "latents", "image_size": "image", "patch_size": "patch", "vocab_size": "vocabulary"},
+    **{"sliding_window": "window"},
+}
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What `inspect` prints, as plain data. The model is built on the meta device: no weights, no memory."""
+    if name in auto.PRESETS and not Path(name).is_dir():
+        config, files = auto.PRESETS[name], None
+        model_type = config.to_hub()["model_type"]
+    else:
+        files = hub.source(name)
+        model_type = files.json("config.json").get("model_type")
+        config = loading.read_config(files, auto.family(model_type, name)[0].config_class)
+    with torch.device("meta"):
+        model = auto.family(model_type, name)[0](config)
+    stored = None if files is None else files.json("config.json").get("quantization_config")
+    parts = [_part(part, module) for part, module in _parts(model)]
+    total = sum(part["parameters"] for part in parts)
+    text = getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return {
+        "model": name,
+        "model_type": model_type,
+        "dtype": config.dtype,
+        "parts": parts,
+        "parameters": total,
+        "bytes": {dtype: total * size for dtype, size in BYTES.items()},
+        "quantised": _quantised(model, stored),
+        "tokens_per_image": config.image_tokens,
+        "max_position_embeddings": text.max_position_embeddings,
+        "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
+    }
+
+
+def check(name: str) -> dict[str, int]:
+    """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
+    files = hub.source(name)
+    model_class = auto.family(files.json("config.json").get("model_type"), name)[0]
+    with torch.device("meta"):
+        model = model_class(loading.read_config(files, model_class.config_class))
+    loading.read_generation_config(files)
+    auto.AutoProcessor.from_pretrained(name)
+    tokenizer = Tokenizer.from_source(files)
+    text = getattr(model.config, "text_config", model.config)
+    with hub.blame(f"{name}: tokenizer.json"):
+        tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
+    return {"tensors": loading.check_weights(model, files), "tokens": len(tokenizer)}
+
+
+def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
+    """The memory of a checkpoint that is quantised, or that any would take once it were; the rest is in 16 bits."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    configs = [nf4, Int4Config(), BitsAndBytesConfig(load_in_8bit=True)]
+    total, found = sum(parameter.numel() for parameter in model.parameters()), []
+    for config in configs if stored is None else [foreign.from_hub(stored)]:
+        weights = [model.get_submodule(name).weight for name in apply.selected(model, config.skip_modules)]
+        count = sum(weight.numel() for weight in weights)
+        size = sum(config.format.nbytes(tuple(weight.shape)) for weight in weights)
+        numbers = {"parameters": count, "bytes": size, "heldper_parameter": size / count}
+        found.append({"format": str(config.format), **numbers, "total_bytes": size + 2 * (total - count)})
+    return found
+
+
+def _parts(model: Any) -> Iterator[tuple[str, Any]]:
+    """The head, the parts of the model under it, and the parameters that it holds itself (LLaVA's `image_newline`)."""
+    for name, child in model.named_children():
+        if name == "model":
+            yield from child.named_children()
+            yield from child.named_parameters(recurse=False)
+        else:
+            yield name, child
+
+
+def _part(name: str, part: Any) -> dict[str, Any]:
+    config = getattr(part, "config", None)
+    sizes = {size: getattr(config, size) for size in SIZES if getattr(config, size, None) is not None}
+    if name == "lm_head":
+        sizes = {"hidden_size": part.in_features, "vocab_size": part.out_features}
+    parameters = sum(parameter.numel() for parameter in ([part] if hasattr(part, "numel") else part.parameters()))
+    total = {dtype: parameters * size for dtype, size in BYTES.items()}
+    return {"part": name, "class": type(part).__name__, "sizes": sizes, "parameters": parameters, "bytes": total}
+
+
+def table(found: dict[str, Any]) -> str:
+    rows = [("part", "class", "parameters", *BYTES, "sizes")]
+    for part in [*found["parts"], {**found, "part": "total", "class": "", "sizes": {}}]:
+        sizes = ", ".join(f"{SIZES[name]} {value}" for name, value in part["sizes"].items())
+        held = (memory(part["bytes"][dtype]) for dtype in BYTES)
+        rows.append((part["part"], part["class"], f"{part['parameters']:,}", *held, sizes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = {0, 1, len(widths) - 1}
+    lines = [
+        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in columns).rstrip()
+        for columns in (enumerate(zip(row, widths, strict=True)) for row in rows)
+    ]
+    tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
+    quantised = [
+        f"{entry['format']}: {entry['parameters']:,} parameters, {entry['heldper_parameter']:.3f} byte each; "
+        f"with the rest in 16 bits {memory(entry['total_bytes'])}"
+        for entry in found["quantised"]
+    ]
+    return "\n".join(
+        [
+            f"{found['model']} ({found['model_type']}, stored as {found['dtype'] or 'unknown dtype'})\n",
+            *lines,
+            "",
+            *quantised,
+            f"\ntokens per image: {', '.join(f'{count} ({kind})' for kind, count in tokens.items())}",
+            f"positions: {found['max_position_embeddings']:,}",
+            *(f"checked: {count:,} {what}" for what, count in found.get("checked", {}).items()),
+            f"cache per 1,000 tokens: {', '.join(f'{memory(1000 * cache[dtype])} in {dtype}' for dtype in BYTES)}",
+        ]
+    )
+
+
+def memory(size: float) -> str:
+    """Bytes in the largest unit that leaves at least 1: 1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.2f} GiB"
