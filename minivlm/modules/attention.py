@@ -150,9 +150,9 @@ def check_implementation(name: str) -> str | None:
 
 
 def _suits_triton(q: Tensor) -> bool:
-    """Half precision on a GPU of 2020 or later (sm_80: bf16, asynchronous copies), heads of a width that it tiles."""
+    """Half precision on an NVIDIA GPU of 2020 or later (sm_80), heads of a width that it tiles."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if not (q.is_cuda and half) or q.shape[3] % 8 or q.shape[3] > 128:
+    if not (q.is_cuda and half) or torch.version.hip or q.shape[3] % 8 or q.shape[3] > 128:
         return False
     return has_triton() and torch.cuda.get_device_capability(q.device)[0] >= 8
 
