@@ -360,10 +360,16 @@ def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | 
     dtype = str(model.dtype).removeprefix("torch.")
     about = {**model.config.to_hub(), "dtype": dtype, "torch_dtype": dtype}
     if getattr(model, "quantization_config", None) is not None:
-        kept = [_hub_name(f"{name}.", model.hub_prefixes).rstrip(".") for name in apply.kept(model)]
-        about["quantization_config"] = model.quantization_config.to_hub(kept)
+        about["quantization_config"] = model.quantization_config.to_hub(kept_modules(model))
     _write_json(folder / "config.json", about)
     _write_json(folder / "generation_config.json", model.generation_config.to_hub())
+
+
+def kept_modules(model: nn.Module) -> list[str]:
+    """The linear layers of a quantised model that are not quantised, by our names and by those on the Hub: the modules
+    of `transformers` have the one in some families and the other in others."""
+    ours = apply.kept(model)
+    return sorted({*ours, *(_hub_name(f"{name}.", model.hub_prefixes).rstrip(".") for name in ours)})
 
 
 def _hub_name(name: str, prefixes: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ counts. Results are compared with fp32 first. ratio: bfloat16 F.linear / this.
 """
 
 import argparse
+import copy
 import itertools
 import time
 from collections.abc import Callable
@@ -41,11 +42,9 @@ def ways(weight: torch.Tensor, x: torch.Tensor) -> dict[str, list[Callable[[], t
         name = f"{str(dtype).removeprefix('torch.')} F.linear"
         found[name] = [lambda w=w: F.linear(x.to(w.dtype), w) for w in plain]
     for name, form in FORMATS.items():
-        layers = []
-        for _ in copies(form.nbytes((rows, columns))):
-            layer = QuantizedLinear(columns, rows, None, form)
-            layer.quantize_(weight)
-            layers.append(layer)
+        layer = QuantizedLinear(columns, rows, None, form)
+        layer.quantize_(weight)
+        layers = [copy.deepcopy(layer) for _ in copies(form.nbytes((rows, columns)))]
         expected = x.float() @ layers[0].dequantize(torch.float32).T
         assert (layers[0](x) - expected).abs().max() <= 0.02 * expected.abs().max(), name
         found[name] = [lambda layer=layer: layer(x) for layer in layers]

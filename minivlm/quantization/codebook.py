@@ -155,7 +155,7 @@ def dequantize(
     # The two values of every byte, as one 64-bit number: looking up single numbers is three times as fast as rows.
     pairs = torch.cartesian_prod(code, code).view(torch.int64).view(-1)
     out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
-    size = _chunk_size(packed, block)
+    size = 4 * _chunk_size(packed, block)  # enough for threads to share: a product waits for it
     for start, part in _chunks(packed, size // 2):
         values = pairs.index_select(0, part.int()).view(torch.float32)
         scales = absmax[2 * start // block : -(-2 * (start + len(part)) // block)]

@@ -1,13 +1,14 @@
 """x Ŵᵀ + b on a CPU, each format by the fastest way that torch has there without a compiler.
 
-What was measured (`python scripts/bench_int4_cpu.py` prints the table again; a row of 512 × 4096 weights, one thread of
-an AVX-512 machine, best of many; milliseconds for one row of x, or 16 or 64 where said):
+What was measured (milliseconds for a weight of 512 × 4096 and x of one row, or 16 or 64; one thread of an AVX-512
+machine that others used too, best of many; `python scripts/bench_int4_cpu.py` compares the layers as they are now):
 
-    bf16 F.linear                                   0.38   (4 rows 0.21, 16 rows 0.43, 64 rows 1.35)
-    fp16 F.linear                                   0.18
-    int4 _weight_int4pack_mm_for_cpu, bf16 x        0.11   (16 rows 0.78, 64 rows 3.1); with fp16 or fp32 x 4 to 30
-    int8 _weight_int8pack_mm, bf16 x                0.16   (16 rows 0.88); with fp32 x 1.7
-    two values by look-up of a byte, 1-D int64      0.75   the look-ups alone; by rows (256, 2) of fp32 2.5
+    bf16 F.linear                                0.38   (16 rows 0.43, 64 rows 1.35)
+    fp16 F.linear                                0.18
+    int4 _weight_int4pack_mm_for_cpu, bf16 x     0.11   (16 rows 0.78, 64 rows 3.1); with fp32 x 3.7, with fp16 x 27
+    int8 _weight_int8pack_mm, bf16 x             0.16   (16 rows 0.88); with fp32 x 1.7
+    NF4 look-up of every byte's two values       0.75   as one 64-bit number a byte; as rows of a (256, 2) table 2.5
+    NF4 dequantised in tiles and multiplied      1.9    that is 1,100 million weights a second
 
 So int4 and int8 use their operators for bf16 inputs of few rows, and everything else multiplies with weights that are
 dequantised a tile at a time, small enough to stay in the cache while there are few rows. NF4 and FP4 have no operator.
@@ -27,7 +28,7 @@ from minivlm.quantization import affine, codebook
 from minivlm.quantization.formats import Affine, Codebook, Format, Int8, Shape, Tensors
 
 FEW_INT4, FEW_INT8 = 128, 32  # rows of x up to which the operator is faster than dequantising and a large product
-TILE, LARGE_TILE = 2**16, 2**22  # weights dequantised at once, for one row of x and for many
+TILE, LARGE_TILE = 2**18, 2**22  # weights dequantised at once, for one row of x and for many
 
 
 def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
@@ -161,7 +162,7 @@ def _int4_many(x: Tensor, tensors: Tensors, format: Affine, shape: Shape) -> Ten
     scales, zeros = (_by_block(tensors[name], len(blocks))[:, :, places] for name in ("scales", "zeros"))
     pairs = affine.byte_pairs(blocks.device)
     out = x.new_empty(len(blocks), len(x), BLOCK_ROWS)
-    step = max(1, 4 * TILE // blocks[0].numel() // 2)
+    step = max(1, TILE // blocks[0].numel() // 2)
     for start in range(0, len(blocks), step):
         some = slice(start, start + step)
         codes = pairs.index_select(0, blocks[some].flatten().int()).view(torch.float32)

@@ -15,7 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config
 from minivlm.auto import PRESETS, family
-from minivlm.loading import local_name
+from minivlm.loading import kept_modules, local_name
 from minivlm.quantization import apply
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -31,19 +31,32 @@ def ours(config: Any) -> nn.Module:
         return model_class(model_class.config_class.from_hub(config.to_dict()))
 
 
+def converted(config: Any, kept: list[str] | None) -> set[str]:
+    """Our names of the layers that transformers' integration converts; kept None: what it keeps by itself."""
+    with torch.device("meta"):
+        reference = transformers.AutoModelForImageTextToText.from_config(config)
+    kept = get_keys_to_not_convert(reference) if kept is None else kept
+    reference = replace_with_bnb_linear(reference, kept, transformers.BitsAndBytesConfig(load_in_4bit=True))
+    prefixes = family(config.model_type)[0].hub_prefixes
+    names = [name for name, module in reference.named_modules() if type(module).__name__ == "Linear4bit"]
+    return {local_name(f"{name}.", prefixes).rstrip(".") for name in names}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_table_is_what_bitsandbytes_would_convert(name: str) -> None:
     config = CONFIGS[name]()
-    with torch.device("meta"):
-        reference = transformers.AutoModelForImageTextToText.from_config(config)
-    settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    kept = get_keys_to_not_convert(reference)
-    reference = replace_with_bnb_linear(reference, kept, settings)
-    converted = {name for name, module in reference.named_modules() if type(module).__name__ == "Linear4bit"}
     model = ours(config)
-    theirs = {local_name(f"{name}.", model.hub_prefixes).rstrip(".") for name in converted}
-    assert set(apply.selected(model)) == theirs
-    assert len(theirs) > 20
+    assert len(apply.selected(model)) > 20
+    assert set(apply.selected(model)) == converted(config, None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_skipped_modules_are_spelled_so_that_transformers_skips_them(name: str) -> None:
+    config, skip = CONFIGS[name](), ["q_proj", "vision_tower" if name == "llava_next" else "vision_model"]
+    model = ours(config)
+    asked = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip)
+    layers = apply.replace(model, apply.selected(model, skip), asked)
+    assert layers.keys() == converted(config, asked.to_hub(kept_modules(model))["llm_int8_skip_modules"])
 
 
 RELEASED = ("HuggingFaceM4/idefics2-8b", "llava-hf/llava-v1.6-mistral-7b-hf", "HuggingFaceM4/idefics-9b")
