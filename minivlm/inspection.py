@@ -75,7 +75,7 @@ def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
         weights = [model.get_submodule(name).weight for name in apply.selected(model, config.skip_modules)]
         count = sum(weight.numel() for weight in weights)
         size = sum(config.format.nbytes(tuple(weight.shape)) for weight in weights)
-        numbers = {"parameters": count, "bytes": size, "heldper_parameter": size / count}
+        numbers = {"parameters": count, "bytes": size, "bytes_per_parameter": size / count}
         found.append({"format": str(config.format), **numbers, "total_bytes": size + 2 * (total - count)})
     return found
 
@@ -114,7 +114,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
     quantised = [
-        f"{entry['format']}: {entry['parameters']:,} parameters, {entry['heldper_parameter']:.3f} byte each; "
+        f"{entry['format']}: {entry['parameters']:,} parameters, {entry['bytes_per_parameter']:.3f} byte each; "
         f"with the rest in 16 bits {memory(entry['total_bytes'])}"
         for entry in found["quantised"]
     ]
