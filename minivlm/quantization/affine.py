@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128)
-CHUNK = {"cpu": 2**15}  # elements at once, as in `codebook.py`
+CHUNK = {"cpu": 30 * 2**10}  # elements at once, as in `codebook.py`
 
 
 def quantize(weight: Tensor, group_size: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
