@@ -16,6 +16,8 @@ nearer to the 16-bit model than the reference's.
 import torch
 from torch import Tensor
 
+from minivlm.quantization.affine import nearest
+
 CHUNK = {"cpu": 30 * 2**10}  # elements at once, as in `codebook.py`
 
 
@@ -34,7 +36,7 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, 
         some = slice(start, start + step)
         part = weight[some].detach().to(dtype or weight.dtype).half()
         scales[some] = part.abs().amax(dim=1)
-        codes[some] = (part * (127.0 / scales[some, None])).nan_to_num(0.0).round()  # a row of zeros: 0 · inf
+        codes[some] = nearest((part * (127.0 / scales[some, None])).nan_to_num(0.0))  # a row of zeros: 0 · inf
     if not scales.isfinite().all():
         raise ValueError("a weight that fp16 cannot hold (not finite, or above 65,504) cannot be quantised to int8")
     return codes, scales
