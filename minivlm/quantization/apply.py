@@ -41,11 +41,16 @@ def selected(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
         raise ValueError(f"no table says which layers of a {family!r} are quantised; known: {', '.join(TABLE)}")
     parts, kept = TABLE[family]["quantised"], TABLE[family]["kept"]
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for pattern in skip:
-        if not any(_inside(name, pattern) for name, _ in model.named_modules()):
-            raise ValueError(f"no module to skip is called {pattern!r}; names look like {', '.join(names[:3])}")
+    for pattern in set(skip) - set(present(model, skip)):
+        raise ValueError(f"no module to skip is called {pattern!r}; names look like {', '.join(names[:3])}")
     left = [name for name in names if name not in kept and not any(_inside(name, pattern) for pattern in skip)]
     return [name for name in left if name.startswith(tuple(f"{part}." for part in parts))]
+
+
+def present(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Of names of modules to skip those that name something: a file's list spells some modules in several ways."""
+    names = [name for name, _ in model.named_modules()]
+    return [pattern for pattern in patterns if any(_inside(name, pattern) for name in names)]
 
 
 def _inside(name: str, pattern: str) -> bool:

@@ -39,9 +39,9 @@ CODES = {
     ),
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
-# Elements at once. On a CPU, temporaries stay in the cache, and up to 2¹⁵ elements torch starts no second thread, whose
+# Elements at once. On a CPU, temporaries stay in the cache, and below 2¹⁵ elements torch starts no second thread, whose
 # waiting costs more than it helps where the machine is not idle; elsewhere, launches are to be few.
-CHUNK = {"cpu": 2**15}
+CHUNK = {"cpu": 30 * 2**10}
 
 
 @functools.cache

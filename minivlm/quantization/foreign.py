@@ -29,7 +29,8 @@ def unpack_words(words: Tensor, order: tuple[int, ...]) -> Tensor:
     """int32 words (R, C) → codes (R, 8·C) uint8. The i-th half byte of a word, from the lowest, has place order[i]."""
     if words.dtype != torch.int32:
         raise ValueError(f"its packed codes are {words.dtype}, expected torch.int32: words of eight codes")
-    return torch.stack([words >> 4 * order.index(place) & 15 for place in range(8)], dim=2).flatten(1).to(torch.uint8)
+    codes = [(words >> 4 * order.index(place) & 15).to(torch.uint8) for place in range(8)]
+    return torch.stack(codes, dim=2).flatten(1)
 
 
 def our_group_size(theirs: int) -> int:
@@ -50,7 +51,7 @@ def _ours(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tens
     starts = torch.arange(0, columns, ours, device=codes.device)
     theirs = starts // (columns if group_size == -1 else group_size)
     return {
-        "qweight": affine.pack(codes.T),
+        "qweight": affine.pack(codes.T).contiguous(),
         "scales": scales[theirs].T.contiguous(),
         "zeros": zeros[theirs].T.contiguous(),
     }

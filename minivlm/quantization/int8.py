@@ -16,7 +16,9 @@ nearer to the 16-bit model than the reference's.
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 2**15}  # elements at once, as in `codebook.py`
+from minivlm.quantization.affine import nearest
+
+CHUNK = {"cpu": 30 * 2**10}  # elements at once, as in `codebook.py`
 
 
 def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +36,7 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, 
         some = slice(start, start + step)
         part = weight[some].detach().to(dtype or weight.dtype).half()
         scales[some] = part.abs().amax(dim=1)
-        codes[some] = (part * (127.0 / scales[some, None])).nan_to_num(0.0).round()  # a row of zeros: 0 · inf
+        codes[some] = nearest((part * (127.0 / scales[some, None])).nan_to_num(0.0))  # a row of zeros: 0 · inf
     if not scales.isfinite().all():
         raise ValueError("a weight that fp16 cannot hold (not finite, or above 65,504) cannot be quantised to int8")
     return codes, scales
@@ -42,4 +44,10 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, K) int8 codes and (N,) fp32 scales → (N, K) of a dtype."""
-    return (codes * (scales * (1.0 / 127.0))[:, None]).to(dtype)
+    steps = (scales * (1.0 / 127.0))[:, None]
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    rows = max(1, 4 * CHUNK.get(codes.device.type, 2**24) // codes.shape[1])
+    for start in range(0, len(codes), rows):
+        some = slice(start, start + rows)
+        out[some] = codes[some] * steps[some]
+    return out

@@ -107,6 +107,7 @@ def test_loads_as_the_numbers_of_the_file(kind: str, plain: Path, tmp_path: Path
     assert layers.keys() == weights.keys()
     for name, weight in weights.items():
         assert torch.equal(layers[name].dequantize(torch.float32), weight), name
+        assert all(tensor.is_contiguous() for tensor in layers[name].tensors.values())  # as the kernels want them
     inputs = oracle.random_inputs((1,), 4)
     with torch.no_grad():
         logits = model(**inputs).logits

@@ -136,7 +136,7 @@ def test_half_precision(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None
         assert torch.equal(logits(again), logits(model)), name
 
 
-def test_skipped_modules_are_saved_so_that_both_know(saved: Path, tmp_path: Path) -> None:
+def test_skipped_modules_are_saved_so_that_both_know(saved: Path, tmp_path: Path, capsys: Any) -> None:
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["vision_model", "q_proj"])
     model = Model.from_pretrained(saved, quantization_config=config)
     model.save_pretrained(tmp_path)
@@ -146,6 +146,9 @@ def test_skipped_modules_are_saved_so_that_both_know(saved: Path, tmp_path: Path
     reference = theirs(tmp_path)
     found = {name for name, module in reference.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     assert found == apply.layers(model).keys()
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["quantised"]
+    assert entry["parameters"] == sum(layer.in_features * layer.out_features for layer in apply.layers(model).values())
 
 
 def test_generation_and_training_through_quantised_layers(saved: Path) -> None:
