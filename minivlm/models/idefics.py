@@ -27,7 +27,7 @@ from minivlm.modules.attention import Mask, attention, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipConfig, ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import GatedMLP, RMSNorm, initialize
+from minivlm.modules.layers import GatedMLP, Linear, RMSNorm, initialize
 from minivlm.modules.outputs import Output, next_token_loss
 from minivlm.modules.rope import RopeScaling, read_rope
 
@@ -262,10 +262,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         text, vision = config.hidden_size, config.vision_config.hidden_size
         self.head_dim = text // config.num_attention_heads
-        self.q_proj = nn.Linear(text, text, bias=False)
+        self.q_proj = Linear(text, text, bias=False)
         self.k_proj = nn.Linear(vision, text, bias=False)
         self.v_proj = nn.Linear(vision, text, bias=False)
-        self.o_proj = nn.Linear(text, text, bias=False)
+        self.o_proj = Linear(text, text, bias=False)
         norm = RMSNorm if config.qk_layer_norms else nn.Identity
         self.q_layer_norm = norm(self.head_dim, config.rms_norm_eps)
         self.k_layer_norm = norm(self.head_dim, config.rms_norm_eps)
@@ -551,7 +551,7 @@ class IdeficsForVisionText2Text(nn.Module):
         self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = IdeficsModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         added = config.additional_vocab_size
         self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
         initialize(self, config.initializer_range)

@@ -25,7 +25,7 @@ from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm, initialize
+from minivlm.modules.layers import ACTIVATIONS, GatedMLP, Linear, RMSNorm, initialize
 from minivlm.modules.outputs import Output, next_token_loss
 from minivlm.modules.siglip import SiglipConfig, SiglipVisionTower
 
@@ -342,7 +342,7 @@ class Idefics2ForConditionalGeneration(nn.Module):
         self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = Idefics2Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)
 
     @property

@@ -29,7 +29,7 @@ from minivlm.modules.attention import check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipConfig, ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import ACTIVATIONS, activation, initialize
+from minivlm.modules.layers import ACTIVATIONS, Linear, activation, initialize
 from minivlm.modules.outputs import Output, next_token_loss
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ class LlavaNextForConditionalGeneration(nn.Module):
         self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = LlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)
 
     @property

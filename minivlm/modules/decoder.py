@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
-from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm
+from minivlm.modules.layers import ACTIVATIONS, GatedMLP, Linear, RMSNorm
 from minivlm.modules.rope import RopeScaling, read_rope, rotary_cos_sin, rotary_frequencies, rotate
 
 # Class defaults of the reference where they differ from `DecoderConfig`: real config files leave most fields out.
@@ -129,10 +129,10 @@ class DecoderAttention(nn.Module):
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
     def forward(
         self,

@@ -1,10 +1,11 @@
-"""Small parts that several networks share: RMSNorm, plain and gated MLP, random initialisation. C hidden width."""
+"""Small parts that several networks share: linear layer, RMSNorm, MLPs, random initialisation. C hidden width."""
 
 import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from minivlm_kernels import cpu_products
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,6 +22,16 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown hidden_act {name!r}; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` for layers that decode: on a CPU, one row is multiplied at the speed at which weights can be read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (…, in_features) → (…, out_features), same dtype."""
+        if x.numel() == self.in_features and cpu_products.suits_dense(x, self.weight):
+            return cpu_products.dense_row(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -59,9 +70,9 @@ class GatedMLP(nn.Module):
         self, hidden_size: int, intermediate_size: int, hidden_act: str, output_size: int | None = None
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, output_size or hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, output_size or hidden_size, bias=False)
         self.act = activation(hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""x Ŵᵀ + b on a CPU, each format by the fastest way that torch has there without a compiler.
+"""x Ŵᵀ + b on a CPU, each format by the fastest way there is.
+
+NF4 and FP4 are multiplied by a page of C (`minivlm_kernels/cpu_products.py`) where there is a compiler for it and rows
+are whole words of it (K a multiple of 128). All else is for torch's operators:
 
 What was measured (milliseconds for a weight of 512 × 4096 and x of one row, or 16 or 64; one thread of an AVX-512
 machine that others used too, best of many; `python scripts/bench_int4_cpu.py` compares the layers as they are now):
@@ -11,7 +14,8 @@ machine that others used too, best of many; `python scripts/bench_int4_cpu.py` c
     NF4 dequantised in tiles and multiplied      1.9    that is 1,100 million weights a second
 
 So int4 and int8 use their operators for bf16 inputs of few rows, and everything else multiplies with weights that are
-dequantised a tile at a time, small enough to stay in the cache while there are few rows. NF4 and FP4 have no operator.
+dequantised a tile at a time, small enough to stay in the cache while there are few rows. NF4 and FP4 have no operator:
+without the compiler they save memory, not time.
 
 The operators round differently: int4's scales are bf16, and products are rounded to bf16 before int8's scales and the
 bias come to them. Each is a rounding like that of the bf16 weight or of the result itself, 2⁻⁹ of the number.
@@ -22,11 +26,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from minivlm_kernels import cpu_products
 from torch import Tensor
 
 from minivlm.quantization import affine, codebook
 from minivlm.quantization.formats import Affine, Codebook, Format, Int8, Shape, Tensors
 
+FEW_COMPILED = 8  # rows of x up to which reading a weight once for each costs less than writing it out
 FEW_INT4, FEW_INT8 = 128, 32  # rows of x up to which the operator is faster than dequantising and a large product
 TILE, LARGE_TILE = 2**18, 2**22  # weights dequantised at once, for one row of x and for many
 
@@ -37,7 +43,10 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
     if rows.dtype == torch.float16:
         rows = rows.float()
     operator = rows.dtype == torch.bfloat16
-    if "packed" in tensors:
+    weight = _compiled(tensors, format, shape)
+    if weight is not None:
+        y, bias = _by_compiled(rows, weight, bias), None
+    elif "packed" in tensors:
         y = (_int4 if operator and len(rows) <= FEW_INT4 else _int4_many)(rows, tensors, format, shape)
     elif isinstance(format, Int8) and operator and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:
         y = _int8(rows, tensors)
@@ -47,6 +56,31 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
         weight = format.dequantize(tensors, shape, rows.dtype)
         y, bias = F.linear(rows, weight, None if bias is None else bias.to(rows.dtype)), None
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], shape[0])
+
+
+def _compiled(tensors: Tensors, format: Format, shape: Shape) -> cpu_products.Packed | None:
+    """An NF4 or FP4 weight as the compiled product takes it; None where it does not, or there is no compiler."""
+    if not isinstance(format, Codebook) or format.block != cpu_products.BLOCK:
+        return None
+    names = ("nested_map", "nested_absmax", "offset")
+    nested = tuple(tensors[name] for name in names) if format.nested else None
+    weight = cpu_products.Packed(tensors["qweight"], tensors["absmax"], tensors["code"], shape, nested)
+    return weight if weight.suits and cpu_products.available() else None
+
+
+def _by_compiled(x: Tensor, weight: cpu_products.Packed, bias: Tensor | None) -> Tensor:
+    """x (M, K) → (M, N). Few rows multiply in fp32; for many the weight is written out, some outputs at a time."""
+    if len(x) <= FEW_COMPILED:
+        y = cpu_products.matvec(x.float(), weight)
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+    rows, columns = weight.shape
+    step = max(1, LARGE_TILE // columns)
+    bias = x.new_zeros(rows) if bias is None else bias.to(x.dtype)
+    out = x.new_empty(len(x), rows)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        out[:, start:stop] = F.linear(x, cpu_products.dequantize(weight, x.dtype, start, stop), bias[start:stop])
+    return out
 
 
 def _int8(x: Tensor, tensors: Tensors) -> Tensor:

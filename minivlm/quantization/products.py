@@ -16,7 +16,7 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
 
         nested = None
         if format.nested:
-            nested = tensors["nested_map"], tensors["nested_absmax"], tensors["offset"]
+            nested = tensors["nested_map"], tensors["nested_absmax"], tensors["offset"].item()
         codes = (tensors["qweight"], tensors["absmax"], tensors["code"])
         return nf4_matmul(x, *codes, shape, block_size=format.block, nested=nested, bias=bias)
     if x.is_cuda and isinstance(format, Affine):

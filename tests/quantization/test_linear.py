@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from minivlm_kernels import cpu_products
 from torch import nn
 
 from minivlm.quantization import cpu
@@ -12,7 +13,7 @@ from minivlm.quantization.linear import QuantizedLinear
 
 FORMATS = (Codebook("nf4"), Codebook("nf4", nested=True), Codebook("fp4"), Affine(32), Affine(128), Int8())
 # outputs, inputs: blocks over row ends; odd; a K tail like Idefics2's 4304; the head's odd number of outputs
-SHAPES = ((64, 128), (130, 200), (6, 4304), (5, 37), (33, 64))
+SHAPES = ((64, 128), (130, 200), (6, 4304), (5, 37), (33, 64), (70, 384))
 # Half a unit in the last place each for the weight, the product, and its sum with the bias; and the product may be
 # larger than the sum.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 4 * 2**-9, torch.float16: 4 * 2**-12}
@@ -25,9 +26,12 @@ def layer(shape: tuple[int, int], format: Format, dtype: torch.dtype = torch.bfl
     return made
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_product(format: Format, dtype: torch.dtype) -> None:
+def test_product(format: Format, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(cpu_products, "available", lambda: False)
     for shape in SHAPES:
         made = layer(shape, format).to(dtype)
         weight, bias = made.dequantize(torch.float32).double(), made.bias.double()
@@ -72,7 +76,9 @@ def test_fp16_inputs_are_multiplied_in_the_compute_dtype() -> None:
     assert torch.equal(made(x), exact.half())
 
 
-def test_int4_is_held_in_the_operator_s_order_and_comes_back() -> None:
+def test_int4_is_held_in_the_operator_s_order_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no compiler."""
+    monkeypatch.setattr(cpu_products, "available", lambda: False)
     if cpu._half_bytes() is None:
         pytest.skip("torch's int4 operator has another layout on this processor")
     for shape in SHAPES:
