@@ -84,12 +84,14 @@ class Source:
         path = self.folder / filename
         try:
             found = path.is_file()
-        except OSError as error:  # a name too long, a folder that may not be read
+        except OSError as error:  # a name too long, a folder that may not be entered
             raise CheckpointFileError(
-                f"{filename:.200} of {self.name:.200} cannot be opened: {error.strerror}"
+                f"{filename:.99} of {self.name:.99} cannot be opened: {error.strerror}"
             ) from error
         if found:
             _check_link(path, self.folder)
+            if path.with_name(path.name + ".aria2").exists():  # which fills the whole file with zeros first
+                raise CheckpointFileError(f"{self.name} has {filename}{self._on_its_way(filename)}; wait, or resume it")
             return path
         if path.is_symlink():
             raise CheckpointFileError(f"{path} is a link to {path.readlink()}, where no file is; download it again")
