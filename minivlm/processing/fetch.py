@@ -1,7 +1,7 @@
 """Pictures behind URLs: fetched only where a call or a prompt names one, and trusted in nothing.
 
 - http and https, to the address that the caller names, his own network included: a server of one's own is a usual place
-  for pictures. Link-local addresses, where clouds keep their keys, hold none and are refused.
+  for pictures. Addresses where clouds keep their keys, link-local ones and KEYS, hold none and are refused.
 - At most REDIRECTS redirects, none from https to http, none from a public address into a private network.
 - TIMEOUT seconds for all of it, and MAX_DOWNLOAD bytes, as they come: nothing is decompressed. What they are is found
   by decoding them; the server's word for it is not asked.
@@ -22,9 +22,13 @@ import urllib.request
 from functools import partial
 from typing import Any
 
+from minivlm.processing.shown import printable
+
 MAX_DOWNLOAD = 32 * 2**20  # bytes
 TIMEOUT = 20.0  # seconds
 REDIRECTS = 5
+KEYS = {ipaddress.ip_address(a) for a in ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")}  # AWS, Alibaba, Oracle
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def fetch(url: str) -> bytes:
@@ -38,7 +42,7 @@ def fetch(url: str) -> bytes:
     try:
         return visit.get(url)
     except Exception as error:  # urllib, http.client, ssl and codecs each raise their own
-        reason = f"not finished after {TIMEOUT:g} s" if visit.remaining() <= 0 else error
+        reason = f"not finished after {TIMEOUT:g} s" if visit.remaining() <= 0 else printable(str(error), 200)
         raise OSError(f"could not fetch {shown(url)} ({reason}); download it yourself and pass the file") from error
     finally:
         visit.end()
@@ -132,9 +136,11 @@ class _Visit:
         raise problem
 
     def _check(self, address: Any) -> None:
-        address = getattr(address, "ipv4_mapped", None) or address
-        if address.is_link_local:
-            raise ValueError(f"{address} is a link-local address, where no pictures are")
+        if address in NAT64:
+            address = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
+        address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+        if address.is_link_local or address in KEYS:
+            raise ValueError(f"{address} is a link-local address or one of a cloud's keys, where no pictures are")
         if self._public and not address.is_global:
             raise ValueError(f"redirected from a public address to {address}, in a private network")
         self._public = address.is_global

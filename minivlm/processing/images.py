@@ -194,7 +194,7 @@ def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Imag
             f"{name} has 32-bit values (mode {image.mode}), which have no fixed range; scale them to 0..255 yourself "
             "and pass a uint8 array"
         )
-    if image.mode in ("P", "PA") and not image.getpalette():
+    if image.mode == "P" and not image.getpalette():
         raise ValueError(f"{name} has a palette of no colours; export it again")
     try:
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):  # Pillow warns before it drops it
