@@ -275,6 +275,8 @@ def _deeper(value: Any, levels: int) -> bool:
 
 def _check_link(path: Path, folder: Path) -> None:
     """CheckpointFileError for a file that is reached by links and lies outside of the folder (or its Hub cache)."""
+    if not path.is_symlink():
+        return
     home, real = folder.resolve(), path.resolve()
     if real.is_relative_to(home):
         return
