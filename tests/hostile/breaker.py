@@ -379,7 +379,7 @@ FILES = _cases(
         ),
         "a shard with a name of 5,000 letters": (
             sharded(lambda weight_map, _: weight_map.update(x="a" * 5000 + ".safetensors")),
-            "aaaa of .* cannot be read: File name too long",
+            "aaaa of .* cannot be opened: File name too long",
         ),
         "weights of a link through a folder": (
             several(
