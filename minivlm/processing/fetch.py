@@ -94,7 +94,10 @@ class _Visit:
     def get(self, url: str) -> bytes:
         """The body behind an http(s) URL."""
         opener = urllib.request.OpenerDirector()  # with no handler of files or FTP
-        for handler in (_Http(self), _Https(self), _Redirect(), urllib.request.ProxyHandler()):
+        http_handler, https_handler = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()
+        http_handler.http_open = partial(_open, http_handler, self, http.client.HTTPConnection)
+        https_handler.https_open = partial(_open, https_handler, self, http.client.HTTPSConnection)
+        for handler in (http_handler, https_handler, _Redirect(), urllib.request.ProxyHandler()):
             opener.add_handler(handler)
         opener.add_handler(urllib.request.HTTPErrorProcessor())
         opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
@@ -178,23 +181,8 @@ class _Redirect(urllib.request.BaseHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-class _Http(urllib.request.HTTPHandler):
-    """urllib's handler, with connections of a visit."""
-
-    def __init__(self, visit: _Visit) -> None:
-        super().__init__()
-        self.http_open = partial(_open, self, visit, http.client.HTTPConnection)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    """The same with TLS; certificates are checked."""
-
-    def __init__(self, visit: _Visit) -> None:
-        super().__init__()
-        self.https_open = partial(_open, self, visit, http.client.HTTPSConnection)
-
-
 def _open(handler: Any, visit: _Visit, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
+    """What urllib's handlers do, with a connection of the visit; TLS certificates are checked."""
     direct = request.host == urllib.parse.urlsplit(request.full_url).netloc  # else it is the proxy's
 
     def connection(host: str, **options: Any) -> http.client.HTTPConnection:

@@ -98,19 +98,15 @@ class _Metered(io.BufferedReader):
 
 def _decode(source: Path | bytes, name: str) -> tuple[Image.Image, str]:
     with _Metered(io.FileIO(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
-        return _decode_file(file, name)
-
-
-def _decode_file(file: _Metered, name: str) -> tuple[Image.Image, str]:
-    try:
-        image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture: {_guess(file)}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
-    except _BROKEN as error:
-        raise OSError(f"{name} cannot be read ({error}); fetch or export it again") from error
-    return _finish(image, name)
+        try:
+            image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture: {_guess(file)}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
+        except _BROKEN as error:
+            raise OSError(f"{name} cannot be read ({error}); fetch or export it again") from error
+        return _finish(image, name)
 
 
 def _guess(file: io.BufferedReader) -> str:
