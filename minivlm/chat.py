@@ -95,7 +95,7 @@ class Chat:
         Not reading to the end, or beginning another turn, ends the answer: its turn then does not enter `messages`.
         """
         self._end_answer()
-        sources = images if isinstance(images, list | tuple) else [images]
+        sources = images if isinstance(images, list | tuple) else [] if images is None else [images]
         pictures = [fetch_picture(self.processor, source) for source in sources]
         messages = [*self.messages, _message("user", text, pictures)]
         self._answer = self._turn(messages, {"tokenizer": self.processor.tokenizer, **self.settings, **settings})

@@ -20,7 +20,7 @@ class Culprit:
     name: str  # as in `named_modules`
     dtype: torch.dtype  # of its output
     largest: float  # absolute value in what it was given; inf or NaN if that was not finite either
-    damaged: bool  # its own weights are not finite
+    damaged: bool  # its own weights, or their scales, are not finite
 
 
 def explain(model: nn.Module, inputs: dict[str, Any], rerun: Callable[[], Any]) -> str:
@@ -39,7 +39,10 @@ def explain(model: nn.Module, inputs: dict[str, Any], rerun: Callable[[], Any]) 
     given = f"{culprit.name}, which was given numbers up to {culprit.largest:.3g}"
     if culprit.dtype == torch.float16:
         return f"float16 ends at 65,504, and it first overflows at {given}; {REMEDY}"
-    return f"the first that is not finite comes from {given}; {REMEDY}, and `minivlm inspect MODEL --check` the weights"
+    return (
+        f"the first that is not finite comes from {given}, too much for {culprit.dtype}; are the weights whole, and of "
+        "this model? `minivlm inspect MODEL --check` reads them"
+    )
 
 
 @torch.no_grad()
@@ -54,7 +57,7 @@ def first_not_finite(model: nn.Module, rerun: Callable[[], Any]) -> Culprit | No
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if not found and not _are_finite(output):
                 largest = max((x.abs().max().item() for x in _floats((args, kwargs)) if x.numel()), default=0.0)
-                damaged = not _are_finite(list(module.parameters(recurse=False)))
+                damaged = not _are_finite([*module.parameters(recurse=False), *module.buffers(recurse=False)])
                 found.append(Culprit(name, _floats(output)[0].dtype, largest, damaged))
 
         return hook

@@ -184,7 +184,7 @@ def settings_of(model: Any, config: GenerationConfig | None, kwargs: dict) -> tu
 
 def check(name: str, value: Any, fits: bool, expected: str) -> None:
     if not fits:
-        raise ValueError(f"{name} should be {expected}, found {value!r}")
+        raise ValueError(f"{name} should be {expected}, found {value!r:.80}")
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
@@ -200,7 +200,7 @@ def check_known(name: str, also: set[str] = frozenset()) -> None:
     known = {*SETTINGS, *UNSUPPORTED, *HARMLESS, *also}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(f"unknown setting {name!r:.80}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
 def _refuse(name: str, value: Any, takes: set[str]) -> None:
@@ -209,7 +209,9 @@ def _refuse(name: str, value: Any, takes: set[str]) -> None:
         return
     check_known(name, takes)
     if value != (neutral := UNSUPPORTED[name]) and value != []:
-        raise ValueError(f"{name}={value!r} is not supported, leave it at {neutral!r}; GenerationConfig has what is")
+        raise ValueError(
+            f"{name}={value!r:.80} is not supported, leave it at {neutral!r}; GenerationConfig has what is"
+        )
 
 
 def _check_search(settings: GenerationConfig) -> None:

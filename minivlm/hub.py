@@ -19,6 +19,7 @@ from typing import Any
 BUILT_IN = Path(__file__).parent / "checkpoints"
 MAX_JSON = 2**23  # bytes; parsed, they can take twenty times as much
 MAX_DEPTH = 16  # of objects and lists in each other; files need 4
+MAX_MESSAGE = 2500  # characters of an error, which may show what a file says
 # What a file begins with if it is something else than what its name says → what it is then.
 NOT_THE_FILE = {
     b"version https://git-lfs": "a Git LFS pointer, which only names the file; run `git lfs pull`, or download it",
@@ -34,7 +35,10 @@ UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tm
 
 
 class CheckpointError(ValueError):
-    """What is wrong with a checkpoint: every refusal to load one is of this type."""
+    """What is wrong with a checkpoint: every refusal to load one is of this type. Long messages are cut."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…")
 
 
 class CheckpointFileError(CheckpointError, OSError):
@@ -78,8 +82,16 @@ class Source:
         if self.folder is None:
             return self._download(filename, required)
         path = self.folder / filename
-        if path.is_file():
+        try:
+            found = path.is_file()
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise CheckpointFileError(
+                f"{filename:.99} of {self.name:.99} cannot be opened: {error.strerror}"
+            ) from error
+        if found:
             _check_link(path, self.folder)
+            if path.with_name(path.name + ".aria2").exists():  # which fills the whole file with zeros first
+                raise CheckpointFileError(f"{self.name} has {filename}{self._on_its_way(filename)}; wait, or resume it")
             return path
         if path.is_symlink():
             raise CheckpointFileError(f"{path} is a link to {path.readlink()}, where no file is; download it again")
@@ -263,6 +275,8 @@ def _deeper(value: Any, levels: int) -> bool:
 
 def _check_link(path: Path, folder: Path) -> None:
     """CheckpointFileError for a file that is reached by links and lies outside of the folder (or its Hub cache)."""
+    if not path.is_symlink():
+        return
     home, real = folder.resolve(), path.resolve()
     if real.is_relative_to(home):
         return

@@ -77,8 +77,10 @@ def from_pretrained(
         model = cls(config, attn_implementation=attn_implementation)
     shards = weight_files(files)
     wanted = wanted_dtype(dtype or torch_dtype, config.dtype)
-    arrival = choose(files.name, files.json("config.json").get("quantization_config"), quantization_config)
-    fill(model, shards, wanted, wanted_device(device_map), arrival)
+    device = wanted_device(device_map)
+    with hub.blame(files.name):
+        arrival = choose(files.json("config.json").get("quantization_config"), quantization_config)
+        fill(model, shards, wanted, device, arrival)
     found = {parameter.dtype for parameter in model.parameters()}
     if wanted is None and arrival is None and len(found) > 1:
         raise CheckpointError(
@@ -101,7 +103,7 @@ def read_config(files: hub.Source, config_class: Any) -> Any:
     try:
         return config_class.from_hub(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{files.name}: config.json does not describe a {expected} model: {error}") from error
+        raise CheckpointError(f"{files.name}: config.json describes no {expected} model: {error}") from error
 
 
 def read_generation_config(files: hub.Source) -> GenerationConfig | None:
@@ -166,19 +168,14 @@ def fill(
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(_open(path)) for path in shards]
         found, layers = _match(model, readers, shards, arrival)
-
-        def read(name: str) -> Tensor:
-            reader, hub_name = found[name][0]
-            return reader.get_tensor(hub_name)
-
         with tqdm(total=len(found), desc="loading", delay=2, leave=False) as progress:
             for name, _ in list(model.named_parameters()):
-                tensor = read(name)
+                tensor = _read(found, name)
                 wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 _assign(model, name, tensor.to(device, wanted))
                 progress.update()
             for name, layer in layers.items():
-                tensors = {leaf: read(f"{name}.{leaf}").to(device) for leaf in arrival.files(layer)}
+                tensors = {leaf: _read(found, f"{name}.{leaf}").to(device) for leaf in arrival.files(layer)}
                 arrival.take(name, layer, tensors, dtype)
                 progress.update(len(tensors))
 
@@ -212,6 +209,11 @@ def _names(model: nn.Module, readers: list[Any]) -> Places:
     return found
 
 
+def _read(found: Places, name: str) -> Tensor:
+    reader, hub_name = found[name][0]
+    return reader.get_tensor(hub_name)
+
+
 def _check(model: nn.Module, found: Places, shapes: Shapes, shards: list[Path]) -> None:
     """One CheckpointError lists all that is missing, unexpected or does not fit. shapes: None fits anything."""
     parameters = dict(model.named_parameters())
@@ -240,7 +242,11 @@ def _check(model: nn.Module, found: Places, shapes: Shapes, shards: list[Path]) 
     }
     if any(problems.values()):
         folder = shards[0].parent if shards else "the checkpoint"
-        raise CheckpointError(f"the weights in {folder} do not fit the model:\n" + "\n".join(_listed(problems)))
+        raise CheckpointError(
+            f"the weights in {folder} do not fit the model:\n"
+            + "\n".join(_listed(problems))
+            + "\n  are config.json and all safetensors files of one checkpoint, and of this revision?"
+        )
 
 
 def _listed(problems: dict[str, list[str]], most: int = 10) -> list[str]:
@@ -311,14 +317,16 @@ def check_weights(model: nn.Module, files: hub.Source) -> int:
     Reads everything; errors as in `from_pretrained`, and CheckpointError that names tensors with NaN or infinity.
     """
     shards = weight_files(files)
-    arrival = choose(files.name, files.json("config.json").get("quantization_config"), None)
-    with contextlib.ExitStack() as stack:
-        places, _ = _match(model, [stack.enter_context(_open(path)) for path in shards], shards, arrival)
+    with hub.blame(files.name), contextlib.ExitStack() as stack:
+        arrival = choose(files.json("config.json").get("quantization_config"), None)
+        found, layers = _match(model, [stack.enter_context(_open(path)) for path in shards], shards, arrival)
+        for name, layer in layers.items():
+            arrival.read(name, layer, {leaf: _read(found, f"{name}.{leaf}") for leaf in arrival.files(layer)})
     if broken := not_finite(shards):
         raise CheckpointError(
             f"the weights of {files.name} are damaged:\n" + "\n".join(_listed({"with NaN or infinity": broken}))
         )
-    return len(places)
+    return len(found)
 
 
 @torch.no_grad()

@@ -62,6 +62,9 @@ def prepare(
     """Check the arguments of `generation.generate`, and make what its loop needs. Errors as described there."""
     settings, inputs = settings_of(model, generation_config, kwargs)
     device = next(model.parameters()).device
+    for name, value in inputs.items():
+        fits = not value.is_meta if isinstance(value, Tensor) else not hasattr(value, "__array__")
+        check(name, value, fits, 'a tensor with numbers; processors make them with return_tensors="pt"')
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     cache, embeds = inputs.pop("past_key_values", None), inputs.get("inputs_embeds")
     ids = _prompt(settings, input_ids, inputs, _vocab_size(model)).to(device, torch.long)

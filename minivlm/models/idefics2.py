@@ -238,6 +238,9 @@ class Idefics2Model(nn.Module):
                 "pixel_values should be (batch, images, channels, height, width), found "
                 f"{tuple(pixel_values.shape)}; was it made by an Idefics2 processor?"
             )
+        sizes = (*pixel_values.shape[:2], *pixel_values.shape[3:])
+        if pixel_attention_mask is not None and pixel_attention_mask.shape != sizes:
+            raise ValueError(f"pixel_attention_mask should be {sizes}, found {tuple(pixel_attention_mask.shape)}")
         dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
         pixels = pixel_values.flatten(0, 1).to(dtype)
         patch = self.config.vision_config.patch_size

@@ -74,8 +74,7 @@ def pixel_table_of(options: Any) -> np.ndarray:
 
 def fetch_picture(processor: Any, source: Any) -> Any:
     """`load_image` by the rules of the processor: IDEFICS lays what is transparent on white."""
-    fetch = getattr(processor.image_processor, "fetch_images", None)
-    return load_image(source) if fetch is None else fetch([source])[0]
+    return load_image(source, getattr(processor.image_processor, "background", None))
 
 
 def as_prompts(text: Any) -> list[str]:

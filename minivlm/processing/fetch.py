@@ -1,7 +1,7 @@
 """Pictures behind URLs: fetched only where a call or a prompt names one, and trusted in nothing.
 
 - http and https, to the address that the caller names, his own network included: a server of one's own is a usual place
-  for pictures. Link-local addresses, where clouds keep their keys, hold none and are refused.
+  for pictures. Addresses where clouds keep their keys, link-local ones and KEYS, hold none and are refused.
 - At most REDIRECTS redirects, none from https to http, none from a public address into a private network.
 - TIMEOUT seconds for all of it, and MAX_DOWNLOAD bytes, as they come: nothing is decompressed. What they are is found
   by decoding them; the server's word for it is not asked.
@@ -22,9 +22,13 @@ import urllib.request
 from functools import partial
 from typing import Any
 
+from minivlm.processing.shown import printable
+
 MAX_DOWNLOAD = 32 * 2**20  # bytes
 TIMEOUT = 20.0  # seconds
 REDIRECTS = 5
+KEYS = {ipaddress.ip_address(a) for a in ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")}  # AWS, Alibaba, Oracle
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def fetch(url: str) -> bytes:
@@ -38,7 +42,7 @@ def fetch(url: str) -> bytes:
     try:
         return visit.get(url)
     except Exception as error:  # urllib, http.client, ssl and codecs each raise their own
-        reason = f"not finished after {TIMEOUT:g} s" if visit.remaining() <= 0 else error
+        reason = f"not finished after {TIMEOUT:g} s" if visit.remaining() <= 0 else printable(str(error), 200)
         raise OSError(f"could not fetch {shown(url)} ({reason}); download it yourself and pass the file") from error
     finally:
         visit.end()
@@ -90,7 +94,10 @@ class _Visit:
     def get(self, url: str) -> bytes:
         """The body behind an http(s) URL."""
         opener = urllib.request.OpenerDirector()  # with no handler of files or FTP
-        for handler in (_Http(self), _Https(self), _Redirect(), urllib.request.ProxyHandler()):
+        http_handler, https_handler = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()
+        http_handler.http_open = partial(_open, http_handler, self, http.client.HTTPConnection)
+        https_handler.https_open = partial(_open, https_handler, self, http.client.HTTPSConnection)
+        for handler in (http_handler, https_handler, _Redirect(), urllib.request.ProxyHandler()):
             opener.add_handler(handler)
         opener.add_handler(urllib.request.HTTPErrorProcessor())
         opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
@@ -132,9 +139,11 @@ class _Visit:
         raise problem
 
     def _check(self, address: Any) -> None:
-        address = getattr(address, "ipv4_mapped", None) or address
-        if address.is_link_local:
-            raise ValueError(f"{address} is a link-local address, where no pictures are")
+        if address in NAT64:
+            address = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
+        address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+        if address.is_link_local or address in KEYS:
+            raise ValueError(f"{address} is a link-local address or one of a cloud's keys, where no pictures are")
         if self._public and not address.is_global:
             raise ValueError(f"redirected from a public address to {address}, in a private network")
         self._public = address.is_global
@@ -172,23 +181,8 @@ class _Redirect(urllib.request.BaseHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-class _Http(urllib.request.HTTPHandler):
-    """urllib's handler, with connections of a visit."""
-
-    def __init__(self, visit: _Visit) -> None:
-        super().__init__()
-        self.http_open = partial(_open, self, visit, http.client.HTTPConnection)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    """The same with TLS; certificates are checked."""
-
-    def __init__(self, visit: _Visit) -> None:
-        super().__init__()
-        self.https_open = partial(_open, self, visit, http.client.HTTPSConnection)
-
-
 def _open(handler: Any, visit: _Visit, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
+    """What urllib's handlers do, with a connection of the visit; TLS certificates are checked."""
     direct = request.host == urllib.parse.urlsplit(request.full_url).netloc  # else it is the proxy's
 
     def connection(host: str, **options: Any) -> http.client.HTTPConnection:

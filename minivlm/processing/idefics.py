@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class IdeficsImageProcessor:
     transparent is laid on white, as in training. (There, `PIL` pictures keep their orientation, and those from URLs
     lose their transparency.)
     """
+
+    background: ClassVar[str] = "white"
 
     image_size: int = 224
     image_num_channels: int = 3
@@ -111,7 +113,7 @@ class IdeficsImageProcessor:
 
     def fetch_images(self, images: Any) -> list[Image.Image]:
         """URLs, files and all else that `load_image` takes, as upright RGB pictures on white."""
-        return [load_image(image, background="white") for row in nest_images(images) for image in row]
+        return [load_image(image, self.background) for row in nest_images(images) for image in row]
 
 
 class IdeficsProcessor:

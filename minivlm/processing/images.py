@@ -29,6 +29,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what cameras, screens
 MAX_PIXELS = 2**26  # 67 million, 256 MiB as RGBA; Pillow's own limit also holds
 MAX_SIDE = 65_535  # pixels, the most of a JPEG; resizing a longer side needs weights by the gigabyte
 MAX_FILE = 2**29  # bytes; a TIFF of MAX_PIXELS in 16-bit RGB has 384 MiB
+MAX_READS = 10**6  # a photograph takes a hundred, a PNG of MAX_FILE in pieces of 8 KiB 200,000
 MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
@@ -49,11 +50,10 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if isinstance(source, Image.Image):
         return _finish(source, "the PIL image")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(bytes(source)), f"the picture given as {memoryview(source).nbytes} bytes")
+        return _decode(bytes(source), f"the picture given as {memoryview(source).nbytes} bytes")
     if isinstance(source, str) and (url := URL.match(source)):
-        return _decode(
-            io.BytesIO(fetch(source)), "the picture in the data: URL" if url[0] == "data:" else shown(source)
-        )
+        inline = url[0].lower() == "data:"
+        return _decode(fetch(source), "the picture in the data: URL" if inline else shown(source))
     if isinstance(source, str | Path):
         return _open_path(source)
     if isinstance(source, torch.Tensor):
@@ -71,7 +71,8 @@ def _open_path(source: str | Path) -> tuple[Image.Image, str]:
         path = Path(source).expanduser()
         is_file = path.is_file()  # and so no folder, pipe or device, which could wait or run for ever
     except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, an unknown ~user
-        raise OSError(f"{str(source)[:200]!r} cannot be a path of a picture: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{str(source)[:200]!r} cannot be a path of a picture: {reason}") from error
     if not is_file:
         raise OSError(f"no picture at {str(source)[:200]!r}: give an existing file or a full http(s):// URL")
     if (size := path.stat().st_size) > MAX_FILE:
@@ -83,33 +84,45 @@ def _open_path(source: str | Path) -> tuple[Image.Image, str]:
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, struct.error)
 
 
-def _decode(file: Path | io.BytesIO, name: str) -> tuple[Image.Image, str]:
-    try:
-        image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture: {_guess(file)}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
-    except _BROKEN as error:
-        raise OSError(f"{name} cannot be read ({error}); fetch or export it again") from error
-    with image:
+class _Metered(io.BufferedReader):
+    """A file that can be read MAX_READS times: Pillow takes a header's parts one by one, some of them byte by byte."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise OSError(f"it is made of more than {MAX_READS:,} parts")
+        return super().read(size)
+
+
+def _decode(source: Path | bytes, name: str) -> tuple[Image.Image, str]:
+    with _Metered(io.FileIO(source) if isinstance(source, Path) else io.BytesIO(source)) as file:
+        try:
+            image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture: {_guess(file)}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
+        except _BROKEN as error:
+            raise OSError(f"{name} cannot be read ({error}); fetch or export it again") from error
         return _finish(image, name)
 
 
-def _guess(file: Path | io.BytesIO) -> str:
+def _guess(file: io.BufferedReader) -> str:
     """What a file is that is no picture, as far as its beginning tells."""
-    with open(file, "rb") if isinstance(file, Path) else file as stream:
-        stream.seek(0)
-        begin = stream.read(1024)
+    file.seek(0)
+    begin = file.read(1024)
     if not begin:
         return "it is empty"
     for pattern, what in NOT_PICTURES.items():
         if re.match(pattern, begin, re.IGNORECASE | re.DOTALL):
             return what
-    return f"it begins with {begin[:16]!r}, or its header is damaged"
+    return f"it begins with {begin[:16]!r}"
 
 
 NOT_PICTURES = {
+    rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|RIFF....WEBP": "its header is damaged; fetch or export it again",
     rb"version https://git-lfs": "it is the Git LFS pointer to a file, not the file; fetch it with `git lfs pull`",
     rb"\s*(<\?xml.*)?<svg": "it is an SVG drawing; export it as PNG",
     rb"\s*<(!doctype html|html|head|\?xml)": "it is a web page or XML, not a picture; give the address of the picture",
@@ -177,14 +190,16 @@ def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Imag
             f"{name} has 32-bit values (mode {image.mode}), which have no fixed range; scale them to 0..255 yourself "
             "and pass a uint8 array"
         )
+    if image.mode == "P" and not image.getpalette():
+        raise ValueError(f"{name} has a palette of no colours; export it again")
     try:
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):  # Pillow warns before it drops it
             image = image.convert("RGBA")
         if transparent:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot turn into RGB") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot turn into RGB: {error}") from error
 
 
 def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:

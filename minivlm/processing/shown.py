@@ -23,3 +23,8 @@ def short(value: Any) -> str:
 
 
 _SHORT = _Short()
+
+
+def printable(text: str, most: int) -> str:
+    """At most so many characters of a stranger's text, none of which a terminal takes for a command."""
+    return "".join(character if character.isprintable() else " " for character in text[:most])

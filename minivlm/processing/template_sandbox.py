@@ -33,6 +33,8 @@ from jinja2.tests import TESTS
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
+from minivlm.processing.shown import printable
+
 MAX_SOURCE = 2**16  # characters of a template; the released ones have under 2**10
 BUDGET = 2**24  # of one prompt; 2**20 characters of text, which no model has positions for, spend a fifth of it
 ITEM = 16  # what a number or a place in a list costs
@@ -41,6 +43,7 @@ TIME_LIMIT = 5.0  # seconds for one prompt; the released templates take well und
 MAX_BITS = 4096  # of a whole number
 MAX_NEEDLE = 64  # characters that `strip` and `rsplit` may look for: they try all of them everywhere
 DEAR = 4096  # whoever pays so much at once is shown the clock
+PRINTABLE = str | int | float | list | tuple | dict | Undefined | None
 VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 BUDGET_KEY = " budget"  # of the budget among a template's variables; with a blank, so that no template can name it
 
@@ -50,7 +53,7 @@ def render(template: str, **variables: Any) -> str:
     try:
         compiled = _compile(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not valid jinja: line {error.lineno}: {error.message}") from error
+        raise ValueError(f"the chat template is not valid jinja: line {error.lineno}: {_reason(error)}") from error
     except Exception as error:
         raise ValueError(f"the chat template cannot be used: {_reason(error)}") from error
     try:
@@ -69,7 +72,7 @@ def _compile(template: str) -> jinja2.Template:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply, or calls itself without end"
-    return str(error)[:500] or type(error).__name__
+    return printable(str(error), 500) or type(error).__name__
 
 
 class _Budget:
@@ -96,18 +99,24 @@ class _Budget:
         if time.monotonic() > self.deadline:
             raise SecurityError(f"it takes longer than {TIME_LIMIT:g} seconds")
 
-    def pay_for(self, value: Any, times: int = 1) -> None:
-        """Pay for a value and all that is in it."""
+    def pay_for(self, value: Any, times: int = 1, kinds: Any = object) -> None:
+        """Pay for a value and all that is in it. SecurityError for what is not of these kinds, and so has no print."""
         if isinstance(value, str):
             self.pay(len(value) * times)
             return
-        self.pay(ITEM * (len(value) if isinstance(value, range) else 1) * times)
+        if not isinstance(value, kinds):
+            raise SecurityError(f"a chat template may not print a {type(value).__name__}")
+        self.pay((ITEM * (len(value) if isinstance(value, range) else 1) + _digits(value)) * times)
         if isinstance(value, (list, tuple, dict, *VIEWS)):
             for item in value:
-                self.pay_for(item, times)
+                self.pay_for(item, times, kinds)
         if isinstance(value, dict):
             for item in value.values():
-                self.pay_for(item, times)
+                self.pay_for(item, times, kinds)
+
+
+def _digits(value: Any) -> int:
+    return value.bit_length() // 3 if isinstance(value, int) else 0
 
 
 def _budget(context: Context) -> _Budget:
@@ -211,9 +220,7 @@ def _turn(context: Context, text: int) -> bool:
 @pass_context
 def _text(context: Context, value: Any) -> str:
     """A value as it is printed. In a list a text is written with escapes, ten characters at most for one."""
-    if not isinstance(value, str | int | float | list | tuple | dict | Undefined | None):
-        raise SecurityError(f"a chat template may not print a {type(value).__name__}")
-    _budget(context).pay_for(value, 1 if isinstance(value, str) else 10)
+    _budget(context).pay_for(value, 1 if isinstance(value, str) else 10, PRINTABLE)
     return str(value)
 
 
@@ -336,8 +343,8 @@ METHODS = {
 }
 
 
-def _raise_exception(message: Any) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message if isinstance(message, str) else f"a {type(message).__name__} is no message")
 
 
 FUNCTIONS = {
@@ -467,22 +474,8 @@ FILTERS_HERE |= {" concat": _concat, " copy": _copy, " pay": _pay, " turn": _tur
 _KINDS = ("boolean", "callable", "false", "float", "integer", "iterable", "mapping", "none", "number", "sequence")
 TESTS_HERE = {name: TESTS[name] for name in (*_KINDS, "defined", "sameas", "string", "true", "undefined")}
 _SIGNS = (
-    "!=",
-    "<",
-    "<=",
-    "==",
-    ">",
-    ">=",
-    "eq",
-    "equalto",
-    "ge",
-    "greaterthan",
-    "gt",
-    "in",
-    "le",
-    "lessthan",
-    "lt",
-    "ne",
+    *("!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le"),
+    *("lessthan", "lt", "ne"),
 )
 TESTS_HERE |= {name: _comparing(name) for name in _SIGNS}
 TESTS_HERE |= {name: _comparing(name, (int, float)) for name in ("divisibleby", "even", "odd")}

@@ -43,7 +43,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
         self.backend = backend
         self.config = dict(config or {})
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (_text(self.config.get(r)) for r in ROLES)
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (_text(self.config.get(r), r) for r in ROLES)
         self.padding_side = self.config.get("padding_side", "left")  # right for no decoder: it continues the last token
         self.truncation_side = self.config.get("truncation_side", "right")
         for name in ("padding_side", "truncation_side"):
@@ -70,7 +70,7 @@ class Tokenizer:
         config = source.json("tokenizer_config.json", required=False) or {}
         roles = source.json("special_tokens_map.json", required=False) or {}
         added = source.json("added_tokens.json", required=False) or {}
-        with hub.blame(source.name):
+        with hub.blame(f"{source.name}: the tokenizer's files"):
             tokenizer = cls(backend, config | {role: roles[role] for role in ROLES if role in roles})
             tokenizer._add_listed(_listed(added, config.get("added_tokens_decoder") or {}))
             _ = tokenizer._around  # a first text, before any of a user
@@ -334,7 +334,9 @@ class Tokenizer:
     def _id_of(self, token: str | None) -> int | None:
         found = None if token is None else self.backend.token_to_id(token)
         if token is not None and found is None:
-            raise ValueError(f"{token!r} is not in the vocabulary; add it with tokenizer.add_tokens([{token!r}])")
+            raise ValueError(
+                f"{token!r:.80} is not in the vocabulary; add it with tokenizer.add_tokens([{token!r:.80}])"
+            )
         return found
 
     @property
@@ -480,11 +482,11 @@ def _raise_value_error(error: BaseException, message: str) -> None:
     raise error
 
 
-def _text(token: Any) -> str | None:
+def _text(token: Any, name: str = "a token") -> str | None:
     """The string of a token, which JSON files write as it is or as {"content": …}."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"a token in tokenizer_config.json is a string, found {token!r:.80}")
+        raise ValueError(f"{name} should be a string, found {token!r:.80}")
     return text
 
 

@@ -40,19 +40,26 @@ class Arrival:
         """The tensors that files hold of a layer's weight, with their shapes (None: checked when read)."""
         return self.config.stored.files(layer.shape) if self.stored else {"weight": layer.shape}
 
+    def read(self, name: str, layer: QuantizedLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that files hold of a layer's weight as the layer holds them; ValueError names the layer."""
+        try:
+            return self.config.stored.read(tensors, layer.shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
     def take(self, name: str, layer: QuantizedLinear, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
         """Give a layer its tensors, on the device where it is to live. dtype: the model's; None = the tensors' own."""
+        if self.stored:
+            layer.restore(self.read(name, layer, tensors), dtype or torch.float32)
+            return
         try:
-            if self.stored:
-                layer.restore(self.config.stored.read(tensors, layer.shape), dtype or torch.float32)
-            else:
-                layer.quantize_(tensors["weight"], dtype)
+            layer.quantize_(tensors["weight"], dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
 
-def choose(name: str, values: Any, asked: Any) -> Arrival | None:
-    """For a checkpoint called `name`: what its `quantization_config` says, or what the caller asks for.
+def choose(values: Any, asked: Any) -> Arrival | None:
+    """What a checkpoint's `quantization_config` says, or what the caller asks for.
 
     Raises ValueError where they contradict each other, or cannot be honoured.
     """
@@ -65,7 +72,7 @@ def choose(name: str, values: Any, asked: Any) -> Arrival | None:
     try:
         config = foreign.from_hub(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: quantization_config of config.json: {error}") from error
+        raise ValueError(f"quantization_config of config.json: {error}") from error
     if asked is not None and asked.format != config.format:
-        raise ValueError(f"{name} is quantised already, as {config.format}; load it without quantization_config")
+        raise ValueError(f"it is quantised already, as {config.format}; load it without quantization_config")
     return Arrival(config, stored=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from minivlm.quantization import affine
 from minivlm.quantization.affine import GROUP_SIZES
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
-from minivlm.quantization.formats import Affine, Shape, Tensors
+from minivlm.quantization.formats import Affine, Shape, Tensors, check_real
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
@@ -36,7 +36,7 @@ def unpack_words(words: Tensor, order: tuple[int, ...]) -> Tensor:
 def our_group_size(theirs: int) -> int:
     """32, 64 or 128, so that one of their groups is a number of ours; −1 means one group for all inputs."""
     for size in reversed(GROUP_SIZES):
-        if theirs == -1 or (theirs > 0 and theirs % size == 0):
+        if theirs == -1 or (0 < theirs < 2**31 and theirs % size == 0):
             return size
     raise ValueError(f"group_size should be -1 or a multiple of {GROUP_SIZES[0]}, found {theirs!r}")
 
@@ -48,6 +48,7 @@ def _groups(group_size: int, columns: int) -> int:
 def _ours(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensors:
     """Codes (K, N), scales and zeros (G, N) → the tensors of `Affine`."""
     columns, ours = len(codes), our_group_size(group_size)
+    check_real("scales", scales)
     starts = torch.arange(0, columns, ours, device=codes.device)
     theirs = starts // (columns if group_size == -1 else group_size)
     return {
@@ -137,7 +138,7 @@ def from_hub(values: Any) -> Config:
         raise ValueError(f"quantization_config should be a JSON object, found {type(values).__name__}")
     method = values.get("quant_method", "bitsandbytes" if "load_in_4bit" in values else None)
     readers = {"bitsandbytes": _bitsandbytes, "minivlm_int4": _int4, "awq": _awq, "gptq": _gptq}
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         raise ValueError(f"quant_method {method!r} is not supported; known: {', '.join(readers)}")
     return readers[method](values)
 

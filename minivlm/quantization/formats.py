@@ -16,6 +16,7 @@ from minivlm.quantization import affine, codebook, int8
 
 Tensors = dict[str, Tensor]
 Shape = tuple[int, int]  # (N outputs, K inputs)
+MAX_STATE = 2**12  # bytes of JSON about a weight; bitsandbytes writes about 300
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -86,18 +87,22 @@ class Codebook:
         wanted |= {"nested_blocksize": codebook.NESTED_BLOCK, "nested_dtype": "float32"} if self.nested else {}
         for name, value in wanted.items():
             if about.get(name) != value:
-                raise ValueError(f"its quant_state has {name} {about.get(name)!r}, expected {value!r}")
+                raise ValueError(f"its quant_state has {name} {about.get(name)!r:.80}, expected {value!r}")
         count = shape[0] * shape[1]
         blocks = -(-count // self.block)
         tensors = {"qweight": found["weight"].view(torch.uint8).reshape(-1), "code": found["weight.quant_map"]}
         tensors["absmax"] = found["weight.absmax"]
         _check("weight", tensors["qweight"], (-(-count // 2),), torch.uint8)
+        _check("weight.quant_map", tensors["code"], (16,), torch.float32)
         _check("weight.absmax", tensors["absmax"], (blocks,), torch.uint8 if self.nested else torch.float32)
         if self.nested:
             tensors["nested_absmax"] = found["weight.nested_absmax"]
             tensors["nested_map"] = found["weight.nested_quant_map"]
             _check("weight.nested_absmax", tensors["nested_absmax"], (-(-blocks // 256),), torch.float32)
-            tensors["offset"] = torch.tensor(float(about["nested_offset"]), device=found["weight"].device)
+            _check("weight.nested_quant_map", tensors["nested_map"], (256,), torch.float32)
+            if not isinstance(offset := about.get("nested_offset"), float):
+                raise ValueError(f"its quant_state has nested_offset {offset!r:.80}, expected a number such as 0.01")
+            tensors["offset"] = torch.tensor(offset, device=found["weight"].device)
         return tensors
 
 
@@ -132,6 +137,7 @@ class Affine:
     def read(self, found: Tensors, shape: Shape) -> Tensors:
         for name in ("qweight", "zeros"):
             _check(name, found[name], found[name].shape, torch.uint8)
+        check_real("scales", found["scales"])
         return {name: found[name] for name in ("qweight", "scales", "zeros")}
 
 
@@ -164,6 +170,7 @@ class Int8:
         _check("weight", found["weight"], shape, torch.int8)
         if found["weight_format"].item() != 0:
             raise ValueError(f"its weight_format is {found['weight_format'].item()}, expected 0 (row by row)")
+        check_real("SCB", found["SCB"])
         return {"qweight": found["weight"], "scales": found["SCB"].float()}
 
 
@@ -171,13 +178,21 @@ Format = Codebook | Affine | Int8
 
 
 def _json(text: Tensor) -> dict[str, Any]:
+    if text.numel() > MAX_STATE:
+        raise ValueError(f"its quant_state has {text.numel():,} bytes, expected at most {MAX_STATE:,}")
     try:
-        value = json.loads(bytes(text.to("cpu", torch.uint8).tolist()))
-    except ValueError as error:
+        value = json.loads(bytes(text.flatten().to("cpu", torch.uint8).tolist()))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its quant_state is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"its quant_state should be a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_real(name: str, tensor: Tensor) -> None:
+    """ValueError for scales in whole numbers."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"its {name} are of {tensor.dtype}, expected {', '.join(DTYPES)}")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import tiny_idefics
 import torch
 
+from minivlm import BitsAndBytesConfig, Int4Config
 from minivlm.models.idefics import IdeficsConfig, IdeficsForVisionText2Text
 from minivlm.models.idefics2 import Idefics2Config, Idefics2ForConditionalGeneration
 from minivlm.models.llava_next import LlavaNextConfig, LlavaNextForConditionalGeneration
@@ -267,6 +268,27 @@ def sharded(change: Callable[[dict[str, str], dict[str, dict]], Any] = lambda *_
     return broken
 
 
+def quantised(config: Any, change: Callable[[dict[str, tuple[str, list[int], bytes]], str], Any]) -> Break:
+    """Quantise an Idefics2 folder. `change` then gets its tensors, and what the names of one layer's begin with."""
+
+    def broken(folder: Path) -> None:
+        model = Idefics2ForConditionalGeneration.from_pretrained(folder, quantization_config=config)
+        model.save_pretrained(folder)
+        tensors(lambda parts: change(parts, "model.text_model.layers.0.mlp.down_proj."))(folder)
+
+    return broken
+
+
+def part(config: Any, leaf: str, dtype: str, shape: list[int], data: bytes) -> Break:
+    """Another tensor in the place of one of a quantised layer's."""
+    return quantised(config, lambda parts, layer: parts.update({layer + leaf: (dtype, shape, data)}))
+
+
+def state(config: Any, about: bytes, shape: list[int] | None = None) -> Break:
+    """Another JSON about a layer in NF4: 16 outputs, 24 inputs."""
+    return part(config, "weight.quant_state.bitsandbytes__nf4", "U8", shape or [len(about)], about)
+
+
 def pickled(*names: str) -> Break:
     """Only these files, a pickle's beginning in each, where the weights were."""
     return several(without(WEIGHTS), *(content(name, b"\x80\x02}q\x00.") for name in names))
@@ -351,6 +373,28 @@ FILES = _cases(
             lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.json.incomplete"),
             "no tokenizer.json but tokenizer.json.incomplete, so its download is not finished",
         ),
+        "download of zeros so far": (
+            content(WEIGHTS + ".aria2", b""),
+            "has model.safetensors but model.safetensors.aria2, so its download is not finished; wait, or resume it",
+        ),
+        "a shard with a name of 5,000 letters": (
+            sharded(lambda weight_map, _: weight_map.update(x="a" * 5000 + ".safetensors")),
+            "aaaa of .* cannot be opened: File name too long",
+        ),
+        "weights of a link through a folder": (
+            several(
+                lambda folder: (folder / "up").symlink_to(folder.parent),
+                lambda folder: shutil.move(folder / WEIGHTS, folder.parent / "w.safetensors"),
+                lambda folder: (folder / WEIGHTS).symlink_to("up/w.safetensors"),
+            ),
+            "is a link that leaves its folder",
+        ),
+        "weights of the machine's memory": (
+            instead(WEIGHTS, lambda p: p.symlink_to("/proc/self/mem")),
+            "leaves its folder, to /proc|where no file",
+        ),
+        "settings are a pipe": (instead("generation_config.json", os.mkfifo), "found a pipe or device"),
+        "weights are a message": (content(WEIGHTS, b'{"error": "restricted"}'), "not a complete safetensors file"),
         "no tokenizer": (without("tokenizer.json"), "has no tokenizer.json"),
         "tokenizer is a Git LFS pointer": (content("tokenizer.json", LFS), "tokenizer.json is a Git LFS pointer"),
         "empty tokenizer": (content("tokenizer.json", b""), "tokenizer.json is empty"),
@@ -411,6 +455,13 @@ JSON = _cases(
         "another model type": (entry("config.json", "model_type", "blip"), "model_type 'blip'; minivlm implements"),
         "model type is a list": (entry("config.json", "model_type", ["idefics2"]), "has model_type"),
         "no model type": (entry("config.json", "model_type", GONE), "has model_type None"),
+        "config in UTF-16": (text("config.json", lambda s: "\0".join(s)), "not valid JSON"),
+        "config twice": (text("config.json", lambda s: s + s), "not valid JSON .*Extra data"),
+        "config with a number beyond all": (text("config.json", lambda s: s.replace(": 102", ": 1e999", 1)), "finite"),
+        "an activation of 100,000 letters": (
+            entry("config.json", "perceiver_config.hidden_act", "x" * 10**5),
+            "hidden_act.*x{60}",
+        ),
         "model type of another family": (
             entry("config.json", "model_type", "llava_next"),
             "have no image_grid_pinpoints",
@@ -440,6 +491,25 @@ HEADERS = _cases(
                 )
             ),
             "'lm_head.weight' is given twice",
+        ),
+        "tensor given twice, once with escapes": (
+            header(
+                lambda values: (
+                    json.dumps(values)[:-1] + ', "lm\\u005fhead.weight": ' + json.dumps(values["lm_head.weight"]) + "}"
+                ).encode()
+            ),
+            "'lm_head.weight' is given twice",
+        ),
+        "zeros behind the JSON": (header(lambda values: json.dumps(values).encode() + bytes(8)), "not valid JSON"),
+        "header in UTF-16": (header(lambda values: json.dumps(values).encode("utf-16")), "not valid JSON"),
+        "shape whose size overflows to the right one": (tensor(shape=[2**61, 8, 1632]), "of shape .* needs"),
+        "100,000 empty tensors": (
+            header(
+                lambda values: values.update(
+                    {f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+                )
+            ),
+            r"100000 tensors unexpected:(.|\n)*of one checkpoint, and of this revision",
         ),
         "tensor is a list": (
             header(lambda values: values.update(x=[1])),
@@ -889,7 +959,7 @@ TOKENIZERS |= _cases(
         "a template in Latin-1": (content("chat_template.jinja", b"caf\xe9"), "chat_template.jinja: .*utf-8"),
         "roles that are numbers": (
             content("special_tokens_map.json", b'{"eos_token": 3}'),
-            "a token in .* is a string",
+            "eos_token should be a string, found 3",
         ),
     },
 )
@@ -904,6 +974,113 @@ TOKENIZERS |= _cases(
             ),
             "input_ids has the id 1000, but the vocabulary has 102 tokens; is the tokenizer of another checkpoint",
         ),
+    },
+)
+
+NF4, NESTED = (
+    BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+    for nested in (False, True)
+)
+INT8, INT4 = BitsAndBytesConfig(load_in_8bit=True), Int4Config(32)
+ABOUT = {"quant_type": "nf4", "blocksize": 64, "shape": [16, 24], "nested_blocksize": 256, "nested_dtype": "float32"}
+
+
+def about(**changes: Any) -> bytes:
+    return json.dumps({**ABOUT, **changes}).encode()
+
+
+QUANTISED = _values(
+    "idefics2",
+    "config.json",
+    "content",
+    [
+        ("quantization_config", value, f"quantization_config of config.json: {words}")
+        for value, words in [
+            (3, "quantization_config should be a JSON object"),
+            ({}, "quant_method None is not supported"),
+            ({"quant_method": ["awq"]}, "quant_method .'awq'. is not supported"),
+            ({"quant_method": "x" * 10**6}, "quant_method 'x+"),
+            ({"load_in_4bit": "yes"}, "load_in_4bit should be True or False"),
+            ({"load_in_4bit": True, "load_in_8bit": True}, "set one of load_in_4bit and load_in_8bit"),
+            ({"load_in_4bit": True, "bnb_4bit_quant_type": ["nf4"]}, "bnb_4bit_quant_type should be"),
+            ({"load_in_4bit": True, "bnb_4bit_compute_dtype": {}}, "bnb_4bit_compute_dtype should be one of"),
+            ({"quant_method": "minivlm_int4", "group_size": [32]}, "group_size should be one of 32, 64, 128"),
+            ({"quant_method": "minivlm_int4", "group_size": 32, "skip_modules": "a"}, "skip_modules should be a list"),
+            ({"quant_method": "awq", "bits": 8}, "AWQ files of bits 8 are not supported"),
+            ({"quant_method": "awq", "group_size": 0}, "group_size should be -1 or a multiple of 32"),
+            ({"quant_method": "awq", "group_size": 2**70}, "group_size should be -1 or a multiple of 32"),
+            ({"quant_method": "gptq", "bits": [4] * 9999}, "GPTQ files of bits .4, 4"),
+            ({"quant_method": "gptq", "bits": 4, "group_size": "128"}, "group_size should be a whole number"),
+        ]
+    ],
+)
+QUANTISED |= _cases(
+    "idefics2",
+    "content",
+    {
+        "said to be quantised": (
+            entry("config.json", "quantization_config", {"load_in_8bit": True, "quant_method": "bitsandbytes"}),
+            "says that the weights are quantised, but the files hold no tensor",
+        ),
+        "quantised twice over": (
+            several(
+                quantised(NF4, lambda *_: None), entry("config.json", "quantization_config.bnb_4bit_quant_type", "fp4")
+            ),
+            "missing:(.|\n)*bitsandbytes__fp4",
+        ),
+        "NF4 that does not say so": (
+            several(quantised(NF4, lambda *_: None), entry("config.json", "quantization_config", GONE)),
+            "tensors unexpected:(.|\n)*absmax",
+        ),
+        "NF4: no state": (state(NF4, b""), "down_proj: its quant_state is not valid JSON"),
+        "NF4: a deep state": (state(NF4, b"[" * 4000), "its quant_state is not valid JSON"),
+        "NF4: a state of a megabyte": (state(NF4, about(shape="x" * 10**6)), "its quant_state has 1,000,.* bytes"),
+        "NF4: a state in rows": (state(NF4, b"{}", [1, 2]), "its quant_state has quant_type None"),
+        "NF4: state is a list": (state(NF4, b"[]"), "should be a JSON object, found list"),
+        "NF4: blocks of nothing": (state(NF4, about(blocksize=0)), "its quant_state has blocksize 0, expected 64"),
+        "NF4: another shape": (state(NF4, about(shape=[24, 16])), "its quant_state has shape .24, 16., expected"),
+        "NF4: codes of floats": (part(NF4, "weight", "F32", [1], bytes(4)), r"its weight is .4. of torch.uint8"),
+        "NF4: values of half precision": (
+            part(NF4, "weight.quant_map", "F16", [16], bytes(32)),
+            "its weight.quant_map is .16. of torch.float16, expected .16. of torch.float32",
+        ),
+        "NF4: values of truth": (
+            part(NF4, "weight.quant_map", "BOOL", [16], bytes(16)),
+            "quant_map is .16. of torch.b",
+        ),
+        "NF4: one scale": (part(NF4, "weight.absmax", "F32", [], bytes(4)), "its weight.absmax is .. of torch.float32"),
+        "NF4, doubly: no offset": (state(NESTED, about()), "nested_offset None, expected a number"),
+        "NF4, doubly: offsets": (state(NESTED, about(nested_offset=[1])), "nested_offset .1., expected a number"),
+        "NF4, doubly: a great offset": (state(NESTED, about(nested_offset=10**400)), "nested_offset 10+, expected"),
+        "NF4, doubly: whole values": (
+            part(NESTED, "weight.nested_quant_map", "I64", [256], bytes(2048)),
+            "its weight.nested_quant_map is .256. of torch.int64",
+        ),
+        "int8: whole scales": (
+            part(INT8, "SCB", "I64", [16], bytes(128)),
+            "its SCB are of torch.int64, expected float",
+        ),
+        "int8: by columns": (part(INT8, "weight_format", "U8", [], b"\x01"), "its weight_format is 1, expected 0"),
+        "int4: whole scales": (part(INT4, "scales", "I32", [16, 1], bytes(64)), "its scales are of torch.int32"),
+        "int4: signed codes": (
+            part(INT4, "qweight", "I8", [16, 12], bytes(192)),
+            "its qweight is .16, 12. of torch.int8",
+        ),
+    },
+)
+QUANTISED |= _cases(
+    "idefics2",
+    "use",
+    {
+        f"{name}: scales that are none": (
+            part(config, leaf, "F32", shape, b"\xff" * 4 * shape[0]),
+            "the weights of model.text_model.layers.0.mlp.down_proj hold NaN",
+        )
+        for name, config, leaf, shape in [
+            ("NF4", NF4, "weight.absmax", [6]),
+            ("int8", INT8, "SCB", [16]),
+            ("int4", INT4, "scales", [16, 1]),
+        ]
     },
 )
 
@@ -1026,6 +1203,7 @@ GROUPS = {
     "indices of shards": INDICES,
     "settings that cannot be": VALUES,
     "tokenizers": TOKENIZERS,
+    "quantised weights": QUANTISED,
     "settings of pictures": PICTURES,
     "numbers that are none": NUMBERS,
 }

@@ -279,6 +279,15 @@ FILES: dict[str, tuple[Made, Any]] = {
     "PNG with pixels that do not unpack": (plain(file("PNG")[:45] + bytes(40)), "OSError: .*"),
     "cut off, open": (opened(file("JPEG", noise())[:2000]), "OSError: the PIL image is damaged"),
     "closed": (closed, "OSError: the PIL image is damaged"),
+    "JPEG of a million bytes that fill": (
+        plain(b"\xff\xd8" + b"\xff" * 2**20 + file("JPEG")[2:]),
+        "OSError: .*more than 1,000,000 parts",
+    ),
+    "palette of no colours": (lambda folder: Image.new("P", (3, 2), 200), "ValueError: .*palette of no colours"),
+    "PNG without its palette": (plain(png(4, 1, 4, 3, b"\0\x12\x34")), "ValueError: .*palette of no colours"),
+    "PNG of no width": (plain(png(0, 5)), "ValueError: .*its header is damaged"),
+    "palette with alpha for 1,000 entries": (plain(palette("RGB", b"\0" * 1000)), "ValueError: .*mode P"),
+    "JPEG of no height": (plain(file("JPEG").replace(b"\x08\0\x02\0\x03", b"\x08\0\0\0\x03")), "ValueError: .*damaged"),
     # ---- no pictures
     "EPS": (plain(EPS), "ValueError: .*PostScript"),
     "EPS, open: it would be run": (opened(EPS), "ValueError: .*another program to run"),
@@ -301,6 +310,7 @@ FILES: dict[str, tuple[Made, Any]] = {
     "half a surrogate pair in the name": (plain("\ud800.png"), "OSError: .*(cannot be|no picture)"),
     "a name of 5,000 letters": (plain("x" * 5000), "OSError: .*(cannot be|no picture)"),
     "somebody else's home": (plain("~nobody-of-this-name/x.png"), "OSError: .*(cannot be|no picture)"),
+    "a name of a million letters": (plain("x" * 10**6), "OSError: .{0,300}too long$"),
     "a folder": (special("folder"), "OSError: no picture"),
     "a pipe that nobody writes to": (special("pipe"), "OSError: no picture"),
     "/dev/zero": (special("/dev/zero"), "OSError: no picture"),

@@ -13,6 +13,7 @@ import torch
 from guarded import Child
 from PIL import Image
 
+from minivlm import AutoModelForImageTextToText, AutoProcessor, Chat
 from minivlm.processing.idefics import IdeficsProcessor
 from minivlm.processing.idefics2 import Idefics2Processor
 from minivlm.processing.llava_next import LlavaNextProcessor
@@ -278,3 +279,46 @@ def test_odd_prompts_of_idefics(child, name):
 
 def test_the_tables_are_long_enough():
     assert len(TYPED) + len(MESSAGES) + len(CALLS) + len(PROMPTS) >= 40
+
+
+# ---- what is given to the model
+
+
+INPUTS = {
+    "an array": (lambda inputs: {"pixel_values": inputs["pixel_values"].numpy()}, "should be a tensor with numbers"),
+    "no numbers": (
+        lambda inputs: {"pixel_values": inputs["pixel_values"].to("meta")},
+        "should be a tensor with numbers",
+    ),
+    "no rows": (lambda inputs: {"pixel_values": inputs["pixel_values"][:0]}, "pixel"),
+    "NaN": (lambda inputs: {"pixel_values": inputs["pixel_values"] * np.nan}, "pixel_values holds NaN or infinity"),
+    "ids of floats": (lambda inputs: {"input_ids": inputs["input_ids"].float()}, "input_ids should be integers"),
+    "a short mask": (lambda inputs: {"attention_mask": inputs["attention_mask"][:, 1:]}, "one entry per prompt token"),
+}
+
+
+def generate(family: str, name: str) -> None:
+    checkpoint = f"shapes-{family.replace('_', '-')}"
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([user(GIVEN, text("Hi"))], **options)
+    AutoModelForImageTextToText.from_pretrained(checkpoint).generate(**{**inputs, **INPUTS[name][0](inputs)})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", INPUTS)
+def test_odd_inputs_of_models(child, family, name):
+    check(child, f"ValueError: .*{INPUTS[name][1]}", generate, family, name)
+
+
+def ask(family: str, images: Any) -> str:
+    checkpoint = f"shapes-{family.replace('_', '-')}"
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    return Chat(model, AutoProcessor.from_pretrained(checkpoint), max_new_tokens=2).ask("Hi", images)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_nothing(child, family):
+    assert check(child, None, ask, family, None) == check(child, None, ask, family, [])
+    check(child, "TypeError: a picture is a PIL.Image.*NoneType", ask, family, [None])
+    check(child, "TypeError: a picture is a PIL.Image.*list", ask, family, [[RED]])

@@ -26,7 +26,21 @@ END = "{% endfor %}"
 X = "{% set x = 'x' * 10**6 %}"
 WORK = r"(does the work of|takes longer than)"  # the second on a very busy machine
 
+NAMED = "{% set ns = namespace(x='x' * 10**6) %}"
 REFUSED = {
+    # ---- what is printed from inside of something else
+    NAMED + "{{ ([ns] * 2000) | string }}": "may not print a Namespace",
+    NAMED + "{{ ([[ns]] * 2000) | join }}": "may not print a Namespace",
+    NAMED + "{{ ([ns] * 2000,) }}": "may not print a Namespace",
+    "{% set ns = namespace(l=[1]) %}"
+    + "{% set ns.l = [ns.l, namespace(a=ns.l)] %}" * 40
+    + "{{ [ns.l] }}": "a Namespace",
+    NAMED + "{{ raise_exception([ns] * 2000) }}": "a list is no message",
+    "{{ [messages[0].items] }}": "may not print a builtin_function_or_method",
+    "{{ [range] }}": "may not print a function",
+    "{% set n = 10 ** 1000 %}" + LOOP + LOOP + "{{ n }}" + END + END: WORK,
+    "{% set n = 10 ** 1000 %}{{ ([n] * 90000) | join | length }}": WORK,
+    "{{ raise_exception('\x1b[2J\nx') }}": "fails on these messages:  .2J x$",
     # ---- arithmetic
     "{{ 9 ** (9 ** 9) }}": "may not compute",
     "{{ 10 ** (10 ** 8) }}": "may not compute",

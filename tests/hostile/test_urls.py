@@ -122,6 +122,9 @@ class Server(http.server.BaseHTTPRequestHandler):
     def rubbish(self, rest: str) -> None:
         self.wfile.write(bytes(range(256)))
 
+    def words(self, rest: str) -> None:
+        self.wfile.write(b"HTTP/1.1 20x \x1b[2J\r\n\r\n")
+
     def log_message(self, *args: Any) -> None:
         pass
 
@@ -153,6 +156,11 @@ CASES = {
     "/go_on": "OSError: .*(not finished|more than)",
     "/headers_without_end": "OSError: .*(got more than 100 headers|not finished)",
     "/rubbish": "OSError: .*",
+    "/words": r"OSError: .*20x  \[2J ",
+    "/to/http://100.100.100.200/latest/": "OSError: .*a cloud's keys",
+    "http://[fd00:ec2::254]/latest/": "OSError: .*a cloud's keys",
+    "http://[64:ff9b::a9fe:a9fe]/": "OSError: .*169.254.169.254 is a link-local",
+    "http://[2002:a9fe:a9fe::]/": "OSError: .*169.254.169.254 is a link-local",
     "HTTP://{host}/picture": "picture",
     "  http://{host}/picture": "OSError: no picture at",
     "http://user:secret@{host}/picture": r"OSError: could not fetch http://127\.0\.0\.1.*password(?!.*secret)",
