@@ -110,8 +110,8 @@ def _input_finding(key: str, a: Tensor | None, b: Tensor | None, code: str) -> F
 def greedy_findings(recording: Recording, model: nn.Module, inputs: dict[str, Any]) -> list[Finding]:
     """What greedy decoding chooses by, step by step, and what it chooses.
 
-    Tokens must be equal up to a tie: a step at which a's own choice hung on less than its two best logits may move
-    (what is allowed, each), and b took the second. What follows a tie is another text and is left out.
+    Tokens must be equal up to a tie: a step at which b took a token that a's own choice led by less than two logits may
+    move (what is allowed, each). What follows a tie is another text and is left out.
     """
     a, code = recording.group("greedy"), sides.code_at(generation.generate)
     shape, difference = tuple(a["tokens"].shape), Difference()
@@ -127,9 +127,9 @@ def greedy_findings(recording: Recording, model: nn.Module, inputs: dict[str, An
         if torch.equal(ours[: shape[1]], theirs):
             continue
         step = int((ours[: shape[1]] != theirs).nonzero()[0])
-        best = a["scores"][row, step].float().topk(2)
-        margin = float(best.values[0] - best.values[1])
-        tie = ours[step] == best.indices[1] and margin <= 2 * logits["allowed"]
+        scores = a["scores"][row, step].float()
+        margin = float(scores.max() - scores[ours[step]]) if ours[step] >= 0 else math.inf
+        tie = margin <= 2 * logits["allowed"]
         excess = max(excess, margin / (2 * logits["allowed"]) if tie else math.inf)
         kind = "a tie" if tie else "differs"
         notes.append(f"row {row}, token {step}: {kind}, {ours[step]} for {theirs[step]}, which led by {margin:.2g}")
