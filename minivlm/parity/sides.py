@@ -355,9 +355,10 @@ def code_at(thing: Any) -> str:
 
 
 def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
-    """(path, code) of the module that makes a stage: of one that is torch's own, or is gone, the module around it."""
-    path = stage.blame or path_of(model, stage) or stage.ours
+    """(path, code) of the module that makes a stage, and of up to two around it, whose forward pass calls it: an edit
+    may lie there. Modules of torch's own are passed over, and so is one that is gone."""
     modules = dict(model.named_modules())
-    while path and (path not in modules or type(modules[path]).__module__.startswith("torch.")):
-        path = path.rpartition(".")[0]
-    return path or "the model", code_at(type(modules[path]))
+    path = stage.blame or path_of(model, stage) or stage.ours
+    around = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]
+    known = [each for each in [*around, ""] if each in modules and type(modules[each]).__module__[:6] != "torch."]
+    return known[0] or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])

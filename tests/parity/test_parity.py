@@ -396,3 +396,13 @@ def test_a_release_has_its_stages(name: str) -> None:
         assert "minivlm/" in sides.blamed(model, stage)[1]
     layers = getattr(config, "text_config", config).num_hidden_layers
     assert sum(stage.name.startswith("decoder layer") for stage in stages) == layers
+
+
+def test_the_code_around_a_part_is_named_too() -> None:
+    """What is wrong with a projection is, as a rule, what the layer around it hands it."""
+    model = LlavaNextForConditionalGeneration.from_pretrained(MODEL)
+    stage = next(stage for stage in stages_of(model.config, [1], inside=True) if stage.name.endswith("1, down_proj"))
+    path, code = sides.blamed(model, stage)
+    assert path == "model.language_model.layers.1.mlp.down_proj"
+    assert [each.split()[1] for each in code.split(", in ")] == ["Linear", "GatedMLP", "DecoderBlock"]
+    assert sides.blamed(model, stages_of(model.config)[-1])[0] == "the model"
