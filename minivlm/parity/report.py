@@ -41,11 +41,8 @@ class Report:
             times = f"{found.excess:.1f}" if found.excess < 10 else f"{found.excess:,.0f}"
             why = f"{times} times what is allowed; max |Δ| {found.largest:.2g}, at {found.where}"
         count = sum(finding.diverges for finding in self.findings)
-        lines = [
-            why,
-            f"made by {found.path}: {found.code}",
-            f"{count} of {len(self.findings)} stages diverge",
-        ]
+        code = "\n".join(f"made by {found.path}: {found.code}".split(", in "))
+        lines = [why, *code.replace("\n", "\nin ").split("\n"), f"{count} of {len(self.findings)} stages diverge"]
         folded = (wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines)
         return "\n".join([f"first divergence: {found.stage}", *(part for parts in folded for part in parts)])
 
