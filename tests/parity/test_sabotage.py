@@ -568,15 +568,14 @@ def test_fault_is_named(pair: Any, family: str, name: str, monkeypatch: pytest.M
     assert error is None or error[0] == "ValueError", report.first.note  # our model's own check
 
 
-# Faults above that rounding to half precision does not hide. (It hides the four epsilons and halves of dtypes, and
-# gelu's approximations: what they change is less than what the reference's own backends differ by.)
+# Faults above that rounding to half precision does not hide. (It hides 10 of the 92: epsilons, softmax and rotations in
+# half precision, and activations that differ little; these change less than twice what the backends differ by.)
 ROUNDED = [
     ("idefics2", "another activation in the resampler"),
     ("idefics2", "scores divided by the width"),
     ("idefics2", "a position twice"),
     ("idefics2", "window one too short"),
-    ("llava_next", "relu in the projector"),
-    ("llava_next", "gelu for silu"),
+    ("llava_next", "heads of half the width"),
     ("llava_next", "padding attended to in decoding"),
     ("idefics", "gates exchanged"),
     ("idefics", "keys not normalised"),
@@ -634,6 +633,15 @@ def test_clean_models_have_no_fault(pair: Any, family: str, backend: str | None,
     report = against(recording, Side(model), Question(inputs=inputs))
     assert report.first is None, report.table()
     assert inside or report.findings[-1].stage == "greedy tokens"
+
+
+def test_our_kernels_have_no_fault(pair: Any) -> None:
+    """In fp16, where their rounding is not that of either backend of the reference. (They tile heads of this width.)"""
+    recording, ours, inputs = pair("llava_next", dtype="float16")
+    model = copy.deepcopy(ours)
+    model.attn_implementation = "triton"
+    report = against(recording, Side(model), Question(inputs=inputs))
+    assert report.first is None, report.table()
 
 
 def test_another_way_is_no_fault(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
