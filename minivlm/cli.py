@@ -366,12 +366,19 @@ def _parity_parser() -> _Parser:
 def parity(args: argparse.Namespace, parser: _Parser) -> bool:
     """Print a report for each dtype, or store a recording; whether something diverges."""
     from minivlm.inspection import memory
-    from minivlm.parity import Question, Recording, against, compare, drawn_picture, plot, record
+    from minivlm.parity import Question, Recording, against, check_plot, compare, drawn_picture, plot, record
     from minivlm.processing.images import load_image
 
     dtypes = args.dtype.split(",")
     if (args.record or args.against) and len(dtypes) > 1:
         parser.error("a recording is of one dtype")
+    fixed = [
+        name for name in ("a", "layers", "inside", "tokens", "record") if args.against and _set(args, parser, name)
+    ]
+    if fixed:
+        parser.error(f"--{fixed[0]} and --against: a recording is of one side, these layers and tokens; record anew")
+    if args.plot:
+        check_plot(args.plot)
     pictures = [load_image(image) for image in args.image] if args.image else [drawn_picture()]
     question = Question(tuple(pictures), **({} if args.prompt is None else {"prompt": args.prompt}))
     shared = {"layers": _numbers(args.layers), "inside": args.inside, "tokens": args.tokens}
@@ -396,6 +403,10 @@ def parity(args: argparse.Namespace, parser: _Parser) -> bool:
     else:
         print("\n\n".join(report.table() for report in reports.values()))
     return any(report.first for report in reports.values())
+
+
+def _set(args: argparse.Namespace, parser: _Parser, name: str) -> bool:
+    return getattr(args, name) != parser.get_default(name)
 
 
 def _numbers(text: str | None) -> list[int] | None:

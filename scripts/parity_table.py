@@ -3,6 +3,7 @@
     python scripts/parity_table.py                        built-in checkpoints, and a random model of each family
     python scripts/parity_table.py --only idefics2        one family
     python scripts/parity_table.py --dtype float32        one dtype
+    python scripts/parity_table.py --compact              a line for each model, the worst over backends
 
 Pixels and ids are those of the two processors, for a drawn picture. Logits: the largest difference anywhere in the
 prompt, and the first stage that diverges, if one does (see `minivlm.parity`). Gradients: the largest relative
@@ -25,15 +26,14 @@ from torch import nn
 
 from minivlm import hub
 from minivlm.loading import DTYPES, local_name
-from minivlm.parity import Question, Report, Side, against, drawn_picture, record
+from minivlm.parity import Question, Side, against, drawn_picture, record
+from minivlm.parity.findings import Finding
 from minivlm.parity.sides import config_of, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests' tiny random models
 
-BACKENDS = ("sdpa", "eager")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A checkpoint and what it is asked."""
 
@@ -72,28 +72,85 @@ def random_models(folder: Path) -> Iterator[Case]:
         yield Case("random", family, path, Question(inputs=inputs))
 
 
-def rows(case: Case, dtype: str, folder: Path) -> Iterator[list[str]]:
-    """A line of the table for each of our backends; the reference is recorded once."""
+@dataclass(frozen=True)
+class Row:
+    """What was found for one case, dtype and backend; gradient: the largest relative difference, in float32 only."""
+
+    case: Case
+    dtype: str
+    backend: str
+    found: dict[str, Finding]
+    gradient: float | None
+
+    def exact(self, *stages: str) -> str:
+        known = [self.found[stage] for stage in stages if stage in self.found]
+        return "" if not known else "differ" if any(stage.diverges for stage in known) else "equal"
+
+    @property
+    def first(self) -> str:
+        return next((stage for stage, finding in self.found.items() if finding.diverges), "none")
+
+    @property
+    def greedy(self) -> str:
+        found = self.found["greedy tokens"]
+        return "differ" if found.diverges else "equal up to a tie" if found.note else "equal"
+
+
+def rows(case: Case, dtype: str, folder: Path) -> Iterator[Row]:
+    """One for each of our backends; the reference is recorded once."""
     recording = record(Side(case.folder, "transformers", dtype=dtype), folder / "ref.safetensors", case.question)
-    for backend in BACKENDS:
+    for backend in ("sdpa", "eager", "triton") if torch.cuda.is_available() else ("sdpa", "eager"):
         side = Side(case.folder, dtype=dtype, attn=backend)
         report = against(recording, side, case.question)
-        yield [case.family, case.name, dtype, backend, *_cells(report), gradients(case, side)]
+        found = {finding.stage: finding for finding in report.findings}
+        yield Row(case, dtype, backend, found, gradient(case, side) if dtype == "float32" else None)
 
 
-def _cells(report: Report) -> list[str]:
-    found = {finding.stage: finding for finding in report.findings}
-    exact = ["equal" if not found[name].diverges else "differ" for name in ("pixels", "token ids") if name in found]
-    logits, greedy = found["logits"], found["greedy tokens"]
-    first = "none" if report.first is None else report.first.stage
-    tokens = "differ" if greedy.diverges else "equal up to a tie" if greedy.note else "equal"
-    return [*(exact or ["", ""]), f"{logits.largest:.1e} ({logits.allowed:.1e})", first, tokens]
+def full(made: list[Row]) -> list[list[str]]:
+    """A line for each row."""
+    head = "family,model,dtype,ours,pixels,ids,logits: largest difference (allowed),first divergence,greedy,gradients"
+    lines = [head.split(",")]
+    for row in made:
+        cells = [row.case.family, row.case.name, row.dtype, row.backend, row.exact("pixels"), row.exact("token ids")]
+        lines.append([*cells, _logits([row]), row.first, row.greedy, _gradient([row])])
+    return lines
 
 
-def gradients(case: Case, side: Side) -> str:
-    """The largest relative difference of a gradient, float32 only: in half precision a gradient is mostly rounding."""
-    if side.dtype != "float32":
-        return ""
+def compact(made: list[Row]) -> list[list[str]]:
+    """A line for each model: the worst of its rows."""
+    dtypes = list(dict.fromkeys(row.dtype for row in made))
+    head = [
+        "model",
+        "pixels, ids",
+        *(f"logits, {dtype}" for dtype in dtypes),
+        "first divergence",
+        "greedy",
+        "gradients",
+    ]
+    lines = [head]
+    for case in dict.fromkeys(row.case for row in made):
+        mine = [row for row in made if row.case is case]
+        logits = [_logits([row for row in mine if row.dtype == dtype]) for dtype in dtypes]
+        name = case.name if case.name != "random" else f"random {case.family}"
+        exact = max(row.exact("pixels", "token ids") for row in mine)
+        first = [row.first for row in mine if row.first != "none"] or ["none"]
+        greedy = min((row.greedy for row in mine), key=["differ", "equal up to a tie", "equal"].index)
+        lines.append([name, exact, *logits, first[0], greedy, _gradient(mine)])
+    return lines
+
+
+def _logits(made: list[Row]) -> str:
+    worst = max((row.found["logits"] for row in made), key=lambda finding: finding.excess)
+    return f"{worst.largest:.1e} ({worst.allowed:.1e})"
+
+
+def _gradient(made: list[Row]) -> str:
+    known = [row.gradient for row in made if row.gradient is not None]
+    return f"{max(known):.1e}" if known else ""
+
+
+def gradient(case: Case, side: Side) -> float:
+    """The largest relative difference of a gradient. (In half precision a gradient is mostly rounding.)"""
     reference, ours = load(Side(case.folder, "transformers", dtype=side.dtype, attn=side.attn)), load(side)
     inputs = case.question.encoded(side)
     theirs = {local_name(name, ours.hub_prefixes): grad for name, grad in _gradients(reference, inputs).items()}
@@ -101,7 +158,7 @@ def gradients(case: Case, side: Side) -> str:
     whole = max(grad.norm() for grad in theirs.values())
     # A bias of keys moves all scores of a query alike: its gradient is nothing but rounding, as is one of no size.
     counted = [name for name, grad in theirs.items() if "k_proj.bias" not in name and grad.norm() > 1e-6 * whole]
-    return f"{max(((found[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in counted):.1e}"
+    return max(((found[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in counted)
 
 
 def _gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -114,6 +171,7 @@ def _gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one family")
+    parser.add_argument("--compact", action="store_true", help="a line for each model, the worst of dtype and backend")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     args = parser.parse_args()
 
@@ -121,24 +179,16 @@ def main() -> None:
 
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "Pillow": PIL.__version__}
     print(", ".join(f"{name} {version}" for name, version in versions.items()), f"on {platform.machine()}\n")
-    header = [
-        "family",
-        "model",
-        "dtype",
-        "ours",
-        "pixels",
-        "ids",
-        "logits: largest difference (allowed)",
-        "first divergence",
-    ]
-    header += ["greedy", "gradients"]
-    print("|", " | ".join(header), "|")
-    print("|", " | ".join("---" for _ in header), "|")
     with tempfile.TemporaryDirectory() as folder:
-        for case in [*built_in(), *random_models(Path(folder))]:
-            for dtype in args.dtype if args.only in (None, case.family) else ():
-                for cells in rows(case, dtype, Path(folder)):
-                    print("|", " | ".join(cells), "|", flush=True)
+        made = [
+            row
+            for case in [*built_in(), *random_models(Path(folder))]
+            for dtype in (args.dtype if args.only in (None, case.family) else ())
+            for row in rows(case, dtype, Path(folder))
+        ]
+    head, *lines = (compact if args.compact else full)(made)
+    for cells in (head, ["---"] * len(head), *lines):
+        print("|", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

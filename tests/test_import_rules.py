@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "minivlm.parity": {
         "minivlm",  # its version
         *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.generation", "minivlm.modules"),
+        "minivlm.quantization",
     },
     "minivlm.inspection": {
         *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.processing", "minivlm.quantization"),

@@ -12,7 +12,18 @@
 from minivlm.parity.compare import against, compare, record
 from minivlm.parity.question import Question, drawn_picture
 from minivlm.parity.recording import Recording
-from minivlm.parity.report import Report, plot
+from minivlm.parity.report import Report, check_plot, plot
 from minivlm.parity.sides import Side
 
-__all__ = ["Question", "Recording", "Report", "Side", "against", "compare", "drawn_picture", "plot", "record"]
+__all__ = [
+    "Question",
+    "Recording",
+    "Report",
+    "Side",
+    "against",
+    "check_plot",
+    "compare",
+    "drawn_picture",
+    "plot",
+    "record",
+]

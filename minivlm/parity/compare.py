@@ -12,7 +12,7 @@ reported, does not hide one between the models.
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minivlm import auto
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
-from minivlm.parity.findings import greedy_finding, input_findings, stage_finding
+from minivlm.parity.findings import greedy_findings, input_findings, stage_finding
 from minivlm.parity.question import Question
 from minivlm.parity.recording import FORMAT, Recording, Writer
 from minivlm.parity.report import Report
@@ -73,6 +73,77 @@ def compare(
         return _against(recording, b, question, progress)
 
 
+# ---- What every run has in common ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is compared, and of which inputs; tokens: how many greedy ones."""
+
+    stages: list[Stage]
+    rows: dict[str, Rows]
+    inputs: dict[str, Any]
+    tokens: int
+    progress: bool
+
+    @classmethod
+    def of(
+        cls, config: Any, inputs: dict[str, Any], layers: list[int] | None, inside: bool, tokens: int, progress: bool
+    ) -> "_Job":
+        rows = rows_of(inputs, config)
+        stages = [stage for stage in stages_of(config, layers, inside) if stage.rows in rows]
+        return cls(stages, rows, inputs, tokens, progress)
+
+    @contextmanager
+    def bar(self, name: str) -> Iterator[Callable[[Stage, int], None]]:
+        """A bar that steps at a stage's first call."""
+        with tqdm(total=len(self.stages), desc=name, unit="stage", leave=False, disable=not self.progress) as bar:
+            yield lambda _stage, call: None if call else bar.update()
+
+    def store(self, model: nn.Module, name: str, writer: Writer) -> None:
+        """Inputs, stages and greedy tokens."""
+        for key, value in self.inputs.items():
+            writer.add(f"inputs/{key}", value)
+        with self.bar(name) as seen:
+
+            def keep(stage: Stage, call: int, output: Tensor) -> None:
+                rows = self.rows[stage.rows].pick(sides.code_of(model), call, output)
+                writer.add(f"{stage.name}#{call}", rows)
+                seen(stage, call)
+
+            sides.forward(model, self.stages, self.inputs, keep)
+        for key, value in (sides.greedy(model, self.inputs, self.tokens) if self.tokens else {}).items():
+            writer.add(f"greedy/{key}", value)
+
+    def differences(
+        self, model: nn.Module, recording: Recording, name: str
+    ) -> tuple[dict[str, Difference | str], Exception | None]:
+        """What each stage differs by, in words where the shapes do; and the error that ended the run, if one did."""
+        code = sides.code_of(model)
+        found: dict[str, Difference | str] = {}
+        stages = [stage for stage in self.stages if sides.path_of(model, stage) is not None]
+        with self.bar(name) as seen:
+
+            def look(stage: Stage, call: int, output: Tensor) -> None:
+                seen(stage, call)
+                difference = found.setdefault(stage.name, Difference())
+                if isinstance(difference, str):
+                    return
+                try:
+                    rows = self.rows[stage.rows].pick(code, call, output).cpu()
+                    difference.add(recording.rows(stage.name, difference.rows, len(rows)), rows)
+                except (IndexError, ValueError) as error:
+                    found[stage.name] = str(error)
+
+            try:
+                sides.forward(model, stages, self.inputs, look)
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever an edit may have broken: the stages up to there say where
+                return found, error
+        return found, None
+
+
 # ---- Side a ----------------------------------------------------------------------------------------------------------
 
 
@@ -90,96 +161,48 @@ def record(
     """Run one side and store all that a comparison needs of it: inputs, stages, greedy tokens, and the yardstick.
 
     The yardstick is the side itself with its other attention backend; or, if `other_dtype` is not its own, in that
-    dtype: rounding is what one then asks about.
+    dtype: rounding is what one then asks about. Raises what `compare` raises.
     """
-    config, inputs = sides.config_of(side), question.encoded(side)
-    job = _Job(*_stages(config, inputs, layers, inside), inputs, progress)
-    dtype = side.dtype or config.dtype
-    about = {
-        FORMAT: 1,
-        "dtype": other_dtype or dtype,
-        "config": _plain(config),
-        "question": question.identity,
-        "layers": layers,
-        "inside": inside,
-        "torch": torch.__version__,
-    }
     path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OSError(f"{path} cannot be written: name a file in a folder that there is")
+    if tokens < 0:
+        raise ValueError(f"tokens is how many greedy ones are compared, 0 for none, found {tokens}")
+    config, inputs = sides.config_of(side), question.encoded(side)
+    job = _Job.of(config, inputs, layers, inside, tokens, progress)
+    dtype = side.dtype or config.dtype
+    about = {FORMAT: 1, "dtype": other_dtype or dtype, "config": _plain(config), "question": question.identity}
+    about |= {"layers": layers, "inside": inside, "torch": torch.__version__}
     unfinished = path.with_name(f".{path.name}.part")  # an interruption leaves what was there
     try:
-        writer = Writer(unfinished, job.room(side.code))
-        found = _record(job, side, writer, about, tokens, measure=other_dtype in (None, dtype))
-        if other_dtype not in (None, dtype):
-            found = _other_dtype(job, replace(side, dtype=other_dtype), Recording(unfinished))
-        about["yardsticks"] = {name: (each.largest, each.relative) for name, each in found.items()}
+        calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
+        writer = Writer(unfinished, room=(1 << 17) + 400 * calls)  # settings; each tensor and its yardstick
+        model = sides.load(side)
+        about["side"] = side.words(sides.backend(model))
+        job.store(model, about["side"], writer)
         writer.finish(about)
+        other, name = sides.other_backend(model), f"{about['side']}, now with its other attention"
+        if other_dtype not in (None, dtype):
+            model = None  # before the other one is loaded
+            model = sides.load(replace(side, dtype=other_dtype))
+            other, name = nullcontext(), f"{side.version}, {other_dtype}, for the yardstick"
+        with other:
+            found = _yardsticks(job, model, Recording(unfinished), name)
+        writer.finish({**about, "yardsticks": {stage: (each.largest, each.relative) for stage, each in found.items()}})
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
     return Recording(path)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What every run of a comparison has in common."""
-
-    stages: list[Stage]
-    rows: dict[str, Rows]
-    inputs: dict[str, Any]
-    progress: bool
-
-    def room(self, code: str) -> int:
-        """Bytes for a recording's header: settings, and less than 400 for each tensor and its yardstick."""
-        calls = sum(len(self.rows[stage.rows].select[code]) for stage in self.stages)
-        return (1 << 17) + 400 * calls
-
-    @contextmanager
-    def bar(self, name: str) -> Iterator[Callable[[Stage, int], None]]:
-        """A bar that steps at a stage's first call."""
-        with tqdm(total=len(self.stages), desc=name, unit="stage", leave=False, disable=not self.progress) as bar:
-            yield lambda _stage, call: None if call else bar.update()
-
-
-def _record(
-    job: _Job, side: Side, writer: Writer, about: dict[str, Any], tokens: int, measure: bool
-) -> dict[str, Difference]:
-    """Fill the writer; what the other backend differs by, if it is to `measure` that. The model dies on return."""
-    for name, value in job.inputs.items():
-        writer.add(f"inputs/{name}", value)
-    model = sides.load(side)
-    about["side"] = side.words(sides.backend(model))
-    with job.bar(about["side"]) as seen:
-
-        def store(stage: Stage, call: int, output: Tensor) -> None:
-            writer.add(f"{stage.name}#{call}", job.rows[stage.rows].pick(side.code, call, output))
-            seen(stage, call)
-
-        sides.forward(model, job.stages, job.inputs, store)
-    for name, value in (sides.greedy(model, job.inputs, tokens) if tokens else {}).items():
-        writer.add(f"greedy/{name}", value)
-    writer.finish(about)
-    if not measure:
-        return {}
-    with sides.other_backend(model):
-        return _measured(job, model, Recording(writer.path), f"{about['side']}, now {sides.backend(model)}")
-
-
-def _other_dtype(job: _Job, side: Side, recording: Recording) -> dict[str, Difference]:
-    return _measured(job, sides.load(side), recording, f"{side.version}, {side.dtype}, for the yardstick")
-
-
-def _measured(job: _Job, model: nn.Module, recording: Recording, name: str) -> dict[str, Difference]:
-    found, error = _differences(job, model, recording, name)
+def _yardsticks(job: _Job, model: nn.Module, recording: Recording, name: str) -> dict[str, Difference]:
+    found, error = job.differences(model, recording, name)
     if error is not None:
         raise error
+    if job.tokens:
+        found["decoding"] = Difference()
+        found["decoding"].add_scores(recording.group("greedy"), sides.greedy(model, job.inputs, job.tokens))
     return {stage: each for stage, each in found.items() if isinstance(each, Difference)}
-
-
-def _stages(
-    config: Any, inputs: dict[str, Any], layers: list[int] | None, inside: bool
-) -> tuple[list[Stage], dict[str, Rows]]:
-    rows = rows_of(inputs, config)
-    return [stage for stage in stages_of(config, layers, inside) if stage.rows in rows], rows
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -195,6 +218,7 @@ def against(recording: Recording, side: Side, question: Question | None = None, 
 
     Raises ValueError if the recording is of another configuration, dtype or question.
     """
+    _check_family(recording, side)
     known, config = recording.metadata, sides.config_of(side)
     theirs, ours = _flat(known["config"]), _flat(_plain(config))
     if other := [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]:
@@ -228,53 +252,26 @@ def _words(identity: dict[str, str]) -> str:
 
 def _against(recording: Recording, side: Side, question: Question | None, progress: bool) -> Report:
     known, inputs = recording.metadata, recording.group("inputs")
-    family = known["config"]["model_type"]
-    if (other := sides.config_of(side).model_type) != family:
-        raise ValueError(f"side a is of the family {family}, side b of {other}: they have no stages in common")
-    config = auto.family(family)[0].config_class.from_hub(known["config"])
-    stages, rows = _stages(config, inputs, known["layers"], known["inside"])
-    findings = []
+    _check_family(recording, side)
+    config = auto.family(known["config"]["model_type"])[0].config_class.from_hub(known["config"])
+    job = _Job.of(config, inputs, known["layers"], known["inside"], 0, progress)
+    findings, stages = [], job.stages
     if question is not None and question.inputs is None:
         findings += input_findings(inputs, question.encoded(side), side)
-    job = _Job(stages, rows, inputs, progress)
     model = sides.load(side)
     name = side.words(sides.backend(model))
-    found, error = _differences(job, model, recording, name)
+    found, error = job.differences(model, recording, name)
     if error is not None:  # what a model returns at its end never came, and is no fault of what came before
         last = max((index for index, stage in enumerate(stages) if stage.name in found), default=0)
         stages = [stage for index, stage in enumerate(stages) if index >= last or stage.name in found]
-    findings += [
-        stage_finding(stage, found.get(stage.name), error, recording, rows[stage.rows], model) for stage in stages
-    ]
+    for stage in stages:
+        findings.append(stage_finding(stage, found.get(stage.name), error, recording, job.rows[stage.rows], model))
     if error is None and "greedy/tokens" in recording.names:
-        findings.append(greedy_finding(recording, model, inputs, findings[-1].allowed))
+        findings += greedy_findings(recording, model, inputs)
     return Report(known["side"], name, findings)
 
 
-def _differences(
-    job: _Job, model: nn.Module, recording: Recording, name: str
-) -> tuple[dict[str, Difference | str], Exception | None]:
-    """What each stage differs by from the recording, in words where the shapes do; and the error that ended the run."""
-    code = sides.code_of(model)
-    found: dict[str, Difference | str] = {}
-    stages = [stage for stage in job.stages if sides.path_of(model, stage) is not None]
-    with job.bar(name) as seen:
-
-        def look(stage: Stage, call: int, output: Tensor) -> None:
-            seen(stage, call)
-            difference = found.setdefault(stage.name, Difference())
-            if isinstance(difference, str):
-                return
-            try:
-                rows = job.rows[stage.rows].pick(code, call, output).cpu()
-                difference.add(recording.rows(stage.name, difference.rows, len(rows)), rows)
-            except (IndexError, ValueError) as error:
-                found[stage.name] = str(error)
-
-        try:
-            sides.forward(model, stages, job.inputs, look)
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever an edit may have broken: the stages up to there say where
-            return found, error
-    return found, None
+def _check_family(recording: Recording, side: Side) -> None:
+    family, other = recording.metadata["config"]["model_type"], sides.config_of(side).model_type
+    if other != family:
+        raise ValueError(f"side a is of the family {family}, side b of {other}: they have no stages in common")

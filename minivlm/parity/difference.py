@@ -55,6 +55,22 @@ class Difference:
         self.b_squares += b.square().sum().item()
         self.products += (a * b).sum().item()
 
+    def add_scores(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[int, int]]:
+        """What greedy tokens (B, N) were chosen by, (B, N, V): row by row up to the first step at which the tokens
+        differ, for behind it the texts do. → (row of the batch, step) of each row that was added.
+        """
+        places = []
+        for row, tokens in enumerate(zip(a["tokens"].tolist(), b["tokens"].tolist(), strict=True)):
+            same = next(
+                (n for n, (one, other) in enumerate(zip(*tokens, strict=False)) if one != other), len(tokens[0])
+            )
+            pair = [side["scores"][row, : same + 1] for side in (a, b)]
+            steps = min(map(len, pair))
+            # -inf stands for tokens that a rule forbids: as a number of its own it would be the peak.
+            self.add(*(scores[:steps].masked_fill(scores[:steps] == -math.inf, 0) for scores in pair))
+            places += [(row, step) for step in range(steps)]
+        return places
+
     @property
     def mean(self) -> float:
         return self.total / max(1, self.elements)
@@ -79,6 +95,9 @@ class Yardstick:
 
     def bounds(self, found: Difference) -> tuple[float, float]:
         """The most that max |Δ| and ‖Δ‖/‖a‖ may be: twice the yardstick, with a floor.
+
+        Once would do if a's two ways of rounding were independent; but both may round the same intermediate results,
+        which a third way (weights of attention before they are normalised, in our kernels) does not.
 
         The floor is for stages in front of any attention, where a's backends agree to the bit and another order of
         summing does not. In float32 a sum of a thousand products is off by some 10 steps of its last place: 1e-5 of the

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -58,17 +59,27 @@ def stage_finding(
     model: nn.Module,
 ) -> Finding:
     """found: what b differs by, in words if the shapes do, None if it never came so far; error: what ended its run."""
-    shape, yardstick = recording.shape(stage.name), recording.yardstick(stage.name)
+    shape = recording.shape(stage.name)
     path, code = sides.blamed(model, stage)
     if isinstance(found, Difference) and found.rows != shape[0]:
         found = f"{found.rows} rows instead of {shape[0]}"
     if not isinstance(found, Difference):
         note = found or (f"{type(error).__name__}: {error}" if error else "did not run")
         return Finding(stage.name, shape, path, code, excess=math.inf, note=note)
-    where = f"{rows.place(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else ""
-    bounds = dict(zip(("allowed", "allowed_relative"), yardstick.bounds(found), strict=True))
-    bounds |= {"yardstick": yardstick.largest, "excess": yardstick.excess(found)}
-    return Finding(stage.name, shape, path, code, where=where, **_numbers(found), **bounds)
+    return Finding(path=path, code=code, **_measured(stage.name, shape, found, recording, rows))
+
+
+def _measured(name: str, shape: tuple[int, int], found: Difference, recording: Recording, rows: Rows) -> dict[str, Any]:
+    """A finding's fields, but for whose code it is."""
+    yardstick = recording.yardstick(name)
+    allowed, allowed_relative = yardstick.bounds(found)
+    return {
+        "stage": name,
+        "shape": shape,
+        "where": f"{rows.place(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else "",
+        **{"yardstick": yardstick.largest, "allowed": allowed, "allowed_relative": allowed_relative},
+        **{"excess": yardstick.excess(found), **_numbers(found)},
+    }
 
 
 def input_findings(a: dict[str, Any], b: dict[str, Any], side: Side) -> list[Finding]:
@@ -96,26 +107,31 @@ def _input_finding(key: str, a: Tensor | None, b: Tensor | None, code: str) -> F
     return Finding(name, shape, path, code, where=where, excess=excess, **_numbers(found))
 
 
-def greedy_finding(recording: Recording, model: nn.Module, inputs: dict[str, Any], allowed: float) -> Finding:
-    """Greedy tokens must be equal, row by row, up to a tie: a step at which a's own choice hung on less than its two
-    best logits may move (`allowed`, each), and b took the second. What follows a tie is another text and is left out.
+def greedy_findings(recording: Recording, model: nn.Module, inputs: dict[str, Any]) -> list[Finding]:
+    """What greedy decoding chooses by, step by step, and what it chooses.
+
+    Tokens must be equal up to a tie: a step at which b took a token that a's own choice led by less than two logits may
+    move (what is allowed, each). What follows a tie is another text and is left out.
     """
     a, code = recording.group("greedy"), sides.code_at(generation.generate)
-    shape = tuple(a["tokens"].shape)
+    shape, difference = tuple(a["tokens"].shape), Difference()
     try:
-        found = sides.greedy(model, inputs, shape[1])["tokens"]
+        b = sides.greedy(model, inputs, shape[1])
     except Exception as error:  # whatever an edit may have broken
         note = f"{type(error).__name__}: {error}"
-        return Finding("greedy tokens", shape, "generate", code, excess=math.inf, note=note)
-    found = pad(found, (0, shape[1] - found.shape[1]), value=-1)
+        return [Finding("greedy tokens", shape, "generate", code, excess=math.inf, note=note)]
+    rows = Rows({}, ("row", "new token"), torch.tensor(difference.add_scores(a, b)))
+    logits = _measured("decoding", (difference.rows, a["scores"].shape[2]), difference, recording, rows)
     notes, excess = [], 0.0
-    for row, (ours, theirs) in enumerate(zip(found.tolist(), a["tokens"].tolist(), strict=True)):
-        step = next((n for n, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
-        if step is None:
+    for row, (theirs, ours) in enumerate(zip(a["tokens"], pad(b["tokens"], (0, shape[1]), value=-1), strict=True)):
+        if torch.equal(ours[: shape[1]], theirs):
             continue
-        margin, second = float(a["margins"][row, step]), int(a["seconds"][row, step])
-        tie = ours[step] == second and margin <= 2 * allowed
-        excess = max(excess, margin / (2 * allowed) if tie else math.inf)
+        step = int((ours[: shape[1]] != theirs).nonzero()[0])
+        scores = a["scores"][row, step].float()
+        margin = float(scores.max() - scores[ours[step]]) if ours[step] >= 0 else math.inf
+        tie = margin <= 2 * logits["allowed"]
+        excess = max(excess, margin / (2 * logits["allowed"]) if tie else math.inf)
         kind = "a tie" if tie else "differs"
         notes.append(f"row {row}, token {step}: {kind}, {ours[step]} for {theirs[step]}, which led by {margin:.2g}")
-    return Finding("greedy tokens", shape, "generate", code, excess=excess, note="; ".join(notes))
+    tokens = {"excess": excess, "note": "; ".join(notes)}
+    return [Finding(path="generate", code=code, **logits), Finding("greedy tokens", shape, "generate", code, **tokens)]

@@ -1,16 +1,19 @@
 """What a comparison found: as a table of 100 columns, as JSON, as a picture."""
 
+import importlib.util
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from minivlm.parity.findings import Finding
 
 COLUMNS = ("stage", "shape", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
 WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
+WIDTH = 100
 LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: picture or row, place, channel"
 
 
@@ -28,21 +31,20 @@ class Report:
         return next((finding for finding in self.findings if finding.diverges), None)
 
     def verdict(self) -> str:
-        """One or two lines: what diverges first, and whose code that is."""
-        if self.first is None:
+        """What diverges first, by how much, and whose code that is."""
+        found = self.first
+        if found is None:
             ties = [finding.note for finding in self.findings if finding.note]
             return "\n".join([f"no stage diverges ({len(self.findings)} compared)", *ties])
-        found = self.first
-        why = found.note or f"at {found.where}, where both must be equal"
+        why = found.note or f"differs at {found.where}, where both must be equal"
         if found.allowed:
-            size = f"max |Δ| {found.largest:.2g}, at {found.where}"
             times = f"{found.excess:.1f}" if found.excess < 10 else f"{found.excess:,.0f}"
-            why = f"{times} times what is allowed; {size}"
+            why = f"{times} times what is allowed; max |Δ| {found.largest:.2g}, at {found.where}"
         count = sum(finding.diverges for finding in self.findings)
-        return (
-            f"first divergence: {found.stage} ({why})\n"
-            f"made by {found.path}: {found.code}; {count} of {len(self.findings)} stages diverge"
-        )
+        code = "\n".join(f"made by {found.path}: {found.code}".split(", in "))
+        lines = [why, *code.replace("\n", "\nin ").split("\n"), f"{count} of {len(self.findings)} stages diverge"]
+        folded = (wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines)
+        return "\n".join([f"first divergence: {found.stage}", *(part for parts in folded for part in parts)])
 
     def table(self) -> str:
         """Both sides, a line for each stage, the verdict."""
@@ -102,16 +104,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_plot(path: str | Path) -> None:
+    """OSError, before an hour's work, if matplotlib is not installed or the picture's folder is not there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OSError("a plot needs matplotlib: pip install 'minivlm[plot]'")
+    if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).absolute().parent.is_dir():
+        raise OSError(f"{path} cannot be drawn: name a .png, .pdf or .svg in a folder that there is")
+
+
 def plot(reports: dict[str, Report], path: str | Path) -> None:
     """Error by depth, on a logarithmic scale: ‖Δ‖/‖a‖ of the stages of each report, by its dtype; dashed, what is
     allowed. Stages that are equal are gaps; rings are those that diverge.
 
-    Raises OSError if matplotlib is not installed.
+    Raises what `check_plot` does.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OSError("a plot needs matplotlib: pip install 'minivlm[plot]'") from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
     for dtype, report in reports.items():

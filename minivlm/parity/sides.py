@@ -25,16 +25,17 @@ import minivlm
 from minivlm import auto, hub, loading
 from minivlm.modules.attention import check_implementation
 from minivlm.parity.stages import Stage
+from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 
 Sink = Callable[[Stage, int, Tensor], None]
 
 CODES = ("minivlm", "transformers")
-# `quantize`: which of our configurations, its settings, and about how many bytes a weight takes with its scale.
-QUANTIZED: dict[str, tuple[str, dict[str, Any], float]] = {
-    "nf4": ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.6),
-    "fp4": ("BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, 0.6),
-    "int8": ("BitsAndBytesConfig", {"load_in_8bit": True}, 1.1),
-    "int4": ("Int4Config", {}, 0.6),
+# `quantize`: the configuration, and about how many bytes a weight takes with its scale, tables in 16 bits among them.
+QUANTIZED: dict[str, tuple[Any, float]] = {
+    "nf4": (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 0.6),
+    "fp4": (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), 0.6),
+    "int8": (BitsAndBytesConfig(load_in_8bit=True), 1.1),
+    "int4": (Int4Config(), 0.6),
 }
 # What models take of what processors make (transformers 4 adds token_type_ids), by its name in reports, in their order.
 INPUTS = {
@@ -69,8 +70,10 @@ class Side:
             object.__setattr__(self, "attn", backend(self.model))
         if self.code not in CODES:
             raise ValueError(f"a side runs {' or '.join(CODES)}, found {self.code!r}")
-        if self.quantize is not None and (self.quantize not in QUANTIZED or self.code != "minivlm"):
-            raise ValueError(f"quantize is one of {', '.join(QUANTIZED)}, with minivlm; found {self.quantize!r}")
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise ValueError(f"quantize is one of {', '.join(QUANTIZED)}, found {self.quantize!r}")
+        if self.quantize is not None and self.code != "minivlm":
+            raise ValueError(f"quantize={self.quantize} is for sides that minivlm runs, and this one runs {self.code}")
         if self.code == "minivlm" and self.attn is not None:
             check_implementation(self.attn)
 
@@ -134,6 +137,11 @@ def _classes(model_type: Any) -> tuple[Any, Any]:
     return auto.family(model_type, "the model")
 
 
+def _folder(side: Side) -> Any:
+    """What transformers knows the checkpoint by."""
+    return hub.source(side.model).folder or side.model
+
+
 def load(side: Side) -> nn.Module:
     """The side's model, in eval mode. A loaded one is copied only if it should have another dtype.
 
@@ -144,53 +152,47 @@ def load(side: Side) -> nn.Module:
         wanted = loading.DTYPES[side.dtype]
         return side.model if side.model.dtype == wanted else copy.deepcopy(side.model).to(wanted)
     foresee(side)
-    config = config_of(side)
-    options = {"dtype": side.dtype or "auto", "device_map": side.device, "attn_implementation": side.attn}
-    model_class = _classes(config.model_type)[0]
+    options = {"dtype": side.dtype or "auto", "attn_implementation": side.attn}
+    model_class = _classes(config_of(side).model_type)[0]
     if side.code == "minivlm":
-        return model_class.from_pretrained(side.model, **options, **_quantization(side))
-    folder = hub.source(side.model).folder or side.model
-    options.pop("device_map")
+        config = QUANTIZED[side.quantize][0] if side.quantize else None
+        return model_class.from_pretrained(side.model, device_map=side.device, quantization_config=config, **options)
     try:
         with _quietly():
-            model = getattr(transformers(), model_class.__name__).from_pretrained(folder, **options)
+            model = getattr(transformers(), model_class.__name__).from_pretrained(_folder(side), **options)
     except Exception as error:  # of many kinds: a cut file is a SafetensorError
         raise OSError(f"{side.version} cannot load {side.model}: {error}") from error
     return model.to(side.device or "cpu").eval()
 
 
-def _quantization(side: Side) -> dict[str, Any]:
-    if side.quantize is None:
-        return {}
-    name, settings, _ = QUANTIZED[side.quantize]
-    if not hasattr(minivlm, name):
-        raise ValueError(f"quantize={side.quantize} is not supported by minivlm {minivlm.__version__}")
-    return {"quantization_config": getattr(minivlm, name)(**settings)}
-
-
 def foresee(side: Side) -> None:
-    """MemoryError if the weights, and logits for a thousand tokens, do not fit into what is free on the device."""
+    """MemoryError if the weights, and logits for a thousand tokens, do not fit into what is free on the device.
+
+    Raises ValueError for a device that is not there.
+    """
     if isinstance(side.model, nn.Module):
         return
-    config = config_of(side)
+    config, stored = config_of(side), hub.source(side.model).json("config.json").get("quantization_config")
     with torch.device("meta"):
         model = _classes(config.model_type)[0](config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
-    size = QUANTIZED[side.quantize][2] if side.quantize else dtype.itemsize
-    needed = weights * size + 1000 * model.lm_head.out_features * dtype.itemsize
-    free = available(side.device)
+    quantize = side.quantize or (stored and ("int8" if stored.get("load_in_8bit") else "nf4"))  # or as small as that
+    size = QUANTIZED[quantize][1] if quantize else dtype.itemsize
+    needed, free = weights * size + 1000 * model.lm_head.out_features * dtype.itemsize, available(side.device)
     if free is not None and needed > free:
         raise MemoryError(
-            f"{side.model} in {side.quantize or dtype} takes {needed / 2**30:.1f} GiB ({weights / 1e9:.2f} billion "
+            f"{side.model} in {quantize or dtype} takes {needed / 2**30:.1f} GiB ({weights / 1e9:.2f} billion "
             f"weights), and {free / 2**30:.1f} GiB are free on {side.device or 'cpu'}; take a smaller dtype, or record "
             "one side on a larger machine and compare with --against"
         )
 
 
 def available(device: str | None) -> float | None:
-    """Free bytes of a device; None where the system does not tell."""
-    if device is not None and torch.device(device).type == "cuda":
+    """Free bytes of a device; None where the system does not tell. ValueError if there is no such device."""
+    if loading.wanted_device(device).type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} is not there: torch {torch.__version__} sees no GPU; pass cpu")
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -233,10 +235,9 @@ def processor_of(side: Side) -> Any:
         raise ValueError("a loaded model has no processor; pass `inputs`, or the checkpoint's name as the model")
     if side.code == "minivlm":
         return auto.AutoProcessor.from_pretrained(side.model)
-    folder = hub.source(side.model).folder or side.model
     with _quietly():
-        processor = transformers().AutoProcessor.from_pretrained(folder)
-        processor.image_processor = _pillow(config_of(side).model_type).from_pretrained(folder)
+        processor = transformers().AutoProcessor.from_pretrained(_folder(side))
+        processor.image_processor = _pillow(config_of(side).model_type).from_pretrained(_folder(side))
     return processor
 
 
@@ -331,14 +332,12 @@ def _moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, Tensor]:
-    """Up to so many new tokens (B, N), what would have been second at each step, and by how much it missed."""
+    """Up to so many new tokens (B, N), and what each was chosen by, (B, N, V) in the model's dtype."""
     options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
     with _quietly() if code_of(model) == "transformers" else contextlib.nullcontext():
         found = model.generate(**_moved(inputs, model), **options, return_dict_in_generate=True, output_scores=True)
-    best = torch.stack([scores.float().topk(2).values for scores in found.scores], dim=1).cpu()  # (B, N, 2)
-    second = torch.stack([scores.topk(2).indices[:, 1] for scores in found.scores], dim=1).cpu()
-    new = found.sequences[:, -second.shape[1] :].cpu()
-    return {"tokens": new, "seconds": second, "margins": best[..., 0] - best[..., 1]}
+    scores = torch.stack(found.scores, dim=1).to(model.dtype).cpu()
+    return {"tokens": found.sequences[:, -scores.shape[1] :].cpu(), "scores": scores}
 
 
 # ---- Where the code is -----------------------------------------------------------------------------------------------
@@ -356,9 +355,10 @@ def code_at(thing: Any) -> str:
 
 
 def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
-    """(path, code) of the module that makes a stage: of one that is torch's own, or is gone, the module around it."""
-    path = stage.blame or path_of(model, stage) or stage.ours
+    """(path, code) of the module that makes a stage, and of up to two around it, whose forward pass calls it: an edit
+    may lie there. Modules of torch's own are passed over, and so is one that is gone."""
     modules = dict(model.named_modules())
-    while path and (path not in modules or type(modules[path]).__module__.startswith("torch.")):
-        path = path.rpartition(".")[0]
-    return path or "the model", code_at(type(modules[path]))
+    path = stage.blame or path_of(model, stage) or stage.ours
+    around = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]
+    known = [each for each in [*around, ""] if each in modules and type(modules[each]).__module__[:6] != "torch."]
+    return known[0] or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])

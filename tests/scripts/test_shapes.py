@@ -1,5 +1,6 @@
 """The shapes task is deterministic and its answers are right; the checkpoints that ship have learned it."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -188,6 +189,36 @@ def test_both_stages_train_and_resume(name, tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "joint.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [1, 3]
     assert all(0 < line["answers"] < 20 for line in logged)
+
+
+def learned(folder, stops):
+    """The weights after 6 steps of a small model, its run cut behind a checkpoint at each of `stops`."""
+    data = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1))
+    for stop in (*stops, 6):
+        torch.manual_seed(100 + stop if list(folder.iterdir()) else 0)  # what a later run begins with must not matter
+        parts = {"layers": torch.nn.ModuleList([torch.nn.Linear(8, 8)]), "head": torch.nn.Linear(8, 3)}
+        model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict(parts)})
+        run = train.Run(folder, "small", {"model": model}, train.muon_and_adamw(model, 1e-2), 6, minutes=1e9)
+
+        def loss(step, run=run, model=model, stop=stop):
+            if step == stop:
+                run.save()
+                raise KeyboardInterrupt
+            parts = model["model"]
+            return parts["head"](parts["layers"][0](data[step])).square().mean(), {}
+
+        with pytest.raises(KeyboardInterrupt) if stop < 6 else contextlib.nullcontext():
+            run.train(loss)
+    return model.state_dict()
+
+
+def test_resuming_equals_not_stopping(tmp_path):
+    """Bit by bit: weights, both optimisers' memories and the learning rate go on from where they were. No pickle."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole, cut = learned(tmp_path / "whole", ()), learned(tmp_path / "cut", (2, 5))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".safetensors", ".jsonl"}
 
 
 @pytest.mark.parametrize(("width", "height"), shapes.SIZES)
