@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generation, loading
-from minivlm.generation_config import GenerationConfig
+from minivlm.models import common
 from minivlm.modules import config as hub_config
-from minivlm.modules.attention import Mask, attention, check_implementation
+from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
-from minivlm.modules.clip import ClipConfig, ClipVisionTower
+from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import GatedMLP, Linear, RMSNorm, initialize
-from minivlm.modules.outputs import Output, next_token_loss
+from minivlm.modules.outputs import Output
 from minivlm.modules.rope import RopeScaling, read_rope
+from minivlm.modules.siglip import VisionConfig
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated block
 
@@ -37,7 +38,7 @@ Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated 
 
 # The tower's class defaults: ViT-H in all but its width, which every checkpoint gives as `embed_dim` (1280).
 _SIZES = {"hidden_size": 768, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-VISION = ClipConfig(**_SIZES, patch_size=14, hidden_act="gelu")
+VISION = VisionConfig(**_SIZES, patch_size=14, hidden_act="gelu")
 # What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
 FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
 ALPHA_TYPES = ("float", "vector")
@@ -67,7 +68,7 @@ class IdeficsConfig:
 
     model_type: ClassVar[str] = "idefics"
 
-    vision_config: ClipConfig = VISION
+    vision_config: VisionConfig = VISION
     perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
     use_resampler: bool = False
     cross_layer_interval: int = 1  # a gated block before every so many-th decoder block, the first included
@@ -128,7 +129,7 @@ class IdeficsConfig:
         if "embed_dim" in vision:
             vision = {**vision, "hidden_size": vision["embed_dim"]}
         parts = {
-            "vision_config": hub_config.from_hub(ClipConfig, vision, **asdict(VISION)),
+            "vision_config": hub_config.from_hub(VisionConfig, vision, **asdict(VISION)),
             "perceiver_config": hub_config.from_hub(PerceiverConfig, hub_config.section(values, "perceiver_config")),
             "dtype": values.get("dtype") or values.get("torch_dtype"),
         }
@@ -405,8 +406,7 @@ class IdeficsModel(nn.Module):
         hidden_states: a list that receives what enters the first decoder block (behind the first gated one, as in the
         reference) and every decoder block's output, the last one normalised.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds, and not both")
+        common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         cache, past = past_key_values, 0 if past_key_values is None else past_key_values.length
         if cache is not None and cache.batch != len(x):
@@ -544,12 +544,11 @@ class IdeficsForVisionText2Text(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = generation.generate
+    device, dtype, new_cache = common.device, common.dtype, common.new_cache
 
     def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
-        self.generation_config = GenerationConfig.from_model_config(config)
+        common.prepare(self, config, attn_implementation)
         self.model = IdeficsModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         added = config.additional_vocab_size
@@ -559,16 +558,8 @@ class IdeficsForVisionText2Text(nn.Module):
             _freeze(self.lm_head)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.text_model.norm.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.text_model.norm.weight.dtype
-
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, to be passed as `past_key_values`."""
-        return self.model.text_model.new_cache(batch, slots, self.device, self.dtype)
+    def decoder(self) -> Decoder:
+        return self.model.text_model
 
     def forward(
         self,
@@ -625,10 +616,4 @@ class IdeficsForVisionText2Text(nn.Module):
         logits = self.lm_head(x)  # (B, T or logits_to_keep, V)
         if self.additional_fc is not None:
             logits = torch.cat([logits, self.additional_fc(x)], dim=-1)  # (…, V + A)
-        return Output(
-            logits=logits,
-            loss=None if labels is None else next_token_loss(logits, labels),
-            past_key_values=past_key_values,
-            hidden_states=None if hidden_states is None else tuple(hidden_states),
-            image_hidden_states=vectors,
-        )
+        return common.output(logits, labels, past_key_values, hidden_states, vectors)

@@ -660,7 +660,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown gate": ({"alpha_type": "matrix"}, "alpha_type should be one of float, vector"),
     "unknown start of the gates": ({"alpha_initializer": "twos"}, "alpha_initializer should be one of zeros"),
     "unknown exception": ({"freeze_text_module_exceptions": ["RMSNorm"]}, "knows LayerNorm, Linear, Embedding"),
-    "width as a string": ({"vision_config": {"embed_dim": "big"}}, "ClipConfig.hidden_size should be int"),
+    "width as a string": ({"vision_config": {"embed_dim": "big"}}, "VisionConfig.hidden_size should be int"),
     "no latents": ({"perceiver_config": {"resampler_n_latents": 0}}, "resampler_n_latents must be positive"),
     "unknown activation": ({"hidden_act": "swish9"}, "swish9"),
     "unknown rope": ({"rope_parameters": {"rope_type": "spiral"}}, "spiral"),

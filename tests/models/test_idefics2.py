@@ -247,7 +247,7 @@ def test_bad_calls(case: str) -> None:
 BAD_CONFIGS = {
     "image token outside the vocabulary": ({"image_token_id": 100}, "outside the vocabulary"),
     "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-    "width as a string": ({"vision_config": {"hidden_size": "big"}}, "SiglipConfig.hidden_size"),
+    "width as a string": ({"vision_config": {"hidden_size": "big"}}, "VisionConfig.hidden_size"),
     "heads that do not divide": ({"vision_config": {"hidden_size": 50}}, "multiple of"),
     "more key heads than heads": ({"perceiver_config": {"num_key_value_heads": 32}}, "multiple of"),
     "unknown decoder": ({"text_config": {"model_type": "gpt2"}}, "'gpt2' is not supported"),

@@ -301,12 +301,12 @@ BAD_CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "one picture fewer": (lambda i: {"pixel_values": i["pixel_values"][1:]}, "6 pictures and image_sizes 7"),
     "one picture fewer than places": (
         lambda i: {"pixel_values": i["pixel_values"][1:], "image_sizes": i["image_sizes"][1:]},
-        r"image tokens, but its pictures give \d+ vectors",
+        r"the prompt has \d+ image tokens, but its pictures \(100x33 pixels: 45, 12x12 .*\) give 179 vectors",
     ),
     "pictures for a text": (lambda i: {"input_ids": i["input_ids"].clamp(max=50)}, "has 0 image tokens, but"),
     "a size the other way round": (
         lambda i: {"image_sizes": torch.cat([i["image_sizes"][:1].flip(1), i["image_sizes"][1:]])},
-        "image tokens, but its pictures give",
+        r"image tokens, but its pictures \(50x30 pixels: ",
     ),
     "flat sizes": (lambda i: {"image_sizes": i["image_sizes"].flatten()}, r"should be \(pictures, 2\)"),
     "sizes of nothing": (lambda i: {"image_sizes": i["image_sizes"] * 0}, "whole numbers from 1"),
@@ -315,12 +315,19 @@ BAD_CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "fewer tiles in a row": (lambda i: {"pixel_values": i["pixel_values"][:, 0]}, "7 tiles, but pictures of these"),
     "pictures of another side": (lambda i: {"pixel_values": i["pixel_values"][..., :8]}, r"3, 12, 12\)"),
     "a row of tiles of another side": (
-        lambda i: {"pixel_values": torch.zeros(3, 3, 8, 8), "image_sizes": [(12, 12)]},
+        lambda i: {
+            **{"input_ids": torch.tensor([[1] + 24 * [tiny.IMAGE]]), "attention_mask": None},
+            **{"pixel_values": torch.zeros(3, 3, 8, 8), "image_sizes": [(12, 12)]},
+        },
         r"takes pictures of \(3, 12, 12\), found \(3, 8, 8\)",
     ),
     "one picture without its tiles": (lambda i: {"pixel_values": i["pixel_values"][0, 0]}, "3 pictures and"),
     "ids and embeddings": (lambda i: {"inputs_embeds": torch.zeros(4, 3, 64)}, "either input_ids or inputs_embeds"),
     "neither": (lambda i: {"input_ids": None}, "either input_ids or inputs_embeds"),
+    "features of another picture": (
+        lambda i: {"pixel_values": None, "image_hidden_states": torch.zeros(3, 64)},
+        "its pictures give 3 vectors",
+    ),
     "pixels and features": (lambda i: {"image_hidden_states": torch.zeros(1, 64)}, "either pixel_values or"),
     "short mask": (lambda i: {"attention_mask": i["attention_mask"][:, :4]}, "attention_mask should be"),
     "labels of another length": (lambda i: {"labels": i["input_ids"][:, :3]}, "labels should be"),
@@ -337,6 +344,16 @@ def test_bad_calls(case: str) -> None:
         ours(**{**inputs, **change(inputs)})
 
 
+@torch.no_grad()
+def test_places_are_counted_before_the_tower_runs() -> None:
+    config = tiny.llava_config()
+    ours = Model(LlavaNextConfig.from_hub(config.to_dict()))
+    inputs = tiny.llava_inputs(ROWS, config)
+    ours.model.vision_tower.forward = lambda *_: pytest.fail("the tower ran")
+    with pytest.raises(ValueError, match="image tokens, but"):
+        ours(**inputs | {"input_ids": inputs["input_ids"].clamp(max=50)})
+
+
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "image token outside the vocabulary": ({"image_token_index": 100}, "outside the vocabulary"),
     "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
@@ -350,7 +367,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no layer": ({"vision_feature_layer": []}, "one or more"),
     "layer as text": ({"vision_feature_layer": "last"}, "LlavaNextConfig.vision_feature_layer"),
     "another tower": ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model' is not supp"),
-    "width as a string": ({"vision_config": {"hidden_size": "big"}}, "ClipConfig.hidden_size"),
+    "width as a string": ({"vision_config": {"hidden_size": "big"}}, "VisionConfig.hidden_size"),
     "heads that do not divide": ({"vision_config": {"hidden_size": 50}}, "multiple of"),
     "patch larger than a tile": ({"vision_config": {"patch_size": 13}}, "smaller than one patch"),
     "unknown decoder": ({"text_config": {"model_type": "gpt2"}}, "'gpt2' is not supported"),
