@@ -14,8 +14,7 @@ from minivlm.processing import chat_template as chat
 from minivlm.processing.files import read_configs, write_json
 from minivlm.processing.images import load_image, pixel_table
 from minivlm.processing.inputs import Inputs
-from minivlm.processing.shown import short
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.processing.tokenizer import Tokenizer, as_texts
 
 MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
@@ -124,7 +123,7 @@ def call(
         return self.image_processor(images, return_tensors)
     options = {"padding": padding, "truncation": truncation, "max_length": max_length}
     options |= {"return_tensors": return_tensors, "add_special_tokens": add_special_tokens}
-    return self.encode_prompts(as_prompts(text), images, **options)
+    return self.encode_prompts(as_texts(text), images, **options)
 
 
 def decode(self: Any, *args: Any, **kwargs: Any) -> str | list[str]:
@@ -168,14 +167,6 @@ def fetch_picture(processor: Any, source: Any) -> Any:
     """`load_image` by the rules of the processor: IDEFICS lays what is transparent on white."""
     fetch = getattr(processor.image_processor, "fetch_images", None)
     return load_image(source) if fetch is None else fetch([source])[0]
-
-
-def as_prompts(text: Any) -> list[str]:
-    """One prompt or several as a list. ValueError for anything else."""
-    prompts = [text] if isinstance(text, str) else text
-    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"text is a string or a list of strings, found {short(text)}")
-    return list(prompts)
 
 
 def encode_all(tokenizer: Tokenizer, prompts: list[str], guard: str | None) -> list[list[int]]:
