@@ -59,8 +59,8 @@ def from_pretrained(
     """A checkpoint's processor: of a folder, a name that ships with the package, or a Hub id.
 
     `changes` are the caller's and win over the files: fields of the image processor (do_image_splitting=False,
-    size={…}), `SETTINGS` of the processor, padding_side and chat_template. One of None counts as not given; TypeError
-    for any other name. `use_fast` is accepted: there is one way here.
+    size={…}), `SETTINGS` of the processor, padding_side and chat_template (jinja, or a name of `chat_template.KNOWN`).
+    One of None counts as not given; TypeError for any other name. `use_fast` is accepted: there is one way here.
     """
     where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     source = hub.source(name_or_folder, **where)
@@ -99,8 +99,8 @@ def save_pretrained(self: Any, folder: str | Path) -> None:
     """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
     self.image_processor.save_pretrained(folder)
     self.tokenizer.save_pretrained(folder)
-    config = {name: getattr(self, name) for name in ("chat_template", *self.SETTINGS)}
-    config |= {"processor_class": type(self).__name__}
+    config = {name: getattr(self, name) for name in self.SETTINGS}
+    config |= {"chat_template": chat.named(self.chat_template), "processor_class": type(self).__name__}
     known = {name: value for name, value in sorted(config.items()) if value is not None}
     write_json(Path(folder) / "processor_config.json", known)
 
