@@ -37,12 +37,11 @@ Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
 # The tower's class defaults: ViT-H in all but its width, which every checkpoint gives as `embed_dim` (1280).
-_SIZES = {"hidden_size": 768, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-VISION = VisionConfig(**_SIZES, patch_size=14, hidden_act="gelu")
+VISION = VisionConfig(
+    intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu"
+)
 # What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
 FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
-ALPHA_TYPES = ("float", "vector")
-ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,8 @@ class IdeficsConfig:
         if self.additional_vocab_size:
             hub_config.positive(self, "additional_vocab_size")
         hub_config.deviation(self, "alphas_initializer_range")
-        for name, known in {"alpha_type": ALPHA_TYPES, "alpha_initializer": ALPHA_INITIALIZERS}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} should be one of {', '.join(known)}, found {getattr(self, name)!r}")
+        hub_config.one_of(self, "alpha_type", ("float", "vector"))
+        hub_config.one_of(self, "alpha_initializer", ("zeros", "ones", "normal", "gaussian", "random"))
         for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
             object.__setattr__(self, name, tuple(str(layer) for layer in getattr(self, name)))
             if unknown := set(getattr(self, name)) - set(FREEZE_EXCEPTIONS):
@@ -366,13 +364,14 @@ class IdeficsModel(nn.Module):
         return everything
 
     def look(
-        self, given: dict[str, Tensor], mask: Tensor | None, x: Tensor, cache: KVCache | None, *options: Any
+        self, given: dict[str, Tensor | None], mask: Tensor | None, x: Tensor, cache: KVCache | None, *options: Any
     ) -> tuple[Tensor | None, Pairs, Tensor]:
         """What the tokens x (B, T, C) see: the pictures' vectors (B, N, Q, Cv) or None from the cache, their keys and
         values (B, H, N·Q, D) for each gated block, and which of them each token sees, (B, T, N) bool.
 
-        given: the arguments that hold pictures, by name. mask: image_attention_mask. options: as of `encode`.
+        given: the three arguments that may hold pictures. mask: image_attention_mask. options: as of `encode`.
         """
+        given = {name: pictures for name, pictures in given.items() if pictures is not None}
         if not given and cache is not None and cache.cross:
             return None, cache.cross, cache.cross_seen.expand(-1, x.shape[1], -1)
         name, pictures = self._checked(given, len(x))
@@ -420,7 +419,6 @@ class IdeficsModel(nn.Module):
             "image_encoder_embeddings": image_encoder_embeddings,
             "perceiver_embeddings": perceiver_embeddings,
         }
-        given = {name: pictures for name, pictures in given.items() if pictures is not None}
         vectors, cross, seen = self.look(given, image_attention_mask, x, cache, interpolate_pos_encoding, backend)
         sight = _sight(seen, cross[0][0].shape[2])
 
