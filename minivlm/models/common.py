@@ -1,6 +1,7 @@
 """What the three model classes share and a reader of one of them need not see twice: none of it is architecture.
 
-`device`, `dtype` and `new_cache` are written into the classes as they are, as `loading.save_pretrained` is.
+Functions of `self` are written into the classes as they are, as `loading.save_pretrained` is. They ask a class for
+`model`, `decoder` and `head`: what is inside, its text decoder, and what makes logits of final hidden states.
 """
 
 from typing import Any
@@ -14,28 +15,28 @@ from minivlm.modules.cache import KVCache
 from minivlm.modules.outputs import Output, next_token_loss
 
 
-def prepare(model: nn.Module, config: Any, attn_implementation: str | None) -> None:
+def prepare(self: Any, config: Any, attn_implementation: str | None) -> None:
     """What a model keeps beside its parts. ValueError for an attention implementation that is not known."""
-    model.config = config
-    model.attn_implementation = attn_implementation and check_implementation(attn_implementation)
-    model.generation_config = GenerationConfig.from_model_config(config)
+    self.config = config
+    self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
+    self.generation_config = GenerationConfig.from_model_config(config)
 
 
 @property
-def device(model: Any) -> torch.device:
+def device(self: Any) -> torch.device:
     """Where the model lives."""
-    return model.decoder.norm.weight.device
+    return self.decoder.norm.weight.device
 
 
 @property
-def dtype(model: Any) -> torch.dtype:
+def dtype(self: Any) -> torch.dtype:
     """What the model computes in; its quantised layers may store their weights in another."""
-    return model.decoder.norm.weight.dtype
+    return self.decoder.norm.weight.dtype
 
 
-def new_cache(model: Any, batch: int, slots: int) -> KVCache:
+def new_cache(self: Any, batch: int, slots: int) -> KVCache:
     """An empty cache for `batch` rows of `slots` tokens, to be passed as `past_key_values`."""
-    return model.decoder.new_cache(batch, slots, model.device, model.dtype)
+    return self.decoder.new_cache(batch, slots, self.device, self.dtype)
 
 
 def one_of(**given: Any) -> None:
@@ -68,18 +69,29 @@ def merge(slots: Tensor, inputs_embeds: Tensor, vectors: Tensor, pictures: str) 
     return inputs_embeds.masked_scatter(slots[..., None], vectors.to(inputs_embeds.dtype))
 
 
-def output(
-    logits: Tensor,
-    labels: Tensor | None,
-    past_key_values: KVCache | None,
-    hidden_states: list[Tensor] | None,
-    image_hidden_states: Tensor | None,
+def forward(
+    self: Any,
+    *args: Any,
+    labels: Tensor | None = None,
+    logits_to_keep: int = 0,
+    output_hidden_states: bool = False,
+    **inputs: Any,
 ) -> Output:
-    """What a forward pass returns, the loss with it where there are labels."""
+    """One pass over T new tokens: `forward` of the model inside, with its arguments, then the head and the loss.
+
+    labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
+    logits_to_keep: compute logits for the last so many tokens only; 0 = all.
+
+    Raises ValueError where shapes do not fit, and where pictures and the text do not match.
+    """
+    states = [] if output_hidden_states else None
+    wanted = {"hidden_states": states, "last": 0 if output_hidden_states else logits_to_keep}
+    x, vectors = self.model(*args, **inputs, backend=self.attn_implementation, **wanted)
+    logits = self.head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
     return Output(
         logits=logits,
         loss=None if labels is None else next_token_loss(logits, labels),
-        past_key_values=past_key_values,
-        hidden_states=None if hidden_states is None else tuple(hidden_states),
-        image_hidden_states=image_hidden_states,
+        past_key_values=inputs.get("past_key_values"),
+        hidden_states=None if states is None else tuple(states),
+        image_hidden_states=vectors,
     )

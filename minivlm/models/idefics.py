@@ -28,7 +28,6 @@ from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import GatedMLP, Linear, RMSNorm, initialize
-from minivlm.modules.outputs import Output
 from minivlm.modules.rope import RopeScaling, read_rope
 from minivlm.modules.siglip import VisionConfig
 
@@ -387,12 +386,13 @@ class IdeficsModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_encoder_embeddings: Tensor | None = None,
         perceiver_embeddings: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
         interpolate_pos_encoding: bool = False,
         backend: str | None = None,
         hidden_states: list[Tensor] | None = None,
@@ -400,10 +400,21 @@ class IdeficsModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """→ (final hidden states (B, T or last, C), picture vectors (B, N, Q, Cv), or None from the cache).
 
-        Arguments as below. last: only so many of the last tokens are wanted; 0 = all.
-
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
+        past_key_values: a cache from `new_cache`, extended in place. It also keeps what the last token sees of the
+        pictures: a call without pictures goes on with these.
+        pixel_values: (B, N, 3, height, width), or in its place image_encoder_embeddings: (B, N, P, Cv), last states of
+        `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
+        pictures that no token saw are zeros.
+        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token sees this picture. Rows that are missing
+        at the end are like the last one.
+        interpolate_pos_encoding: stretch the tower's positions to pictures of another size.
         hidden_states: a list that receives what enters the first decoder block (behind the first gated one, as in the
         reference) and every decoder block's output, the last one normalised.
+        last: only so many of the last tokens are wanted; 0 = all.
+
+        Raises ValueError where the shapes do not fit, or pictures or their mask are missing.
         """
         common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -542,6 +553,7 @@ class IdeficsForVisionText2Text(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = generation.generate
+    forward = common.forward
     device, dtype, new_cache = common.device, common.dtype, common.new_cache
 
     def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
@@ -559,59 +571,8 @@ class IdeficsForVisionText2Text(nn.Module):
     def decoder(self) -> Decoder:
         return self.model.text_model
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_encoder_embeddings: Tensor | None = None,
-        perceiver_embeddings: Tensor | None = None,
-        image_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        interpolate_pos_encoding: bool = False,
-        logits_to_keep: int = 0,
-        output_hidden_states: bool = False,
-    ) -> Output:
-        """One pass over T new tokens.
-
-        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
-        past_key_values: a cache from `new_cache`, extended in place. It also keeps what the last token sees of the
-        pictures: a call without pictures goes on with these.
-        pixel_values: (B, N, 3, height, width), or in its place image_encoder_embeddings: (B, N, P, Cv), last states of
-        `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
-        pictures that no token saw are zeros.
-        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token sees this picture. Rows that are missing
-        at the end are like the last one.
-        interpolate_pos_encoding: stretch the tower's positions to pictures of another size.
-        labels: (B, T) like input_ids, −100 = not counted. The loss is over all V + A logits; the reference's, which
-        counts on V, fails for every released checkpoint.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
-
-        Raises ValueError where the shapes do not fit, or pictures or their mask are missing.
-        """
-        hidden_states = [] if output_hidden_states else None
-        x, vectors = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            pixel_values,
-            image_encoder_embeddings,
-            perceiver_embeddings,
-            image_attention_mask,
-            inputs_embeds,
-            past_key_values,
-            interpolate_pos_encoding,
-            self.attn_implementation,
-            hidden_states,
-            0 if output_hidden_states else logits_to_keep,
-        )
-        x = x[:, -logits_to_keep:]
-        logits = self.lm_head(x)  # (B, T or logits_to_keep, V)
-        if self.additional_fc is not None:
-            logits = torch.cat([logits, self.additional_fc(x)], dim=-1)  # (…, V + A)
-        return common.output(logits, labels, past_key_values, hidden_states, vectors)
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, C) → logits (B, T, V + A). The loss is over all of them; the reference's, over V, fails for every
+        released checkpoint."""
+        logits = self.lm_head(x)
+        return logits if self.additional_fc is None else torch.cat([logits, self.additional_fc(x)], dim=-1)

@@ -26,7 +26,6 @@ from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import ACTIVATIONS, GatedMLP, Linear, RMSNorm, initialize
-from minivlm.modules.outputs import Output
 from minivlm.modules.siglip import SIGLIP, SiglipVisionTower, VisionConfig
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -282,6 +281,7 @@ class Idefics2Model(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
+        *,
         image_hidden_states: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -290,7 +290,18 @@ class Idefics2Model(nn.Module):
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T or last, C), picture features (pictures, Q, C) or None). Arguments as below."""
+        """→ (final hidden states (B, T or last, C), picture features (pictures, Q, C) or None).
+
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        pixel_values: (B, N, 3, height, width); pixel_attention_mask: (B, N, height, width), 1 = real pixel.
+        image_hidden_states: (pictures, Q, C) from an earlier call, instead of pixels.
+        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
+        past_key_values: a cache from `new_cache`, extended in place.
+        hidden_states: a list that receives the embeddings and every block's output, the last one normalised.
+        last: only so many of the last tokens are wanted; 0 = all.
+
+        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
+        """
         common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if pixel_values is not None and image_hidden_states is not None:
             raise ValueError("pass either pixel_values or image_hidden_states, and not both")
@@ -326,6 +337,7 @@ class Idefics2ForConditionalGeneration(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = generation.generate
+    forward = common.forward
     device, dtype, new_cache = common.device, common.dtype, common.new_cache
 
     def __init__(self, config: Idefics2Config, attn_implementation: str | None = None) -> None:
@@ -339,46 +351,6 @@ class Idefics2ForConditionalGeneration(nn.Module):
     def decoder(self) -> Decoder:
         return self.model.text_model
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        *,
-        image_hidden_states: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        output_hidden_states: bool = False,
-    ) -> Output:
-        """One pass over T new tokens.
-
-        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        pixel_values: (B, N, 3, height, width); pixel_attention_mask: (B, N, height, width), 1 = real pixel.
-        image_hidden_states: (pictures, Q, C) from an earlier call, instead of pixels.
-        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
-        past_key_values: a cache from `new_cache`, extended in place.
-        labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
-
-        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
-        """
-        hidden_states = [] if output_hidden_states else None
-        x, features = self.model(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            pixel_attention_mask,
-            image_hidden_states,
-            position_ids,
-            inputs_embeds,
-            past_key_values,
-            self.attn_implementation,
-            hidden_states,
-            0 if output_hidden_states else logits_to_keep,
-        )
-        logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
-        return common.output(logits, labels, past_key_values, hidden_states, features)
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, C) → logits (B, T, V)."""
+        return self.lm_head(x)

@@ -29,7 +29,6 @@ from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import ACTIVATIONS, Linear, activation, initialize
-from minivlm.modules.outputs import Output
 from minivlm.modules.siglip import VisionConfig
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -278,6 +277,7 @@ class LlavaNextModel(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Tensor | None = None,
+        *,
         image_hidden_states: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -286,7 +286,18 @@ class LlavaNextModel(nn.Module):
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T or last, C), picture vectors (image tokens, C) or None). Arguments as below."""
+        """→ (final hidden states (B, T or last, C), picture vectors (image tokens, C) or None).
+
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        pixel_values: (N, most tiles, 3, S, S), and image_sizes: (N, 2), see `get_image_features`; N counts the
+        pictures of all rows.  image_hidden_states: (image tokens, C) from an earlier call, instead of pixels.
+        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
+        past_key_values: a cache from `new_cache`, extended in place.
+        hidden_states: a list that receives the embeddings and every block's output, the last one normalised.
+        last: only so many of the last tokens are wanted; 0 = all.
+
+        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
+        """
         common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if pixel_values is not None and image_hidden_states is not None:
             raise ValueError("pass either pixel_values or image_hidden_states, and not both")
@@ -334,6 +345,7 @@ class LlavaNextForConditionalGeneration(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = generation.generate
+    forward = common.forward
     device, dtype, new_cache = common.device, common.dtype, common.new_cache
 
     def __init__(self, config: LlavaNextConfig, attn_implementation: str | None = None) -> None:
@@ -347,46 +359,6 @@ class LlavaNextForConditionalGeneration(nn.Module):
     def decoder(self) -> Decoder:
         return self.model.language_model
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | Sequence[Tensor] | None = None,
-        image_sizes: Tensor | None = None,
-        *,
-        image_hidden_states: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        output_hidden_states: bool = False,
-    ) -> Output:
-        """One pass over T new tokens.
-
-        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        pixel_values: (N, most tiles, 3, S, S), and image_sizes: (N, 2), see `get_image_features`; N counts the
-        pictures of all rows.  image_hidden_states: (image tokens, C) from an earlier call, instead of pixels.
-        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
-        past_key_values: a cache from `new_cache`, extended in place.
-        labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
-
-        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
-        """
-        hidden_states = [] if output_hidden_states else None
-        x, vectors = self.model(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_sizes,
-            image_hidden_states,
-            position_ids,
-            inputs_embeds,
-            past_key_values,
-            self.attn_implementation,
-            hidden_states,
-            0 if output_hidden_states else logits_to_keep,
-        )
-        logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
-        return common.output(logits, labels, past_key_values, hidden_states, vectors)
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, C) → logits (B, T, V)."""
+        return self.lm_head(x)
