@@ -48,6 +48,14 @@ def find_template(source: hub.Source, processor_config: dict[str, Any], tokenize
     return None
 
 
+def save(template: str | None, folder: Path) -> None:
+    """Write chat_template.jinja, where everybody looks first; another template that lay in the folder goes."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(named(template), encoding="utf-8")
+
+
 def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages in the one form that templates get, and the images in them (None where only a place is given).
 

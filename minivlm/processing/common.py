@@ -99,10 +99,10 @@ def save_pretrained(self: Any, folder: str | Path) -> None:
     """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
     self.image_processor.save_pretrained(folder)
     self.tokenizer.save_pretrained(folder)
-    config = {name: getattr(self, name) for name in self.SETTINGS}
-    config |= {"chat_template": chat.named(self.chat_template), "processor_class": type(self).__name__}
+    config = {name: getattr(self, name) for name in self.SETTINGS} | {"processor_class": type(self).__name__}
     known = {name: value for name, value in sorted(config.items()) if value is not None}
     write_json(Path(folder) / "processor_config.json", known)
+    chat.save(self.chat_template, Path(folder))
 
 
 def call(

@@ -89,6 +89,26 @@ def test_known_templates_write_what_the_released_ones_do(processor, tmp_path, na
     assert "{%" in again.chat_template
 
 
+def test_a_new_template_takes_the_place_of_the_old(processor, tmp_path, caplog):
+    """Saved onto a folder that had one, in any file; transformers reads ours, and has nothing to say about where."""
+    from transformers import AutoProcessor
+
+    processor = copy.deepcopy(processor)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "old"}')
+    processor.chat_template = "new: {{ messages[0].role }}\n"
+    processor.save_pretrained(tmp_path)
+    assert Idefics2Processor.from_pretrained(tmp_path).chat_template == processor.chat_template
+    theirs = AutoProcessor.from_pretrained(tmp_path)
+    assert (
+        theirs.apply_chat_template(CONVERSATIONS[0]) == "new: user" == processor.apply_chat_template(CONVERSATIONS[0])
+    )
+    assert "chat_template" not in caplog.text
+    processor.chat_template = None
+    processor.save_pretrained(tmp_path)
+    assert Idefics2Processor.from_pretrained(tmp_path).chat_template is None
+
+
 def test_plain_string_content_is_text(processor, reference):
     messages = [{"role": "user", "content": "Hello"}]
     assert processor.apply_chat_template(messages) == "User: Hello<end_of_utterance>\n"
