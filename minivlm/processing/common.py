@@ -12,7 +12,7 @@ import numpy as np
 from minivlm import hub
 from minivlm.processing import chat_template as chat
 from minivlm.processing.files import read_configs, write_json
-from minivlm.processing.images import load_image, pixel_table
+from minivlm.processing.images import image_rows, load_image, pixel_table
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer, as_texts
 
@@ -124,6 +124,23 @@ def call(
     options = {"padding": padding, "truncation": truncation, "max_length": max_length}
     options |= {"return_tensors": return_tensors, "add_special_tokens": add_special_tokens}
     return self.encode_prompts(as_texts(text), images, **options)
+
+
+def encode_prompts(
+    self: Any,
+    prompts: list[str],
+    images: Any = None,
+    *,
+    guard: str | None = None,
+    return_tensors: str | None = None,
+    **options: Any,
+) -> Inputs:
+    """What `call` and `apply_chat_template` share. With `guard`, see `Tokenizer.encode_guarded`, for every prompt.
+
+    ValueError unless there is one picture for every image token.
+    """
+    rows = image_rows(images, [prompt.count(self.image_token) for prompt in prompts], self.image_token)
+    return self.encode(prompts, rows, guard, **options).convert(return_tensors)
 
 
 def decode(self: Any, *args: Any, **kwargs: Any) -> str | list[str]:

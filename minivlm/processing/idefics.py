@@ -31,7 +31,7 @@ from minivlm.processing.common import (
     encode_all,
     pixel_table_of,
 )
-from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing.images import load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.shown import short
 from minivlm.processing.tokenizer import Tokenizer
@@ -145,11 +145,12 @@ class IdeficsProcessor:
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.add_end_of_utterance_token, self.chat_template = add_end_of_utterance_token, chat_template
         tokenizer.add_tokens([FAKE, IMAGE], special=True)
+        self.image_token = IMAGE
         self.fake_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids([FAKE, IMAGE])
 
     from_pretrained = classmethod(common.from_pretrained)
     save_pretrained = common.save_pretrained
-    apply_chat_template = chat.apply
+    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
     decode, batch_decode = common.decode, common.batch_decode
 
     def __call__(
@@ -193,20 +194,11 @@ class IdeficsProcessor:
             raise ValueError(f"add_end_of_utterance_token: the tokenizer of this checkpoint has no {END_OF_UTTERANCE}")
         return END_OF_UTTERANCE if known and wanted is not False else ""
 
-    def encode_prompts(
-        self,
-        prompts: list[str],
-        images: Any = None,
-        *,
-        guard: str | None = None,
-        return_tensors: str | None = None,
-        **options: Any,
-    ) -> Inputs:
-        """For chat templates: prompts with `<image>` for each picture; see `Tokenizer.encode_guarded` for `guard`."""
-        rows = image_rows(images, [prompt.count(IMAGE) for prompt in prompts], IMAGE)
+    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
+        """For chat templates: prompts with an `<image>` for each picture of their row → Inputs."""
         marked = [prompt.replace(IMAGE, FAKE + IMAGE + FAKE).replace(FAKE + FAKE, FAKE) for prompt in prompts]
         ids = self.tokenizer.assemble(encode_all(self.tokenizer, marked, guard), keep=self.fake_token_id, **options)
-        return self._with_pictures(ids, rows).convert(return_tensors)
+        return self._with_pictures(ids, rows)
 
     def _with_pictures(self, inputs: Inputs, rows: list[list[Any]], transform: Any = None) -> Inputs:
         """Add pixel_values and image_attention_mask; `keep` above needs only F: no cut takes an I and leaves its Fs."""

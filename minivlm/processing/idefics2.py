@@ -15,7 +15,7 @@ import numpy as np
 from minivlm.processing import chat_template as chat
 from minivlm.processing import common
 from minivlm.processing.common import MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
-from minivlm.processing.images import check_pixel_count, image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing.images import check_pixel_count, load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
 
@@ -150,7 +150,7 @@ class Idefics2Processor:
 
     from_pretrained = classmethod(common.from_pretrained)
     save_pretrained = common.save_pretrained
-    apply_chat_template = chat.apply
+    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
     decode, batch_decode = common.decode, common.batch_decode
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
@@ -162,21 +162,12 @@ class Idefics2Processor:
         """
         return common.call(self, images, text, **options)
 
-    def encode_prompts(
-        self,
-        prompts: list[str],
-        images: Any = None,
-        *,
-        guard: str | None = None,
-        return_tensors: str | None = None,
-        **options: Any,
-    ) -> Inputs:
-        """What `__call__` and `apply_chat_template` share; see `Tokenizer.encode_guarded` for `guard`."""
-        rows = image_rows(images, [prompt.count(IMAGE) for prompt in prompts], IMAGE)
+    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
+        """Prompts with an `<image>` for each picture of their row → Inputs; see `common.encode_prompts`."""
         splitting = self.image_processor.do_image_splitting
         expanded = [expand_prompt(prompt, self.image_seq_len, splitting) for prompt in prompts]
         bodies = encode_all(self.tokenizer, expanded, guard)
         inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
         if any(rows):
             inputs.update(self.image_processor(rows))
-        return inputs.convert(return_tensors)
+        return inputs

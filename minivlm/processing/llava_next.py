@@ -25,7 +25,7 @@ from minivlm.processing.common import (
     encode_all,
     pixel_table_of,
 )
-from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing.images import load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
 
@@ -161,7 +161,7 @@ class LlavaNextProcessor:
 
     from_pretrained = classmethod(common.from_pretrained)
     save_pretrained = common.save_pretrained
-    apply_chat_template = chat.apply
+    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
     decode, batch_decode = common.decode, common.batch_decode
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
@@ -176,17 +176,8 @@ class LlavaNextProcessor:
             images, text = text, images
         return common.call(self, images, text, **options)
 
-    def encode_prompts(
-        self,
-        prompts: list[str],
-        images: Any = None,
-        *,
-        guard: str | None = None,
-        return_tensors: str | None = None,
-        **options: Any,
-    ) -> Inputs:
-        """What `__call__` and `apply_chat_template` share; see `Tokenizer.encode_guarded` for `guard`."""
-        rows = image_rows(images, [prompt.count(self.image_token) for prompt in prompts], self.image_token)
+    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
+        """Prompts with an `<image>` for each picture of their row → Inputs; see `common.encode_prompts`."""
         pictures = self.image_processor(rows) if any(rows) else Inputs()
         sizes = pictures.image_sizes.tolist() if pictures else []
         places = iter([self.image_places(*size) for size in sizes])
@@ -194,7 +185,7 @@ class LlavaNextProcessor:
         bodies = [expand(body, self.image_token_id, places) for body in bodies]
         inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
         inputs.update(pictures)
-        return inputs.convert(return_tensors)
+        return inputs
 
     def image_places(self, height: int, width: int) -> int:
         """How many `<image>` a picture of this size takes in the prompt; no picture is needed to ask."""
