@@ -61,31 +61,14 @@ def pair(
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@torch.no_grad()
 def test_hidden_states_logits_and_loss(pair: Any, backend: str) -> None:
-    reference, ours, inputs = pair
-    real = inputs["attention_mask"].bool()  # what a padding slot computes is nobody's business
-    labels = oracle.labels(inputs)
-    eager, sdpa = oracle.both(reference, lambda model: model(**inputs, labels=labels, output_hidden_states=True))
-    ours.attn_implementation = backend
-    found = ours(**inputs, labels=labels, output_hidden_states=True)
-    oracle.assert_close(found.image_hidden_states, eager.image_hidden_states, sdpa.image_hidden_states, "features")
-    for layer, states in enumerate(zip(found.hidden_states, eager.hidden_states, sdpa.hidden_states, strict=True)):
-        oracle.assert_close(*(state[real] for state in states), f"decoder layer {layer}")
-    oracle.assert_close(found.logits[real], eager.logits[real], sdpa.logits[real], "logits")
-    oracle.assert_close(found.loss, eager.loss, sdpa.loss, "loss")
+    oracle.assert_close(*(output.image_hidden_states for output in oracle.assert_states(*pair, backend)), "features")
 
 
 def test_gradients(pair: Any) -> None:
     """Of every parameter, and none for what is behind the last state of the tower that is used."""
     reference, ours, inputs = pair
-    labels = oracle.labels(inputs)
-    reference.set_attn_implementation("sdpa")
-    ours.attn_implementation = "sdpa"
-    for model in (reference, ours):
-        model.zero_grad()
-        model(**inputs, labels=labels).loss.backward()
-    oracle.assert_gradients(ours, reference)
+    oracle.assert_gradients(ours, reference, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -95,13 +78,9 @@ def test_half_precision(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [([], []), (SIZES[:1],), (SIZES[3:5], SIZES[3:5])])
-@torch.no_grad()
 def test_batches_of_other_kinds(pair: Any, rows: Any) -> None:
     reference, ours, _ = pair
-    inputs = tiny.llava_inputs(rows, reference.config, seed=3)
-    real = inputs["attention_mask"].bool()
-    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
-    oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
+    oracle.assert_logits(reference, ours, tiny.llava_inputs(rows, reference.config, seed=3))
 
 
 @torch.no_grad()
@@ -114,27 +93,9 @@ def test_greedy_ids(pair: Any) -> None:
     assert torch.equal(ours.generate(**inputs, **settings, use_cache=False), expected)
 
 
-@torch.no_grad()
 def test_cached_equals_uncached(pair: Any) -> None:
-    """One token at a time, with windows, left padding and positions as in generation."""
     _, ours, inputs = pair
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    whole = ours(**inputs, position_ids=positions).logits
-    prompt = ids.shape[1] - 5
-    cache = ours.new_cache(len(ids), ids.shape[1])
-    pictures = {key: inputs[key] for key in ("pixel_values", "image_sizes")}
-    first = ours(
-        ids[:, :prompt], mask[:, :prompt], **pictures, position_ids=positions[:, :prompt], past_key_values=cache
-    )
-    parts = [first.logits]
-    for slot in range(prompt, ids.shape[1]):
-        one = slice(slot, slot + 1)
-        parts.append(
-            ours(ids[:, one], mask[:, : slot + 1], position_ids=positions[:, one], past_key_values=cache).logits
-        )
-    real = mask.bool()
-    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
+    oracle.assert_cached_equals_uncached(ours, inputs, {key: inputs[key] for key in ("pixel_values", "image_sizes")})
 
 
 @torch.no_grad()
@@ -378,12 +339,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_bad_configs(case: str) -> None:
-    change, message = BAD_CONFIGS[case]
-    values = tiny.llava_config().to_dict()
-    for key, value in change.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=message), torch.device("meta"):
-        Model(LlavaNextConfig.from_hub(values))
+    oracle.assert_bad_config(Model, tiny.llava_config().to_dict(), *BAD_CONFIGS[case])
 
 
 def test_layers_are_part_of_the_weights(tmp_path: Path) -> None:
