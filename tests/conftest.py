@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 DATA = Path(__file__).parent / "data"
 HUB = DATA / "hub" / "HuggingFaceM4"
 LLAVA = HUB.parent / "llava-hf"
+PHOTOGRAPHS = sorted(path.name for path in (DATA / "images").iterdir() if path.suffix in (".jpg", ".png"))
 SHARED = Path(__file__).parents[2] / "shared" / "hub" / "llava-hf"  # beside the repository; see `llava`
 
 

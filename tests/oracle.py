@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -138,6 +140,63 @@ def both(reference: Any, call: Callable[[Any], Any]) -> tuple[Any, Any]:
     return results[0], results[1]
 
 
+# ---- What holds for every family -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def assert_states(reference: Any, ours: Any, inputs: dict[str, Any], backend: str | None) -> tuple[Any, Any, Any]:
+    """Hidden states, logits and loss of one pass; returns the outputs (ours, eager, sdpa).
+
+    The reference has no loss for added tokens, which it counts on fewer logits than there are.
+    """
+    real = inputs["attention_mask"].bool()  # what a padding slot computes is nobody's business
+    expected = labels(inputs)
+    comparable = {} if getattr(ours.config, "additional_vocab_size", 0) else {"labels": expected}
+    eager, sdpa = both(reference, lambda model: model(**inputs, **comparable, output_hidden_states=True))
+    ours.attn_implementation = backend
+    found = ours(**inputs, labels=expected, output_hidden_states=True)
+    for layer, states in enumerate(zip(found.hidden_states, eager.hidden_states, sdpa.hidden_states, strict=True)):
+        assert_close(*(state[real] for state in states), f"decoder layer {layer}")
+    assert_close(found.logits[real], eager.logits[real], sdpa.logits[real], "logits")
+    if comparable:
+        assert_close(found.loss, eager.loss, sdpa.loss, "loss")
+    return found, eager, sdpa
+
+
+@torch.no_grad()
+def assert_logits(reference: Any, ours: Any, inputs: dict[str, Any]) -> None:
+    """Logits of one pass, with the backend that ours takes by itself."""
+    real = inputs["attention_mask"].bool()
+    ours.attn_implementation = None
+    eager, sdpa = both(reference, lambda model: model(**inputs).logits[real])
+    assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
+
+
+@torch.no_grad()
+def assert_cached_equals_uncached(ours: Any, inputs: dict[str, Any], pictures: dict[str, Any]) -> None:
+    """A prompt with its pictures, two tokens at once, then one at a time, with left padding and positions as in
+    generation."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = ours(**inputs, position_ids=positions).logits
+    cache, parts, tokens = ours.new_cache(*ids.shape), [], ids.shape[1]
+    for start, stop in itertools.pairwise([0, tokens - 5, tokens - 3, tokens - 2, tokens - 1, tokens]):
+        more = {"position_ids": positions[:, start:stop], "past_key_values": cache, **({} if start else pictures)}
+        output = ours(ids[:, start:stop], mask[:, :stop], **more)
+        assert (output.image_hidden_states is None) == (start > 0)
+        parts.append(output.logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
+
+
+def assert_bad_config(model_class: Any, values: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    """ValueError for a config.json with `change` in it, parts changed entry by entry."""
+    for key, value in change.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        model_class(model_class.config_class.from_hub(values))
+
+
 @torch.no_grad()
 def assert_half_precision(reference: Any, model_class: Any, inputs: dict[str, Any], dtype: Any, folder: Path) -> None:
     """Logits of both our backends, loaded in `dtype`; the yardstick is the reference's in the same `dtype`."""
@@ -152,8 +211,17 @@ def assert_half_precision(reference: Any, model_class: Any, inputs: dict[str, An
         assert_close(ours(**inputs).logits[real], eager, sdpa, f"{dtype} logits, {backend}")
 
 
-def assert_gradients(ours: Any, reference: Any) -> None:
-    """After both ran backward: the same parameters have gradients, which differ by at most 1e-4 of their size."""
+def assert_gradients(ours: Any, reference: Any, inputs: dict[str, Any]) -> None:
+    """The same parameters have gradients, which differ by at most 1e-4 of their size.
+
+    Of cross entropy over all logits: the reference's own loss fails where tokens are added.
+    """
+    target = labels(inputs)[:, 1:].flatten()
+    reference.set_attn_implementation("sdpa")
+    ours.attn_implementation = "sdpa"
+    for model in (reference, ours):
+        model.zero_grad()
+        F.cross_entropy(model(**inputs).logits[:, :-1].flatten(0, 1), target).backward()
     expected = {
         local_name(name, ours.hub_prefixes): parameter.grad
         for name, parameter in reference.named_parameters()

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import oracle
+import oracle_idefics
+import oracle_llava
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from minivlm import AutoModelForImageTextToText, Idefics2Config, Idefics2ForConditionalGeneration
+from minivlm.auto import family
 from minivlm.loading import WEIGHTS, wanted_device, wanted_dtype
 
 Model = Idefics2ForConditionalGeneration
@@ -61,6 +64,28 @@ def test_what_we_save_transformers_loads(saved: Path, tmp_path: Path, size: str 
     assert torch.equal(theirs(**inputs).logits, original(**inputs).logits)
     assert torch.equal(again(**inputs).logits, ours(**inputs).logits)
     assert again.config.text_config == ours.config.text_config
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        oracle.idefics2_config(),
+        oracle_llava.llava_config(),
+        oracle_idefics.idefics_config(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_rope_scaling_survives_saving(config: Any, tmp_path: Path) -> None:
+    """A null that we write is no default there: `truncate: null` once moved yarn's frequencies in transformers."""
+    values = config.to_dict()
+    values.get("text_config", values)["rope_parameters"] = YARN
+    ours = AutoModelForImageTextToText.from_config(family(config.model_type)[0].config_class.from_hub(values))
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert getattr(theirs, "text_config", theirs).rope_parameters == YARN
 
 
 @pytest.mark.parametrize(

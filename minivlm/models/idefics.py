@@ -21,27 +21,26 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generation, loading
-from minivlm.generation_config import GenerationConfig
+from minivlm.models import common
 from minivlm.modules import config as hub_config
-from minivlm.modules.attention import Mask, attention, check_implementation
+from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
-from minivlm.modules.clip import ClipConfig, ClipVisionTower
+from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import GatedMLP, Linear, RMSNorm, initialize
-from minivlm.modules.outputs import Output, next_token_loss
 from minivlm.modules.rope import RopeScaling, read_rope
+from minivlm.modules.siglip import VisionConfig
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated block
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
 # The tower's class defaults: ViT-H in all but its width, which every checkpoint gives as `embed_dim` (1280).
-_SIZES = {"hidden_size": 768, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-VISION = ClipConfig(**_SIZES, patch_size=14, hidden_act="gelu")
+VISION = VisionConfig(
+    intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu"
+)
 # What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
 FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
-ALPHA_TYPES = ("float", "vector")
-ALPHA_INITIALIZERS = ("zeros", "ones", "normal", "gaussian", "random")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class IdeficsConfig:
 
     model_type: ClassVar[str] = "idefics"
 
-    vision_config: ClipConfig = VISION
+    vision_config: VisionConfig = VISION
     perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
     use_resampler: bool = False
     cross_layer_interval: int = 1  # a gated block before every so many-th decoder block, the first included
@@ -110,9 +109,8 @@ class IdeficsConfig:
         if self.additional_vocab_size:
             hub_config.positive(self, "additional_vocab_size")
         hub_config.deviation(self, "alphas_initializer_range")
-        for name, known in {"alpha_type": ALPHA_TYPES, "alpha_initializer": ALPHA_INITIALIZERS}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} should be one of {', '.join(known)}, found {getattr(self, name)!r}")
+        hub_config.one_of(self, "alpha_type", ("float", "vector"))
+        hub_config.one_of(self, "alpha_initializer", ("zeros", "ones", "normal", "gaussian", "random"))
         for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
             object.__setattr__(self, name, tuple(str(layer) for layer in getattr(self, name)))
             if unknown := set(getattr(self, name)) - set(FREEZE_EXCEPTIONS):
@@ -128,7 +126,7 @@ class IdeficsConfig:
         if "embed_dim" in vision:
             vision = {**vision, "hidden_size": vision["embed_dim"]}
         parts = {
-            "vision_config": hub_config.from_hub(ClipConfig, vision, **asdict(VISION)),
+            "vision_config": hub_config.from_hub(VisionConfig, vision, **asdict(VISION)),
             "perceiver_config": hub_config.from_hub(PerceiverConfig, hub_config.section(values, "perceiver_config")),
             "dtype": values.get("dtype") or values.get("torch_dtype"),
         }
@@ -365,13 +363,14 @@ class IdeficsModel(nn.Module):
         return everything
 
     def look(
-        self, given: dict[str, Tensor], mask: Tensor | None, x: Tensor, cache: KVCache | None, *options: Any
+        self, given: dict[str, Tensor | None], mask: Tensor | None, x: Tensor, cache: KVCache | None, *options: Any
     ) -> tuple[Tensor | None, Pairs, Tensor]:
         """What the tokens x (B, T, C) see: the pictures' vectors (B, N, Q, Cv) or None from the cache, their keys and
         values (B, H, N·Q, D) for each gated block, and which of them each token sees, (B, T, N) bool.
 
-        given: the arguments that hold pictures, by name. mask: image_attention_mask. options: as of `encode`.
+        given: the three arguments that may hold pictures. mask: image_attention_mask. options: as of `encode`.
         """
+        given = {name: pictures for name, pictures in given.items() if pictures is not None}
         if not given and cache is not None and cache.cross:
             return None, cache.cross, cache.cross_seen.expand(-1, x.shape[1], -1)
         name, pictures = self._checked(given, len(x))
@@ -387,12 +386,13 @@ class IdeficsModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_encoder_embeddings: Tensor | None = None,
         perceiver_embeddings: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
         interpolate_pos_encoding: bool = False,
         backend: str | None = None,
         hidden_states: list[Tensor] | None = None,
@@ -400,13 +400,23 @@ class IdeficsModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """→ (final hidden states (B, T or last, C), picture vectors (B, N, Q, Cv), or None from the cache).
 
-        Arguments as below. last: only so many of the last tokens are wanted; 0 = all.
-
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
+        past_key_values: a cache from `new_cache`, extended in place. It also keeps what the last token sees of the
+        pictures: a call without pictures goes on with these.
+        pixel_values: (B, N, 3, height, width), or in its place image_encoder_embeddings: (B, N, P, Cv), last states of
+        `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
+        pictures that no token saw are zeros.
+        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token sees this picture. Rows that are missing
+        at the end are like the last one.
+        interpolate_pos_encoding: stretch the tower's positions to pictures of another size.
         hidden_states: a list that receives what enters the first decoder block (behind the first gated one, as in the
         reference) and every decoder block's output, the last one normalised.
+        last: only so many of the last tokens are wanted; 0 = all.
+
+        Raises ValueError where the shapes do not fit, or pictures or their mask are missing.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds, and not both")
+        common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         cache, past = past_key_values, 0 if past_key_values is None else past_key_values.length
         if cache is not None and cache.batch != len(x):
@@ -420,7 +430,6 @@ class IdeficsModel(nn.Module):
             "image_encoder_embeddings": image_encoder_embeddings,
             "perceiver_embeddings": perceiver_embeddings,
         }
-        given = {name: pictures for name, pictures in given.items() if pictures is not None}
         vectors, cross, seen = self.look(given, image_attention_mask, x, cache, interpolate_pos_encoding, backend)
         sight = _sight(seen, cross[0][0].shape[2])
 
@@ -544,12 +553,12 @@ class IdeficsForVisionText2Text(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = generation.generate
+    forward = common.forward
+    device, dtype, new_cache = common.device, common.dtype, common.new_cache
 
     def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
-        self.generation_config = GenerationConfig.from_model_config(config)
+        common.prepare(self, config, attn_implementation)
         self.model = IdeficsModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         added = config.additional_vocab_size
@@ -559,76 +568,11 @@ class IdeficsForVisionText2Text(nn.Module):
             _freeze(self.lm_head)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.text_model.norm.weight.device
+    def decoder(self) -> Decoder:
+        return self.model.text_model
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.text_model.norm.weight.dtype
-
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, to be passed as `past_key_values`."""
-        return self.model.text_model.new_cache(batch, slots, self.device, self.dtype)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_encoder_embeddings: Tensor | None = None,
-        perceiver_embeddings: Tensor | None = None,
-        image_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        interpolate_pos_encoding: bool = False,
-        logits_to_keep: int = 0,
-        output_hidden_states: bool = False,
-    ) -> Output:
-        """One pass over T new tokens.
-
-        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
-        past_key_values: a cache from `new_cache`, extended in place. It also keeps what the last token sees of the
-        pictures: a call without pictures goes on with these.
-        pixel_values: (B, N, 3, height, width), or in its place image_encoder_embeddings: (B, N, P, Cv), last states of
-        `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
-        pictures that no token saw are zeros.
-        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token sees this picture. Rows that are missing
-        at the end are like the last one.
-        interpolate_pos_encoding: stretch the tower's positions to pictures of another size.
-        labels: (B, T) like input_ids, −100 = not counted. The loss is over all V + A logits; the reference's, which
-        counts on V, fails for every released checkpoint.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
-
-        Raises ValueError where the shapes do not fit, or pictures or their mask are missing.
-        """
-        hidden_states = [] if output_hidden_states else None
-        x, vectors = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            pixel_values,
-            image_encoder_embeddings,
-            perceiver_embeddings,
-            image_attention_mask,
-            inputs_embeds,
-            past_key_values,
-            interpolate_pos_encoding,
-            self.attn_implementation,
-            hidden_states,
-            0 if output_hidden_states else logits_to_keep,
-        )
-        x = x[:, -logits_to_keep:]
-        logits = self.lm_head(x)  # (B, T or logits_to_keep, V)
-        if self.additional_fc is not None:
-            logits = torch.cat([logits, self.additional_fc(x)], dim=-1)  # (…, V + A)
-        return Output(
-            logits=logits,
-            loss=None if labels is None else next_token_loss(logits, labels),
-            past_key_values=past_key_values,
-            hidden_states=None if hidden_states is None else tuple(hidden_states),
-            image_hidden_states=vectors,
-        )
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, C) → logits (B, T, V + A). The loss is over all of them; the reference's, over V, fails for every
+        released checkpoint."""
+        logits = self.lm_head(x)
+        return logits if self.additional_fc is None else torch.cat([logits, self.additional_fc(x)], dim=-1)

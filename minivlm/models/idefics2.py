@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generation, loading
-from minivlm.generation_config import GenerationConfig
+from minivlm.models import common
 from minivlm.modules import config as hub_config
-from minivlm.modules.attention import Mask, attention, check_implementation
+from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import ACTIVATIONS, GatedMLP, Linear, RMSNorm, initialize
-from minivlm.modules.outputs import Output, next_token_loss
-from minivlm.modules.siglip import SiglipConfig, SiglipVisionTower
+from minivlm.modules.siglip import SIGLIP, SiglipVisionTower, VisionConfig
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ class Idefics2Config:
 
     model_type: ClassVar[str] = "idefics2"
 
-    vision_config: SiglipConfig = field(default_factory=SiglipConfig)
+    vision_config: VisionConfig = field(default_factory=lambda: VisionConfig(**SIGLIP))
     perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
     text_config: DecoderConfig = field(default_factory=lambda: DecoderConfig(**TEXT_DEFAULTS))
     image_token_id: int = 32001
@@ -86,7 +85,7 @@ class Idefics2Config:
     def from_hub(cls, values: dict[str, Any]) -> "Idefics2Config":
         """Read a `config.json`. Raises ValueError that names a field of a wrong type or size."""
         parts = {
-            "vision_config": SiglipConfig.from_hub(hub_config.section(values, "vision_config")),
+            "vision_config": hub_config.from_hub(VisionConfig, hub_config.section(values, "vision_config"), **SIGLIP),
             "perceiver_config": hub_config.from_hub(PerceiverConfig, hub_config.section(values, "perceiver_config")),
             "text_config": DecoderConfig.from_hub(hub_config.section(values, "text_config"), **TEXT_DEFAULTS),
             "dtype": values.get("dtype") or values.get("torch_dtype"),
@@ -97,6 +96,7 @@ class Idefics2Config:
         """A `config.json` that spells every field out."""
         return {
             **asdict(self),
+            "text_config": self.text_config.to_hub(),
             "model_type": self.model_type,
             "architectures": ["Idefics2ForConditionalGeneration"],
         }
@@ -110,7 +110,8 @@ class Idefics2Config:
 
 def _released(vocab_size: int) -> Idefics2Config:
     return Idefics2Config(
-        vision_config=SiglipConfig(
+        vision_config=VisionConfig(
+            **SIGLIP,
             hidden_size=1152,
             intermediate_size=4304,
             num_hidden_layers=27,
@@ -272,20 +273,10 @@ class Idefics2Model(nn.Module):
 
         Raises ValueError if there are more or fewer places than vectors.
         """
-        slots = self._image_slots(input_ids, inputs_embeds)  # (B, T)
-        vectors = features.reshape(-1, features.shape[-1])
-        if (found := int(slots.sum())) != len(vectors):
-            each = self.config.perceiver_config.resampler_n_latents
-            raise ValueError(
-                f"the prompt has {found} image tokens, but {len(vectors) // each} pictures of {each} vectors each give "
-                f"{len(vectors)}; was it made by this checkpoint's processor, and not cut?"
-            )
-        return inputs_embeds.masked_scatter(slots[..., None], vectors.to(inputs_embeds.dtype))
-
-    def _image_slots(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        return (inputs_embeds == self.text_model.embed_tokens.weight[self.config.image_token_id]).all(-1)
+        slots = common.image_slots(input_ids, inputs_embeds, self.text_model.embed_tokens, self.config.image_token_id)
+        vectors, each = features.reshape(-1, features.shape[-1]), self.config.perceiver_config.resampler_n_latents
+        pictures = f"{len(vectors) // each} pictures of {each} vectors each"
+        return common.merge(slots, inputs_embeds, vectors, pictures)
 
     def forward(
         self,
@@ -293,6 +284,7 @@ class Idefics2Model(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
+        *,
         image_hidden_states: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -301,9 +293,19 @@ class Idefics2Model(nn.Module):
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T or last, C), picture features (pictures, Q, C) or None). Arguments as below."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds, and not both")
+        """→ (final hidden states (B, T or last, C), picture features (pictures, Q, C) or None).
+
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        pixel_values: (B, N, 3, height, width); pixel_attention_mask: (B, N, height, width), 1 = real pixel.
+        image_hidden_states: (pictures, Q, C) from an earlier call, instead of pixels.
+        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
+        past_key_values: a cache from `new_cache`, extended in place.
+        hidden_states: a list that receives the embeddings and every block's output, the last one normalised.
+        last: only so many of the last tokens are wanted; 0 = all.
+
+        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
+        """
+        common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if pixel_values is not None and image_hidden_states is not None:
             raise ValueError("pass either pixel_values or image_hidden_states, and not both")
         if inputs_embeds is None:
@@ -338,74 +340,20 @@ class Idefics2ForConditionalGeneration(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = generation.generate
+    forward = common.forward
+    device, dtype, new_cache = common.device, common.dtype, common.new_cache
 
     def __init__(self, config: Idefics2Config, attn_implementation: str | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
-        self.generation_config = GenerationConfig.from_model_config(config)
+        common.prepare(self, config, attn_implementation)
         self.model = Idefics2Model(config)
         self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.text_model.norm.weight.device
+    def decoder(self) -> Decoder:
+        return self.model.text_model
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.text_model.norm.weight.dtype
-
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, to be passed as `past_key_values`."""
-        return self.model.text_model.new_cache(batch, slots, self.device, self.dtype)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        *,
-        image_hidden_states: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        output_hidden_states: bool = False,
-    ) -> Output:
-        """One pass over T new tokens.
-
-        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        pixel_values: (B, N, 3, height, width); pixel_attention_mask: (B, N, height, width), 1 = real pixel.
-        image_hidden_states: (pictures, Q, C) from an earlier call, instead of pixels.
-        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
-        past_key_values: a cache from `new_cache`, extended in place.
-        labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
-
-        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
-        """
-        hidden_states = [] if output_hidden_states else None
-        x, features = self.model(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            pixel_attention_mask,
-            image_hidden_states,
-            position_ids,
-            inputs_embeds,
-            past_key_values,
-            self.attn_implementation,
-            hidden_states,
-            0 if output_hidden_states else logits_to_keep,
-        )
-        logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
-        return Output(
-            logits=logits,
-            loss=None if labels is None else next_token_loss(logits, labels),
-            past_key_values=past_key_values,
-            hidden_states=None if hidden_states is None else tuple(hidden_states),
-            image_hidden_states=features,
-        )
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, C) → logits (B, T, V)."""
+        return self.lm_head(x)

@@ -15,27 +15,26 @@ width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minivlm import generation, loading
-from minivlm.generation_config import GenerationConfig
+from minivlm.models import common
 from minivlm.modules import anyres
 from minivlm.modules import config as hub_config
-from minivlm.modules.attention import check_implementation
 from minivlm.modules.cache import KVCache
-from minivlm.modules.clip import ClipConfig, ClipVisionTower
+from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import ACTIVATIONS, Linear, activation, initialize
-from minivlm.modules.outputs import Output, next_token_loss
+from minivlm.modules.siglip import VisionConfig
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
 # What all released checkpoints share: ViT-L/14 at 336 pixels, and canvases of 2 to 4 tiles, (height, width).
-VISION = ClipConfig(
+VISION = VisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
     num_hidden_layers=24,
@@ -54,7 +53,7 @@ class LlavaNextConfig:
 
     model_type: ClassVar[str] = "llava_next"
 
-    vision_config: ClipConfig = VISION
+    vision_config: VisionConfig = VISION
     text_config: DecoderConfig = TEXT
     image_token_index: int = 32000
     image_grid_pinpoints: list | tuple = PINPOINTS
@@ -97,8 +96,10 @@ class LlavaNextConfig:
         """Read a `config.json`. Raises ValueError that names a field of a wrong type or size."""
         values = {name: value for name, value in values.items() if value is not None}
         vision, text = (hub_config.section(values, name) for name in ("vision_config", "text_config"))
+        if (kind := vision.get("model_type", "clip_vision_model")) != "clip_vision_model":
+            raise ValueError(f"vision_config.model_type {kind!r:.80} is not supported; known: clip_vision_model")
         parts = {
-            "vision_config": ClipConfig.from_hub(vision) if "vision_config" in values else VISION,
+            "vision_config": hub_config.from_hub(VisionConfig, vision) if "vision_config" in values else VISION,
             "text_config": DecoderConfig.from_hub({"model_type": "llama", **text}),
             "image_token_index": values.get("image_token_index", values.get("image_token_id", cls.image_token_index)),
             "dtype": values.get("dtype", values.get("torch_dtype")),
@@ -109,7 +110,7 @@ class LlavaNextConfig:
         """A `config.json` that spells every field out."""
         return {
             **vars(self),
-            "vision_config": self.vision_config.to_hub(),
+            "vision_config": {**asdict(self.vision_config), "model_type": "clip_vision_model"},
             "text_config": self.text_config.to_hub(),
             "model_type": self.model_type,
             "architectures": ["LlavaNextForConditionalGeneration"],
@@ -196,13 +197,18 @@ class LlavaNextModel(nn.Module):
         self.language_model = Decoder(config.text_config)
 
     def get_image_features(
-        self, pixel_values: Tensor | Sequence[Tensor], image_sizes: Tensor, backend: str | None = None
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        image_sizes: Tensor,
+        backend: str | None = None,
+        slots: Tensor | None = None,
     ) -> list[Tensor]:
         """Each picture's vectors, (its number of image tokens, C), for the N pictures of the batch in a flat row.
 
         pixel_values: (N, most tiles, 3, S, S) or a list of (tiles, 3, S, S), the base first; tiles behind those that a
         picture has are filling and left out. Also all real tiles in a row, (tiles, 3, S, S).
         image_sizes: (N, 2), each picture's (height, width) in pixels as it came, from which the tiles' grid follows.
+        slots: (B, T) bool, the places in the prompt, where it is known; they are counted before the tower runs.
         """
         sizes = _sizes(image_sizes)
         if not sizes and not len(pixel_values):
@@ -210,6 +216,8 @@ class LlavaNextModel(nn.Module):
         grids = [self._tile_grid(size) for size in sizes]
         counts = [1 + rows * columns for rows, columns in grids]
         tiles = self._real_tiles(pixel_values, counts)  # (tiles of all pictures, 3, S, S)
+        if slots is not None:
+            self._check_places(slots, sizes)
         states = self.vision_tower(tiles, self.config.feature_layers, backend)  # (tiles, 1 + P, Cv) each
         # The class token goes, by a view as in the reference: in bf16 a linear map rounds otherwise on a copy.
         patches = torch.cat(states, dim=-1)[:, 1:]  # (tiles, P, Cv · layers)
@@ -256,24 +264,12 @@ class LlavaNextModel(nn.Module):
         lines = torch.cat([kept, self.image_newline.expand(height, 1, -1)], dim=1)  # (h, w + 1, C)
         return torch.cat([base, lines.flatten(0, 1)])
 
-    def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor) -> Tensor:
-        """Put vectors (image tokens of the batch, C) into the places of the image tokens, in order of appearance.
-
-        Raises ValueError if there are more or fewer places than vectors.
-        """
-        slots = self._image_slots(input_ids, inputs_embeds)  # (B, T)
-        if (found := int(slots.sum())) != len(vectors):
-            raise ValueError(
-                f"the prompt has {found} image tokens, but its pictures give {len(vectors)} vectors; was it made by "
-                "this checkpoint's processor, with these pictures, and not cut?"
-            )
-        return inputs_embeds.masked_scatter(slots[..., None], vectors.to(inputs_embeds.dtype))
-
-    def _image_slots(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        token = self.config.image_token_index
-        if input_ids is not None:
-            return input_ids == token
-        return (inputs_embeds == self.language_model.embed_tokens.weight[token]).all(-1)
+    def _check_places(self, slots: Tensor, sizes: list[tuple[int, int]]) -> None:
+        """ValueError unless pictures of these sizes give as many vectors as there are places in slots (B, T)."""
+        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
+        counts = [anyres.image_token_count(size, pinpoints, vision.image_size, vision.patch_size) for size in sizes]
+        each = (f"{high}x{wide} pixels: {count}" for (high, wide), count in zip(sizes, counts, strict=True))
+        common.check_places(slots, sum(counts), f"its pictures ({', '.join(each) or 'none'})")
 
     def forward(
         self,
@@ -281,6 +277,7 @@ class LlavaNextModel(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Tensor | None = None,
+        *,
         image_hidden_states: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -289,18 +286,30 @@ class LlavaNextModel(nn.Module):
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T or last, C), picture vectors (image tokens, C) or None). Arguments as below."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds, and not both")
+        """→ (final hidden states (B, T or last, C), picture vectors (image tokens, C) or None).
+
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        pixel_values: (N, most tiles, 3, S, S), and image_sizes: (N, 2), see `get_image_features`; N counts the
+        pictures of all rows.  image_hidden_states: (image tokens, C) from an earlier call, instead of pixels.
+        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
+        past_key_values: a cache from `new_cache`, extended in place.
+        hidden_states: a list that receives the embeddings and every block's output, the last one normalised.
+        last: only so many of the last tokens are wanted; 0 = all.
+
+        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
+        """
+        common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if pixel_values is not None and image_hidden_states is not None:
             raise ValueError("pass either pixel_values or image_hidden_states, and not both")
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)  # (B, T, C)
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values, image_sizes, backend)
-            image_hidden_states = torch.cat([inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]), *features])
-        if image_hidden_states is not None:
-            inputs_embeds = self.merge(input_ids, inputs_embeds, image_hidden_states)
+        if pixel_values is not None or image_hidden_states is not None:
+            table, token = self.language_model.embed_tokens, self.config.image_token_index
+            slots = common.image_slots(input_ids, inputs_embeds, table, token)  # (B, T)
+            if pixel_values is not None:
+                features = self.get_image_features(pixel_values, image_sizes, backend, slots)
+                image_hidden_states = torch.cat([inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]), *features])
+            inputs_embeds = common.merge(slots, inputs_embeds, image_hidden_states, "its pictures")
         decoding = (attention_mask, position_ids, past_key_values, backend, hidden_states, last)
         x = self.language_model(inputs_embeds, *decoding)
         return x, image_hidden_states
@@ -336,74 +345,20 @@ class LlavaNextForConditionalGeneration(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = generation.generate
+    forward = common.forward
+    device, dtype, new_cache = common.device, common.dtype, common.new_cache
 
     def __init__(self, config: LlavaNextConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
-        self.generation_config = GenerationConfig.from_model_config(config)
+        common.prepare(self, config, attn_implementation)
         self.model = LlavaNextModel(config)
         self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)
 
     @property
-    def device(self) -> torch.device:
-        return self.model.language_model.norm.weight.device
+    def decoder(self) -> Decoder:
+        return self.model.language_model
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.language_model.norm.weight.dtype
-
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `batch` rows of `slots` tokens, to be passed as `past_key_values`."""
-        return self.model.language_model.new_cache(batch, slots, self.device, self.dtype)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | Sequence[Tensor] | None = None,
-        image_sizes: Tensor | None = None,
-        *,
-        image_hidden_states: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        output_hidden_states: bool = False,
-    ) -> Output:
-        """One pass over T new tokens.
-
-        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        pixel_values: (N, most tiles, 3, S, S), and image_sizes: (N, 2), see `get_image_features`; N counts the
-        pictures of all rows.  image_hidden_states: (image tokens, C) from an earlier call, instead of pixels.
-        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
-        past_key_values: a cache from `new_cache`, extended in place.
-        labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
-
-        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
-        """
-        hidden_states = [] if output_hidden_states else None
-        x, vectors = self.model(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_sizes,
-            image_hidden_states,
-            position_ids,
-            inputs_embeds,
-            past_key_values,
-            self.attn_implementation,
-            hidden_states,
-            0 if output_hidden_states else logits_to_keep,
-        )
-        logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
-        return Output(
-            logits=logits,
-            loss=None if labels is None else next_token_loss(logits, labels),
-            past_key_values=past_key_values,
-            hidden_states=None if hidden_states is None else tuple(hidden_states),
-            image_hidden_states=vectors,
-        )
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, C) → logits (B, T, V)."""
+        return self.lm_head(x)

@@ -4,68 +4,19 @@ N pictures (or tiles) of S×S pixels, P patches each, C hidden width.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask
-from minivlm.modules.layers import ACTIVATIONS
-from minivlm.modules.siglip import SiglipEncoder
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Sizes of the vision tower, in the Hub's words; defaults as in the reference's CLIPVisionConfig."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-        hub_config.positive(self, *names, "patch_size", "image_size", "layer_norm_eps")
-        hub_config.one_of(self, "hidden_act", ACTIVATIONS)
-        hub_config.deviation(self, "initializer_range")
-        hub_config.divides(self, "num_attention_heads", "hidden_size")
-        if self.num_channels != 3:
-            raise ValueError(f"num_channels must be 3, for pictures are RGB; found {self.num_channels}")
-        if self.image_size < self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
-
-    @classmethod
-    def from_hub(cls, values: dict[str, Any]) -> "ClipConfig":
-        """Read a `vision_config`. Raises ValueError if it is of another kind of tower."""
-        config = hub_config.from_hub(cls, values)
-        kind = values.get("model_type", "clip_vision_model")
-        if kind != "clip_vision_model":
-            raise ValueError(f"vision_config.model_type {kind!r} is not supported; known: clip_vision_model")
-        return config
-
-    def to_hub(self) -> dict[str, Any]:
-        """A `vision_config` that spells every field out."""
-        return {**asdict(self), "model_type": "clip_vision_model"}
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.image_size // self.patch_size
+from minivlm.modules.siglip import SiglipEncoder, VisionConfig
 
 
 class ClipEmbeddings(nn.Module):
     """The class token, then a linear map of each patch, row by row; every place has a learned position."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         patch, size = config.patch_size, config.hidden_size
@@ -107,7 +58,7 @@ class ClipVisionTower(nn.Module):
     uses; it is part of every checkpoint, so it is kept and nothing passes through it.
     """
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = ClipEmbeddings(config)

@@ -3,8 +3,7 @@
 N images of one padded size, P = h·w patches each, C hidden width, H heads, D head width.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,11 @@ from minivlm.modules.layers import ACTIVATIONS, MLP
 
 
 @dataclass(frozen=True)
-class SiglipConfig:
-    """Sizes of the vision tower, in the Hub's words; defaults as in the reference's Idefics2VisionConfig."""
+class VisionConfig:
+    """Sizes of a vision tower, in the Hub's words; defaults as in the reference's CLIPVisionConfig.
+
+    SigLIP's and CLIP's network are the same but for the two below and their embeddings.
+    """
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -25,18 +27,12 @@ class SiglipConfig:
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 32
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_channels",
-        )
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
         hub_config.positive(self, *names, "patch_size", "image_size", "layer_norm_eps")
         hub_config.one_of(self, "hidden_act", ACTIVATIONS)
         hub_config.deviation(self, "initializer_range")
@@ -46,12 +42,14 @@ class SiglipConfig:
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
 
-    @classmethod
-    def from_hub(cls, values: dict[str, Any]) -> "SiglipConfig":
-        return hub_config.from_hub(cls, values)
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
 
-    def to_hub(self) -> dict[str, Any]:
-        return asdict(self)
+
+# What Idefics2's tower has in the place of CLIP's defaults.
+SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
 
 def position_buckets(patches: Tensor, most: int, grid: int) -> Tensor:
@@ -69,9 +67,9 @@ def position_buckets(patches: Tensor, most: int, grid: int) -> Tensor:
 class SiglipEmbeddings(nn.Module):
     """A linear map of each patch, plus a learned position that is looked up by the patch's place in its own picture."""
 
-    def __init__(self, config: SiglipConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.grid = config.image_size // config.patch_size
+        self.grid = config.grid
         patch = config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Embedding(self.grid**2, config.hidden_size)
@@ -95,7 +93,7 @@ class SiglipEmbeddings(nn.Module):
 class SiglipAttention(nn.Module):
     """Multi-head self-attention over all patches, with biases."""
 
-    def __init__(self, config: SiglipConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size = config.hidden_size
         self.head_dim = size // config.num_attention_heads
@@ -116,7 +114,7 @@ class SiglipAttention(nn.Module):
 class SiglipBlock(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: SiglipConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SiglipAttention(config)
@@ -131,7 +129,7 @@ class SiglipBlock(nn.Module):
 class SiglipEncoder(nn.Module):
     """The stack of blocks; a module of its own only because Hub names say `encoder.layers`."""
 
-    def __init__(self, config: SiglipConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(SiglipBlock(config) for _ in range(config.num_hidden_layers))
 
@@ -144,7 +142,7 @@ class SiglipEncoder(nn.Module):
 class SiglipVisionTower(nn.Module):
     """Patches in, patch features out: no class token, no pooling, all layers and the final norm."""
 
-    def __init__(self, config: SiglipConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = SiglipEmbeddings(config)

@@ -8,6 +8,7 @@ plain text. Ordinary conversations get exactly the ids of their rendered string.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minivlm import hub
@@ -17,6 +18,15 @@ from minivlm.processing.template_sandbox import render
 
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "image_url")
+# By name, the prompts of the released checkpoints, for others that were trained like them and have lost their template:
+# vicuna, mistral, yi (34B), llama3, qwen (72B, 110B), idefics2.
+KNOWN = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
+
+
+def named(template: str | None) -> str | None:
+    """The template of a name that is `KNOWN`; any other as it is."""
+    path = KNOWN.get(template) if isinstance(template, str) else None
+    return template if path is None else hub.read_text(path)
 
 
 def find_template(source: hub.Source, processor_config: dict[str, Any], tokenizer_config: dict[str, Any]) -> str | None:
@@ -36,6 +46,14 @@ def find_template(source: hub.Source, processor_config: dict[str, Any], tokenize
         if template is not None:
             return template
     return None
+
+
+def save(template: str | None, folder: Path) -> None:
+    """Write chat_template.jinja, where everybody looks first; another template that lay in the folder goes."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(named(template), encoding="utf-8")
 
 
 def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -94,11 +112,11 @@ def apply(
     told apart. With it, the ids, or with `return_dict` all inputs of the model, pictures in the messages included;
     pictures may instead be passed as `images` when the messages only say where they go.
     """
-    template = chat_template or processor.chat_template
+    template = named(chat_template or processor.chat_template)
     if template is None:
         raise ValueError(
             "this checkpoint has no chat template (it is not tuned for chat); write the prompt yourself, with <image> "
-            "where a picture goes, or pass chat_template="
+            f"where a picture goes, or pass chat_template=, a template or the name of one: {', '.join(KNOWN)}"
         )
     batched = isinstance(conversation, list | tuple) and any(isinstance(one, list | tuple) for one in conversation)
     normal, pictures = zip(*(normalise(one) for one in (conversation if batched else [conversation])), strict=True)

@@ -1,51 +1,159 @@
-"""What the processors of the three models share: reading their folders, checking their settings, encoding prompts."""
+"""What the three models' processors share: reading and writing their folders, checking their settings, their calls.
 
-from collections.abc import Iterable
-from dataclasses import fields, replace
+The functions whose first argument is `cls` or `self` are methods, written into the classes as they are.
+"""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minivlm import hub
 from minivlm.processing import chat_template as chat
-from minivlm.processing.files import read_configs
-from minivlm.processing.images import load_image, pixel_table
-from minivlm.processing.shown import short
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.processing.files import read_configs, write_json
+from minivlm.processing.images import image_rows, load_image, pixel_table
+from minivlm.processing.inputs import Inputs
+from minivlm.processing.tokenizer import Tokenizer, as_texts
 
-# red, green and blue of the pictures that CLIP was trained on
 MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
+# red, green and blue of the pictures that CLIP was trained on
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
+# ---- Methods of the image processors ---------------------------------------------------------------------------------
 
-def read_processor(
-    source: hub.Source, image_processor_class: type, names: Iterable[str], changes: dict[str, Any]
-) -> tuple[Any, Tokenizer, dict[str, Any]]:
-    """The image processor and the tokenizer of a checkpoint, and what it says about the processor's settings `names`.
 
-    `changes` are the caller's and win: fields of the image processor, padding_side, chat_template and `names`. One of
-    None counts as not given. TypeError for any other name.
+def image_settings(cls: type, config: dict[str, Any]) -> Any:
+    """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
+    return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+
+
+def read_image_processor(cls: type, name_or_folder: str | Path, **where: Any) -> Any:
+    """From a folder or Hub id; `where` is what `hub.source` takes."""
+    with hub.blame(str(name_or_folder)):
+        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+
+
+def write_image_processor(self: Any, folder: str | Path) -> None:
+    """Write preprocessor_config.json, as transformers reads it."""
+    name = type(self).__name__
+    names = {"image_processor_type": name, "processor_class": name.replace("ImageProcessor", "Processor")}
+    write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+
+
+# ---- Methods of the processors ---------------------------------------------------------------------------------------
+
+
+def from_pretrained(
+    cls: type,
+    name_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    use_fast: bool | None = None,
+    **changes: Any,
+) -> Any:
+    """A checkpoint's processor: of a folder, a name that ships with the package, or a Hub id.
+
+    `changes` are the caller's and win over the files: fields of the image processor (do_image_splitting=False,
+    size={…}), `SETTINGS` of the processor, padding_side and chat_template (jinja, or a name of `chat_template.KNOWN`).
+    One of None counts as not given; TypeError for any other name. `use_fast` is accepted: there is one way here.
     """
+    where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    source = hub.source(name_or_folder, **where)
     image_config, config = read_configs(source)
     with hub.blame(f"{source.name}: the image processor's settings"):
-        image_processor = image_processor_class.from_dict(image_config)
+        image_processor = cls.image_processor_class.from_dict(image_config)
     tokenizer = Tokenizer.from_source(source)
-    template = chat.find_template(source, config, tokenizer.config)
-    settings = {name: config.get(name) for name in names} | {"chat_template": template}
-    image_fields = {f.name for f in fields(image_processor_class)}
-    unknown = set(changes) - image_fields - set(settings) - {"padding_side"}
-    if unknown:
+    image_fields = {f.name for f in fields(image_processor)}
+    if unknown := changes.keys() - image_fields - cls.SETTINGS.keys() - {"padding_side", "chat_template"}:
         raise TypeError(f"from_pretrained got unknown options: {', '.join(sorted(unknown))}")
     changes = {name: value for name, value in changes.items() if value is not None}
     tokenizer.padding_side = changes.get("padding_side", tokenizer.padding_side)
+    template = chat.find_template(source, config, tokenizer.config)
+    settings = {"chat_template": template} | {name: config.get(name) for name in cls.SETTINGS}
     settings |= {name: changes[name] for name in settings if name in changes}
+    if missing := {name: path for name, path in cls.SETTINGS.items() if path and settings[name] is None}:
+        settings |= _from_model_config(source, missing)
     image_changes = {name: value for name, value in changes.items() if name in image_fields}
-    return (
-        replace(image_processor, **image_changes),
-        tokenizer,
-        {name: value for name, value in settings.items() if value is not None},
-    )
+    with hub.blame(source.name):
+        known = {name: value for name, value in settings.items() if value is not None}
+        return cls(replace(image_processor, **image_changes), tokenizer, **known)
+
+
+def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, Any]:
+    """What the model's config.json, if there is one, says about a processor's settings; None where it says nothing."""
+    found = {}
+    for name, path in paths.items():
+        value = source.json("config.json", required=False)
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        found[name] = value
+    return found
+
+
+def save_pretrained(self: Any, folder: str | Path) -> None:
+    """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
+    self.image_processor.save_pretrained(folder)
+    self.tokenizer.save_pretrained(folder)
+    config = {name: getattr(self, name) for name in self.SETTINGS} | {"processor_class": type(self).__name__}
+    known = {name: value for name, value in sorted(config.items()) if value is not None}
+    write_json(Path(folder) / "processor_config.json", known)
+    chat.save(self.chat_template, Path(folder))
+
+
+def call(
+    self: Any,
+    images: Any = None,
+    text: str | list[str] | None = None,
+    *,
+    padding: bool | str = False,
+    truncation: bool | str | None = None,
+    max_length: int | None = None,
+    return_tensors: str | None = None,
+    add_special_tokens: bool = True,
+) -> Inputs:
+    """Prompts, pictures or both → `Inputs`; the options of the text are those of `Tokenizer.assemble`."""
+    if text is None and images is None:
+        raise ValueError("pass text, images or both")
+    if text is None:
+        return self.image_processor(images, return_tensors)
+    options = {"padding": padding, "truncation": truncation, "max_length": max_length}
+    options |= {"return_tensors": return_tensors, "add_special_tokens": add_special_tokens}
+    return self.encode_prompts(as_texts(text), images, **options)
+
+
+def encode_prompts(
+    self: Any,
+    prompts: list[str],
+    images: Any = None,
+    *,
+    guard: str | None = None,
+    return_tensors: str | None = None,
+    **options: Any,
+) -> Inputs:
+    """What `call` and `apply_chat_template` share. With `guard`, see `Tokenizer.encode_guarded`, for every prompt.
+
+    ValueError unless there is one picture for every image token.
+    """
+    rows = image_rows(images, [prompt.count(self.image_token) for prompt in prompts], self.image_token)
+    return self.encode(prompts, rows, guard, **options).convert(return_tensors)
+
+
+def decode(self: Any, *args: Any, **kwargs: Any) -> str | list[str]:
+    """`Tokenizer.decode`."""
+    return self.tokenizer.decode(*args, **kwargs)
+
+
+def batch_decode(self: Any, *args: Any, **kwargs: Any) -> list[str]:
+    """`Tokenizer.batch_decode`."""
+    return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+# ---- Pictures and prompts --------------------------------------------------------------------------------------------
 
 
 def check_pixel_options(options: Any) -> None:
@@ -75,14 +183,6 @@ def pixel_table_of(options: Any) -> np.ndarray:
 def fetch_picture(processor: Any, source: Any) -> Any:
     """`load_image` by the rules of the processor: IDEFICS lays what is transparent on white."""
     return load_image(source, getattr(processor.image_processor, "background", None))
-
-
-def as_prompts(text: Any) -> list[str]:
-    """One prompt or several as a list. ValueError for anything else."""
-    prompts = [text] if isinstance(text, str) else text
-    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"text is a string or a list of strings, found {short(text)}")
-    return list(prompts)
 
 
 def encode_all(tokenizer: Tokenizer, prompts: list[str], guard: str | None) -> list[list[int]]:

@@ -13,7 +13,7 @@ Letters: B prompts, T tokens, N pictures of the fullest prompt (at least 1), S t
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,17 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minivlm import hub
 from minivlm.processing import chat_template as chat
-from minivlm.processing.common import MAX_EDGE, check_pixel_options, encode_all, pixel_table_of, read_processor
-from minivlm.processing.files import read_configs, write_json
-from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing import common
+from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
+from minivlm.processing.images import load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.shown import short
 from minivlm.processing.tokenizer import Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
-CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 PICTURES = (Image.Image, Path, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)  # in a prompt, beside URLs
 URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]\S*|data:image/\S*", re.IGNORECASE)
 FILE_NAME = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
@@ -74,18 +72,10 @@ class IdeficsImageProcessor:
         if not isinstance(size, dict) or any(side != size.get("height") for side in size.values()):
             raise ValueError(f"IDEFICS's pictures are squares, found size={size!r:.80}")
         config = {"image_size": size.get("height"), **config}
-        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+        return common.image_settings(cls, config)
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "IdeficsImageProcessor":
-        """From a folder or Hub id; `where` is what `hub.source` takes."""
-        with hub.blame(str(name_or_folder)):
-            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, as transformers reads it."""
-        names = {"image_processor_type": "IdeficsImageProcessor", "processor_class": "IdeficsProcessor"}
-        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+    from_pretrained = classmethod(common.read_image_processor)
+    save_pretrained = common.write_image_processor
 
     def __call__(
         self, images: Any, return_tensors: str | None = None, transform: Callable[[Image.Image], Any] | None = None
@@ -129,7 +119,11 @@ class IdeficsProcessor:
       ends the view is `</s><s>`, the border between packed documents.
 
     And what would pass unnoticed there is refused: marks of pictures typed in a text, truncation that cuts a picture.
+    The released checkpoints have no chat template. With one, what users typed, URLs too, stays text.
     """
+
+    image_processor_class = IdeficsImageProcessor
+    SETTINGS: ClassVar[dict[str, str | None]] = {"add_end_of_utterance_token": None}  # see `common.from_pretrained`
 
     def __init__(
         self,
@@ -146,45 +140,13 @@ class IdeficsProcessor:
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.add_end_of_utterance_token, self.chat_template = add_end_of_utterance_token, chat_template
         tokenizer.add_tokens([FAKE, IMAGE], special=True)
+        self.image_token = IMAGE
         self.fake_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids([FAKE, IMAGE])
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        use_fast: bool | None = None,
-        **changes: Any,
-    ) -> "IdeficsProcessor":
-        """From a folder or Hub id. `changes` override fields of the image processor (image_size=…), padding_side,
-        add_end_of_utterance_token or chat_template. `use_fast` is accepted: there is one way here."""
-        source = hub.source(
-            name_or_folder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        names = ("add_end_of_utterance_token",)
-        image_processor, tokenizer, settings = read_processor(source, IdeficsImageProcessor, names, changes)
-        with hub.blame(source.name):
-            return cls(image_processor, tokenizer, **settings)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
-        self.image_processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        config = {
-            "add_end_of_utterance_token": self.add_end_of_utterance_token,
-            "chat_template": self.chat_template,
-            "processor_class": "IdeficsProcessor",
-        }
-        known = {name: value for name, value in config.items() if value is not None}
-        write_json(Path(folder) / "processor_config.json", known)
+    from_pretrained = classmethod(common.from_pretrained)
+    save_pretrained = common.save_pretrained
+    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
+    decode, batch_decode = common.decode, common.batch_decode
 
     def __call__(
         self,
@@ -227,20 +189,11 @@ class IdeficsProcessor:
             raise ValueError(f"add_end_of_utterance_token: the tokenizer of this checkpoint has no {END_OF_UTTERANCE}")
         return END_OF_UTTERANCE if known and wanted is not False else ""
 
-    def encode_prompts(
-        self,
-        prompts: list[str],
-        images: Any = None,
-        *,
-        guard: str | None = None,
-        return_tensors: str | None = None,
-        **options: Any,
-    ) -> Inputs:
-        """For chat templates: prompts with `<image>` for each picture; see `Tokenizer.encode_guarded` for `guard`."""
-        rows = image_rows(images, [prompt.count(IMAGE) for prompt in prompts], IMAGE)
+    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
+        """For chat templates: prompts with an `<image>` for each picture of their row → Inputs."""
         marked = [prompt.replace(IMAGE, FAKE + IMAGE + FAKE).replace(FAKE + FAKE, FAKE) for prompt in prompts]
         ids = self.tokenizer.assemble(encode_all(self.tokenizer, marked, guard), keep=self.fake_token_id, **options)
-        return self._with_pictures(ids, rows).convert(return_tensors)
+        return self._with_pictures(ids, rows)
 
     def _with_pictures(self, inputs: Inputs, rows: list[list[Any]], transform: Any = None) -> Inputs:
         """Add pixel_values and image_attention_mask; `keep` above needs only F: no cut takes an I and leaves its Fs."""
@@ -254,21 +207,6 @@ class IdeficsProcessor:
         masks = [mask.astype(np.int64) for mask in masks] if any(rows) else masks  # bool in text alone, as there
         inputs["image_attention_mask"] = np.stack(masks) if len({len(row) for row in ids}) == 1 else masks
         return inputs
-
-    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
-        """Messages → prompt (default), ids (`tokenize`) or all inputs (`return_dict`); see `chat_template.apply`.
-
-        The released checkpoints have no template. With one, what users typed, URLs too, stays text.
-        """
-        return chat.apply(self, conversation, **options)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
-        """`Tokenizer.decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """`Tokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
 
 
 def read_prompts(images: Any, text: Any) -> list[list[Any]]:

@@ -7,24 +7,15 @@ for 64 places between `<fake_token_around_image>` marks, five times over when th
 Letters: B prompts, N pictures (crops included) in the fullest prompt, H and W the largest height and width of all.
 """
 
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
-from minivlm import hub
 from minivlm.processing import chat_template as chat
-from minivlm.processing.common import (
-    MAX_EDGE,
-    as_prompts,
-    check_pixel_options,
-    encode_all,
-    pixel_table_of,
-    read_processor,
-)
-from minivlm.processing.files import read_configs, write_json
-from minivlm.processing.images import check_pixel_count, image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing import common
+from minivlm.processing.common import MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
+from minivlm.processing.images import check_pixel_count, load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
 
@@ -85,21 +76,9 @@ class Idefics2ImageProcessor:
             )
         check_pixel_options(self)
 
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "Idefics2ImageProcessor":
-        """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
-        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "Idefics2ImageProcessor":
-        """From a folder or Hub id; `where` is what `hub.source` takes."""
-        with hub.blame(str(name_or_folder)):
-            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, as transformers reads it."""
-        names = {"image_processor_type": "Idefics2ImageProcessor", "processor_class": "Idefics2Processor"}
-        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+    from_dict = classmethod(common.image_settings)
+    from_pretrained = classmethod(common.read_image_processor)
+    save_pretrained = common.write_image_processor
 
     def __call__(self, images: Any, return_tensors: str | None = None) -> Inputs:
         """One image, a flat list (one prompt's) or a list per prompt → pixel_values (B, N, 3, H, W) float32,
@@ -151,6 +130,9 @@ class Idefics2Processor:
     (as transformers 4 does), and in refusing prompts whose `<image>` do not match the images.
     """
 
+    image_processor_class = Idefics2ImageProcessor
+    SETTINGS: ClassVar[dict[str, str | None]] = {"image_seq_len": None}  # see `common.from_pretrained`
+
     def __init__(
         self,
         image_processor: Idefics2ImageProcessor,
@@ -166,97 +148,26 @@ class Idefics2Processor:
         self.image_token, self.fake_image_token, self.end_of_utterance_token = IMAGE, FAKE, END_OF_UTTERANCE
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        use_fast: bool | None = None,
-        **changes: Any,
-    ) -> "Idefics2Processor":
-        """From a folder or Hub id. `changes` override fields of the image processor (do_image_splitting=False,
-        size={…}), padding_side, image_seq_len or chat_template. `use_fast` is accepted: there is one way here."""
-        source = hub.source(
-            name_or_folder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        names = ["image_seq_len"]
-        image_processor, tokenizer, settings = read_processor(source, Idefics2ImageProcessor, names, changes)
-        with hub.blame(source.name):
-            return cls(image_processor, tokenizer, **settings)
+    from_pretrained = classmethod(common.from_pretrained)
+    save_pretrained = common.save_pretrained
+    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
+    decode, batch_decode = common.decode, common.batch_decode
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
-        self.image_processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        config = {"image_seq_len": self.image_seq_len, "processor_class": "Idefics2Processor"}
-        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        write_json(Path(folder) / "processor_config.json", template | config)
-
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | list[str] | None = None,
-        *,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        add_special_tokens: bool = True,
-    ) -> Inputs:
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
         """input_ids and attention_mask (B, T), and with images pixel_values (B, N, 3, H, W) and pixel_attention_mask.
 
         `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
-        `<image>` in a text needs one. ValueError for counts that differ and for truncation that would cut a picture.
+        `<image>` in a text needs one. Options: see `common.call`.
+        ValueError for counts that differ and for truncation that would cut a picture.
         """
-        if text is None and images is None:
-            raise ValueError("pass text, images or both")
-        if text is None:
-            return self.image_processor(images, return_tensors)
-        return self.encode_prompts(
-            as_prompts(text),
-            images,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            add_special_tokens=add_special_tokens,
-        )
+        return common.call(self, images, text, **options)
 
-    def encode_prompts(
-        self,
-        prompts: list[str],
-        images: Any = None,
-        *,
-        guard: str | None = None,
-        return_tensors: str | None = None,
-        **options: Any,
-    ) -> Inputs:
-        """What `__call__` and `apply_chat_template` share; see `Tokenizer.encode_guarded` for `guard`."""
-        rows = image_rows(images, [prompt.count(IMAGE) for prompt in prompts], IMAGE)
+    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
+        """Prompts with an `<image>` for each picture of their row → Inputs; see `common.encode_prompts`."""
         splitting = self.image_processor.do_image_splitting
         expanded = [expand_prompt(prompt, self.image_seq_len, splitting) for prompt in prompts]
         bodies = encode_all(self.tokenizer, expanded, guard)
         inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
         if any(rows):
             inputs.update(self.image_processor(rows))
-        return inputs.convert(return_tensors)
-
-    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
-        """Messages → prompt (default), ids (`tokenize`) or all inputs (`return_dict`); see `chat_template.apply`."""
-        return chat.apply(self, conversation, **options)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
-        """`Tokenizer.decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """`Tokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        return inputs

@@ -8,28 +8,17 @@ Letters: B prompts, N pictures of all prompts in order of appearance, T squares 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from minivlm import hub
 from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement, tile_grid
 from minivlm.processing import chat_template as chat
-from minivlm.processing.common import (
-    CLIP_MEAN,
-    CLIP_STD,
-    MAX_EDGE,
-    as_prompts,
-    check_pixel_options,
-    encode_all,
-    pixel_table_of,
-    read_processor,
-)
-from minivlm.processing.files import read_configs, write_json
-from minivlm.processing.images import image_rows, load_image, nest_images, resize, write_pixels
+from minivlm.processing import common
+from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
+from minivlm.processing.images import load_image, nest_images, resize, write_pixels
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
 
@@ -79,18 +68,10 @@ class LlavaNextImageProcessor:
                 "these settings of an image processor have no image_grid_pinpoints, so they are not LLaVA-NeXT's; pass "
                 f"them as [[height, width], …], for the released checkpoints {PINPOINTS}"
             )
-        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+        return common.image_settings(cls, config)
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> "LlavaNextImageProcessor":
-        """From a folder or Hub id; `where` is what `hub.source` takes."""
-        with hub.blame(str(name_or_folder)):
-            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, as transformers reads it."""
-        names = {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
-        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+    from_pretrained = classmethod(common.read_image_processor)
+    save_pretrained = common.write_image_processor
 
     def __call__(self, images: Any, return_tensors: str | None = None) -> Inputs:
         """Images, flat or in lists → pixel_values (N, T, 3, S, S) float32, the base first, then the tiles row by row,
@@ -138,8 +119,18 @@ class LlavaNextProcessor:
 
     `num_additional_image_tokens` counts the class token that CLIP puts before its patches. It is 1 unless it is given;
     `transformers` 5.23 takes 0 then, which makes one place too few for the model. Batches are padded on the left, as
-    generation needs it, unless the checkpoint's files or the caller say otherwise.
+    generation needs it, unless the checkpoint's files or the caller say otherwise. The chat templates of all seven
+    checkpoints put a message's pictures before its text, whatever order it has them in.
     """
+
+    image_processor_class = LlavaNextImageProcessor
+    # What older processor files lack is read from the model's config.json; see `common.from_pretrained`.
+    SETTINGS: ClassVar[dict[str, str | None]] = {
+        "patch_size": "vision_config.patch_size",
+        "vision_feature_select_strategy": "vision_feature_select_strategy",
+        "image_token": None,
+        "num_additional_image_tokens": None,
+    }
 
     def __init__(
         self,
@@ -161,96 +152,25 @@ class LlavaNextProcessor:
         if patch_size is not None:
             self.image_places(1, 1)  # bad settings are found here, not at the first picture
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        use_fast: bool | None = None,
-        **changes: Any,
-    ) -> "LlavaNextProcessor":
-        """From a folder or Hub id. `changes` override fields of the image processor (image_grid_pinpoints=[…]),
-        padding_side, chat_template, patch_size, … `use_fast` is accepted: there is one way here.
+    from_pretrained = classmethod(common.from_pretrained)
+    save_pretrained = common.save_pretrained
+    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
+    decode, batch_decode = common.decode, common.batch_decode
 
-        Older processor files lack patch_size; it is then read from the model's config.json.
-        """
-        source = hub.source(
-            name_or_folder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        names = ("patch_size", "vision_feature_select_strategy", "image_token", "num_additional_image_tokens")
-        image_processor, tokenizer, settings = read_processor(source, LlavaNextImageProcessor, names, changes)
-        if not {"patch_size", "vision_feature_select_strategy"} <= settings.keys():
-            settings = _from_model_config(source) | settings
-        with hub.blame(source.name):
-            return cls(image_processor, tokenizer, **settings)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
-        self.image_processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        config = {
-            "chat_template": self.chat_template,
-            "image_token": self.image_token,
-            "num_additional_image_tokens": self.num_additional_image_tokens,
-            "patch_size": self.patch_size,
-            "processor_class": "LlavaNextProcessor",
-            "vision_feature_select_strategy": self.vision_feature_select_strategy,
-        }
-        known = {name: value for name, value in config.items() if value is not None}
-        write_json(Path(folder) / "processor_config.json", known)
-
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | list[str] | None = None,
-        *,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        add_special_tokens: bool = True,
-    ) -> Inputs:
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
         """input_ids and attention_mask (B, L), and with images pixel_values (N, T, 3, S, S) and image_sizes (N, 2).
 
         `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
-        `<image>` in a text needs one. `processor(prompt, image)`, as older documentation writes it, works too.
-        ValueError for counts that differ and for truncation that would cut a picture.
+        `<image>` in a text needs one. Options: see `common.call`.
+        `processor(prompt, image)`, as older documentation writes it, works too. ValueError for counts that differ and
+        for truncation that would cut a picture.
         """
         if self._is_prompt(images) and not self._is_prompt(text):
             images, text = text, images
-        if text is None and images is None:
-            raise ValueError("pass text, images or both")
-        if text is None:
-            return self.image_processor(images, return_tensors)
-        return self.encode_prompts(
-            as_prompts(text),
-            images,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            add_special_tokens=add_special_tokens,
-        )
+        return common.call(self, images, text, **options)
 
-    def encode_prompts(
-        self,
-        prompts: list[str],
-        images: Any = None,
-        *,
-        guard: str | None = None,
-        return_tensors: str | None = None,
-        **options: Any,
-    ) -> Inputs:
-        """What `__call__` and `apply_chat_template` share; see `Tokenizer.encode_guarded` for `guard`."""
-        rows = image_rows(images, [prompt.count(self.image_token) for prompt in prompts], self.image_token)
+    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
+        """Prompts with an `<image>` for each picture of their row → Inputs; see `common.encode_prompts`."""
         pictures = self.image_processor(rows) if any(rows) else Inputs()
         sizes = pictures.image_sizes.tolist() if pictures else []
         places = iter([self.image_places(*size) for size in sizes])
@@ -258,7 +178,7 @@ class LlavaNextProcessor:
         bodies = [expand(body, self.image_token_id, places) for body in bodies]
         inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
         inputs.update(pictures)
-        return inputs.convert(return_tensors)
+        return inputs
 
     def image_places(self, height: int, width: int) -> int:
         """How many `<image>` a picture of this size takes in the prompt; no picture is needed to ask."""
@@ -275,21 +195,6 @@ class LlavaNextProcessor:
             self.vision_feature_select_strategy,
             self.num_additional_image_tokens,
         )
-
-    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
-        """Messages → prompt (default), ids (`tokenize`) or all inputs (`return_dict`); see `chat_template.apply`.
-
-        The templates of all seven checkpoints put a message's pictures before its text, whatever order it has them in.
-        """
-        return chat.apply(self, conversation, **options)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
-        """`Tokenizer.decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """`Tokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
 
     def _is_prompt(self, value: Any) -> bool:
         texts = value if isinstance(value, list | tuple) else [value]
@@ -311,12 +216,3 @@ def _side(name: str, value: Any) -> int:
     if not known or not fits or not 1 <= side <= MAX_EDGE:
         raise ValueError(f'{name} is a square, for instance {{"height": 336, "width": 336}}, found {value!r:.80}')
     return side
-
-
-def _from_model_config(source: hub.Source) -> dict[str, Any]:
-    """What the model's config.json, if there is one, says about two of the processor's settings."""
-    config = source.json("config.json", required=False) or {}
-    vision = config.get("vision_config")
-    patch_size = vision.get("patch_size") if isinstance(vision, dict) else None
-    found = {"patch_size": patch_size, "vision_feature_select_strategy": config.get("vision_feature_select_strategy")}
-    return {name: value for name, value in found.items() if value is not None}

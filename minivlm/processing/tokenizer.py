@@ -8,9 +8,8 @@ tokens play which part (bos, eos, pad, unk) and on which side to pad.
 import copy
 import itertools
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,37 @@ from minivlm import hub
 from minivlm.processing.files import write_json
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.shown import short
+from minivlm.processing.tokenizer_file import attempt, listed_tokens, read_backend, token_text
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"
-MAX_FILE = 2**25  # bytes of tokenizer.json; those of the released checkpoints have up to a third
-MAX_ADDED = 2**14  # tokens beside the vocabulary, each of which is looked for in every text
-MAX_MISSING = 2**10  # of them, those that only the files beside tokenizer.json have
+MAX_MISSING = 2**10  # tokens that only the files beside tokenizer.json have
 MAX_AROUND = 16  # special tokens that tokenizer.json puts around a text
-MAX_GROWTH = 256  # times that normalisation may make a text longer; "▁" for a blank makes it three
 MAX_TEXT = 2**22  # characters; a hundred times what fills the longest context of the models here
+BROKEN = "this tokenizer.json cannot be followed"
+
+
+def as_texts(text: Any) -> list[str]:
+    """One text or several as a list. ValueError for anything else."""
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"text is a string or a list of strings, found {short(text)}")
+    return list(texts)
+
+
+def _id_of(role: str) -> property:
+    """The id of the token that plays a part, None without one. ValueError if the vocabulary does not have it."""
+
+    def find(tokenizer: "Tokenizer") -> int | None:
+        token = getattr(tokenizer, role)
+        found = None if token is None else tokenizer.backend.token_to_id(token)
+        if token is not None and found is None:
+            raise ValueError(
+                f"{token!r:.80} is not in the vocabulary; add it with tokenizer.add_tokens([{token!r:.80}])"
+            )
+        return found
+
+    return property(find)
 
 
 class Tokenizer:
@@ -40,10 +61,13 @@ class Tokenizer:
     bos_token, eos_token, unk_token and pad_token are strings or None and may be set; `…_token_id` follows.
     """
 
+    bos_token_id, eos_token_id, unk_token_id, pad_token_id = map(_id_of, ROLES)
+
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
         self.backend = backend
         self.config = dict(config or {})
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (_text(self.config.get(r), r) for r in ROLES)
+        for role in ROLES:
+            setattr(self, role, token_text(self.config.get(role), role))
         self.padding_side = self.config.get("padding_side", "left")  # right for no decoder: it continues the last token
         self.truncation_side = self.config.get("truncation_side", "right")
         for name in ("padding_side", "truncation_side"):
@@ -66,13 +90,13 @@ class Tokenizer:
 
         Raises CheckpointError for damaged and contradicting files, and for one that could fill the memory by a text.
         """
-        backend = _read_backend(source.file("tokenizer.json"))
+        backend = read_backend(source.file("tokenizer.json"))
         config = source.json("tokenizer_config.json", required=False) or {}
         roles = source.json("special_tokens_map.json", required=False) or {}
         added = source.json("added_tokens.json", required=False) or {}
         with hub.blame(f"{source.name}: the tokenizer's files"):
             tokenizer = cls(backend, config | {role: roles[role] for role in ROLES if role in roles})
-            tokenizer._add_listed(_listed(added, config.get("added_tokens_decoder") or {}))
+            tokenizer._add_listed(listed_tokens(added, config.get("added_tokens_decoder") or {}))
             _ = tokenizer._around  # a first text, before any of a user
         return tokenizer
 
@@ -123,10 +147,7 @@ class Tokenizer:
     ) -> Inputs:
         """`input_ids` and `attention_mask` (1 = token, 0 = padding): flat lists for one string, else one per text."""
         single = isinstance(text, str)
-        texts = [text] if single else text
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"text is a string or a list of strings, found {short(text)}")
-        bodies = [self.encode(t, add_special_tokens=False) for t in texts]
+        bodies = [self.encode(t, add_special_tokens=False) for t in as_texts(text)]
         inputs = self.assemble(bodies, padding, truncation, max_length, add_special_tokens)
         if single and return_tensors is None:
             return Inputs({name: rows[0] for name, rows in inputs.items()})
@@ -144,13 +165,12 @@ class Tokenizer:
         Between the same special tokens, the ids are those of `encode` on the text without guards.
         """
         ids: list[int] = []
-        if self._special_runs is None:
-            return self._encode_plain(text.replace(guard, ""), at_start=True)
         position = 0
-        for match in [*self._special_runs.finditer(text), None]:
+        runs = self._special_runs.finditer(text) if self._special_runs else ()
+        for match in [*runs, None]:
             plain = text[position : match.start() if match else len(text)].replace(guard, "")
             if plain:
-                ids += self._encode_plain(plain, at_start=position == 0)
+                ids += _encode(self._plain[0 if position == 0 else 1], plain, False)
             if match:
                 ids += self.encode(match.group(), add_special_tokens=False)
                 position = match.end()
@@ -189,12 +209,16 @@ class Tokenizer:
                 )
             rows.append([*before, *cut, *after])
         masks = [[1] * len(row) for row in rows]
-        if (length := self._padded_length(rows, padding, max_length)) is not None:
-            rows = [self._pad(row, self._pad_id(), length) for row in rows]
+        length = self._padded_length(rows, padding, max_length)
+        if length is not None and self.pad_token is None:
+            raise ValueError("this tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token, for one")
+        if length is not None:
+            rows = [self._pad(row, self.pad_token_id, length) for row in rows]
             masks = [self._pad(mask, 0, length) for mask in masks]
         return Inputs(input_ids=rows, attention_mask=masks)
 
     def _limit(self, padding: bool | str, truncation: bool | str | None, max_length: int | None) -> int | None:
+        """Tokens that a row may have at most, None for any number; checks the options."""
         if padding not in (True, False, "longest", "max_length", "do_not_pad"):
             raise ValueError(f'padding is True, False, "longest" or "max_length", found {padding!r}')
         if truncation not in (True, False, None, "longest_first", "only_first", "do_not_truncate"):
@@ -203,12 +227,11 @@ class Tokenizer:
             raise ValueError(f"max_length is a whole number from 1 to {UNLIMITED - 1:,}, found {max_length!r}")
         if truncation is None:
             truncation = max_length is not None and padding is False
-        if truncation in (False, "do_not_truncate"):
-            return None
         limit = self.model_max_length if max_length is None else max_length
-        return None if limit >= UNLIMITED else int(limit)
+        return None if truncation in (False, "do_not_truncate") or limit >= UNLIMITED else int(limit)
 
     def _padded_length(self, rows: list[list[int]], padding: bool | str, max_length: int | None) -> int | None:
+        """How long rows become by padding; None for no padding."""
         limit = max_length or self.model_max_length
         if padding in (False, "do_not_pad") or (padding == "max_length" and limit >= UNLIMITED):
             return None
@@ -219,11 +242,6 @@ class Tokenizer:
             raise ValueError(f'padding_side is "left" or "right", found {self.padding_side!r}')
         filler = [value] * (length - len(row))
         return filler + row if self.padding_side == "left" else row + filler
-
-    def _pad_id(self) -> int:
-        if self.pad_token is None:
-            raise ValueError("this tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token, for one")
-        return self.pad_token_id
 
     # ---- ids → text
 
@@ -244,7 +262,7 @@ class Tokenizer:
             raise ValueError(
                 f"ids lie in 0..{len(self) - 1}, found {min(ids)} to {max(ids)}; replace label fillers (-100)"
             )
-        return _guarded(self.backend.decode, ids, skip_special_tokens=skip_special_tokens)
+        return attempt(BROKEN, self.backend.decode, ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -291,7 +309,7 @@ class Tokenizer:
         if special and (plain := set(tokens) - set(new) - set(self.all_special_tokens)):
             raise ValueError(f"tokenizer.json has {min(plain)} as ordinary text, not as the special token it should be")
         make = [tokenizers.AddedToken(t, normalized=False, special=special) for t in new]
-        count = _guarded(self.backend.add_special_tokens if special else self.backend.add_tokens, make)
+        count = attempt(BROKEN, self.backend.add_special_tokens if special else self.backend.add_tokens, make)
         for name in ("_special_runs", "_plain", "_around"):  # computed from the old vocabulary
             self.__dict__.pop(name, None)
         return count
@@ -316,30 +334,6 @@ class Tokenizer:
         return self.convert_tokens_to_ids(self.additional_special_tokens)
 
     @property
-    def bos_token_id(self) -> int | None:
-        return self._id_of(self.bos_token)
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._id_of(self.eos_token)
-
-    @property
-    def unk_token_id(self) -> int | None:
-        return self._id_of(self.unk_token)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        return self._id_of(self.pad_token)
-
-    def _id_of(self, token: str | None) -> int | None:
-        found = None if token is None else self.backend.token_to_id(token)
-        if token is not None and found is None:
-            raise ValueError(
-                f"{token!r:.80} is not in the vocabulary; add it with tokenizer.add_tokens([{token!r:.80}])"
-            )
-        return found
-
-    @property
     def _marks(self) -> list[tokenizers.AddedToken]:
         """What nobody may type: special tokens, and those that play a part though the file does not call them so."""
         parts = self.special_tokens_map.values()
@@ -356,7 +350,7 @@ class Tokenizer:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """The ids that are put before and after a text, found by looking at one."""
-        encoded = _guarded(self.backend.encode, "a")
+        encoded = attempt(BROKEN, self.backend.encode, "a")
         inside = [i for i, special in enumerate(encoded.special_tokens_mask) if not special]
         if not inside:
             raise ValueError("this tokenizer.json gives no token for the letter a; it is not one of a language model")
@@ -385,109 +379,14 @@ class Tokenizer:
         later.encode_special_tokens = True
         return start, later
 
-    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
-        return _encode(self._plain[0 if at_start else 1], text, False)
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json as it is; CheckpointError for one that `tokenizers` cannot read, or that is a trap."""
-    if path.stat().st_size > MAX_FILE:
-        raise hub.CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected at most {MAX_FILE:,}")
-    content = path.read_bytes()
-    hub.check_start(path, content)
-    with hub.blame(str(path)):
-        added = _added_tokens(content)
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(content)
-        except BaseException as error:
-            _raise_value_error(error, f"no tokenizer.json that `tokenizers` {tokenizers.__version__} reads")
-        for token in added:
-            found = backend.token_to_id(token["content"])
-            if found != token["id"]:
-                raise ValueError(f"{token['content']!r:.80} has id {found}, but {token['id']!r:.40} under added_tokens")
-        if getattr(backend.model, "dropout", None):
-            raise ValueError(f"model.dropout {backend.model.dropout} makes ids random; set it to null")
-        for name in ("normalizer", "decoder"):
-            part = getattr(backend, name)
-            if part is not None and (times := _growth(json.loads(part.__getstate__()))) > MAX_GROWTH:
-                raise ValueError(f"the {name} can make a text {times:,} times as long, expected at most {MAX_GROWTH}")
-    return backend
-
-
-def _added_tokens(content: bytes) -> list[dict[str, Any]]:
-    """What tokenizer.json lists under added_tokens, found without reading the vocabulary: `tokenizers` does that."""
-    found = re.search(rb'"added_tokens"\s*:\s*(?=\[)', content)
-    if found is None:
-        return []
-    section = content[found.end() : found.end() + 2**8 * MAX_ADDED].decode(errors="replace")
-    try:
-        tokens, _ = json.JSONDecoder().raw_decode(section)
-    except RecursionError as error:
-        raise ValueError("added_tokens is nested too deep") from error
-    known = all(isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in tokens)
-    if not known or len(tokens) > MAX_ADDED:
-        raise ValueError(f"added_tokens is a list of at most {MAX_ADDED} objects with id and content")
-    return [token for token in tokens if token["content"]]
-
-
-def _growth(spec: dict[str, Any]) -> int:
-    """How many times as long, in bytes, a text can get by the replacements of a normalizer or decoder."""
-    parts = spec.get("normalizers") or spec.get("decoders") or []
-    own = max(1, len(spec.get("content", "").encode())) if spec.get("type") == "Replace" else 1
-    return own * math.prod(map(_growth, parts))
-
-
-def _listed(added: dict[str, Any], decoder: Any) -> dict[int, tuple[str, bool]]:
-    """Id → (token, special) of added_tokens.json, and over it of tokenizer_config.json's added_tokens_decoder."""
-    if not isinstance(decoder, dict):
-        raise ValueError(f"added_tokens_decoder is an object of ids and tokens, found {decoder!r:.80}")
-    if max(len(added), len(decoder)) > MAX_ADDED:
-        raise ValueError(f"the files beside tokenizer.json list more than {MAX_ADDED} added tokens")
-    listed: dict[int, tuple[str, bool]] = {}
-    for token, i in added.items():
-        if type(i) is not int or not 0 <= i < 2**32:
-            raise ValueError(f"added_tokens.json gives each token its id, found {i!r:.40} for {token!r:.80}")
-        listed[i] = token, True
-    for i, token in decoder.items():
-        special = token.get("special", True) if isinstance(token, dict) else None
-        if not re.fullmatch(r"[0-9]{1,9}", i) or not isinstance(special, bool) or not _text(token):
-            raise ValueError(f"added_tokens_decoder gives an id its token, found {token!r:.80} for {i!r:.40}")
-        listed[int(i)] = _text(token), special
-    return listed
-
 
 def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    if isinstance(text, str) and len(text) > MAX_TEXT:
+    if not isinstance(text, str):
+        raise TypeError(f"text is a string, found {type(text).__name__}")
+    if len(text) > MAX_TEXT:
         raise ValueError(f"the text has {len(text):,} characters, far beyond any model's positions; shorten it")
-    try:
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
-    except BaseException as error:
-        if not isinstance(text, str):
-            raise TypeError(f"text is a string, found {type(text).__name__}") from None
-        _raise_value_error(error, f"the text {text[:40]!r} cannot be encoded (a lone surrogate, for one, is no text)")
-
-
-def _guarded(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The result of a call to `tokenizers`; ValueError for whatever it raises, panics too."""
-    try:
-        return call(*args, **options)
-    except BaseException as error:
-        _raise_value_error(error, "this tokenizer.json cannot be followed")
-
-
-def _raise_value_error(error: BaseException, message: str) -> None:
-    """Turn what `tokenizers` raises, Rust panics included (no `Exception`s), into a ValueError; pass on the rest."""
-    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        raise ValueError(f"{message}: {error}") from error
-    raise error
-
-
-def _text(token: Any, name: str = "a token") -> str | None:
-    """The string of a token, which JSON files write as it is or as {"content": …}."""
-    text = token.get("content") if isinstance(token, dict) else token
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{name} should be a string, found {token!r:.80}")
-    return text
+    wrong = f"the text {text[:40]!r} cannot be encoded (a lone surrogate, for one, is no text)"
+    return attempt(wrong, backend.encode, text, add_special_tokens=add_special_tokens).ids
 
 
 def _to_lists(ids: Any) -> Any:

@@ -1,7 +1,6 @@
 """IDEFICS against the reference: hidden states, logits, loss, gradients, ids, names, on tiny random models."""
 
 import copy
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import transformers
 from oracle_idefics import SIZE, VOCABULARY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from minivlm import AutoModelForImageTextToText, IdeficsConfig, IdeficsForVisionText2Text, hub
 from minivlm.loading import WEIGHTS, is_ignored, local_name
@@ -75,38 +73,21 @@ def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def test_hidden_states_logits_and_loss(pair: Any, backend: str | None) -> None:
     reference, ours, inputs = pair
-    real = inputs["attention_mask"].bool()  # what a padding slot computes is nobody's business
-    used = inputs["image_attention_mask"].any(1)  # and we do not look at pictures that nobody sees
-    labels = oracle.labels(inputs)
-    comparable = {"labels": labels} if not ours.config.additional_vocab_size else {}
-    eager, sdpa = oracle.both(reference, lambda model: model(**inputs, **comparable, output_hidden_states=True))
-    ours.attn_implementation = backend
-    found = ours(**inputs, labels=labels, output_hidden_states=True)
+    found, eager, sdpa = oracle.assert_states(*pair, backend)
+    used = inputs["image_attention_mask"].any(1)  # we do not look at pictures that nobody sees
     features = (output.image_hidden_states[used] for output in (found, eager, sdpa))
     oracle.assert_close(*features, "picture vectors")
     assert not found.image_hidden_states[~used].any()
-    for layer, states in enumerate(zip(found.hidden_states, eager.hidden_states, sdpa.hidden_states, strict=True)):
-        oracle.assert_close(*(state[real] for state in states), f"decoder layer {layer}")
-    oracle.assert_close(found.logits[real], eager.logits[real], sdpa.logits[real], "logits")
+    labels = oracle.labels(inputs)
     torch.testing.assert_close(found.loss.double(), plain_loss(found.logits, labels), rtol=1e-6, atol=0)
-    if comparable:
-        oracle.assert_close(found.loss, eager.loss, sdpa.loss, "loss")
-    else:  # the reference counts on V logits where there are V + A
+    if ours.config.additional_vocab_size:  # the reference counts on V logits where there are V + A
         with pytest.raises(RuntimeError, match="is invalid for input of size"):
             reference(**inputs, labels=labels)
 
 
 def test_gradients(pair: Any) -> None:
-    """Of every parameter. The reference's loss fails for added tokens, so both sides take ours."""
     reference, ours, inputs = pair
-    labels = oracle.labels(inputs)
-    reference.set_attn_implementation("sdpa")
-    ours.attn_implementation = "sdpa"
-    for model in (reference, ours):
-        model.zero_grad()
-        logits = model(**inputs).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-    oracle.assert_gradients(ours, reference)
+    oracle.assert_gradients(ours, reference, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,14 +107,9 @@ def test_resampler_in_the_dtype_of_the_model(plain: Any, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("images", [(0,), (0, 0), (1,), (4,), (3, 3)])
-@torch.no_grad()
 def test_batches_of_other_kinds(pair: Any, images: tuple[int, ...]) -> None:
     reference, ours, _ = pair
-    ours.attn_implementation = None
-    inputs = tiny.random_inputs(images, ours.config.additional_vocab_size, seed=3)
-    real = inputs["attention_mask"].bool()
-    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
-    oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
+    oracle.assert_logits(reference, ours, tiny.random_inputs(images, ours.config.additional_vocab_size, seed=3))
 
 
 @torch.no_grad()
@@ -249,26 +225,14 @@ def test_positions_follow_the_padding_mask(plain: Any) -> None:
 # ---- Cache and generation --------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def test_cached_equals_uncached(pair: Any) -> None:
-    """A prompt, then several tokens at once, then one at a time, without a word about pictures."""
+    """New tokens without a word about pictures."""
     _, ours, inputs = pair
     ours.attn_implementation = None
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    whole = ours(**inputs).logits
-    prompt = ids.shape[1] - 5
-    cache = ours.new_cache(len(ids), ids.shape[1])
-    seen = inputs["image_attention_mask"]
+    prompt, seen = inputs["input_ids"].shape[1] - 5, inputs["image_attention_mask"]
     assert torch.equal(seen[:, prompt:], seen[:, prompt - 1 : prompt].expand(-1, 5, -1))  # as the cache assumes
     pictures = {"pixel_values": inputs["pixel_values"], "image_attention_mask": seen[:, :prompt]}
-    parts = [ours(ids[:, :prompt], mask[:, :prompt], **pictures, past_key_values=cache).logits]
-    stops = [prompt, prompt + 3, prompt + 4, prompt + 5]
-    for start, stop in itertools.pairwise(stops):
-        output = ours(ids[:, start:stop], mask[:, :stop], past_key_values=cache)
-        assert output.image_hidden_states is None
-        parts.append(output.logits)
-    real = mask.bool()
-    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
+    oracle.assert_cached_equals_uncached(ours, inputs, pictures)
 
 
 @torch.no_grad()
@@ -660,7 +624,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown gate": ({"alpha_type": "matrix"}, "alpha_type should be one of float, vector"),
     "unknown start of the gates": ({"alpha_initializer": "twos"}, "alpha_initializer should be one of zeros"),
     "unknown exception": ({"freeze_text_module_exceptions": ["RMSNorm"]}, "knows LayerNorm, Linear, Embedding"),
-    "width as a string": ({"vision_config": {"embed_dim": "big"}}, "ClipConfig.hidden_size should be int"),
+    "width as a string": ({"vision_config": {"embed_dim": "big"}}, "VisionConfig.hidden_size should be int"),
     "no latents": ({"perceiver_config": {"resampler_n_latents": 0}}, "resampler_n_latents must be positive"),
     "unknown activation": ({"hidden_act": "swish9"}, "swish9"),
     "unknown rope": ({"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
@@ -670,9 +634,4 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_bad_configs(case: str) -> None:
-    change, message = BAD_CONFIGS[case]
-    values = tiny.idefics_config().to_dict()
-    for key, value in change.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=message), torch.device("meta"):
-        Model(IdeficsConfig.from_hub(values))
+    oracle.assert_bad_config(Model, tiny.idefics_config().to_dict(), *BAD_CONFIGS[case])

@@ -61,31 +61,14 @@ def pair(
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@torch.no_grad()
 def test_hidden_states_logits_and_loss(pair: Any, backend: str) -> None:
-    reference, ours, inputs = pair
-    real = inputs["attention_mask"].bool()  # what a padding slot computes is nobody's business
-    labels = oracle.labels(inputs)
-    eager, sdpa = oracle.both(reference, lambda model: model(**inputs, labels=labels, output_hidden_states=True))
-    ours.attn_implementation = backend
-    found = ours(**inputs, labels=labels, output_hidden_states=True)
-    oracle.assert_close(found.image_hidden_states, eager.image_hidden_states, sdpa.image_hidden_states, "features")
-    for layer, states in enumerate(zip(found.hidden_states, eager.hidden_states, sdpa.hidden_states, strict=True)):
-        oracle.assert_close(*(state[real] for state in states), f"decoder layer {layer}")
-    oracle.assert_close(found.logits[real], eager.logits[real], sdpa.logits[real], "logits")
-    oracle.assert_close(found.loss, eager.loss, sdpa.loss, "loss")
+    oracle.assert_close(*(output.image_hidden_states for output in oracle.assert_states(*pair, backend)), "features")
 
 
 def test_gradients(pair: Any) -> None:
     """Of every parameter, and none for what is behind the last state of the tower that is used."""
     reference, ours, inputs = pair
-    labels = oracle.labels(inputs)
-    reference.set_attn_implementation("sdpa")
-    ours.attn_implementation = "sdpa"
-    for model in (reference, ours):
-        model.zero_grad()
-        model(**inputs, labels=labels).loss.backward()
-    oracle.assert_gradients(ours, reference)
+    oracle.assert_gradients(ours, reference, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -95,13 +78,9 @@ def test_half_precision(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [([], []), (SIZES[:1],), (SIZES[3:5], SIZES[3:5])])
-@torch.no_grad()
 def test_batches_of_other_kinds(pair: Any, rows: Any) -> None:
     reference, ours, _ = pair
-    inputs = tiny.llava_inputs(rows, reference.config, seed=3)
-    real = inputs["attention_mask"].bool()
-    eager, sdpa = oracle.both(reference, lambda model: model(**inputs).logits[real])
-    oracle.assert_close(ours(**inputs).logits[real], eager, sdpa, "logits")
+    oracle.assert_logits(reference, ours, tiny.llava_inputs(rows, reference.config, seed=3))
 
 
 @torch.no_grad()
@@ -114,27 +93,9 @@ def test_greedy_ids(pair: Any) -> None:
     assert torch.equal(ours.generate(**inputs, **settings, use_cache=False), expected)
 
 
-@torch.no_grad()
 def test_cached_equals_uncached(pair: Any) -> None:
-    """One token at a time, with windows, left padding and positions as in generation."""
     _, ours, inputs = pair
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    whole = ours(**inputs, position_ids=positions).logits
-    prompt = ids.shape[1] - 5
-    cache = ours.new_cache(len(ids), ids.shape[1])
-    pictures = {key: inputs[key] for key in ("pixel_values", "image_sizes")}
-    first = ours(
-        ids[:, :prompt], mask[:, :prompt], **pictures, position_ids=positions[:, :prompt], past_key_values=cache
-    )
-    parts = [first.logits]
-    for slot in range(prompt, ids.shape[1]):
-        one = slice(slot, slot + 1)
-        parts.append(
-            ours(ids[:, one], mask[:, : slot + 1], position_ids=positions[:, one], past_key_values=cache).logits
-        )
-    real = mask.bool()
-    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
+    oracle.assert_cached_equals_uncached(ours, inputs, {key: inputs[key] for key in ("pixel_values", "image_sizes")})
 
 
 @torch.no_grad()
@@ -301,12 +262,12 @@ BAD_CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "one picture fewer": (lambda i: {"pixel_values": i["pixel_values"][1:]}, "6 pictures and image_sizes 7"),
     "one picture fewer than places": (
         lambda i: {"pixel_values": i["pixel_values"][1:], "image_sizes": i["image_sizes"][1:]},
-        r"image tokens, but its pictures give \d+ vectors",
+        r"the prompt has \d+ image tokens, but its pictures \(100x33 pixels: 45, 12x12 .*\) give 179 vectors",
     ),
     "pictures for a text": (lambda i: {"input_ids": i["input_ids"].clamp(max=50)}, "has 0 image tokens, but"),
     "a size the other way round": (
         lambda i: {"image_sizes": torch.cat([i["image_sizes"][:1].flip(1), i["image_sizes"][1:]])},
-        "image tokens, but its pictures give",
+        r"image tokens, but its pictures \(50x30 pixels: ",
     ),
     "flat sizes": (lambda i: {"image_sizes": i["image_sizes"].flatten()}, r"should be \(pictures, 2\)"),
     "sizes of nothing": (lambda i: {"image_sizes": i["image_sizes"] * 0}, "whole numbers from 1"),
@@ -315,12 +276,19 @@ BAD_CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "fewer tiles in a row": (lambda i: {"pixel_values": i["pixel_values"][:, 0]}, "7 tiles, but pictures of these"),
     "pictures of another side": (lambda i: {"pixel_values": i["pixel_values"][..., :8]}, r"3, 12, 12\)"),
     "a row of tiles of another side": (
-        lambda i: {"pixel_values": torch.zeros(3, 3, 8, 8), "image_sizes": [(12, 12)]},
+        lambda i: {
+            **{"input_ids": torch.tensor([[1] + 24 * [tiny.IMAGE]]), "attention_mask": None},
+            **{"pixel_values": torch.zeros(3, 3, 8, 8), "image_sizes": [(12, 12)]},
+        },
         r"takes pictures of \(3, 12, 12\), found \(3, 8, 8\)",
     ),
     "one picture without its tiles": (lambda i: {"pixel_values": i["pixel_values"][0, 0]}, "3 pictures and"),
     "ids and embeddings": (lambda i: {"inputs_embeds": torch.zeros(4, 3, 64)}, "either input_ids or inputs_embeds"),
     "neither": (lambda i: {"input_ids": None}, "either input_ids or inputs_embeds"),
+    "features of another picture": (
+        lambda i: {"pixel_values": None, "image_hidden_states": torch.zeros(3, 64)},
+        "its pictures give 3 vectors",
+    ),
     "pixels and features": (lambda i: {"image_hidden_states": torch.zeros(1, 64)}, "either pixel_values or"),
     "short mask": (lambda i: {"attention_mask": i["attention_mask"][:, :4]}, "attention_mask should be"),
     "labels of another length": (lambda i: {"labels": i["input_ids"][:, :3]}, "labels should be"),
@@ -337,6 +305,16 @@ def test_bad_calls(case: str) -> None:
         ours(**{**inputs, **change(inputs)})
 
 
+@torch.no_grad()
+def test_places_are_counted_before_the_tower_runs() -> None:
+    config = tiny.llava_config()
+    ours = Model(LlavaNextConfig.from_hub(config.to_dict()))
+    inputs = tiny.llava_inputs(ROWS, config)
+    ours.model.vision_tower.forward = lambda *_: pytest.fail("the tower ran")
+    with pytest.raises(ValueError, match="image tokens, but"):
+        ours(**inputs | {"input_ids": inputs["input_ids"].clamp(max=50)})
+
+
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "image token outside the vocabulary": ({"image_token_index": 100}, "outside the vocabulary"),
     "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
@@ -350,7 +328,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no layer": ({"vision_feature_layer": []}, "one or more"),
     "layer as text": ({"vision_feature_layer": "last"}, "LlavaNextConfig.vision_feature_layer"),
     "another tower": ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model' is not supp"),
-    "width as a string": ({"vision_config": {"hidden_size": "big"}}, "ClipConfig.hidden_size"),
+    "width as a string": ({"vision_config": {"hidden_size": "big"}}, "VisionConfig.hidden_size"),
     "heads that do not divide": ({"vision_config": {"hidden_size": 50}}, "multiple of"),
     "patch larger than a tile": ({"vision_config": {"patch_size": 13}}, "smaller than one patch"),
     "unknown decoder": ({"text_config": {"model_type": "gpt2"}}, "'gpt2' is not supported"),
@@ -361,12 +339,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_bad_configs(case: str) -> None:
-    change, message = BAD_CONFIGS[case]
-    values = tiny.llava_config().to_dict()
-    for key, value in change.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=message), torch.device("meta"):
-        Model(LlavaNextConfig.from_hub(values))
+    oracle.assert_bad_config(Model, tiny.llava_config().to_dict(), *BAD_CONFIGS[case])
 
 
 def test_layers_are_part_of_the_weights(tmp_path: Path) -> None:

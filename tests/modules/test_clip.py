@@ -1,5 +1,6 @@
 """CLIP's vision tower against the reference: every hidden state, both activations, the head width of ViT-H/14."""
 
+from dataclasses import asdict
 from typing import Any
 
 import oracle
@@ -7,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from minivlm.modules.clip import ClipConfig, ClipVisionTower
+from minivlm.modules.clip import ClipVisionTower
+from minivlm.modules.siglip import SIGLIP, VisionConfig
 
 SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -26,7 +28,7 @@ def pair(case: str) -> tuple[Any, ClipVisionTower]:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(4)
-    ours = ClipVisionTower(ClipConfig.from_hub(CONFIGS[case]))
+    ours = ClipVisionTower(VisionConfig(**CONFIGS[case]))
     ours.load_state_dict(reference.state_dict())
     return reference, ours
 
@@ -60,8 +62,9 @@ def test_nothing_behind_the_highest_state_runs() -> None:
 
 
 def test_defaults_are_those_of_the_reference() -> None:
-    theirs = transformers.CLIPVisionConfig().to_dict()
-    assert {name: theirs[name] for name in ClipConfig().to_hub()} == ClipConfig().to_hub()
+    idefics2 = transformers.Idefics2Config().vision_config
+    for theirs, ours in ((transformers.CLIPVisionConfig(), VisionConfig()), (idefics2, VisionConfig(**SIGLIP))):
+        assert {name: getattr(theirs, name) for name in asdict(ours)} == asdict(ours)
 
 
 def test_bad_calls() -> None:
@@ -73,6 +76,6 @@ def test_bad_calls() -> None:
     with pytest.raises(IndexError):
         ours(torch.randn(1, 3, 12, 12), layers=[4])
     with pytest.raises(ValueError, match="multiple of"):
-        ClipConfig(hidden_size=50)
+        VisionConfig(hidden_size=50)
     with pytest.raises(ValueError, match="must be positive"):
-        ClipConfig(patch_size=0)
+        VisionConfig(patch_size=0)

@@ -359,7 +359,7 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
         "packed vectors",
     ),
     ("llava_next", "height and width swapped in unpadding"): (
-        around(llava_next.anyres, "unpadded_grid", lambda f, size, grid: f(size[::-1], grid)),
+        around(llava_next.LlavaNextModel, "pack", lambda f, s, tiles, size, grid: f(s, tiles, size[::-1], grid)),
         "packed vectors",
     ),
     ("llava_next", "newlines at the wrong end"): (

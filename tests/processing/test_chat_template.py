@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import HUB, LLAVA
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -59,6 +60,55 @@ def test_rendering_equals_transformers(processor, reference, conversation, add, 
     assert json.dumps(conversation) == before
 
 
+RELEASED = {
+    "idefics2": ["idefics2-8b", "idefics2-8b-chatty"],
+    "mistral": ["llava-v1.6-mistral-7b-hf"],
+    "vicuna": ["llava-v1.6-vicuna-7b-hf", "llava-v1.6-vicuna-13b-hf"],
+    "yi": ["llava-v1.6-34b-hf"],
+    "llama3": ["llama3-llava-next-8b-hf"],
+    "qwen": ["llava-next-72b-hf", "llava-next-110b-hf"],
+}
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("name", chat.KNOWN)
+def test_known_templates_write_what_the_released_ones_do(processor, tmp_path, name, add):
+    for checkpoint in RELEASED[name]:
+        (folder,) = (HUB if name == "idefics2" else LLAVA).glob(checkpoint)
+        source = hub.source(folder)
+        released = chat.find_template(source, source.json("processor_config.json"), {})
+        for conversation in CONVERSATIONS:
+            options = {"add_generation_prompt": add}
+            theirs = processor.apply_chat_template(conversation, chat_template=released, **options)
+            assert processor.apply_chat_template(conversation, chat_template=name, **options) == theirs
+    processor = copy.deepcopy(processor)
+    processor.chat_template = name
+    processor.save_pretrained(tmp_path)
+    again = Idefics2Processor.from_pretrained(tmp_path)
+    assert again.apply_chat_template(CONVERSATIONS[1]) == processor.apply_chat_template(CONVERSATIONS[1])
+    assert "{%" in again.chat_template
+
+
+def test_a_new_template_takes_the_place_of_the_old(processor, tmp_path, caplog):
+    """Saved onto a folder that had one, in any file; transformers reads ours, and has nothing to say about where."""
+    from transformers import AutoProcessor
+
+    processor = copy.deepcopy(processor)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "old"}')
+    processor.chat_template = "new: {{ messages[0].role }}\n"
+    processor.save_pretrained(tmp_path)
+    assert Idefics2Processor.from_pretrained(tmp_path).chat_template == processor.chat_template
+    theirs = AutoProcessor.from_pretrained(tmp_path)
+    assert (
+        theirs.apply_chat_template(CONVERSATIONS[0]) == "new: user" == processor.apply_chat_template(CONVERSATIONS[0])
+    )
+    assert "chat_template" not in caplog.text
+    processor.chat_template = None
+    processor.save_pretrained(tmp_path)
+    assert Idefics2Processor.from_pretrained(tmp_path).chat_template is None
+
+
 def test_plain_string_content_is_text(processor, reference):
     messages = [{"role": "user", "content": "Hello"}]
     assert processor.apply_chat_template(messages) == "User: Hello<end_of_utterance>\n"
@@ -105,7 +155,7 @@ def test_unknown_options_are_refused(processor):
 
 def test_no_template(checkpoint):
     base = Idefics2Processor.from_pretrained(checkpoint("idefics2-8b-base"))
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match=r"no chat template.* vicuna"):
         base.apply_chat_template([user(text("Hi"))])
     assert base.apply_chat_template([user(text("Hi"))], chat_template="{{ messages[0].role }}") == "user"
 

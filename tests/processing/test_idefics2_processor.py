@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import PHOTOGRAPHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -117,22 +118,7 @@ def test_recorded_cases(checkpoint, data, pictures, number):
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "camera_gray.png",
-        "china.jpg",
-        "coco_000000039769.jpg",
-        "exif_landscape_6.jpg",
-        "llava_v1_5_radar.jpg",
-        "logo_rgba.png",
-        "page_gray.png",
-        "panorama_wide_5x1.jpg",
-        "portrait_tall_1x4.jpg",
-        "receipt_wifi.jpg",
-        "waterview.jpg",
-    ],
-)
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_photographs(processor, reference, pictures, name, split):
     processor.image_processor.do_image_splitting = reference.image_processor.do_image_splitting = split
     path = str(pictures / name)
@@ -250,41 +236,6 @@ def test_padding_is_on_the_left(processor):
     inputs = processor(text=["a b c", "a"], padding=True, return_tensors="pt")
     assert inputs.input_ids.tolist() == [[1, 264, 287, 277], [0, 0, 1, 264]]
     assert inputs.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "pass text, images or both"),
-        ({"text": "<image>"}, "0 images for 1 <image>"),
-        ({"text": "<image>", "images": []}, "0 images for 1 <image>"),
-        ({"text": "no", "images": [noise(2, 2)]}, "1 images for 0 <image>"),
-        ({"text": ["<image>", "<image><image>"], "images": [noise(2, 2)] * 2}, "prompt 0: 1, prompt 1: 2"),
-        ({"text": ["<image>", "<image>"], "images": [[noise(2, 2)] * 2, []]}, "prompt 0 has 1 <image> but 2 images"),
-        ({"text": ["<image>"], "images": [[noise(2, 2)], []]}, "2 lists of images for 1 prompts"),
-        ({"text": []}, "text is a string"),
-        ({"text": 3}, "text is a string"),
-        ({"text": ["a", 3]}, "text is a string"),
-        ({"images": []}, "no image"),
-        ({"images": [[], []]}, "no image"),
-        ({"text": "<image>", "images": [noise(2, 2), [noise(2, 2)]]}, "mixes"),
-        ({"text": "<image> x", "images": noise(2, 2), "max_length": 50, "truncation": True}, "would cut into an image"),
-        ({"text": "<image> x", "images": noise(2, 2), "max_length": 50}, "prompt 0 has 329 tokens"),
-        ({"text": ["a", "a b"], "return_tensors": "pt"}, "padding=True"),
-    ],
-)
-def test_refusals(processor, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        processor(**arguments)
-
-
-def test_wrong_types_and_names(processor):
-    with pytest.raises(TypeError, match="a picture is a"):
-        processor(text="<image>", images=3)
-    with pytest.raises(TypeError):
-        processor(text="a", pading=True)
-    with pytest.raises(OSError, match=r"gone\.png"):
-        processor(text="<image>", images="gone.png")
 
 
 def test_truncation_of_text_behind_the_picture_is_fine(processor):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import PHOTOGRAPHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,19 +29,6 @@ SHARED = Path(__file__).parents[3] / "shared" / "hub" / "HuggingFaceM4"
 UNK, BOS, EOS, F, I, EOU = range(6)
 FAKE, IMAGE, END = SPECIAL[3:]
 KEYS = ["input_ids", "attention_mask", "pixel_values", "image_attention_mask"]
-PHOTOGRAPHS = [
-    "camera_gray.png",
-    "china.jpg",
-    "coco_000000039769.jpg",
-    "exif_landscape_6.jpg",
-    "llava_v1_5_radar.jpg",
-    "logo_rgba.png",
-    "page_gray.png",
-    "panorama_wide_5x1.jpg",
-    "portrait_tall_1x4.jpg",
-    "receipt_wifi.jpg",
-    "waterview.jpg",
-]
 
 
 def load_reference(folder: Path):

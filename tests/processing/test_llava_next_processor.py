@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import PHOTOGRAPHS
 from PIL import Image
 
 from minivlm import hub
@@ -17,19 +18,6 @@ from minivlm.processing.tokenizer import Tokenizer
 MISTRAL, VICUNA, VICUNA_13B = (f"llava-v1.6-{name}-hf" for name in ("mistral-7b", "vicuna-7b", "vicuna-13b"))
 YI, LLAMA3, QWEN, QWEN_110B = "llava-v1.6-34b-hf", "llama3-llava-next-8b-hf", "llava-next-72b-hf", "llava-next-110b-hf"
 QUESTION = "[INST] <image>\nWhat is shown in this image? [/INST]"
-PHOTOGRAPHS = [
-    "camera_gray.png",
-    "china.jpg",
-    "coco_000000039769.jpg",
-    "exif_landscape_6.jpg",
-    "llava_v1_5_radar.jpg",
-    "logo_rgba.png",
-    "page_gray.png",
-    "panorama_wide_5x1.jpg",
-    "portrait_tall_1x4.jpg",
-    "receipt_wifi.jpg",
-    "waterview.jpg",
-]
 SIZES = [
     *((336, 336), (899, 1024), (480, 640), (640, 480), (1000, 1000), (200, 1000), (1000, 200), (503, 316), (333, 500)),
     *((500, 333), (37, 1000), (1080, 1920), (337, 672), (808, 1100), (110, 352), (328, 205), (1, 1000)),
@@ -382,42 +370,6 @@ def test_text_alone(processor):
     assert processor(text=["Hello", "a b"], images=[[], None]).input_ids == [[1, 22557], [1, 264, 287]]
     assert processor(text="Hello", add_special_tokens=False).input_ids == [[22557]]
     assert list(processor(images=noise(9, 9))) == ["pixel_values", "image_sizes"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "pass text, images or both"),
-        ({"text": "<image>"}, "0 images for 1 <image>"),
-        ({"images": "<image> What?"}, "0 images for 1 <image>"),
-        ({"text": "<image>", "images": []}, "0 images for 1 <image>"),
-        ({"text": "no", "images": [noise(2, 2)]}, "1 images for 0 <image>"),
-        ({"text": ["<image>", "<image><image>"], "images": [noise(2, 2)] * 2}, "prompt 0: 1, prompt 1: 2"),
-        ({"text": ["<image>", "<image>"], "images": [[noise(2, 2)] * 2, []]}, "prompt 0 has 1 <image> but 2 images"),
-        ({"text": ["<image>"], "images": [[noise(2, 2)], []]}, "2 lists of images for 1 prompts"),
-        ({"text": []}, "text is a string"),
-        ({"text": 3}, "text is a string"),
-        ({"text": ["a", 3]}, "text is a string"),
-        ({"images": []}, "no image"),
-        ({"images": [[], []]}, "no image"),
-        ({"text": "<image>", "images": [noise(2, 2), [noise(2, 2)]]}, "mixes"),
-        ({"text": "<image> x", "images": noise(2, 2), "max_length": 100, "truncation": True}, "cut into an image"),
-        ({"text": "<image> x", "images": noise(2, 2), "max_length": 100}, "prompt 0 has 1179 tokens"),
-        ({"text": ["a", "a b"], "return_tensors": "pt"}, "padding=True"),
-    ],
-)
-def test_refusals(processor, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        processor(**arguments)
-
-
-def test_wrong_types_and_names(processor):
-    with pytest.raises(TypeError, match="a picture is a"):
-        processor(text="<image>", images=3)
-    with pytest.raises(TypeError):
-        processor(text="a", pading=True)
-    with pytest.raises(OSError, match=r"gone\.png"):
-        processor(text="<image>", images="gone.png")
 
 
 def test_truncation_of_text_behind_the_picture_is_fine(processor):
