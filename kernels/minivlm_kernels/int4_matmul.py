@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from minivlm_kernels.int4_dequant import DTYPES, Launch, Packed, affine, check_device, jit, load_chunks, run, table
+from minivlm_kernels.int4_dequant import Packed, affine, load_chunks, table
+from minivlm_kernels.launching import DTYPES, Launch, check_device, jit, run
 
 try:
     import triton
@@ -101,7 +102,7 @@ def matvec_kernel(
     for first in range(split * BLOCK_K, K, splits * BLOCK_K):
         weights, scales = load_chunks(
             *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
-            *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
+            *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K, True),
         )
         offs_k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
@@ -227,10 +228,7 @@ def _matmul(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         found = f"{tuple(bias.shape)} of {str(bias.dtype).removeprefix('torch.')}"
         raise ValueError(f"bias should have shape ({N},) and x's dtype, {dtype}, found {found}")
-    devices = {str(tensor.device) for tensor in (x, weight.qweight, bias) if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"x, the weight and bias should be on one device, found {', '.join(sorted(devices))}")
-    check_device("a matrix product", x)
+    check_device("a matrix product by these kernels", x, weight.qweight, bias)
     return _Matmul.apply(x, bias, weight)
 
 
@@ -243,8 +241,7 @@ class _Matmul(torch.autograd.Function):
             return F.linear(x, weight.dequantize(x.dtype), bias)
         out = torch.empty(len(rows), weight.shape[0], dtype=x.dtype, device=x.device)
         if len(rows):
-            for launch in launches(out, rows, weight, bias):
-                run(launch)
+            run(*launches(out, rows, weight, bias))
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod

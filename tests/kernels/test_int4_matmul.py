@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from int4_weights import KINDS, dequantize, matmul, packed, reference, weight
-from minivlm_kernels import int4_matmul
+from minivlm_kernels import int4_matmul, launching
 from minivlm_kernels.int4_matmul import launches
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def test_views_and_empty_batches() -> None:
         (rows(2, 65).double(), None, {}, "x should be float16, bfloat16 or float32, found float64"),
         (rows(2, 65).half(), torch.zeros(3), {}, r"bias should have .* dtype, float16, found \(3,\) of float32"),
         (rows(2, 65), torch.zeros(4), {}, r"bias should have shape \(3,\)"),
-        (rows(2, 65).to("meta"), None, {}, "x, the weight and bias should be on one device, found cpu, meta"),
+        (rows(2, 65).to("meta"), None, {}, "all tensors of .* should be on one device, found cpu, meta"),
         (rows(2, 65), None, {"zeros": torch.zeros(3, 3)}, "zeros should have .* of uint8, found .* float32"),
         (rows(2, 65), None, {"shape": (3, 67)}, r"qweight should have shape \(3, 34\) of uint8, found \(3, 33\)"),
     ],
@@ -119,7 +119,7 @@ def test_bad_input(x: Tensor, bias: Tensor | None, change: dict[str, Any], messa
 
 
 def test_needs_a_device_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4_matmul.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launching.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="needs a GPU, found tensors on cpu"):
         matmul(rows(2, 65), weight("int4", 3, 65)[0])
 
