@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
+DEVICE = "cuda"
 THEIRS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -67,7 +68,7 @@ def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """As the models make them: heads inside rows, (B, T, H, D) in memory."""
     sizes = [(shape.queries, shape.heads), (shape.keys, shape.kv_heads), (shape.keys, shape.kv_heads)]
     return tuple(
-        torch.randn(shape.batch, rows, heads, shape.width, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+        torch.randn(shape.batch, rows, heads, shape.width, device=DEVICE, dtype=dtype).transpose(1, 2).requires_grad_()
         for rows, heads in sizes
     )
 

@@ -4,12 +4,8 @@ Without a GPU the interpreter runs the kernels on the CPU, an inner step in mill
 shapes are tiny and odd. It gets bf16 arithmetic wrong; bf16 and real sizes are for `-m gpu`.
 """
 
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import aot
@@ -44,14 +40,6 @@ def inputs(
     shapes = (B, H, T, D), (B, K, S, D), (B, K, S, D)
     q, k, v = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-
-
-def load_benchmark(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "kernels" / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    benchmark = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    return benchmark
 
 
 def random_mask(*shape: int, seed: int = 0) -> Tensor:
@@ -223,22 +211,6 @@ def test_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (tensor.detach().cpu() for tensor in inputs())
     with pytest.raises(ValueError, match="needs a GPU, found tensors on cpu"):
         flash_attention(q, k, v)
-
-
-@pytest.mark.parametrize("name", ["bench_attention", "tune_attention"])
-def test_benchmarks_say_what_they_need(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = load_benchmark(name)
-    monkeypatch.setattr(sys, "argv", [name])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="measures a GPU, and torch finds none here"):
-        benchmark.main()
-
-
-def test_work_is_counted_as_it_is_seen() -> None:
-    shape = load_benchmark("bench_attention").Shape
-    assert shape("", 1, 1, 5, 9, 8).pairs == 45
-    assert shape("", 1, 1, 5, 9, 8, causal=True).pairs == 5 + 6 + 7 + 8 + 9
-    assert shape("", 2, 1, 5, 9, 8, batch=3, causal=True, window=6).operations == 4 * 3 * 2 * 8 * (5 + 6 + 6 + 6 + 6)
 
 
 def test_widths_are_split_where_that_saves() -> None:
