@@ -18,6 +18,7 @@ from minivlm_kernels.decode_attention import choose_splits, decode_attention, de
 from torch import Tensor
 
 MODULE = "minivlm_kernels.decode_attention"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (64, 72, 80, 96, 128)
 HALF = (torch.float16, torch.bfloat16)
 
@@ -27,7 +28,8 @@ def _nan_filled() -> Iterator[None]:
     """torch.empty gives NaN, so that an element which no kernel writes, or which is read before, shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
+    with torch.device(DEVICE):
+        yield
     torch.use_deterministic_algorithms(before)
 
 
@@ -39,7 +41,7 @@ def inputs(
     S: int = 65,
     D: int = 64,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str = DEVICE,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
@@ -183,7 +185,7 @@ WRONG = [
     ({"mask": torch.ones(2, 64, dtype=torch.bool)}, r"\(2, 65\), found torch.bool, \(2, 64\)"),
     ({"window": 0}, "window should be 1 or more"),
     ({"splits": 65}, "splits should be 1 to 64"),
-    ({"lengths": torch.ones(2, dtype=torch.int32, device="meta")}, "on one device, found cpu, meta"),
+    ({"lengths": torch.ones(2, dtype=torch.int32, device="meta")}, "on one device, found .*, meta"),
     ({"q": torch.zeros(2, 4, 1, 64, requires_grad=True)}, "has no gradient"),
 ]
 
@@ -198,7 +200,7 @@ def test_errors(wrong: dict[str, Any], message: str) -> None:
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="needs a GPU"):
-        decode_attention(*inputs())
+        decode_attention(*inputs(device="cpu"))
 
 
 # ---- By the compiler -------------------------------------------------------------------------------------------------
