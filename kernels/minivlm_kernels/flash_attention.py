@@ -469,20 +469,20 @@ def _dkdv_kernel(
     dk, dv = _zeros(BLOCK_N, BODY, TAIL), _zeros(BLOCK_N, BODY, TAIL)
     span = _queries_of(start_n, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(0 if MASK is None else 1, 2):
-        for head in range(key_head * group, (key_head + 1) * group):
-            q_head, do_head = _head(q_ptr, stride_q, batch, head), _head(do_ptr, stride_do, batch, head)
-            rows = (batch * tl.num_programs(1) * group + head) * stride_rows * 16 + tl.arange(0, BLOCK_M)
-            for i in range(_count(span, EDGE, BLOCK_M)):
-                start_m = tl.multiple_of(_start(i, span, EDGE, BLOCK_M), BLOCK_M)
-                q = _load(q_head, stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
-                do = _load(do_head, stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
-                base, delta = tl.load(base_ptr + rows + start_m), tl.load(delta_ptr + rows + start_m)
-                p = tl.exp2(_products(k, q) * scale - base[None, :])  # (BLOCK_N, BLOCK_M): all is transposed here
-                if EDGE:
-                    where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
-                    p = tl.where(_seen(*where, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N, TRANSPOSED=True), p, 0.0)
-                dv = _mix(p, do, dv)
-                dk = _mix(p * (_products(v, do) - delta[None, :]), q, dk)
+        blocks = _count(span, EDGE, BLOCK_M)
+        for i in range(group * blocks):  # one loop: two, one in the other, take more registers than there are
+            head = key_head * group + i // blocks
+            start_m = tl.multiple_of(_start(i % blocks, span, EDGE, BLOCK_M), BLOCK_M)
+            q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
+            do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
+            rows = (batch * tl.num_programs(1) * group + head) * stride_rows * 16 + start_m + tl.arange(0, BLOCK_M)
+            base, delta = tl.load(base_ptr + rows), tl.load(delta_ptr + rows)
+            p = tl.exp2(_products(k, q) * scale - base[None, :])  # (BLOCK_N, BLOCK_M): all is transposed here
+            if EDGE:
+                where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
+                p = tl.where(_seen(*where, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N, TRANSPOSED=True), p, 0.0)
+            dv = _mix(p, do, dv)
+            dk = _mix(p * (_products(v, do) - delta[None, :]), q, dk)
 
     dk = _times(dk, scale / LOG2_E)
     _store(dk, _head(dk_ptr, stride_dk, batch, key_head), stride_dk, start_n, keys, BLOCK_N, D, BODY, TAIL)
