@@ -178,6 +178,21 @@ def test_blocks_outside_the_window_are_not_read() -> None:
     torch.testing.assert_close(flash_attention(q, k, v, causal=True, window=32), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_blocks_outside_the_window_are_not_read_backwards() -> None:
+    """Neither earlier keys for dq, nor later queries for dk and dv."""
+    q, k, v = inputs(T=128, S=128, D=16)
+    seen = {"dq": slice(96, 128), "dk": slice(0, 32)}
+    expected = torch.autograd.grad(attention_reference(q, k, v, causal=True, window=32)[0].sum(), (q, k))
+    with torch.no_grad():  # queries 96 to 127 see slots from 65 on; keys 0 to 31 are seen by queries up to 62
+        earlier, later = k.clone(), q.clone()
+        earlier[:, :, :64], later[:, :, 64:] = math.nan, math.nan
+    dq = torch.autograd.grad(flash_attention(q, earlier.requires_grad_(), v, causal=True, window=32).sum(), q)[0]
+    dk = torch.autograd.grad(flash_attention(later.requires_grad_(), k, v, causal=True, window=32).sum(), k)[0]
+    for name, found, wanted in (("dq", dq, expected[0]), ("dk", dk, expected[1])):
+        rows = seen[name]
+        torch.testing.assert_close(found[:, :, rows], wanted[:, :, rows], rtol=1e-4, atol=1e-4)
+
+
 def test_bad_arguments() -> None:
     q, k, v = (tensor.detach() for tensor in inputs(B=2, H=4, K=2, T=3, S=5, D=16))
     wide = torch.zeros(2, 4, 3, 136, device=DEVICE)
