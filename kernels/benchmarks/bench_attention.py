@@ -60,6 +60,8 @@ SHAPES = [
     Shape("clip-h 4900", 16, 16, 4900, 4900, 80),
     Shape("perceiver", 16, 4, 64, 4964, 96, batch=5),
     *(Shape(f"prefill {n}", 32, 8, n, n, 128, causal=True) for n in (512, 1024, 2048, 4096, 8192)),
+    Shape("full 8192, 128", 32, 8, 8192, 8192, 128),
+    Shape("full 8192, 64", 32, 32, 8192, 8192, 64),
     Shape("window 4096", 32, 8, 16384, 16384, 128, causal=True, window=4096),
 ]
 

@@ -21,9 +21,8 @@ KINDS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "mma": r"mma\.sync",
-    "cp.async 16 B": r"cp\.async\.cg",
-    "16-byte loads": r"ld\.global\S*\.v4\.b32",
-    "evict first": r"ld\.global\S*evict_first",
+    "cp.async": r"cp\.async\.cg",  # 16 bytes
+    "16-byte loads, evicted first": r"ld\.global\S*evict_first\S*\.v4\.b32",
 }
 
 
@@ -72,7 +71,7 @@ def described(job: aot.Job, info: aot.Compiled) -> str:
         weights = job.constexprs["BLOCK_N"] * job.constexprs["BLOCK_K"] / (32 * job.num_warps)
         counts[0] += f", {len(loops(info.ptx)[0]) / weights:.1f} a weight"
     registers = f"{info.registers} | {info.spill_bytes}"
-    return f"{tile}, {job.num_warps} warps | {registers} | {info.shared / 1024:.1f} KiB | {kinds} | {'; '.join(counts)}"
+    return f"{tile}, {job.num_warps} warp{'s' * (job.num_warps > 1)} | {registers} | {info.shared / 1024:.1f} KiB | {kinds} | {'; '.join(counts)}"
 
 
 def main() -> None:
