@@ -76,13 +76,7 @@ def int4_reference(qweight: Tensor, scales: Tensor, zeros: Tensor, group_size: i
 
 @jit
 def load_chunks(
-    qweight_ptr,  # uint8
-    scales_ptr,  # absmax or scales
-    code_ptr,  # (16,) float32, or None: the affine format
-    zeros_ptr,  # (N, G) uint8, or None: the table format
-    nested_code_ptr,  # (256,) float32, or None: scales are numbers as they are
-    nested_absmax_ptr,
-    offset_ptr,
+    weight,  # pointers, in the order of `Packed.arguments`
     offs_n,  # (BLOCK_N,)
     first,  # column, a multiple of BLOCK_K
     N,
@@ -97,6 +91,8 @@ def load_chunks(
 
     `reshape` adds the inner dimensions, not `[:, None]`: it keeps each word's weights in the thread that loaded them.
     """
+    # bytes; absmax or scales; (16,) of the table format; (N, G) bytes of the affine; three where scales are nested
+    qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr = weight
     BLOCK_N: tl.constexpr = offs_n.shape[0]
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
     TABLE: tl.constexpr = code_ptr is not None
@@ -144,13 +140,7 @@ def load_chunks(
 
 @jit
 def dequantize_kernel(
-    qweight_ptr,
-    scales_ptr,
-    code_ptr,
-    zeros_ptr,
-    nested_code_ptr,
-    nested_absmax_ptr,
-    offset_ptr,
+    weight,  # pointers
     out_ptr,  # (N, K), contiguous
     N,
     K,
@@ -162,10 +152,7 @@ def dequantize_kernel(
     """One tile of the whole weight."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * BLOCK_K
-    weights, scales = load_chunks(
-        *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
-        *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
-    )
+    weights, scales = load_chunks(weight, offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K)
     values = tl.reshape(weights * scales[:, :, None], (BLOCK_N, BLOCK_K))
     offs_k = first + tl.arange(0, BLOCK_K)
     outs = out_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -203,12 +190,9 @@ class Packed:
     @property
     def arguments(self) -> dict[str, Any]:
         """What every kernel that reads the weight is given."""
-        pointers = ("qweight", "scales", "code", "zeros", "nested_code", "nested_absmax", "offset")
-        N, K = self.shape
-        return {
-            **{f"{name}_ptr": getattr(self, name) for name in pointers},
-            **{"N": N, "K": K, "BLOCK": self.block, "CHUNK": self.chunk},
-        }
+        nested = self.nested_code, self.nested_absmax, self.offset
+        weight = (self.qweight, self.scales, self.code, self.zeros, *nested)
+        return {"weight": weight, "N": self.shape[0], "K": self.shape[1], "BLOCK": self.block, "CHUNK": self.chunk}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(N, K) in `dtype`, rounded once, from float32."""

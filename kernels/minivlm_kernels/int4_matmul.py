@@ -77,13 +77,7 @@ def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 @jit
 def matvec_kernel(
-    qweight_ptr,
-    scales_ptr,
-    code_ptr,
-    zeros_ptr,
-    nested_code_ptr,
-    nested_absmax_ptr,
-    offset_ptr,
+    weight,  # pointers
     x_ptr,  # (K,)
     bias_ptr,  # (N,), or None
     out_ptr,  # (splits, N)
@@ -100,10 +94,7 @@ def matvec_kernel(
     split, splits = tl.program_id(1), tl.num_programs(1)
     sums = tl.zeros((BLOCK_N, CHUNKS), tl.float32)
     for first in range(split * BLOCK_K, K, splits * BLOCK_K):
-        weights, scales = load_chunks(
-            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
-            *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K, True),
-        )
+        weights, scales = load_chunks(weight, offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K, True)
         offs_k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
         x = tl.reshape(x, (CHUNKS, CHUNK))[None, :, :]  # `[None]`: x moves to the threads of the weights, not they to x
@@ -117,13 +108,7 @@ def matvec_kernel(
 
 @jit
 def matmul_kernel(
-    qweight_ptr,
-    scales_ptr,
-    code_ptr,
-    zeros_ptr,
-    nested_code_ptr,
-    nested_absmax_ptr,
-    offset_ptr,
+    weight,  # pointers
     x_ptr,  # (M, K), columns contiguous
     bias_ptr,
     out_ptr,  # (splits, M, N)
@@ -145,10 +130,7 @@ def matmul_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(split * BLOCK_K, K, splits * BLOCK_K):
-        weights, scales = load_chunks(
-            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
-            *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
-        )
+        weights, scales = load_chunks(weight, offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K)
         offs_k = first + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_ptrs + offs_k, mask=(offs_m < M)[:, None] & (offs_k < K), other=0.0)  # (BLOCK_M, BLOCK_K)
         w = tl.reshape(weights * scales[:, :, None], (BLOCK_N, BLOCK_K)).to(x.dtype)

@@ -36,12 +36,8 @@ def configurations(arch: int) -> dict[str, aot.Job]:
     for N, M in ((14336, 1), (8192, 16), (8192, 128)):
         x, out = (test_int4_compiled.meta(M, columns, dtype=torch.bfloat16) for columns in (4096, N))
         for kind, weight in test_int4_compiled.weights(N).items():
-            kernel, _, arguments, options = launches(out, x, weight, None)[0]
-            name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-            types = aot.specialise(kernel, arguments)
-            warps, stages = options["num_warps"], options["num_stages"]
             if M == 1 or kind == "nested":
-                found[f"{kind}, M = {M}"] = aot.Job(name, *types, arch=arch, num_warps=warps, num_stages=stages)
+                found[f"{kind}, M = {M}"] = aot.job(launches(out, x, weight, None)[0], arch)
     return found
 
 
@@ -70,8 +66,9 @@ def described(job: aot.Job, info: aot.Compiled) -> str:
     if "matvec" in job.kernel and counts:
         weights = job.constexprs["BLOCK_N"] * job.constexprs["BLOCK_K"] / (32 * job.num_warps)
         counts[0] += f", {len(loops(info.ptx)[0]) / weights:.1f} a weight"
-    registers = f"{info.registers} | {info.spill_bytes}"
-    return f"{tile}, {job.num_warps} warp{'s' * (job.num_warps > 1)} | {registers} | {info.shared / 1024:.1f} KiB | {kinds} | {'; '.join(counts)}"
+    warps = f"{job.num_warps} warp{'s' * (job.num_warps > 1)}"
+    usage = f"{info.registers} | {info.spill_bytes} | {info.shared / 1024:.1f} KiB"
+    return f"{tile}, {warps} | {usage} | {kinds} | {'; '.join(counts)}"
 
 
 def main() -> None:

@@ -216,27 +216,15 @@ def jobs(arch: int | str, dtype: torch.dtype, D: int, group: int, T: int, descri
     q, k, out = meta(B, K * group, T, D), meta(2, B, K, S, D)[0], meta(B, K * group, T, D)
     lengths = meta(B, dtype=torch.int32) if described else None
     mask = meta(B, S, dtype=torch.bool) if described else None
-    found = []
-    for kernel, _, arguments, options in module.launches(out, q, k, k, lengths, None, None, mask, splits=33):
-        signature, constants = aot.specialise(kernel, arguments)
-        stages = module.STAGES["cuda" if isinstance(arch, int) else "hip"]
-        name = f"{MODULE}:{kernel.fn.__name__}"
-        found.append(aot.Job(name, signature, constants, arch, options["num_warps"], stages))
-    return found
-
-
-def assert_fits(every: list[aot.Job]) -> None:
-    for job, info in zip(every, aot.compile_kernels(every), strict=True):
-        what = f"{job.kernel} {job.arch} {job.constexprs} {job.signature.get('q_ptr')}"
-        assert info.error is None, f"{what}: {info.error}"
-        assert info.shared <= aot.SHARED_LIMIT[job.arch], what
-        assert info.spill_bytes == 0, f"{what}: {info.registers} registers, {info.spill_bytes} bytes spilled"
+    stages = module.STAGES["cuda" if isinstance(arch, int) else "hip"]
+    launches = module.launches(out, q, k, k, lengths, None, None, mask, splits=33)
+    return [aot.job(launch, arch, stages) for launch in launches]
 
 
 def test_compiles_for_gpus() -> None:
     """Mistral's step on every chip; on one also both kernels in fp32, which has the fewest registers to spare."""
     every = [job for arch in aot.SHARED_LIMIT for job in jobs(arch, torch.bfloat16, 128, 4, T=1, described=True)[:1]]
-    assert_fits(every + jobs(90, torch.float32, 128, group=8, T=8, described=True))
+    aot.assert_fit(every + jobs(90, torch.float32, 128, group=8, T=8, described=True))
 
 
 @pytest.mark.slow
@@ -248,7 +236,7 @@ def test_compiles_in_every_configuration(arch: int | str) -> None:
         for D in WIDTHS:
             every += jobs(arch, dtype, D, group=4, T=1, described=True)[:1]
             every += jobs(arch, dtype, D, group=8, T=8, described=False)[:1]
-    assert_fits(every)
+    aot.assert_fit(every)
 
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------

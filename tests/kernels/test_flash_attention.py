@@ -263,24 +263,7 @@ def jobs(arch: int | str, dtype: torch.dtype, D: int, kind: str) -> list[aot.Job
     problem = module.Problem(q, k, k, mask, 0.1, causal, window)
     launches = [module.forward_launch(problem, q, rows, family)]
     launches += module.backward_launches(problem, q, rows, q, rows, q, k, k, family)
-    found = []
-    for kernel, _, arguments, compiler in launches:
-        signature, constants = aot.specialise(kernel, arguments)
-        warps, stages = compiler["num_warps"], compiler["num_stages"]
-        name = f"{module.__name__}:{kernel.fn.__name__}"
-        found.append(aot.Job(name, signature, constants, arch=arch, num_warps=warps, num_stages=stages))
-    return found
-
-
-def assert_fit(wanted: list[aot.Job]) -> None:
-    """Every kernel compiles, spills no registers, and fits into shared memory: what 99 KiB hold runs on all sm_8x."""
-    failures = []
-    for job, info in zip(wanted, aot.compile_kernels(wanted, timeout=3600), strict=True):
-        limit = 99 * 1024 if job.arch == 80 else aot.SHARED_LIMIT[job.arch]
-        if info.error or info.spill_bytes or info.shared > limit:
-            constants = {name: job.constexprs[name] for name in ("D", "WINDOW", "MASK", "BLOCK_M", "BLOCK_N")}
-            failures.append(f"{job.arch} {job.kernel} {job.signature['q_ptr']} {constants}: {info}")
-    assert not failures, "\n".join(failures)
+    return [aot.job(launch, arch) for launch in launches]
 
 
 def test_compiles() -> None:
@@ -289,7 +272,7 @@ def test_compiles() -> None:
     for arch in (80, 90):
         wanted += [*jobs(arch, torch.bfloat16, 128, "window"), jobs(arch, torch.bfloat16, 96, "window pairs")[2]]
     wanted += [jobs(90, torch.float16, 72, "causal")[0], jobs(90, torch.float32, 128, "causal")[2]]
-    assert_fit(wanted)
+    aot.assert_fit(wanted)
 
 
 @pytest.mark.slow
@@ -297,7 +280,7 @@ def test_compiles() -> None:
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_configuration_compiles(arch: int | str, dtype: torch.dtype) -> None:
     """Forward, dq and dk+dv of every width and kind of mask: 105 kernels, 1 to 4 s of a core each."""
-    assert_fit([job for D in WIDTHS for kind in KINDS for job in jobs(arch, dtype, D, kind)])
+    aot.assert_fit([job for D in WIDTHS for kind in KINDS for job in jobs(arch, dtype, D, kind)])
 
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
