@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import inspect_kernels
 import pytest
 import torch
 from minivlm_kernels.launching import run
@@ -105,3 +106,17 @@ def test_bench_int4(
     assert "1.00× cuBLAS" in measured
     assert all("matmul_kernel Tile(BLOCK_M=16" in line for line in tuned)
     assert len(tuned) == 2
+
+
+def test_innermost_loops_are_found() -> None:
+    """Of two loops, one around the other, the inner one counts; a jump forwards is no loop."""
+    lines = [
+        "$L_outer:",
+        "\tadd.s32 %r1;",
+        "$L_inner:",
+        "\t@%p1 mul.f32 %f1;",
+        "\tsetp.lt.s32 %p2;",
+        "\t@%p2 bra $L_inner;",
+    ]
+    lines += ["\t@%p3 bra.uni $L_outer;", "\tbra $L_end;", "$L_end:", "\tret;"]
+    assert inspect_kernels.loops("\n".join(lines)) == [["mul.f32", "setp.lt.s32"]]
