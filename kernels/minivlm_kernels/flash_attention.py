@@ -354,8 +354,7 @@ def _dq_kernel(
     lse_ptr,
     do_ptr,  # gradient of out
     dlse_ptr,  # gradient of lse, contiguous, or None
-    base_ptr,  # (B, H, 16·stride_rows ≥ T) contiguous, fp32: these two are written here, for `_dkdv_kernel`
-    delta_ptr,
+    rows_ptr,  # base and delta, (B, H, 2, 16·stride_rows ≥ T) contiguous, fp32: written here, for `_dkdv_kernel`
     dq_ptr,
     stride_q,
     stride_k,
@@ -399,9 +398,9 @@ def _dq_kernel(
         delta += tl.sum(do[1].to(tl.float32) * out[1].to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row * queries + offs_m, mask=offs_m < queries, other=0.0)
-    rows = row * stride_rows * 16 + offs_m
-    tl.store(base_ptr + rows, base)
-    tl.store(delta_ptr + rows, delta)
+    rows_ptr += row * 2 * stride_rows * 16
+    tl.store(rows_ptr + offs_m, base)
+    tl.store(rows_ptr + stride_rows * 16 + offs_m, delta)
     k_ptr = _head(k_ptr, stride_k, batch, head // group)
     v_ptr = _head(v_ptr, stride_v, batch, head // group)
     if MASK is not None:
@@ -432,8 +431,7 @@ def _dkdv_kernel(
     v_ptr,
     mask_ptr,
     do_ptr,
-    base_ptr,
-    delta_ptr,
+    rows_ptr,
     dk_ptr,  # (B, K, S, D)
     dv_ptr,
     stride_q,
@@ -475,8 +473,9 @@ def _dkdv_kernel(
             start_m = tl.multiple_of(_start(i % blocks, span, EDGE, BLOCK_M), BLOCK_M)
             q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
             do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
-            rows = (batch * tl.num_programs(1) * group + head) * stride_rows * 16 + start_m + tl.arange(0, BLOCK_M)
-            base, delta = tl.load(base_ptr + rows), tl.load(delta_ptr + rows)
+            row = (batch * tl.num_programs(1) * group + head) * 2 * stride_rows * 16 + start_m
+            base = tl.load(rows_ptr + row + tl.arange(0, BLOCK_M))
+            delta = tl.load(rows_ptr + row + stride_rows * 16 + tl.arange(0, BLOCK_M))
             p = tl.exp2(_products(k, q) * scale - base[None, :])  # (BLOCK_N, BLOCK_M): all is transposed here
             if EDGE:
                 where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
@@ -582,8 +581,8 @@ def backward_launches(
     (batch, heads, queries, _), (_, kv_heads, keys, _) = problem.q.shape, problem.k.shape
     most = max(for_dq[0], for_dkdv[0])
     padded = triton.cdiv(queries, most) * most  # so that no tile of rows reaches behind the end: none asks
-    base, delta = lse.new_empty(2, batch, heads, padded)
-    shared = _shared(problem) | {"base_ptr": base, "delta_ptr": delta, "stride_rows": padded // 16}
+    rows = lse.new_empty(batch, heads, 2, padded)
+    shared = _shared(problem) | {"rows_ptr": rows, "stride_rows": padded // 16}
     shared |= {"do_ptr": do, "stride_do": strides_of(do)}
     first = {"out_ptr": out, "lse_ptr": lse, "dlse_ptr": dlse, "dq_ptr": dq}
     first |= {"stride_o": strides_of(out), "stride_dq": strides_of(dq)}
