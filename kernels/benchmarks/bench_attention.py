@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
+DEVICE = "cuda"
 THEIRS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -59,6 +60,8 @@ SHAPES = [
     Shape("clip-h 4900", 16, 16, 4900, 4900, 80),
     Shape("perceiver", 16, 4, 64, 4964, 96, batch=5),
     *(Shape(f"prefill {n}", 32, 8, n, n, 128, causal=True) for n in (512, 1024, 2048, 4096, 8192)),
+    Shape("full 8192, 128", 32, 8, 8192, 8192, 128),
+    Shape("full 8192, 64", 32, 32, 8192, 8192, 64),
     Shape("window 4096", 32, 8, 16384, 16384, 128, causal=True, window=4096),
 ]
 
@@ -67,7 +70,7 @@ def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """As the models make them: heads inside rows, (B, T, H, D) in memory."""
     sizes = [(shape.queries, shape.heads), (shape.keys, shape.kv_heads), (shape.keys, shape.kv_heads)]
     return tuple(
-        torch.randn(shape.batch, rows, heads, shape.width, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+        torch.randn(shape.batch, rows, heads, shape.width, device=DEVICE, dtype=dtype).transpose(1, 2).requires_grad_()
         for rows, heads in sizes
     )
 

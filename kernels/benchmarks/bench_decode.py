@@ -11,12 +11,15 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+DEVICE = "cuda"
 KEYS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 H, K, D = 32, 8, 128  # Mistral's
 MEMORY = 2**30  # bytes of caches that a graph goes through (128 caches at most): more than any L2 holds
@@ -44,7 +47,7 @@ def microseconds(steps: list[Callable[[], Tensor]]) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of torch's copy."""
-    source = torch.empty(MEMORY, dtype=torch.uint8, device="cuda")
+    source = torch.empty(MEMORY, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * MEMORY / microseconds([partial(target.copy_, source)] * 4) * 1e6
 
@@ -61,9 +64,9 @@ def bench(batch: int, keys: int, dtype: torch.dtype, bandwidth: float, tune: boo
 
     size = batch * K * keys * D * dtype.itemsize  # of all keys, or all values
     number = max(4, min(128, MEMORY // (2 * size)))
-    caches = [torch.randn(2, batch, K, keys, D, device="cuda", dtype=dtype) for _ in range(number)]
-    q = torch.randn(batch, H, 1, D, device="cuda", dtype=dtype)
-    lengths = torch.full((batch,), keys, dtype=torch.int32, device="cuda")
+    caches = [torch.randn(2, batch, K, keys, D, device=DEVICE, dtype=dtype) for _ in range(number)]
+    q = torch.randn(batch, H, 1, D, device=DEVICE, dtype=dtype)
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=DEVICE)
 
     def ours(k: Tensor, v: Tensor, splits: int | None = None) -> Tensor:
         return decode_attention(q, k, v, lengths=lengths, splits=splits)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "kernels"))
+DEVICE, DTYPE = "cuda", torch.bfloat16
 LAYERS = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (32003, 4096)]
 ROWS = [1, 4, 16, 64, 512, 4096]
 KINDS = ["nf4", "nested", "int4"]
@@ -52,7 +54,7 @@ def main() -> None:
 
 def read_rate() -> float:
     """GB/s of a sum over 4 GiB."""
-    big = torch.zeros(2**30, dtype=torch.float32, device="cuda")
+    big = torch.zeros(2**30, dtype=torch.float32, device=DEVICE)
     return big.nbytes / microseconds([big.sum] * 3) / 1e3
 
 
@@ -84,20 +86,20 @@ def copies(size: int, M: int) -> int:
 
 def random_weight(kind: str, N: int, K: int) -> dict[str, object]:
     """The arguments of `nf4_matmul` or `int4_matmul`."""
-    qweight = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device="cuda")
+    qweight = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE)
     if kind == "int4":
-        scales = torch.rand(N, K // GROUP, dtype=torch.bfloat16, device="cuda") * 0.01
-        zeros = torch.full((N, K // GROUP), 8, dtype=torch.uint8, device="cuda")
+        scales = torch.rand(N, K // GROUP, dtype=DTYPE, device=DEVICE) * 0.01
+        zeros = torch.full((N, K // GROUP), 8, dtype=torch.uint8, device=DEVICE)
         return {"qweight": qweight, "scales": scales, "zeros": zeros, "group_size": GROUP, "shape": (N, K)}
     blocks = N * K // 64
-    code = torch.linspace(-1, 1, 16, device="cuda")
-    absmax = torch.rand(blocks, device="cuda") * 0.02
+    code = torch.linspace(-1, 1, 16, device=DEVICE)
+    absmax = torch.rand(blocks, device=DEVICE) * 0.02
     arguments = {"qweight": qweight, "absmax": absmax, "code": code, "shape": (N, K)}
     if kind == "nf4":
         return arguments
-    second = torch.rand(math.ceil(blocks / 256), device="cuda") * 0.02
-    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
-    nested = (torch.linspace(-1, 1, 256, device="cuda"), second, torch.tensor(0.02, device="cuda"))
+    second = torch.rand(math.ceil(blocks / 256), device=DEVICE) * 0.02
+    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=DEVICE)
+    nested = (torch.linspace(-1, 1, 256, device=DEVICE), second, torch.tensor(0.02, device=DEVICE))
     return arguments | {"absmax": codes, "nested": nested}
 
 
@@ -111,7 +113,7 @@ def measure(kind: str, layer: tuple[int, int], M: int, rate: float) -> None:
 
     N, K = layer
     product = int4_matmul if kind == "int4" else nf4_matmul
-    x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(M, K, dtype=DTYPE, device=DEVICE)
     size = weight_bytes(random_weight(kind, N, K))
     weights = [random_weight(kind, N, K) for _ in range(copies(size, M))]
     ours = microseconds([lambda w=w: product(x, **w) for w in weights])
@@ -127,7 +129,7 @@ def measure(kind: str, layer: tuple[int, int], M: int, rate: float) -> None:
 
 def dense(x: Tensor, N: int) -> float:
     size = N * x.shape[1] * 2
-    weights = [torch.randn(N, x.shape[1], dtype=x.dtype, device="cuda") for _ in range(copies(size, len(x)))]
+    weights = [torch.randn(N, x.shape[1], dtype=x.dtype, device=DEVICE) for _ in range(copies(size, len(x)))]
     return microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
 
 
@@ -138,9 +140,9 @@ def int4pack(x: Tensor, N: int) -> float:
         return math.nan
     calls = []
     for _ in range(copies(N * K // 2, M)):
-        packed = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device="cuda")
+        packed = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE)
         weight = torch._convert_weight_to_int4pack(packed, 8)
-        scales = torch.rand(K // GROUP, N, 2, dtype=x.dtype, device="cuda")
+        scales = torch.rand(K // GROUP, N, 2, dtype=x.dtype, device=DEVICE)
         calls.append(lambda weight=weight, scales=scales: torch._weight_int4pack_mm(x, weight, GROUP, scales))
     return microseconds(calls)
 
@@ -153,7 +155,7 @@ def bitsandbytes(x: Tensor, N: int, kind: str) -> float:
     M, K = x.shape
     calls = []
     for _ in range(copies(N * K // 2, M)):
-        dense_weight = torch.randn(N, K, dtype=x.dtype, device="cuda")
+        dense_weight = torch.randn(N, K, dtype=x.dtype, device=DEVICE)
         weight, state = functional.quantize_4bit(dense_weight, quant_type="nf4", compress_statistics=kind == "nested")
         calls.append(lambda weight=weight, state=state: matmul_4bit(x, weight.t(), quant_state=state))
     return microseconds(calls)
@@ -174,17 +176,18 @@ def candidates(M: int) -> list[tuple[object, object]]:
 
 def tune(kind: str, layer: tuple[int, int], M: int, rate: float) -> None:
     from minivlm_kernels import int4_dequant, int4_matmul
+    from minivlm_kernels.launching import run
 
     N, K = layer
-    x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
-    out = torch.empty(M, N, dtype=x.dtype, device="cuda")
+    x = torch.randn(M, K, dtype=DTYPE, device=DEVICE)
+    out = torch.empty(M, N, dtype=x.dtype, device=DEVICE)
     weights = [random_weight(kind, N, K) for _ in range(copies(N * K // 2, M))]
     packed = [(int4_dequant.affine if kind == "int4" else int4_dequant.table)(**weight) for weight in weights]
     results = []
     for chosen in candidates(M):
         plans = [int4_matmul.launches(out, x, weight, None, chosen) for weight in packed]
         try:
-            time = microseconds([lambda plan=plan: [int4_dequant.run(launch) for launch in plan] for plan in plans], 5)
+            time = microseconds([lambda plan=plan: run(*plan) for plan in plans], 5)
         except Exception as error:  # too much shared memory, say: whatever it is, this tile is out
             print(f"  {chosen[1]}: {type(error).__name__}")
             continue

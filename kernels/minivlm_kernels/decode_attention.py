@@ -19,12 +19,12 @@ B batch, H query heads, K key/value heads, T query tokens, S slots, D head width
 from __future__ import annotations  # so that `tl.constexpr` is not looked up where there is no triton
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from minivlm_kernels.flash_attention import attention_reference
+from minivlm_kernels.launching import LOG2_E, Launch, check_device, check_heads, jit, run, strides_of
 
 try:
     import triton
@@ -32,15 +32,12 @@ try:
 except ImportError:  # the reference works without
     triton = None
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_QUERIES = 8  # more of them are a prefill
-MAX_WIDTH = 128
 MAX_ROWS = {2: 64, 4: 16}  # of one tile, by bytes a number; where there are more, keys are read once for so many each
 WARPS = {2: 4, 4: 8}  # fp32 has no tensor cores: with fewer, its operands do not fit into registers
 MAX_SPLITS = 64  # the combine kernel holds the partial results of a row at once
 TILE_BYTES = 16 * 1024  # of keys, and as many of values, that a program reads at a time
 STAGES = {"cuda": 3, "hip": 2}  # such tiles on their way or in use; RTX cards with 99 KiB of shared memory do, too
-LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
 
 # ---- Reference -------------------------------------------------------------------------------------------------------
 
@@ -56,8 +53,7 @@ def decode_attention_reference(
     mask: Tensor | None = None,
 ) -> Tensor:
     """What `decode_attention` computes, in plain PyTorch and in the dtype of its arguments; (B, H, T, D)."""
-    B, H, T, D = q.shape
-    K, S = k.shape[1:3]
+    B, T, S = len(q), q.shape[2], k.shape[2]
     slots = torch.arange(S, device=q.device)
     length = torch.full((B,), S, device=q.device) if lengths is None else lengths.clamp(max=S).expand(B)
     own_slots = (length[:, None] - T + torch.arange(T, device=q.device))[..., None]  # (B, T, 1)
@@ -66,26 +62,14 @@ def decode_attention_reference(
         seen = seen & (slots > own_slots - window)
     if mask is not None:
         seen = seen & mask[:, None]
-    unseen = ~seen[:, None]  # (B, 1, T, S)
-    v = v.masked_fill(unseen.all(2)[..., None], 0)  # slots that are not written yet may hold NaN, and 0 · NaN is NaN
-    k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)  # (B, H, S, D)
-    scores = q @ k.transpose(2, 3) * (D**-0.5 if scale is None else scale)  # (B, H, T, S)
-    weights = scores.masked_fill(unseen, -math.inf).softmax(-1)
-    return weights.masked_fill(unseen, 0) @ v  # a row that sees nothing is zeros
+    unseen = ~seen.any(1)[:, None, :, None]  # slots that are not written yet may hold NaN, and 0 · NaN is NaN
+    return attention_reference(q, k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), scale=scale, mask=seen)[0]
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _jit(kernel: Callable) -> Any:
-    """`triton.jit`, where there is triton. A cache of another size must not mean another compilation."""
-    if triton is None:
-        return kernel
-    numbers = ("stride_q", "stride_k", "stride_v", "stride_m", "stride_lb", "S", "window", "splits")
-    return triton.jit(do_not_specialize=numbers)(kernel)
-
-
-@_jit
+@jit
 def _shares(lengths_ptr, S, window, splits, T: tl.constexpr, BLOCK_N: tl.constexpr):
     """The slots [first, length) that any query of a batch row sees, and how many of them each split takes."""
     length = S
@@ -96,7 +80,7 @@ def _shares(lengths_ptr, S, window, splits, T: tl.constexpr, BLOCK_N: tl.constex
     return first, length, tl.maximum(share, BLOCK_N)
 
 
-@_jit
+@jit
 def _split_kernel(
     q_ptr,  # (B, H, T, D)
     k_ptr,  # (B, K, S, D)
@@ -175,7 +159,7 @@ def _split_kernel(
     tl.store(lse_ptr + place, lse, mask=offs_m < ROWS)
 
 
-@_jit
+@jit
 def _combine_kernel(
     partial_ptr,  # as above
     lse_ptr,
@@ -245,9 +229,7 @@ def decode_attention(
     if splits is None:
         splits = choose_splits(B * K, S, _block_n(q), _multiprocessors(q.device))
     out = torch.empty(B, H, T, D, dtype=q.dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        for kernel, grid, arguments, options in launches(out, q, k, v, lengths, scale, window, mask, splits):
-            kernel[grid](**arguments, **options)
+    run(*launches(out, q, k, v, lengths, scale, window, mask, splits))
     return out
 
 
@@ -266,8 +248,8 @@ def launches(
     window: int | None,
     mask: Tensor | None,
     splits: int,
-) -> list[tuple[Any, tuple[int, ...], dict[str, Any], dict[str, int]]]:
-    """(kernel, grid, arguments, options) of each launch. The arguments are known to fit; meta tensors do, too."""
+) -> list[Launch]:
+    """The one or two launches that fill `out`, from arguments that are known to fit."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     rows = H // K * T
@@ -286,30 +268,20 @@ def launches(
     }
     split = shared | {
         **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": None if mask is None else mask.view(torch.uint8)},
-        **{"stride_q": _strides(q), "stride_k": _strides(k), "stride_v": _strides(v)},
+        **{"stride_q": strides_of(q), "stride_k": strides_of(k), "stride_v": strides_of(v)},
         "stride_m": (0, 0) if mask is None else mask.stride(),
-        "scale": (D**-0.5 if scale is None else scale) * LOG2_E,
+        "scale": (D**-0.5 if scale is None else scale) * LOG2_E.value,
         "BLOCK_M": BLOCK_M,
     }
     stages = STAGES["hip" if torch.version.hip else "cuda"]
     grid = (B * K, splits, triton.cdiv(rows, BLOCK_M))
     # Newer versions of triton fuse multiplications and additions only where one asks for it.
     options = {"num_warps": WARPS[q.element_size()], "num_stages": stages, "enable_fp_fusion": True}
-    first = (_split_kernel, grid, split, options)
+    first = Launch(_split_kernel, grid, split, options)
     if one:
         return [first]
     combine = shared | {"out_ptr": out, "splits": splits, "BLOCK_S": triton.next_power_of_2(splits)}
-    return [first, (_combine_kernel, (B * H * T,), combine, options)]
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of batch, head and row, in units of 8 elements; those of a dimension of size 1 never count."""
-    return tuple(stride // 8 for stride in tensor.stride()[:3])
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    *outer, last = zip(tensor.shape, tensor.stride(), strict=True)
-    return last[1] == 1 and all(stride % 8 == 0 for size, stride in outer if size > 1)
+    return [first, Launch(_combine_kernel, (B * H * T,), combine, options)]
 
 
 def _block_d(q: Tensor) -> int:
@@ -335,24 +307,13 @@ def _check(
     mask: Tensor | None,
     splits: int | None,
 ) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (len(q), q.shape[-1]) != (len(k), k.shape[-1]):
-        raise ValueError(f"decode_attention takes q (B, H, T, D) and k, v (B, K, S, D), found {shapes}")
-    B, H, T, D = q.shape
-    K, S = k.shape[1:3]
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(f"decode_attention needs at least one row, head, query and key, found {shapes}")
-    if H % K:
-        raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
+    check_heads("decode_attention", q, k, v)
+    B, T, S = len(q), q.shape[2], k.shape[2]
     if T > MAX_QUERIES:
         raise ValueError(f"decode_attention takes up to {MAX_QUERIES} query tokens, found {T}; use flash_attention")
-    if D % 8 or D > MAX_WIDTH:
-        raise ValueError(f"the head width should be a multiple of 8 up to {MAX_WIDTH}, found {D}")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v should all be fp16, bf16 or fp32, found {q.dtype}, {k.dtype}, {v.dtype}")
-    if strides := [tensor.stride() for tensor in (q, k, v) if not _is_aligned(tensor)]:
-        raise ValueError(f"strides should be multiples of 8, and the last one 1, found {strides[0]}")
-    if lengths is not None and (lengths.is_floating_point() or lengths.shape not in ((), (1,), (B,))):
+    if lengths is not None and (
+        lengths.dtype not in (torch.int32, torch.int64) or lengths.shape not in ((), (1,), (B,))
+    ):
         raise ValueError(f"lengths should be int32, ({B},) or one number, found {lengths.dtype} {tuple(lengths.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, S)):
         raise ValueError(f"mask should be bool, {(B, S)}, found {mask.dtype}, {tuple(mask.shape)}")
@@ -360,12 +321,6 @@ def _check(
         raise ValueError(f"window should be 1 or more, found {window}")
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits should be 1 to {MAX_SPLITS}, found {splits}")
-    devices = {str(tensor.device) for tensor in (q, k, v, lengths, mask) if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors should be on one device, found {', '.join(sorted(devices))}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("decode_attention has no gradient; use flash_attention, or torch.no_grad()")
-    if triton is None:
-        raise ValueError("decode_attention needs triton, which is not installed; use attn_implementation='sdpa'")
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"decode_attention runs on a GPU, found tensors on {q.device}; use attn_implementation='sdpa'")
+    check_device("decode_attention", q, k, v, lengths, mask, instead="; use attn_implementation='sdpa'")

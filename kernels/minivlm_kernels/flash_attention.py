@@ -21,24 +21,19 @@ B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys
 from __future__ import annotations  # so that `tl.constexpr` is not looked up where there is no triton
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minivlm_kernels.launching import LOG2_E, Launch, check_device, check_heads, is_aligned, jit, run, strides_of
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # the reference works without
     triton = None
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_WIDTH = 128
-LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
-if triton is not None:
-    LOG2_E = tl.constexpr(LOG2_E)  # kernels see no other globals
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv, for heads up to a width, and for any with a mask
 # (B, T, S), whose tiles take registers too. All compile without spills and within the chip's shared memory
@@ -48,7 +43,7 @@ BLOCKS = {
         64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
         96: ((128, 64, 8, 2), (64, 32, 4, 2), (16, 64, 4, 2)),
         128: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
-        "pairs": ((64, 64, 8, 2), (64, 32, 8, 2), (16, 64, 4, 2)),
+        "pairs": ((64, 64, 8, 2), (64, 32, 8, 2), (16, 64, 8, 2)),
     },
     "hopper": {  # sm_90: 227 KiB
         64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
@@ -58,7 +53,7 @@ BLOCKS = {
     },
     "blackwell": {  # sm_100: 227 KiB
         96: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 128, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
+        128: ((128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 8, 2)),
         "pairs": ((128, 32, 8, 1), (128, 32, 8, 2), (32, 128, 8, 2)),
     },
     "amd": {128: ((128, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))},  # gfx942: 64 KiB
@@ -104,22 +99,13 @@ def attention_reference(
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _jit(kernel: Callable) -> Any:
-    """`triton.jit`, where there is triton. Other lengths and strides must not mean another compilation."""
-    if triton is None:
-        return kernel
-    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
-    numbers = [name for name in names if name.startswith("stride") or name in ("queries", "keys", "group")]
-    return triton.jit(do_not_specialize=numbers)(kernel)
-
-
-@_jit
+@jit
 def _head(ptr, strides, batch, head):
     """Where a head's rows begin. Strides (batch, head, row) count 8 elements: so the compiler knows their alignment."""
     return ptr + (strides[0].to(tl.int64) * batch + strides[1].to(tl.int64) * head) * 8
 
 
-@_jit
+@jit
 def _load_tile(
     ptr, strides, start, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
 ):
@@ -132,7 +118,7 @@ def _load_tile(
     return tl.load(ptr + (rows * strides[2] * 8 + columns), mask=exists, other=0.0)
 
 
-@_jit
+@jit
 def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
     """The same for both parts of the head width."""
     body = _load_tile(ptr, strides, start, limit, ROWS, 0, BODY, D)
@@ -142,7 +128,7 @@ def _load(ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY:
         return (body,)
 
 
-@_jit
+@jit
 def _store_tile(
     tile, ptr, strides, start, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
 ):
@@ -153,7 +139,7 @@ def _store_tile(
     tl.store(ptr + (rows * strides[2] * 8 + columns), tile.to(ptr.dtype.element_ty), mask=exists)
 
 
-@_jit
+@jit
 def _store(
     parts, ptr, strides, start, limit, ROWS: tl.constexpr, D: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr
 ):
@@ -162,7 +148,7 @@ def _store(
         _store_tile(parts[1], ptr, strides, start, limit, ROWS, BODY, TAIL, D)
 
 
-@_jit
+@jit
 def _zeros(ROWS: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
     if TAIL:
         return tl.zeros((ROWS, BODY), tl.float32), tl.zeros((ROWS, TAIL), tl.float32)
@@ -170,7 +156,7 @@ def _zeros(ROWS: tl.constexpr, BODY: tl.constexpr, TAIL: tl.constexpr):
         return (tl.zeros((ROWS, BODY), tl.float32),)
 
 
-@_jit
+@jit
 def _times(parts, factor):
     if len(parts) > 1:
         return parts[0] * factor, parts[1] * factor
@@ -178,7 +164,7 @@ def _times(parts, factor):
         return (parts[0] * factor,)
 
 
-@_jit
+@jit
 def _products(a, b):
     """a·bᵀ, (rows of a, rows of b) in fp32: the sum over both parts of the head width."""
     products = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
@@ -187,7 +173,7 @@ def _products(a, b):
     return products
 
 
-@_jit
+@jit
 def _mix(weights, b, acc):
     """acc + weights·b, each part of the head width by itself."""
     weights = weights.to(b[0].dtype)
@@ -198,7 +184,7 @@ def _mix(weights, b, acc):
         return (body,)
 
 
-@_jit
+@jit
 def _seen(
     start_m,
     start_n,
@@ -232,7 +218,7 @@ def _seen(
     return seen
 
 
-@_jit
+@jit
 def _keys_of(
     m, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
@@ -250,13 +236,13 @@ def _keys_of(
     return lo, tl.minimum(full_lo, full_hi) if MASK is None else lo, full_hi, hi
 
 
-@_jit
+@jit
 def _queries_of(
     n, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
     """The same from the other side: which queries, in blocks of M, see any of the N keys from n on, and which see all.
 
-    Rows behind the last query do no harm (`_weights` gives them 0), so the last block need not be an edge.
+    Rows behind the last query do no harm (their `base` gives them 0), so the last block need not be an edge.
     """
     query = n - (keys - queries)  # the one in the slot of the first key
     lo, hi = 0, queries
@@ -271,7 +257,7 @@ def _queries_of(
     return lo, tl.minimum(full_lo, full_hi) if MASK is None else lo, full_hi, hi
 
 
-@_jit
+@jit
 def _count(span, EDGE: tl.constexpr, BLOCK: tl.constexpr):
     """How many blocks there are at both edges of a span (lo, full_lo, full_hi, hi), or between them."""
     if EDGE:
@@ -280,7 +266,7 @@ def _count(span, EDGE: tl.constexpr, BLOCK: tl.constexpr):
         return tl.cdiv(span[2] - span[1], BLOCK)
 
 
-@_jit
+@jit
 def _start(i, span, EDGE: tl.constexpr, BLOCK: tl.constexpr):
     """Where the i-th of these blocks begins."""
     if EDGE:
@@ -290,13 +276,7 @@ def _start(i, span, EDGE: tl.constexpr, BLOCK: tl.constexpr):
         return span[1] + i * BLOCK
 
 
-@_jit
-def _weights(scores, lse, scale):
-    """exp(scores·scale − lse), from the lse of the forward kernel; 0 for queries that see nothing, whose lse is −∞."""
-    return tl.exp2(scores * scale - tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E))
-
-
-@_jit
+@jit
 def _forward_kernel(
     q_ptr,  # (B, H, T, D)
     k_ptr,  # (B, K, S, D)
@@ -364,7 +344,7 @@ def _forward_kernel(
     tl.store(lse_ptr + offs_m, (m_i + tl.log2(l_i)) / LOG2_E, mask=offs_m < queries)
 
 
-@_jit
+@jit
 def _dq_kernel(
     q_ptr,
     k_ptr,
@@ -374,7 +354,7 @@ def _dq_kernel(
     lse_ptr,
     do_ptr,  # gradient of out
     dlse_ptr,  # gradient of lse, contiguous, or None
-    delta_ptr,  # (B, H, T) contiguous, fp32: written here, read by `_dkdv_kernel`
+    rows_ptr,  # base and delta, (B, H, 2, 16·stride_rows ≥ T) contiguous, fp32: written here, for `_dkdv_kernel`
     dq_ptr,
     stride_q,
     stride_k,
@@ -382,6 +362,7 @@ def _dq_kernel(
     stride_o,
     stride_do,
     stride_dq,
+    stride_rows,
     stride_mb,
     stride_mt,
     queries,
@@ -397,7 +378,10 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq = scale·ds·k, where ds = p·(do·vᵀ − delta) and delta = Σ do·out − dlse, for BLOCK_M queries of one head."""
+    """dq = scale·ds·k, where ds = p·(do·vᵀ − delta) and delta = Σ do·out − dlse, for BLOCK_M queries of one head.
+
+    p = 2^(score − base): `base` is lse to base 2, and +∞ for queries that see nothing or do not exist.
+    """
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start_m = tl.program_id(0) * BLOCK_M
     if CAUSAL:
@@ -406,14 +390,17 @@ def _dq_kernel(
     q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
     do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
     out = _load(_head(out_ptr, stride_o, batch, head), stride_o, start_m, queries, BLOCK_M, D, BODY, TAIL)
-    rows = (batch * tl.num_programs(1) + head) * queries + offs_m
-    lse = tl.load(lse_ptr + rows, mask=offs_m < queries, other=float("inf"))
+    row = batch * tl.num_programs(1) + head
+    lse = tl.load(lse_ptr + row * queries + offs_m, mask=offs_m < queries, other=-float("inf"))
+    base = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
     delta = tl.sum(do[0].to(tl.float32) * out[0].to(tl.float32), 1)
     if TAIL:
         delta += tl.sum(do[1].to(tl.float32) * out[1].to(tl.float32), 1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + rows, mask=offs_m < queries, other=0.0)
-    tl.store(delta_ptr + rows, delta, mask=offs_m < queries)
+        delta -= tl.load(dlse_ptr + row * queries + offs_m, mask=offs_m < queries, other=0.0)
+    rows_ptr += row * 2 * stride_rows * 16
+    tl.store(rows_ptr + offs_m, base)
+    tl.store(rows_ptr + stride_rows * 16 + offs_m, delta)
     k_ptr = _head(k_ptr, stride_k, batch, head // group)
     v_ptr = _head(v_ptr, stride_v, batch, head // group)
     if MASK is not None:
@@ -426,7 +413,7 @@ def _dq_kernel(
             start_n = _start(i, span, EDGE, BLOCK_N)
             k = _load(k_ptr, stride_k, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
             v = _load(v_ptr, stride_v, start_n, keys if EDGE else None, BLOCK_N, D, BODY, TAIL)
-            p = _weights(_products(q, k), lse[:, None], scale)  # (BLOCK_M, BLOCK_N)
+            p = tl.exp2(_products(q, k) * scale - base[:, None])  # (BLOCK_M, BLOCK_N)
             if EDGE:
                 where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
                 seen = _seen(*where, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
@@ -437,15 +424,14 @@ def _dq_kernel(
     _store(dq, _head(dq_ptr, stride_dq, batch, head), stride_dq, start_m, queries, BLOCK_M, D, BODY, TAIL)
 
 
-@_jit
+@jit
 def _dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     mask_ptr,
-    lse_ptr,
     do_ptr,
-    delta_ptr,
+    rows_ptr,
     dk_ptr,  # (B, K, S, D)
     dv_ptr,
     stride_q,
@@ -454,6 +440,7 @@ def _dkdv_kernel(
     stride_do,
     stride_dk,
     stride_dv,
+    stride_rows,
     stride_mb,
     stride_mt,
     queries,
@@ -481,16 +468,15 @@ def _dkdv_kernel(
     span = _queries_of(start_n, queries, keys, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(0 if MASK is None else 1, 2):
         blocks = _count(span, EDGE, BLOCK_M)
-        for i in range(group * blocks):
+        for i in range(group * blocks):  # one loop: two, one in the other, take more registers than there are
             head = key_head * group + i // blocks
-            start_m = _start(i % blocks, span, EDGE, BLOCK_M)
+            start_m = tl.multiple_of(_start(i % blocks, span, EDGE, BLOCK_M), BLOCK_M)
             q = _load(_head(q_ptr, stride_q, batch, head), stride_q, start_m, queries, BLOCK_M, D, BODY, TAIL)
             do = _load(_head(do_ptr, stride_do, batch, head), stride_do, start_m, queries, BLOCK_M, D, BODY, TAIL)
-            rows = (batch * tl.num_programs(1) * group + head) * queries + start_m
-            offs_m = tl.arange(0, BLOCK_M)
-            lse = tl.load(lse_ptr + rows + offs_m, mask=offs_m < queries - start_m, other=float("inf"))
-            delta = tl.load(delta_ptr + rows + offs_m, mask=offs_m < queries - start_m, other=0.0)
-            p = _weights(_products(k, q), lse[None, :], scale)  # (BLOCK_N, BLOCK_M): all is transposed here
+            row = (batch * tl.num_programs(1) * group + head) * 2 * stride_rows * 16 + start_m
+            base = tl.load(rows_ptr + row + tl.arange(0, BLOCK_M))
+            delta = tl.load(rows_ptr + row + stride_rows * 16 + tl.arange(0, BLOCK_M))
+            p = tl.exp2(_products(k, q) * scale - base[None, :])  # (BLOCK_N, BLOCK_M): all is transposed here
             if EDGE:
                 where = (start_m, start_n, mask_ptr, stride_mt, queries, keys)
                 p = tl.where(_seen(*where, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N, TRANSPOSED=True), p, 0.0)
@@ -544,7 +530,7 @@ class _FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.options = scale, causal, window
         ctx.set_materialize_grads(False)
-        _launch(q, [forward_launch(Problem(q, k, v, mask, *ctx.options), out, lse, family(q))])
+        run(forward_launch(Problem(q, k, v, mask, *ctx.options), out, lse, family(q)))
         return out, lse
 
     @staticmethod
@@ -552,11 +538,10 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, lse = ctx.saved_tensors
         do = torch.zeros_like(out) if do is None else do
-        do = do if _is_aligned(do) else do.contiguous()  # such as the gradient of a sum: one number, expanded
+        do = do if is_aligned(do) else do.contiguous()  # such as the gradient of a sum: one number, expanded
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv, delta = (torch.empty_like(tensor) for tensor in (q, k, v, lse))
-        problem = Problem(q, k, v, mask, *ctx.options)
-        _launch(q, backward_launches(problem, out, lse, do, dlse, delta, dq, dk, dv, family(q)))
+        dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
+        run(*backward_launches(Problem(q, k, v, mask, *ctx.options), out, lse, do, dlse, dq, dk, dv, family(q)))
         return dq, dk, dv, None, None, None, None
 
 
@@ -572,13 +557,10 @@ class Problem(NamedTuple):
     window: int | None
 
 
-Launch = tuple[Any, tuple[int, int, int], dict[str, Any], dict[str, Any]]  # kernel, grid, arguments, compiler options
-
-
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor, family: str) -> Launch:
     """The launch that fills out and lse."""
     blocks = _blocks(family, problem)[0]
-    arguments = _shared(problem) | {"out_ptr": out, "lse_ptr": lse, "stride_o": _strides(out)}
+    arguments = _shared(problem) | {"out_ptr": out, "lse_ptr": lse, "stride_o": strides_of(out)}
     batch, heads, queries, _ = problem.q.shape
     return _planned(_forward_kernel, (triton.cdiv(queries, blocks[0]), heads, batch), arguments, blocks)
 
@@ -589,19 +571,23 @@ def backward_launches(
     lse: Tensor,
     do: Tensor,
     dlse: Tensor | None,
-    delta: Tensor,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     family: str,
 ) -> list[Launch]:
-    """The launches that fill delta and dq, and then dk and dv."""
+    """The launches that fill dq, and then dk and dv."""
     _, for_dq, for_dkdv = _blocks(family, problem)
     (batch, heads, queries, _), (_, kv_heads, keys, _) = problem.q.shape, problem.k.shape
-    shared = _shared(problem) | {"lse_ptr": lse, "do_ptr": do, "delta_ptr": delta, "stride_do": _strides(do)}
-    first = {"out_ptr": out, "dlse_ptr": dlse, "dq_ptr": dq, "stride_o": _strides(out), "stride_dq": _strides(dq)}
-    second = {"dk_ptr": dk, "dv_ptr": dv, "stride_dk": _strides(dk), "stride_dv": _strides(dv)}
-    grid, grid_dkdv = (triton.cdiv(queries, for_dq[0]), heads, batch), (triton.cdiv(keys, for_dkdv[1]), kv_heads, batch)
+    most = max(for_dq[0], for_dkdv[0])
+    padded = triton.cdiv(queries, most) * most  # so that no tile of rows reaches behind the end: none asks
+    rows = lse.new_empty(batch, heads, 2, padded)
+    shared = _shared(problem) | {"rows_ptr": rows, "stride_rows": padded // 16}
+    shared |= {"do_ptr": do, "stride_do": strides_of(do)}
+    first = {"out_ptr": out, "lse_ptr": lse, "dlse_ptr": dlse, "dq_ptr": dq}
+    first |= {"stride_o": strides_of(out), "stride_dq": strides_of(dq)}
+    second = {"dk_ptr": dk, "dv_ptr": dv, "stride_dk": strides_of(dk), "stride_dv": strides_of(dv)}
+    grid, grid_dkdv = (padded // for_dq[0], heads, batch), (triton.cdiv(keys, for_dkdv[1]), kv_heads, batch)
     return [
         _planned(_dq_kernel, grid, shared | first, for_dq),
         _planned(_dkdv_kernel, grid_dkdv, shared | second, for_dkdv),
@@ -642,7 +628,7 @@ def _shared(problem: Problem) -> dict[str, Any]:
     body, tail = split_width(D)
     return {
         **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask if mask is None else mask.view(torch.uint8)},
-        **{"stride_q": _strides(q), "stride_k": _strides(k), "stride_v": _strides(v)},
+        **{"stride_q": strides_of(q), "stride_k": strides_of(k), "stride_v": strides_of(v)},
         **{"stride_mb": 0 if kind is None else mask.stride(0), "stride_mt": mask.stride(1) if kind == "pairs" else 0},
         **{"queries": T, "keys": S, "group": H // K, "scale": scale * LOG2_E.value},
         **{"CAUSAL": causal, "WINDOW": window if window is not None and window < S else None, "MASK": kind},
@@ -650,55 +636,20 @@ def _shared(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of batch, head and row in units of 8 elements; those of a dimension of size 1 never count."""
-    return tuple(stride // 8 for stride in tensor.stride()[:3])
-
-
 def _planned(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], blocks: tuple[int, ...]) -> Launch:
     block_m, block_n, warps, stages = blocks
     # From triton 3.10 on, products and sums are fused only if one asks.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return kernel, grid, arguments | {"BLOCK_M": block_m, "BLOCK_N": block_n}, options
-
-
-def _launch(q: Tensor, launches: list[Launch]) -> None:
-    with torch.cuda.device_of(q):
-        for kernel, grid, arguments, options in launches:
-            kernel[grid](**arguments, **options)
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    """What `_load` is compiled for: rows contiguous, beginning at multiples of 16 bytes and 8 elements, and so close
-    that 128 of them span less than 2³¹ elements."""
-    steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
-    multiples = tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
-    return multiples and tensor.stride(3) == 1 and tensor.stride(2) < 2**24
+    return Launch(kernel, grid, arguments | {"BLOCK_M": block_m, "BLOCK_N": block_n}, options)
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, mask: Tensor | None
 ) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (len(q), q.shape[3]) != (len(k), k.shape[3]):
-        raise ValueError(f"flash_attention takes q (B, H, T, D) and k, v (B, K, S, D), found {shapes}")
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(f"flash_attention needs at least one row, head, query and key, found {shapes}")
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    if H % K:
-        raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
-    if D % 8 or D > MAX_WIDTH:
-        raise ValueError(f"the head width should be a multiple of 8 up to {MAX_WIDTH}, found {D}")
+    check_heads("flash_attention", q, k, v)
+    (B, H, T, _), S = q.shape, k.shape[2]
     if max(B, H) > 65535:
         raise ValueError(f"a CUDA grid has room for 65,535 rows and heads, found {B} and {H}; split the batch")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v should all be fp16, bf16 or fp32, found {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not _is_aligned(tensor):
-            raise ValueError(
-                f"rows of {name} should be contiguous and begin at multiples of 16 bytes and 8 elements, found strides "
-                f"{tensor.stride()} and an offset of {tensor.data_ptr() % 16} bytes; pass {name}.contiguous()"
-            )
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale should be positive, found {scale}")
     if window is not None and (window < 1 or not causal):
@@ -706,10 +657,4 @@ def _check(
     if mask is not None and (mask.dtype != torch.bool or mask.shape not in ((B, S), (B, T, S)) or mask.stride(-1) != 1):
         found = f"{mask.dtype}, {tuple(mask.shape)}, strides {mask.stride()}"
         raise ValueError(f"mask should be bool, {(B, S)} or {(B, T, S)}, its rows contiguous; found {found}")
-    devices = {str(tensor.device) for tensor in (q, k, v, mask) if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors should be on one device, found {', '.join(sorted(devices))}")
-    if triton is None:
-        raise ValueError("flash_attention needs triton, which is not installed; use attn_implementation='sdpa'")
-    if q.device.type != "cuda" and isinstance(_forward_kernel, triton.JITFunction):
-        raise ValueError(f"flash_attention runs on a GPU, found tensors on {q.device}; use attn_implementation='sdpa'")
+    check_device("flash_attention", q, k, v, mask, instead="; use attn_implementation='sdpa'")

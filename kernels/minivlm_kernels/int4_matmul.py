@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from minivlm_kernels.int4_dequant import DTYPES, Launch, Packed, affine, check_device, jit, load_chunks, run, table
+from minivlm_kernels.int4_dequant import Packed, affine, load_chunks, table
+from minivlm_kernels.launching import DTYPES, Launch, check_device, jit, run
 
 try:
     import triton
@@ -76,13 +77,7 @@ def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 @jit
 def matvec_kernel(
-    qweight_ptr,
-    scales_ptr,
-    code_ptr,
-    zeros_ptr,
-    nested_code_ptr,
-    nested_absmax_ptr,
-    offset_ptr,
+    weight,  # pointers
     x_ptr,  # (K,)
     bias_ptr,  # (N,), or None
     out_ptr,  # (splits, N)
@@ -99,10 +94,7 @@ def matvec_kernel(
     split, splits = tl.program_id(1), tl.num_programs(1)
     sums = tl.zeros((BLOCK_N, CHUNKS), tl.float32)
     for first in range(split * BLOCK_K, K, splits * BLOCK_K):
-        weights, scales = load_chunks(
-            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
-            *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
-        )
+        weights, scales = load_chunks(weight, offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K, True)
         offs_k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
         x = tl.reshape(x, (CHUNKS, CHUNK))[None, :, :]  # `[None]`: x moves to the threads of the weights, not they to x
@@ -116,13 +108,7 @@ def matvec_kernel(
 
 @jit
 def matmul_kernel(
-    qweight_ptr,
-    scales_ptr,
-    code_ptr,
-    zeros_ptr,
-    nested_code_ptr,
-    nested_absmax_ptr,
-    offset_ptr,
+    weight,  # pointers
     x_ptr,  # (M, K), columns contiguous
     bias_ptr,
     out_ptr,  # (splits, M, N)
@@ -144,10 +130,7 @@ def matmul_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(split * BLOCK_K, K, splits * BLOCK_K):
-        weights, scales = load_chunks(
-            *(qweight_ptr, scales_ptr, code_ptr, zeros_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr),
-            *(offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K),
-        )
+        weights, scales = load_chunks(weight, offs_n, first, N, K, BLOCK, CHUNK, BLOCK_K)
         offs_k = first + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_ptrs + offs_k, mask=(offs_m < M)[:, None] & (offs_k < K), other=0.0)  # (BLOCK_M, BLOCK_K)
         w = tl.reshape(weights * scales[:, :, None], (BLOCK_N, BLOCK_K)).to(x.dtype)
@@ -227,10 +210,7 @@ def _matmul(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         found = f"{tuple(bias.shape)} of {str(bias.dtype).removeprefix('torch.')}"
         raise ValueError(f"bias should have shape ({N},) and x's dtype, {dtype}, found {found}")
-    devices = {str(tensor.device) for tensor in (x, weight.qweight, bias) if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"x, the weight and bias should be on one device, found {', '.join(sorted(devices))}")
-    check_device("a matrix product", x)
+    check_device("a matrix product by these kernels", x, weight.qweight, bias)
     return _Matmul.apply(x, bias, weight)
 
 
@@ -243,8 +223,7 @@ class _Matmul(torch.autograd.Function):
             return F.linear(x, weight.dequantize(x.dtype), bias)
         out = torch.empty(len(rows), weight.shape[0], dtype=x.dtype, device=x.device)
         if len(rows):
-            for launch in launches(out, rows, weight, bias):
-                run(launch)
+            run(*launches(out, rows, weight, bias))
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod

@@ -3,9 +3,9 @@
 The interpreter (TRITON_INTERPRET=1) turns every `@triton.jit` function of a process into plain Python, which cannot be
 compiled. So compilation happens in one child process without that variable, for a whole list of jobs:
 
-    job = Job("minivlm_kernels.flash_attention:_forward_kernel", signature, constexprs, arch=90, num_warps=8)
-    info = compile_kernels([job])[0]
-    assert info.error is None and info.shared <= SHARED_LIMIT[90] and info.spill_bytes == 0
+    jobs = [job(launch, arch=90) for launch in launches]  # tensors may be on the meta device
+    assert_fit(jobs)
+    info = compile_kernels(jobs)[0]  # info.registers, info.shared, …
 
 Types in a signature are written as in `triton.tools.compile`: "*bf16:16" (a pointer divisible by 16), "i32", "i32:16",
 "fp32", "1" for an integer that happens to be one, which Triton makes a constant, and tuples of these. `specialise`
@@ -65,6 +65,8 @@ def specialise(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any
 
 
 def _type(value: Any) -> str | tuple[str, ...]:
+    if value is None:
+        return "None"
     if isinstance(value, tuple):
         return tuple(_type(part) for part in value)
     if hasattr(value, "data_ptr"):
@@ -78,9 +80,21 @@ def _type(value: Any) -> str | tuple[str, ...]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if value % 16 == 0 else "")
 
 
-def compile_kernel(kernel: str, signature: dict[str, str], constexprs: dict[str, Any], **options: Any) -> Compiled:
-    """One kernel; `options` are arch, num_warps and num_stages. Starting the child takes seconds: prefer the plural."""
-    return compile_kernels([Job(kernel, signature, constexprs, **options)])[0]
+def job(launch: Any, arch: int | str, num_stages: int | None = None) -> Job:
+    """What a `Launch` would compile on a chip."""
+    kernel, _, arguments, options = launch
+    name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+    stages = options.get("num_stages", 2) if num_stages is None else num_stages
+    return Job(name, *specialise(kernel, arguments), arch, options["num_warps"], stages)
+
+
+def assert_fit(jobs: list[Job]) -> None:
+    """Every kernel compiles, spills no registers, and fits into shared memory: what 99 KiB hold runs on all sm_8x."""
+    failures = []
+    for job, info in zip(jobs, compile_kernels(jobs, timeout=3600), strict=True):
+        if info.error or info.spill_bytes or info.shared > (99 * 1024 if job.arch == 80 else SHARED_LIMIT[job.arch]):
+            failures.append(f"{job.arch} {job.kernel} {job.signature} {job.constexprs}: {info}")
+    assert not failures, "\n".join(failures)
 
 
 def compile_kernels(jobs: list[Job], *, ptx: bool = False, timeout: float = 600) -> list[Compiled]:
@@ -114,9 +128,10 @@ def _compile(job: Job) -> Compiled:
         type_, _, divisor = type_.partition(":")
         if divisor and not plain:
             attributes[path] = [["tt.divisibility", int(divisor)]]
-        if type_ == "1" and not plain:
-            constexprs[path] = 1
-        return type_ if type_ != "1" else "i32" if plain else "constexpr"
+        if type_ == "None" or (type_ == "1" and not plain):
+            constexprs[path] = None if type_ == "None" else 1
+            return "constexpr"
+        return "i32" if type_ == "1" else type_
 
     for index, parameter in enumerate(kernel.params):
         type_ = job.signature.get(parameter.name, "constexpr")

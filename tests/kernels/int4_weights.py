@@ -6,13 +6,14 @@ import torch
 from minivlm_kernels import int4_dequant, int4_matmul
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("nf4", "nested", "int4")
 # A table such as NF4's: uneven steps, 0 among them.
 CODE = torch.tensor([-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.15, 0.25, 0.35, 0.45, 0.55, 0.7, 1])
 GROUP = 32
 
 
-def weight(kind: str, N: int, K: int, *, seed: int = 0, device: str = "cpu") -> tuple[dict[str, Any], Tensor]:
+def weight(kind: str, N: int, K: int, *, seed: int = 0, device: str = DEVICE) -> tuple[dict[str, Any], Tensor]:
     """(the arguments that name a weight, its (N, K) float64 values); `block_size` is 64, `group_size` 32."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(0, 16, (N, K), generator=generator)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from int4_weights import KINDS, dequantize, matmul, packed, reference, weight
-from minivlm_kernels import int4_matmul
+from int4_weights import DEVICE, KINDS, dequantize, matmul, packed, reference, weight
+from minivlm_kernels import int4_matmul, launching
 from minivlm_kernels.int4_matmul import launches
 from torch import Tensor
 
@@ -17,7 +17,7 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
 
 
-def rows(M: int, K: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+def rows(M: int, K: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(device, dtype)
 
 
@@ -84,9 +84,9 @@ def test_gradients(kind: str, M: int) -> None:
 def test_frozen_bias_and_input() -> None:
     arguments, _ = weight("int4", 3, 65)
     assert not matmul(rows(2, 65), arguments).requires_grad
-    bias = torch.zeros(3, requires_grad=True)
+    bias = torch.zeros(3, device=DEVICE, requires_grad=True)
     matmul(rows(2, 65), arguments, bias).sum().backward()
-    assert torch.equal(bias.grad, torch.full((3,), 2.0))
+    assert torch.equal(bias.grad, torch.full((3,), 2.0, device=DEVICE))
 
 
 def test_views_and_empty_batches() -> None:
@@ -96,7 +96,7 @@ def test_views_and_empty_batches() -> None:
     assert_near(matmul(hidden, arguments).squeeze(1), hidden.squeeze(1), exact)
     wide = rows(5, 144)[:, ::2]
     assert_near(matmul(wide, arguments), wide, exact)
-    assert matmul(torch.empty(2, 0, 72), arguments).shape == (2, 0, 33)
+    assert matmul(torch.empty(2, 0, 72, device=DEVICE), arguments).shape == (2, 0, 33)
     assert matmul(rows(1, 72)[0], arguments).shape == (33,)
 
 
@@ -107,7 +107,7 @@ def test_views_and_empty_batches() -> None:
         (rows(2, 65).double(), None, {}, "x should be float16, bfloat16 or float32, found float64"),
         (rows(2, 65).half(), torch.zeros(3), {}, r"bias should have .* dtype, float16, found \(3,\) of float32"),
         (rows(2, 65), torch.zeros(4), {}, r"bias should have shape \(3,\)"),
-        (rows(2, 65).to("meta"), None, {}, "x, the weight and bias should be on one device, found cpu, meta"),
+        (rows(2, 65).to("meta"), None, {}, "all tensors of .* should be on one device, found .*, meta"),
         (rows(2, 65), None, {"zeros": torch.zeros(3, 3)}, "zeros should have .* of uint8, found .* float32"),
         (rows(2, 65), None, {"shape": (3, 67)}, r"qweight should have shape \(3, 34\) of uint8, found \(3, 33\)"),
     ],
@@ -119,9 +119,9 @@ def test_bad_input(x: Tensor, bias: Tensor | None, change: dict[str, Any], messa
 
 
 def test_needs_a_device_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4_matmul.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launching.triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="needs a GPU, found tensors on cpu"):
-        matmul(rows(2, 65), weight("int4", 3, 65)[0])
+        matmul(rows(2, 65, device="cpu"), weight("int4", 3, 65, device="cpu")[0])
 
 
 LAYERS = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (32003, 4096), (1152, 4304)]
