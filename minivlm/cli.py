@@ -266,8 +266,11 @@ def _inspect_parser() -> _Parser:
         "model", help="folder, built-in name, Hub id, or the name of a known release (needs no network)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--image", nargs="+", metavar="IMAGE", help="how many tokens and bytes these would take")
     parser.add_argument(
-        "--check", action="store_true", help="read all of its files too, and every number of its weights"
+        "--check",
+        action="store_true",
+        help="read all of its files too, and every number of its weights; with --image, does it look at them?",
     )
     return parser
 
@@ -279,6 +282,10 @@ def inspect(args: argparse.Namespace, parser: _Parser) -> None:
     found = inspection.describe(args.model)
     if args.check:
         found["checked"] = inspection.check(args.model)
+    if args.image:
+        found["pictures"] = inspection.cost(args.model, args.image)
+        if args.check:
+            found["sight"] = inspection.sight(args.model, args.image)
     print(json.dumps(found) if args.json else inspection.table(found))
 
 

@@ -1,4 +1,5 @@
-"""What a checkpoint is made of: parts, sizes, parameters, memory, from its config; and whether its files are sound."""
+"""What a checkpoint is made of: parts, sizes, parameters, memory, from its config; what pictures will cost; and whether
+its files are sound and its model looks at pictures at all."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 
 from minivlm import auto, hub, loading
+from minivlm.processing.common import fetch_picture
+from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
@@ -64,6 +67,43 @@ def check(name: str) -> dict[str, int]:
     with hub.blame(f"{name}: tokenizer.json"):
         tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
     return {"tensors": loading.check_weights(model, files), "tokens": len(tokenizer)}
+
+
+def prompt(name: str, images: list[Any]) -> Inputs:
+    """A question about these pictures as the model will get it; no weights needed."""
+    processor = auto.AutoProcessor.from_pretrained(name)
+    content = [{"type": "image", "image": fetch_picture(processor, image)} for image in images]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}]
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def cost(name: str, images: list[Any]) -> dict[str, Any]:
+    """What these pictures will take: tokens of each and of all in one prompt, and the bytes of their pixels."""
+    words = prompt(name, [])["input_ids"].shape[1]
+    each = [prompt(name, [image])["input_ids"].shape[1] - words for image in images]
+    inputs = prompt(name, images)
+    return {"tokens": each, "prompt_tokens": inputs["input_ids"].shape[1], "pixel_bytes": inputs["pixel_values"].nbytes}
+
+
+@torch.no_grad()
+def sight(name: str, images: list[Any]) -> float:
+    """How far the next token's distribution moves, KL in nats, when the pictures turn to plain grey.
+
+    Loads the model. ValueError if it does not move at all: answers would be fluent, and not about the pictures.
+    """
+    inputs = prompt(name, images)
+    model = auto.AutoModelForImageTextToText.from_pretrained(name, device_map="auto")
+    inputs = inputs.to(model.device)
+    seen, grey = (
+        model(**{**inputs, "pixel_values": pixels}).logits[0, -1].float().log_softmax(0)
+        for pixels in (inputs["pixel_values"], torch.zeros_like(inputs["pixel_values"]))
+    )
+    moved = float((seen.exp() * (seen - grey)).sum())
+    if torch.equal(seen, grey):
+        raise ValueError(f"{name} answers the same whatever is on its pictures: its vision part has no effect")
+    return moved
 
 
 def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
@@ -129,8 +169,20 @@ def table(found: dict[str, Any]) -> str:
             f"positions: {found['max_position_embeddings']:,}",
             *(f"checked: {count:,} {what}" for what, count in found.get("checked", {}).items()),
             f"cache per 1,000 tokens: {', '.join(f'{memory(1000 * cache[dtype])} in {dtype}' for dtype in BYTES)}",
+            *_pictures(found),
         ]
     )
+
+
+def _pictures(found: dict[str, Any]) -> Iterator[str]:
+    """Lines about the pictures that were given."""
+    if "pictures" in found:
+        given, cache = found["pictures"], found["cache_bytes_per_token"]["bfloat16"]
+        yield f"these pictures: {', '.join(f'{tokens:,}' for tokens in given['tokens'])} tokens"
+        sizes = memory(cache * given["prompt_tokens"]), memory(given["pixel_bytes"] / 2)
+        yield f"all in one prompt: {given['prompt_tokens']:,} tokens; in bfloat16 a cache of {sizes[0]}, pixels of {sizes[1]}"
+    if "sight" in found:
+        yield f"it looks at them: on plain grey, the next token's distribution is {found['sight']:.2g} nats away"
 
 
 def memory(size: float) -> str:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import hypothesis.strategies as st
 import oracle
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from PIL import Image
 
 import minivlm
-from minivlm import cli, inspection
+from minivlm import cli, hub, inspection
 from minivlm.auto import PRESETS
 from minivlm.chat import incremental_text
 
+PICTURES = Path(__file__).parent / "data" / "images"
 SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "special_tokens_map.json")
 
 
@@ -320,6 +322,34 @@ def test_inspect_checks_every_number_when_asked(checkpoint, tmp_path, capsys):
     assert cli.main(["inspect", str(folder)]) == 0
     capsys.readouterr()
     assert "1 tensors with NaN or infinity:" in fails(capsys, "inspect", str(folder), "--check")
+
+
+def test_inspect_says_what_pictures_cost(capsys):
+    """As many tokens as the model will get, in the prompt that `ask` writes; before any weight is read."""
+    pictures = [str(PICTURES / name) for name in ("china.jpg", "portrait_tall_1x4.jpg")]
+    assert cli.main(["inspect", "shapes-llava-next", "--json", "--image", *pictures]) == 0
+    found = json.loads(capsys.readouterr().out)["pictures"]
+    processor = minivlm.AutoProcessor.from_pretrained("shapes-llava-next")
+    sizes = [Image.open(picture).size[::-1] for picture in pictures]
+    assert found["tokens"] == [processor.image_places(*size) for size in sizes]
+    assert cli.main(["ask", *pictures, "What is this?", "--model", "shapes-llava-next", "--json"]) == 0
+    assert found["prompt_tokens"] == json.loads(capsys.readouterr().out)["prompt_tokens"]
+    assert "README.md" in fails(capsys, "inspect", "shapes-idefics2", "--image", "README.md")
+
+
+@pytest.mark.parametrize("name", ["shapes-idefics2", "shapes-llava-next", "shapes-idefics"])
+def test_inspect_finds_out_whether_the_model_looks(name, tmp_path, capsys):
+    picture = str(PICTURES / "china.jpg")
+    assert cli.main(["inspect", name, "--check", "--image", picture]) == 0
+    assert "it looks at them" in capsys.readouterr().out
+    model = minivlm.AutoModelForImageTextToText.from_pretrained(name)
+    between = {"shapes-idefics2": "model.connector", "shapes-llava-next": "model.multi_modal_projector"}
+    for weight in model.get_submodule(between.get(name, "model.perceiver_resampler")).parameters():
+        weight.data.zero_()
+    folder = shutil.copytree(hub.source(name).folder, tmp_path / "blind")
+    model.save_pretrained(folder)
+    told = fails(capsys, "inspect", str(folder), "--check", "--image", picture)
+    assert "answers the same whatever is on its pictures" in told
 
 
 def test_inspect_refuses_in_one_line(tmp_path, capsys):
