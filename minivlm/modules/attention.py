@@ -138,7 +138,7 @@ def choose_backend(requested: str | None, q: Tensor, mask: Mask) -> str:
         backend = "triton" if _suits_triton(q) else "sdpa"
     if backend == "sdpa" and q.device.type == "cpu":
         half = q.dtype != torch.float32 and not torch.is_grad_enabled() and not mask.is_plain_causal
-        return "blocked" if half or mask.queries == 1 else backend
+        return "blocked" if half and mask.queries > 1 else backend
     return backend
 
 
@@ -180,10 +180,17 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    causal = mask.is_plain_causal and mask.queries > 1
+    if mask.queries == 1:  # heads that share keys as the queries of one head: no key is read twice
+        return F.scaled_dot_product_attention(_rows(q, k), k, v, mask.dense, scale=scale).view(q.shape)
+    causal = mask.is_plain_causal
     dense = None if causal else mask.dense
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, dense, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _rows(q: Tensor, k: Tensor) -> Tensor:
+    """(B, K, H/K·T, D): heads that share keys stand below each other."""
+    return q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
