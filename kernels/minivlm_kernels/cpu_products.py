@@ -68,7 +68,7 @@ class _Weight(ctypes.Structure):
 
 
 def suits_dense(x: Tensor, weight: Tensor) -> bool:
-    """Whether `dense_rows` serves x (…, K) and a weight (N, K): few rows, an fp32 or bf16 weight, and what `suits` asks."""
+    """Whether `dense_rows` serves x (…, K) and a weight (N, K): few rows, a weight worth it, and what `suits` asks."""
     few = x.numel() <= min(MOST_ROWS * weight.shape[1], MOST_NUMBERS)
     return few and weight.numel() >= LARGE.get(x.dtype, math.inf) and suits(x, weight)
 

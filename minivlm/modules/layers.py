@@ -25,7 +25,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` for layers that decode: on a CPU, few rows are multiplied at the speed at which weights can be read."""
+    """`nn.Linear` for layers that decode: on a CPU, a few rows are multiplied as fast as weights can be read."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in_features) → (…, out_features), same dtype."""

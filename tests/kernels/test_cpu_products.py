@@ -127,7 +127,7 @@ def test_what_is_left_to_torch() -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_are_those_of_the_layer(dtype: torch.dtype) -> None:
-    """The slow twin is the layer under autograd. bf16 rounds twice: one unit in the last place may come of the first."""
+    """The slow twin is the layer under autograd. bf16 rounds twice: one unit in the last place may come of that."""
     torch.manual_seed(0)
     norm = RMSNorm(96, 1e-5).to(dtype)
     torch.nn.init.normal_(norm.weight)
