@@ -71,7 +71,7 @@ def run(
 
 
 def check_new(out: Path) -> None:
-    """ValueError if there is no folder for the answers, or they are there already (and no run was killed as it ended)."""
+    """ValueError if the answers have no folder, or are there already, and not because a run was killed as it ended."""
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}; make it first")
     if out.exists() and not _part(out).exists():

@@ -3,9 +3,9 @@
 B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D head width.
 
     eager     the formula, spelled out; the slow twin of the others
-    sdpa      torch's fused kernel; a mask is built only where a description does not suffice
-    blocked   on a CPU, for one query or in half precision without a causal triangle: matmuls over blocks of queries, in
-              which the heads that share keys are rows, so that keys are never repeated
+    sdpa      torch's fused kernel; a mask is built only where a description does not suffice. One query: the heads that
+              share keys are the queries of one head, so that keys are never repeated
+    blocked   on a CPU in half precision, for several queries without a causal triangle: matmuls over blocks of queries
     triton    on a GPU, our own kernels (kernels/README.md): no mask is ever built, keys outside a window are never read
 """
 
@@ -129,9 +129,9 @@ def choose_backend(requested: str | None, q: Tensor, mask: Mask) -> str:
     """The path of a call: what was asked for, or the best here. On a GPU that is triton, in half precision: its fp32 is
     exact, and so does without tensor cores. On a CPU, None and `sdpa` leave room for `blocked` where that is faster.
 
-    Measured on 2 cores: one query over 2,900 keys takes 0.55 ms instead of 10.7 in bf16; over pictures torch's kernel
-    runs at 60 % of the blocks' rate in bf16, but above it in fp32; over a causal triangle, which it knows how to halve,
-    at the same rate and with less memory. Under autograd the blocks would keep all their weights.
+    Measured on 2 cores: over pictures torch's kernel runs at 60 % of the blocks' rate in bf16, but above it in fp32;
+    over a causal triangle, which it knows how to halve, at the same rate and with less memory. Under autograd the
+    blocks would keep all their weights.
     """
     backend = None if requested is None else check_implementation(requested)
     if backend is None:
@@ -206,8 +206,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tenso
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, width = q.shape
-    rows = q.reshape(batch, k.shape[1], -1, width)  # (B, K, H/K·T, D): heads that share keys stand below each other
-    scores = rows @ k.transpose(2, 3) * scale  # (B, K, H/K·T, S)
+    scores = _rows(q, k) @ k.transpose(2, 3) * scale  # (B, K, H/K·T, S)
     if dense is not None:
         split = scores.view(batch, k.shape[1], -1, queries, k.shape[2])  # (B, K, H/K, T, S)
         split.masked_fill_(~dense[:, :, None], torch.finfo(scores.dtype).min)
