@@ -62,7 +62,7 @@ class KVCache:
                 f"the cache holds {self.batch} rows of {self.slots} tokens; "
                 f"{k.shape[0]} rows of {self.length} + {k.shape[2]} do not fit"
             )
-        keys, values = self.data[:, layer, :, :, :end]
+        keys, values = (self.data[kind, layer, :, :, :end] for kind in (0, 1))
         keys[:, :, self.length :] = k
         values[:, :, self.length :] = v
         return keys, values
