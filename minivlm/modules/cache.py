@@ -62,10 +62,9 @@ class KVCache:
                 f"the cache holds {self.batch} rows of {self.slots} tokens; "
                 f"{k.shape[0]} rows of {self.length} + {k.shape[2]} do not fit"
             )
-        keys, values = (self.data[kind, layer, :, :, :end] for kind in (0, 1))
-        keys[:, :, self.length :] = k
-        values[:, :, self.length :] = v
-        return keys, values
+        self.data[0, layer, :, :, self.length : end] = k
+        self.data[1, layer, :, :, self.length : end] = v
+        return self.data[0, layer, :, :, :end], self.data[1, layer, :, :, :end]
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` slots as filled, after every layer has written them."""
