@@ -71,7 +71,9 @@ def run(
 
 
 def check_new(out: Path) -> None:
-    """ValueError if the answers are there already, and not because a run was killed while it finished."""
+    """ValueError if the answers have no folder, or are there already, and not because a run was killed as it ended."""
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}; make it first")
     if out.exists() and not _part(out).exists():
         raise ValueError(f"{out} exists already; remove it, or write to another file")
 
@@ -121,7 +123,10 @@ def _finish(out: Path, answers: list[dict[str, Any]]) -> None:
 
 def read_row(line: int, text: bytes) -> Row:
     """One line of the prompts. ValueError that says what is wrong with it."""
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"a line is a JSON object, found {text[:80].decode(errors='replace')}")
     if unknown := values.keys() - KEYS:

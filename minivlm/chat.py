@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from minivlm import generation
+from minivlm.generation import text_config
 from minivlm.generation_config import check, is_whole
-from minivlm.modules.cache import KVCache
+from minivlm.modules.cache import KVCache, alike
 from minivlm.processing.chat_template import normalise
 from minivlm.processing.common import fetch_picture
 
@@ -133,7 +134,7 @@ class Chat:
 
     def _new_tokens(self, settings: dict[str, Any], length: int) -> int:
         """What is asked for, or what there is room for."""
-        limit = _text_config(self.model).max_position_embeddings
+        limit = text_config(self.model).max_position_embeddings
         if length >= limit:
             raise ValueError(
                 f"the conversation has {length} tokens with this question, but this model has positions for {limit} "
@@ -191,11 +192,11 @@ class Chat:
 
     def _kept(self, prompt: Prompt) -> int:
         """How many ids of the prompt can stay in the cache. One at least is run, and no picture is cut."""
-        scaling = _text_config(self.model).rope_scaling
+        scaling = text_config(self.model).rope_scaling
         if self._cache is None or (scaling is not None and scaling.rope_type in ("dynamic", "longrope")):
             return 0
         known = self._ids[: self._cache.length]
-        kept = _common(known, prompt.ids[:-1])
+        kept = alike(known, prompt.ids[:-1])
         for number, (first, end) in enumerate(prompt.places):
             if kept < end or prompt.pictures[number] is not (self._prompt.pictures[number : number + 1] or [None])[0]:
                 kept = min(kept, first)
@@ -216,15 +217,6 @@ class Chat:
 def _message(role: str, text: str, pictures: Sequence[Any] = ()) -> dict[str, Any]:
     images = [{"type": "image", "image": picture} for picture in pictures]
     return {"role": role, "content": [*images, {"type": "text", "text": text}]}
-
-
-def _text_config(model: Any) -> Any:
-    return getattr(model.config, "text_config", None) or model.config.decoder  # IDEFICS keeps its decoder's fields flat
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _new_pictures(prompt: Prompt, kept: int) -> tuple[int, dict[str, Any]] | None:

@@ -142,8 +142,8 @@ def ask(args: argparse.Namespace, parser: _Parser) -> None:
     *pictures, question = args.words
     if os.path.isfile(question):
         parser.error(f"the last argument is the question, but {question!r} is a file")
-    if not pictures:
-        parser.error(f"no picture before the question {question!r}")
+    if not pictures or not question.strip():
+        parser.error(f"no picture before the question {question!r}" if question.strip() else "the question is empty")
     name = _name(args)
 
     from minivlm.chat import incremental_text

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from minivlm.diagnosis import explain
-from minivlm.generation import positions, prefill
-from minivlm.modules.cache import KVCache
+from minivlm.generation import positions, prefill, text_config
+from minivlm.modules.cache import KVCache, alike
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
     cached, after = [], [first.log_softmax(-1)]  # after[k] (B, V): log-probabilities behind k cached tokens
     for index in sorted(range(len(candidates)), key=candidates.__getitem__):
         *begin, _ = candidate = candidates[index]
-        kept = _alike(begin, cached)
+        kept = alike(begin, cached)
         cache.crop(ids.shape[1] + kept)
         after = after[: kept + 1] + _run(model, cache, begin[kept:], mask)
         cached = begin
@@ -75,11 +75,6 @@ def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Te
     return list(output.logits.float().log_softmax(-1).unbind(1))
 
 
-def _alike(a: list[int], b: list[int]) -> int:
-    """How many tokens the two have in common at their beginnings."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _checked(candidates: Any) -> list[list[int]]:
     lists = isinstance(candidates, list | tuple) and all(isinstance(one, list | tuple) and one for one in candidates)
     if not lists or not candidates or not all(type(id) is int and id >= 0 for id in chain(*candidates)):
@@ -95,7 +90,7 @@ def _room(model: Any, ids: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask[:, -1].all():
         raise ValueError('a prompt ends in padding, where its candidates would begin; set padding_side="left"')
-    limit = getattr(model.config, "text_config", model.config).max_position_embeddings
+    limit = text_config(model).max_position_embeddings
     if (length := int(mask.sum(1).max()) + tokens) > limit:
         raise ValueError(f"prompt and longest candidate have {length} tokens, this model has positions for {limit}")
     return torch.cat([mask, mask.new_ones(len(mask), tokens)], 1)

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minivlm import Chat, GenerationConfig
 from minivlm.hub import BUILT_IN
 
-DENSE_ROW = cpu_products.dense_row
+DENSE_ROWS = cpu_products.dense_rows
 THIN = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 32, "num_attention_heads": 8}
 CONTEXTS = (16, 512, 4096)
 
@@ -186,7 +186,7 @@ def chat(dtype: str, rounds: int, scratch: str) -> None:
 def decode_profile(dtype: str, _: int, scratch: str) -> None:
     folder = write(bench.idefics2_config(), f"{scratch}/middle")
     model = bench.load("minivlm", folder, dtype)
-    cpu_products.dense_row = Profiled.dense_row
+    cpu_products.dense_rows = Profiled.dense_rows
     for context in (97, 2900):
         clock = Profiled()
         bench.generate(model, bench.random_ids(context), 18, streamer=clock)
@@ -204,10 +204,10 @@ class Profiled:
         self.tokens = 0
 
     @staticmethod
-    def dense_row(*arguments: Any) -> torch.Tensor:
-        """`cpu_products.dense_row`, which the profiler would not see."""
-        with record_function("dense_row"):
-            return DENSE_ROW(*arguments)
+    def dense_rows(*arguments: Any) -> torch.Tensor:
+        """`cpu_products.dense_rows`, which the profiler would not see."""
+        with record_function("dense_rows"):
+            return DENSE_ROWS(*arguments)
 
     def put(self, _: torch.Tensor) -> None:
         self.tokens += 1
@@ -221,7 +221,7 @@ class Profiled:
         """Shares of the operators' own time."""
         kinds = {"matrix products with weights": 0.0, "attention": 0.0, "all else": 0.0}
         for event in self.profile.key_averages(group_by_input_shape=True):
-            weights = event.key in ("aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "dense_row")
+            weights = event.key in ("aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "dense_rows")
             looks = event.key in ("aten::bmm", "aten::_softmax", "aten::baddbmm")
             kind = list(kinds)[0 if weights else 1 if looks else 2]
             kinds[kind] += event.self_cpu_time_total

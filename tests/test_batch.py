@@ -103,7 +103,7 @@ def test_batches_are_of_like_length(pair, pictures, tmp_path, monkeypatch):
 
 
 BAD = [
-    ("{", "Expecting property name"),
+    ("{", "no JSON: Expecting property name"),
     ('"what?"', "a line is a JSON object"),
     ({"question": "a", "picture": "x"}, "unknown key 'picture'"),
     ({"images": []}, 'either "messages"'),
@@ -193,6 +193,8 @@ def test_a_run_cut_while_it_finishes_finishes(pair, pictures, tmp_path, monkeypa
 def test_answers_are_never_overwritten_nor_mixed(pair, pictures, tmp_path):
     prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
     out.write_text("mine")
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere; make it first"):
+        batch.check_new(tmp_path / "nowhere" / "answers.jsonl")
     with pytest.raises(ValueError, match=r"answers\.jsonl exists already"):
         run(pair, prompts, out)
     assert out.read_text() == "mine"

@@ -135,6 +135,7 @@ def test_ask_names_the_default_model_on_stderr(pictures, capsys, monkeypatch, ch
         ([], "required: verb"),
         (["sing"], "invalid choice: 'sing'"),
         (["ask"], "required: IMAGE… QUESTION"),
+        (["ask", "RED", " "], "the question is empty"),
         (["ask", "What is it?"], "no picture before the question 'What is it?'"),
         (["ask", "RED"], "the last argument is the question, but 'RED' is a file"),
         (["ask", "RED", "RED"], "the last argument is the question, but 'RED' is a file"),

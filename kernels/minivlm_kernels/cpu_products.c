@@ -1,45 +1,115 @@
 // One row of x times a weight, on a CPU; cpu_products.py says what the arguments are. GCC's vectors: 16 floats are one
 // AVX-512 register, or as many smaller ones as the processor has.
 
+#include <math.h>
 #include <stdint.h>
 
 typedef float floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(64), aligned(1)));
 
 static inline float sum(floats v) {
-    float total = 0;
-    for (int i = 0; i < 16; i++) total += v[i];
-    return total;
+    v += __builtin_shuffle(v, (words){8, 9, 10, 11, 12, 13, 14, 15});
+    v += __builtin_shuffle(v, (words){4, 5, 6, 7});
+    v += __builtin_shuffle(v, (words){2, 3});
+    return v[0] + v[1];
 }
 
 // ---- Weights of 32 and 16 bits ----
 
-void matvec_float32(const floats *weight, const floats *x, float *y, int64_t rows, int64_t columns, int64_t threads) {
-    const int64_t chunks = columns / 32;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; row++) {
-        const floats *w = weight + row * chunks * 2;
-        floats even = {0}, odd = {0};
-        for (int64_t c = 0; c < chunks; c++) {
-            even += w[2 * c] * x[2 * c];
-            odd += w[2 * c + 1] * x[2 * c + 1];
+// A bf16 is the upper half of a float, rounded to nearest, ties to even. A NaN that comes of bf16 stays one: its lower
+// half is empty.
+static inline float wide(uint16_t half) {
+    union { uint32_t bits; float value; } number = {(uint32_t)half << 16};
+    return number.value;
+}
+
+static inline uint16_t narrow(float value) {
+    union { float value; uint32_t bits; } number = {value};
+    return (uint16_t)((number.bits + 0x7fff + ((number.bits >> 16) & 1)) >> 16);
+}
+
+// A word holds two bf16: of every 32 numbers, the 16 even ones are lower halves and the 16 odd ones upper ones.
+static inline floats lower(words pairs) { return (floats)(pairs << 16); }
+static inline floats upper(words pairs) { return (floats)(pairs & 0xffff0000u); }
+
+// So many rows (`lines`) of the weight times so many of x (`count`), `size` bytes and `chunks` vectors of 32 numbers each.
+// All four numbers behind `chunks` are constants where this is called, so that the sums are registers.
+static inline __attribute__((always_inline)) void dots(const char *weight, const floats *x, float *sums, int64_t chunks,
+                                                       int64_t size, const int lines, const int count, const int half) {
+    floats even[4] = {{0}}, odd[4] = {{0}};
+    for (int64_t c = 0; c < chunks; c++)
+        for (int line = 0; line < lines; line++) {
+            const void *w = weight + line * size;
+            const floats first = half ? lower(((const words *)w)[c]) : ((const floats *)w)[2 * c];
+            const floats second = half ? upper(((const words *)w)[c]) : ((const floats *)w)[2 * c + 1];
+            for (int m = 0; m < count; m++) {
+                even[line * count + m] += first * x[2 * (m * chunks + c)];
+                odd[line * count + m] += second * x[2 * (m * chunks + c) + 1];
+            }
         }
-        y[row] = sum(even + odd);
+    for (int i = 0; i < lines * count; i++) sums[i] = sum(even[i] + odd[i]);
+}
+
+#define DOTS(lines, count) \
+    (half ? dots(w, four, sums, chunks, size, lines, count, 1) : dots(w, four, sums, chunks, size, lines, count, 0))
+
+// y (count, rows) = x (count, columns) times weight (rows, columns), + bias (rows) or NULL; all bf16 if `half`, or fp32.
+// Four rows of the weight at once are read faster than one after the other. They are in the cache of a core when the
+// second four rows of x meet them.
+void matvec_dense(const void *weight, const void *x, const void *bias, void *y, int64_t count, int64_t rows,
+                  int64_t columns, int64_t half, int64_t threads) {
+    const int64_t chunks = columns / 32, size = columns * (half ? 2 : 4);
+    floats split[half ? 2 * count * chunks : 1]; // of every 32 numbers, the even and then the odd ones
+    for (int64_t c = 0; half && c < count * chunks; c++) {
+        split[2 * c] = lower(((const words *)x)[c]);
+        split[2 * c + 1] = upper(((const words *)x)[c]);
+    }
+    const floats *const given = half ? split : x;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < rows; block += 4) {
+        const int64_t end = block + 4 < rows ? block + 4 : rows;
+        for (int64_t m = 0; m < count; m += 4) {
+            const int64_t many = count - m < 4 ? count - m : 4, lines = many == 1 && end == block + 4 ? 4 : 1;
+            const floats *four = given + 2 * m * chunks;
+            for (int64_t row = block; row < end; row += lines) {
+                const char *w = (const char *)weight + row * size;
+                float sums[4] = {0};
+                switch (many) {
+                case 1: lines == 4 ? DOTS(4, 1) : DOTS(1, 1); break;
+                case 2: DOTS(1, 2); break;
+                case 3: DOTS(1, 3); break;
+                default: DOTS(1, 4);
+                }
+                for (int64_t i = 0; i < lines * many; i++) { // of lines and many, one at least is 1
+                    const int64_t line = lines == 1 ? row : row + i, at = (lines == 1 ? m + i : m) * rows + line;
+                    if (half)
+                        ((uint16_t *)y)[at] = narrow(sums[i] + (bias ? wide(((const uint16_t *)bias)[line]) : 0));
+                    else
+                        ((float *)y)[at] = sums[i] + (bias ? ((const float *)bias)[line] : 0);
+                }
+            }
+        }
     }
 }
 
-// A bf16 is the upper half of a float. A word holds two; x has the 16 even and then the 16 odd numbers of every 32.
-void matvec_bfloat16(const words *weight, const floats *x, float *y, int64_t rows, int64_t columns, int64_t threads) {
-    const int64_t chunks = columns / 32;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; row++) {
-        const words *w = weight + row * chunks;
-        floats even = {0}, odd = {0};
-        for (int64_t c = 0; c < chunks; c++) {
-            even += (floats)(w[c] << 16) * x[2 * c];
-            odd += (floats)(w[c] & 0xffff0000u) * x[2 * c + 1];
+// y (rows, columns) = x / √(mean(x²) + eps) · weight (columns); in bf16 x is rounded before it meets the weight.
+void rms_norm(const void *x, const void *weight, void *y, int64_t rows, int64_t columns, int64_t half, double eps) {
+    for (int64_t start = 0; start < rows * columns; start += columns) {
+        floats squares = {0};
+        for (int64_t c = start / 32; c < (start + columns) / 32; c++) {
+            const floats first = half ? lower(((const words *)x)[c]) : ((const floats *)x)[2 * c];
+            const floats second = half ? upper(((const words *)x)[c]) : ((const floats *)x)[2 * c + 1];
+            squares += first * first + second * second;
         }
-        y[row] = sum(even + odd);
+        const float scale = 1 / sqrtf(sum(squares) / columns + (float)eps);
+        if (half) {
+            const uint16_t *given = (const uint16_t *)x + start, *w = weight;
+            for (int64_t i = 0; i < columns; i++)
+                ((uint16_t *)y)[start + i] = narrow(wide(narrow(wide(given[i]) * scale)) * wide(w[i]));
+        } else {
+            const float *given = (const float *)x + start, *w = weight;
+            for (int64_t i = 0; i < columns; i++) ((float *)y)[start + i] = given[i] * scale * w[i];
+        }
     }
 }
 

@@ -1,7 +1,7 @@
-"""One row times a weight on a CPU, in a page of C (`cpu_products.c`) that is compiled when it is first needed.
+"""Few rows times a weight on a CPU, in a page of C (`cpu_products.c`) that is compiled when it is first needed.
 
 A decode step reads every weight once, so it should take as long as reading them. torch takes two to three times as
-long in fp32 and bf16 (`dense_row`), and has no operator at all that looks weights up in a table of 16 numbers, as NF4
+long in fp32 and bf16 (`dense_rows`), and has no operator at all that looks weights up in a table of 16 numbers, as NF4
 and FP4 are (`matvec`): the C does that with one shuffle for 16 weights.
 
 Of four bits, x (K,) has its 128 floats for each 16 words of codes in the order in which the codes come out of them:
@@ -15,6 +15,7 @@ compiled code does not agree with the formula on a small weight.
 
 import ctypes
 import functools
+import math
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
-LARGE = 2**17  # numbers in a weight from which on `dense_row` is worth its call, some 20 µs
+LARGE = {
+    torch.float32: 2**17,
+    torch.bfloat16: 2**13,
+}  # numbers in a weight from which on `dense_rows` is worth its call
+MOST_ROWS, MOST_NUMBERS = 8, 2**18  # of x: more rows are torch's; the C has room for so many on its stack
 CHUNK, BLOCK, MOST_BLOCKS = 128, 64, 2048
 PLACES = (1, 0, 3, 2, 5, 4, 7, 6)  # the first weight of a byte is in its upper half
 
@@ -63,32 +68,42 @@ class _Weight(ctypes.Structure):
 
 
 def suits_dense(x: Tensor, weight: Tensor) -> bool:
-    """Whether `dense_row` serves this product: one row, a large fp32 or bf16 weight on a CPU, and no gradients."""
+    """Whether `dense_rows` serves x (…, K) and a weight (N, K): few rows, a weight worth it, and what `suits` asks."""
+    few = x.numel() <= min(MOST_ROWS * weight.shape[1], MOST_NUMBERS)
+    return few and weight.numel() >= LARGE.get(x.dtype, math.inf) and suits(x, weight)
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the C may be given these: not much, on a CPU, of one dtype, in whole vectors; and no gradients wanted."""
     return (
-        x.numel() == weight.shape[1]
+        x.numel() <= MOST_NUMBERS
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and weight.numel() >= LARGE
-        and weight.shape[1] % 32 == 0
+        and x.dtype in LARGE
+        and weight.shape[-1] % 32 == 0
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
         and available()
     )
 
 
-def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, K), one row, times a weight (N, K) of the same dtype → (…, N). Sums are in fp32, rounded once."""
+def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, K), a few rows, times a weight (N, K) of the same dtype, + bias (N,) → (…, N). Sums are in fp32."""
     rows, columns = weight.shape
-    wide = x.reshape(-1).float()
-    if weight.dtype == torch.bfloat16:
-        wide = wide.view(-1, 16, 2).transpose(1, 2).contiguous()  # (K / 32, 2, 16)
-    y = torch.empty(rows)
-    product = library().matvec_bfloat16 if weight.dtype == torch.bfloat16 else library().matvec_float32
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, wide, y))
-    product(*pointers, *map(ctypes.c_int64, (rows, columns, torch.get_num_threads())))
-    y = y if bias is None else y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
+    pointers = (weight.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
+    half = x.dtype == torch.bfloat16
+    library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads())
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (…, C) / rms(x) · weight (C,), where `suits` allows it. In bf16, x / rms(x) is rounded first."""
+    x, columns = x.contiguous(), len(weight)
+    y = torch.empty_like(x)
+    pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
+    library().rms_norm(*pointers, x.numel() // columns, columns, x.dtype == torch.bfloat16, eps)
+    return y
 
 
 def matvec(x: Tensor, weight: Packed) -> Tensor:
@@ -131,13 +146,16 @@ def library() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:  # once loaded, the file is not needed
         compiled, path = f"{folder}/cpu_products.o", f"{folder}/cpu_products.so"
         # The threads of torch's own OpenMP: those of another would wait, spinning, on the same cores.
-        threads = [str(found) for found in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
+        threads = [str(each) for each in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
         try:
             for command in (["-c", str(SOURCE), *OPTIONS, "-o", compiled], ["-shared", compiled, *threads, "-o", path]):
                 subprocess.run(["gcc", *command], check=True, capture_output=True, timeout=60)
-            return ctypes.CDLL(path)
+            found = ctypes.CDLL(path)
         except (OSError, subprocess.SubprocessError):
             return None
+    found.matvec_dense.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 5
+    found.rms_norm.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 3 + (ctypes.c_double,)
+    return found
 
 
 @functools.cache
@@ -149,8 +167,8 @@ def available() -> bool:
 def _agrees_dense() -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(64, generator=generator), torch.randn(3, 64, generator=generator)
-    exact = torch.allclose(dense_row(x, weight), weight @ x, rtol=1e-5, atol=1e-5)
-    half = dense_row(x.bfloat16(), weight.bfloat16()).float()
+    exact = torch.allclose(dense_rows(x, weight), weight @ x, rtol=1e-5, atol=1e-5)
+    half = dense_rows(x.bfloat16(), weight.bfloat16()).float()
     return exact and torch.allclose(half, weight.bfloat16().float() @ x.bfloat16().float(), rtol=1e-2, atol=1e-2)
 
 

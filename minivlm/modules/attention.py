@@ -3,9 +3,9 @@
 B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D head width.
 
     eager     the formula, spelled out; the slow twin of the others
-    sdpa      torch's fused kernel; a mask is built only where a description does not suffice
-    blocked   on a CPU, for one query or in half precision without a causal triangle: matmuls over blocks of queries, in
-              which the heads that share keys are rows, so that keys are never repeated
+    sdpa      torch's fused kernel; a mask is built only where a description does not suffice. One query: the heads that
+              share keys are the queries of one head, so that keys are never repeated
+    blocked   on a CPU in half precision, for several queries without a causal triangle: matmuls over blocks of queries
     triton    on a GPU, our own kernels (kernels/README.md): no mask is ever built, keys outside a window are never read
 """
 
@@ -129,16 +129,16 @@ def choose_backend(requested: str | None, q: Tensor, mask: Mask) -> str:
     """The path of a call: what was asked for, or the best here. On a GPU that is triton, in half precision: its fp32 is
     exact, and so does without tensor cores. On a CPU, None and `sdpa` leave room for `blocked` where that is faster.
 
-    Measured on 2 cores: one query over 2,900 keys takes 0.55 ms instead of 10.7 in bf16; over pictures torch's kernel
-    runs at 60 % of the blocks' rate in bf16, but above it in fp32; over a causal triangle, which it knows how to halve,
-    at the same rate and with less memory. Under autograd the blocks would keep all their weights.
+    Measured on 2 cores: over pictures torch's kernel runs at 60 % of the blocks' rate in bf16, but above it in fp32;
+    over a causal triangle, which it knows how to halve, at the same rate and with less memory. Under autograd the
+    blocks would keep all their weights.
     """
     backend = None if requested is None else check_implementation(requested)
     if backend is None:
         backend = "triton" if _suits_triton(q) else "sdpa"
     if backend == "sdpa" and q.device.type == "cpu":
         half = q.dtype != torch.float32 and not torch.is_grad_enabled() and not mask.is_plain_causal
-        return "blocked" if half or mask.queries == 1 else backend
+        return "blocked" if half and mask.queries > 1 else backend
     return backend
 
 
@@ -180,10 +180,17 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    causal = mask.is_plain_causal and mask.queries > 1
+    if mask.queries == 1:  # heads that share keys as the queries of one head: no key is read twice
+        return F.scaled_dot_product_attention(_rows(q, k), k, v, mask.dense, scale=scale).view(q.shape)
+    causal = mask.is_plain_causal
     dense = None if causal else mask.dense
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, dense, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _rows(q: Tensor, k: Tensor) -> Tensor:
+    """(B, K, H/K·T, D): heads that share keys stand below each other."""
+    return q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -199,8 +206,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tenso
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, width = q.shape
-    rows = q.reshape(batch, k.shape[1], -1, width)  # (B, K, H/K·T, D): heads that share keys stand below each other
-    scores = rows @ k.transpose(2, 3) * scale  # (B, K, H/K·T, S)
+    scores = _rows(q, k) @ k.transpose(2, 3) * scale  # (B, K, H/K·T, S)
     if dense is not None:
         split = scores.view(batch, k.shape[1], -1, queries, k.shape[2])  # (B, K, H/K, T, S)
         split.masked_fill_(~dense[:, :, None], torch.finfo(scores.dtype).min)

@@ -4,9 +4,15 @@ L layers, B batch, K key/value heads, S slots, D head width.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids the two have in common at their beginnings: so much of one's cache serves the other."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class KVCache:

@@ -25,12 +25,12 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` for layers that decode: on a CPU, one row is multiplied at the speed at which weights can be read."""
+    """`nn.Linear` for layers that decode: on a CPU, a few rows are multiplied as fast as weights can be read."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in_features) → (…, out_features), same dtype."""
-        if x.numel() == self.in_features and cpu_products.suits_dense(x, self.weight):
-            return cpu_products.dense_row(x, self.weight, self.bias)
+        if cpu_products.suits_dense(x, self.weight):
+            return cpu_products.dense_rows(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -44,6 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C) → (..., C), same dtype."""
+        if cpu_products.suits(x, self.weight):
+            return cpu_products.rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # The order of the reference: in bf16, w·bf16(x̂) is not bf16(w·x̂).

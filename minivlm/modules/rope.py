@@ -203,14 +203,13 @@ def _divisors(divisors: tuple[float, ...], device: torch.device) -> Tensor:
 def rotary_cos_sin(
     position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The table of rotations. position_ids (B, T) → cos · scale and sin · scale, each (B, 1, T, D)."""
+    """The table of rotations. position_ids (B, T) → cos · scale and ∓ sin · scale for `rotate`, each (B, 1, T, D)."""
     with torch.autocast(position_ids.device.type, enabled=False):
         angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+D/2}): halves, not neighbours, as Hub weights are laid out. x: (B, H, T, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # −x_{i+D/2}, x_i: `sin` has the sign

@@ -9,6 +9,8 @@ from minivlm_kernels import cpu_products
 from minivlm_kernels.cpu_products import Packed, dequantize, matvec
 from torch import Tensor
 
+from minivlm.modules.layers import RMSNorm
+
 needs_compiler = pytest.mark.skipif(not cpu_products.available(), reason="no GCC, or no AVX: products stay with torch")
 
 
@@ -90,29 +92,59 @@ def test_a_library_that_computes_something_else_is_not_used(monkeypatch: pytest.
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_row_of_a_dense_weight(dtype: torch.dtype, bias: bool) -> None:
-    """fp32: sums of 640 products in another order. bf16: the same, rounded once."""
+@pytest.mark.parametrize("count", range(1, 9))
+def test_few_rows_times_a_dense_weight(dtype: torch.dtype, bias: bool, count: int) -> None:
+    """fp32: sums of 640 products in another order. bf16: the same, rounded once. A row is the same in any company."""
     torch.manual_seed(0)
-    weight, x = torch.randn(333, 640).to(dtype), torch.randn(1, 1, 640).to(dtype)
+    weight, x = torch.randn(333, 640).to(dtype), torch.randn(count, 1, 640).to(dtype)
     extra = torch.randn(333).to(dtype) if bias else None
     expected = x.double() @ weight.double().T + (0 if extra is None else extra.double())
     with torch.no_grad():
         assert cpu_products.suits_dense(x, weight)
-        found = cpu_products.dense_row(x, weight, extra)
+        found = cpu_products.dense_rows(x, weight, extra)
+        assert torch.equal(found[-1:], cpu_products.dense_rows(x[-1:], weight, extra))
     assert found.dtype == dtype
-    assert found.shape == (1, 1, 333)
+    assert found.shape == (count, 1, 333)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(found.double(), expected, rtol=eps, atol=16 * torch.finfo(torch.float32).eps * 640**0.5)
 
 
 @needs_compiler
 def test_what_is_left_to_torch() -> None:
-    weight, x = torch.randn(512, 512), torch.randn(1, 512)
+    weight, x = torch.randn(512, 512), torch.randn(8, 512)
     with torch.no_grad():
         assert cpu_products.suits_dense(x, weight)
-        assert not cpu_products.suits_dense(torch.randn(2, 512), weight)
+        assert not cpu_products.suits_dense(torch.randn(9, 512), weight)
         assert not cpu_products.suits_dense(x, weight[:64])  # too small to be worth it
+        assert cpu_products.suits_dense(x.bfloat16(), weight[:64].bfloat16())
         assert not cpu_products.suits_dense(x.half(), weight.half())
         assert not cpu_products.suits_dense(x.bfloat16(), weight)
         assert not cpu_products.suits_dense(x, torch.randn(512, 1024)[:, ::2])
+        assert not cpu_products.suits_dense(torch.randn(8, 2**15 + 32), torch.empty(4, 2**15 + 32))  # too wide
     assert not cpu_products.suits_dense(x, weight)  # gradients may be wanted
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_those_of_the_layer(dtype: torch.dtype) -> None:
+    """The slow twin is the layer under autograd. bf16 rounds twice: one unit in the last place may come of that."""
+    torch.manual_seed(0)
+    norm = RMSNorm(96, 1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    for x in (torch.randn(3, 2, 96), 1e-4 * torch.randn(1, 96), torch.zeros(1, 96), torch.randn(2, 96, 2).mT):
+        x = x.to(dtype)
+        assert not cpu_products.suits(x, norm.weight)
+        expected = norm(x)
+        with torch.no_grad():
+            assert cpu_products.suits(x, norm.weight)
+            torch.testing.assert_close(norm(x), expected.detach(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            for broken in (torch.nan, torch.inf):
+                assert not norm(torch.full_like(x, broken)).isfinite().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float) -> None:
+    x, weight = torch.full((1, 64), value, dtype=dtype), torch.ones(9, 64, dtype=dtype)
+    torch.testing.assert_close(cpu_products.dense_rows(x, weight), x @ weight.T, equal_nan=True)

@@ -67,8 +67,9 @@ def test_all_paths_follow_the_formula(case: tuple[Tensor, Tensor, Tensor, Mask])
 
 def test_choice() -> None:
     one, many = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 5, 8)
-    assert choose_backend(None, one, Mask(1, 9, causal=True)) == "blocked"
-    assert choose_backend("sdpa", one, Mask(1, 9, causal=True)) == "blocked"
+    assert choose_backend(None, one, Mask(1, 9, causal=True)) == "sdpa"
+    with torch.no_grad():
+        assert choose_backend("sdpa", one.bfloat16(), Mask(1, 9, causal=True)) == "sdpa"
     assert choose_backend("eager", one, Mask(1, 9, causal=True)) == "eager"
     assert choose_backend(None, many, Mask(5, 9, causal=True)) == "sdpa"
     with torch.no_grad():
