@@ -179,8 +179,9 @@ def _pictures(found: dict[str, Any]) -> Iterator[str]:
     if "pictures" in found:
         given, cache = found["pictures"], found["cache_bytes_per_token"]["bfloat16"]
         yield f"these pictures: {', '.join(f'{tokens:,}' for tokens in given['tokens'])} tokens"
-        sizes = memory(cache * given["prompt_tokens"]), memory(given["pixel_bytes"] / 2)
-        yield f"all in one prompt: {given['prompt_tokens']:,} tokens; in bfloat16 a cache of {sizes[0]}, pixels of {sizes[1]}"
+        yield f"all of them in one prompt: {given['prompt_tokens']:,} tokens; in bfloat16 their cache takes " + (
+            f"{memory(cache * given['prompt_tokens'])}, their pixels {memory(given['pixel_bytes'] / 2)}"
+        )
     if "sight" in found:
         yield f"it looks at them: on plain grey, the next token's distribution is {found['sight']:.2g} nats away"
 
