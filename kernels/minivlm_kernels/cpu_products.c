@@ -1,124 +1,216 @@
-// One row of x times a weight, on a CPU; cpu_products.py says what the arguments are. GCC's vectors: 16 floats are one
-// AVX-512 register, or as many smaller ones as the processor has.
+// Few rows of x times a weight, on a CPU; cpu_products.py says what the arguments are and how a weight lies in memory.
+// GCC's vectors of one register: 16 floats with AVX-512, 8 with AVX2, which takes 16 lanes in two parts.
 
 #include <stdint.h>
+#include <stdlib.h>
 
-typedef float floats __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(64), aligned(1)));
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { PARTS = 16 / LANES };
 
-static inline float sum(floats v) {
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+// BODY for rows FROM to FROM + ROWS - 1 of x, until all are done. ROWS is a constant: sums of several rows stay in
+// registers only if their number is known.
+#define FOR_ROWS(rows, BODY)                                                                                       \
+    for (int64_t FROM = 0, left = rows; left; FROM = rows - left)                                                  \
+        if (left >= 8) { enum { ROWS = 8 }; BODY; left -= 8; }                                                     \
+        else if (left >= 4) { enum { ROWS = 4 }; BODY; left -= 4; }                                                \
+        else if (left >= 2) { enum { ROWS = 2 }; BODY; left -= 2; }                                                \
+        else { enum { ROWS = 1 }; BODY; left -= 1; }
+
+INLINE float sum(floats v) {
     float total = 0;
-    for (int i = 0; i < 16; i++) total += v[i];
+    for (int i = 0; i < LANES; i++) total += v[i];
     return total;
 }
 
 // ---- Weights of 32 and 16 bits ----
 
-void matvec_float32(const floats *weight, const floats *x, float *y, int64_t rows, int64_t columns, int64_t threads) {
-    const int64_t chunks = columns / 32;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; row++) {
-        const floats *w = weight + row * chunks * 2;
-        floats even = {0}, odd = {0};
-        for (int64_t c = 0; c < chunks; c++) {
-            even += w[2 * c] * x[2 * c];
-            odd += w[2 * c + 1] * x[2 * c + 1];
+// A bf16 is the upper half of a float. A word holds two; then x has the 16 even and then the 16 odd numbers of every 32.
+INLINE void dense_row(const void *row, const float *x, float *y, int64_t columns, int64_t stride, int bf16, int rows) {
+    floats even[rows], odd[rows];
+    for (int i = 0; i < rows; i++) even[i] = odd[i] = (floats){0};
+    for (int64_t k = 0; k < columns; k += 32)
+        for (int part = 0; part < PARTS; part++) {
+            const int64_t at = k + LANES * part;
+            const words pairs = *(const words *)((const uint16_t *)row + k + 2 * LANES * part);
+            const floats first = bf16 ? (floats)(pairs << 16) : *(const floats *)((const float *)row + at);
+            const floats second = bf16 ? (floats)(pairs & 0xffff0000u) : *(const floats *)((const float *)row + at + 16);
+            for (int i = 0; i < rows; i++) {
+                even[i] += first * *(const floats *)(x + i * columns + at);
+                odd[i] += second * *(const floats *)(x + i * columns + at + 16);
+            }
         }
-        y[row] = sum(even + odd);
-    }
+    for (int i = 0; i < rows; i++) y[i * stride] = sum(even[i] + odd[i]);
 }
 
-// A bf16 is the upper half of a float. A word holds two; x has the 16 even and then the 16 odd numbers of every 32.
-void matvec_bfloat16(const words *weight, const floats *x, float *y, int64_t rows, int64_t columns, int64_t threads) {
-    const int64_t chunks = columns / 32;
+// x: (rows, columns).  y: (rows, outputs)
+void dense(const char *weight, const float *x, float *y, int64_t outputs, int64_t columns, int64_t bf16, int64_t rows,
+           int64_t threads) {
+    float *ordered = bf16 ? malloc(rows * columns * sizeof(float)) : NULL;
+    for (int64_t i = 0; bf16 && i < rows * columns; i += 32)
+        for (int j = 0; j < 16; j++) ordered[i + j] = x[i + 2 * j], ordered[i + 16 + j] = x[i + 2 * j + 1];
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; row++) {
-        const words *w = weight + row * chunks;
-        floats even = {0}, odd = {0};
-        for (int64_t c = 0; c < chunks; c++) {
-            even += (floats)(w[c] << 16) * x[2 * c];
-            odd += (floats)(w[c] & 0xffff0000u) * x[2 * c + 1];
-        }
-        y[row] = sum(even + odd);
+    for (int64_t n = 0; n < outputs; n++) {
+        const char *row = weight + n * columns * (bf16 ? 2 : 4);
+        float *to = y + n;
+        if (bf16) { FOR_ROWS(rows, dense_row(row, ordered + FROM * columns, to + FROM * outputs, columns, outputs, 1, ROWS)) }
+        else { FOR_ROWS(rows, dense_row(row, x + FROM * columns, to + FROM * outputs, columns, outputs, 0, ROWS)) }
     }
+    free(ordered);
 }
 
 // ---- Weights of four bits ----
 
-enum { CHUNK = 128, BLOCK = 64, MOST = 2048 }; // weights in 16 words; under one scale; blocks in a row
+enum { FLOAT32, BFLOAT16, FLOAT16, NESTED }; // what a scale is
 
 typedef struct {
-    const uint8_t *qweight;
-    const float *absmax;        // the scales, or NULL: then they are
-    const uint8_t *codes;       // nested_map[code] · nested_absmax, one for 256 codes, + offset
-    const float *nested_map, *nested_absmax;
-    double offset;
-    int64_t first, rows, columns, threads; // rows from `first` on are wanted
+    const uint8_t *stream;                  // tiles of 16 outputs: scales, zeros, codes
+    const float *table;                     // 16 values
+    const float *nested_map, *nested_absmax; // a nested scale: nested_map[byte] · nested_absmax, one for 256, + offset
+    float offset;
+    int64_t tiles, columns, group, kind, zeros, last_nested, high_first, threads; // `zeros`, `high_first`: 0 or 1
 } Weight;
 
-// The scales of a row's blocks, in `room` if they are not held as floats.
-static const float *row_scales(const Weight *w, int64_t row, float *room) {
-    const int64_t blocks = w->columns / BLOCK, start = row * blocks;
-    if (w->absmax) return w->absmax + start;
-    for (int64_t i = 0; i < blocks; i++)
-        room[i] = w->nested_map[w->codes[start + i]] * w->nested_absmax[(start + i) / 256] + (float)w->offset;
-    return room;
+typedef struct {
+    const uint8_t *scales, *zeros, *codes;
+    int64_t first; // number of its first scale in the order of the format
+} Tile;
+
+static inline Tile tile_at(const Weight *w, int64_t number) {
+    const int64_t count = 16 * w->columns / w->group, each = w->kind == FLOAT32 ? 4 : w->kind == NESTED ? 1 : 2;
+    const uint8_t *scales = w->stream + number * (count * (each + w->zeros) + 8 * w->columns);
+    return (Tile){scales, scales + count * each, scales + count * (each + w->zeros), number * count};
 }
 
-// 16 words of 8 codes times the 128 floats that they meet: x[s] meets the code at bit 4·s of every word. A shuffle of
-// `table` is 16 look-ups, and looks at the lowest 4 bits of each word alone.
-static inline floats products(words codes, floats table, const floats *x) {
-    floats one = __builtin_shuffle(table, codes) * x[0], two = __builtin_shuffle(table, codes >> 4) * x[1];
-    one += __builtin_shuffle(table, codes >> 8) * x[2], two += __builtin_shuffle(table, codes >> 12) * x[3];
-    one += __builtin_shuffle(table, codes >> 16) * x[4], two += __builtin_shuffle(table, codes >> 20) * x[5];
-    one += __builtin_shuffle(table, codes >> 24) * x[6], two += __builtin_shuffle(table, codes >> 28) * x[7];
-    return one + two;
-}
-
-void matvec_int4(const Weight *w, const floats *table, const floats *x, float *y) {
-    const int64_t chunks = w->columns / CHUNK;
-#pragma omp parallel for schedule(static) num_threads(w->threads)
-    for (int64_t i = 0; i < w->rows; i++) {
-        float room[MOST];
-        const float *scales = row_scales(w, w->first + i, room);
-        const words *codes = (const words *)(w->qweight + (w->first + i) * (w->columns / 2));
-        floats total = {0};
-        for (int64_t c = 0; c < chunks; c++) {
-            const float a = scales[2 * c], b = scales[2 * c + 1];
-            const floats both = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b}; // lane i has weights 8·i to 8·i + 7
-            total += products(codes[c], *table, x + 8 * c) * both;
-        }
-        y[i] = sum(total);
+// The two factors of a group's nested scales, from lane `at` on. One by one: a gather is slower on many processors.
+INLINE void read_nested(const Weight *w, const Tile *tile, int64_t group, int at, float *values, float *absmax) {
+    const int64_t groups = w->columns / w->group;
+    const uint8_t *held = tile->scales + 16 * group + at;
+    for (int i = 0; i < LANES; i++) {
+        values[i] = w->nested_map[held[i]];
+        __asm__(""); // keeps the loop as it is
     }
+    if (group % (groups & -groups)) return; // where no multiple of 256 can be, for outputs are `groups` scales apart
+    for (int i = 0; i < LANES; i++) {
+        const int64_t block = (tile->first + (at + i) * groups + group) / 256;
+        absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
+    }
+}
+
+// Scales of one group, from lane `at` on. absmax: room that is kept from group to group.
+INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, float *absmax) {
+    const int64_t place = 16 * group + at;
+    if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
+    if (w->kind == NESTED) {
+        float values[LANES];
+        read_nested(w, tile, group, at, values, absmax);
+        floats products = *(const floats *)values * *(const floats *)absmax;
+        __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
+        return products + w->offset;
+    }
+    const words half = __builtin_convertvector(*(const halves *)(tile->scales + 2 * place), words);
+    if (w->kind == BFLOAT16) return (floats)(half << 16);
+    return (floats)((half & 0x8000) << 16 | (half & 0x7fff) << 13) * 0x1p112f; // exponents count from -15 and -127
+}
+
+// 8 - zero: values are (table[code] + 8 - zero) * scale, table[code] being code - 8 where there are zeros.
+INLINE floats shifts_of(const Weight *w, const Tile *tile, int64_t group, int at) {
+    if (!w->zeros) return (floats){0};
+    return 8 - __builtin_convertvector(*(const bytes *)(tile->zeros + 16 * group + at), floats);
+}
+
+// The lowest 4 bits of each word say which of 16 values it becomes.
+INLINE floats look_up(const floats *table, words codes) {
+#ifdef __AVX512F__
+    return __builtin_shuffle(table[0], codes);
+#else
+    return __builtin_shuffle(table[0], table[1], codes);
+#endif
+}
+
+// Outputs from lane `at` on. One lane is one output: no sum over lanes is needed, and x is the same for all of them.
+INLINE void tile_product(const Weight *w, const Tile *tile, int at, const float *x, const float *sums, float *y,
+                         const int rows) {
+    const int ways = rows < 4 ? 4 / rows : 1; // sums that do not wait for each other
+    const int64_t groups = w->columns / w->group;
+    floats table[PARTS], total[rows], part[rows * ways];
+    for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
+    for (int i = 0; i < rows; i++) total[i] = (floats){0};
+    float absmax[LANES];
+    for (int64_t g = 0; g < groups; g++) {
+        const floats scales = scales_of(w, tile, g, at, absmax), shifts = shifts_of(w, tile, g, at);
+        for (int i = 0; i < rows * ways; i++) part[i] = (floats){0};
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
+            const words eight = *(const words *)(tile->codes + 8 * k + 4 * at); // codes of each output
+#pragma GCC unroll 8
+            for (int s = 0; s < 8; s++) {
+                const floats values = look_up(table, eight >> 4 * s);
+                for (int i = 0; i < rows; i++) part[i * ways + s % ways] += values * x[i * w->columns + k + s];
+            }
+        }
+        for (int i = 0; i < rows; i++) {
+            for (int j = 1; j < ways; j++) part[i * ways] += part[i * ways + j];
+            total[i] += (part[i * ways] + shifts * sums[i * groups + g]) * scales;
+        }
+    }
+    for (int i = 0; i < rows; i++) *(floats *)(y + i * 16 * w->tiles + at) = total[i];
+}
+
+// x: (rows, inputs).  y: (rows, 16 * tiles)
+void product(const Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
+    const int64_t columns = w->columns, groups = columns / w->group;
+    float *ordered = malloc(rows * (columns + groups) * sizeof(float)), *sums = ordered + rows * columns;
+    for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order in which codes come out of a word
+        for (int64_t k = 0; k < columns; k++) ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
+    for (int64_t i = 0; i < rows * groups; i++) {
+        sums[i] = 0;
+        for (int64_t k = 0; w->zeros && k < w->group; k++) sums[i] += ordered[i * w->group + k];
+    }
+#pragma omp parallel for schedule(static) num_threads(w->threads)
+    for (int64_t number = 0; number < w->tiles; number++) {
+        const Tile tile = tile_at(w, number);
+        float *to = y + 16 * number;
+        for (int at = 0; at < 16; at += LANES)
+            FOR_ROWS(rows, tile_product(w, &tile, at, ordered + FROM * columns, sums + FROM * groups,
+                                        to + FROM * 16 * w->tiles, ROWS))
+    }
+    free(ordered);
 }
 
 // bf16 is rounded to nearest, ties to even; all numbers are finite.
-static inline void store(floats values, void *out, int64_t at, int64_t bfloat16) {
-    if (!bfloat16) {
-        *(floats *)((float *)out + at) = values;
-        return;
-    }
-    const words bits = (words)values;
-    const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    for (int i = 0; i < 16; i++) ((uint16_t *)out)[at + i] = (uint16_t)rounded[i];
+INLINE void store(floats values, void *out, int64_t at, int bf16) {
+    const words bits = (words)values, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    if (bf16) *(halves *)((uint16_t *)out + at) = __builtin_convertvector(rounded, halves);
+    else *(floats *)((float *)out + at) = values;
 }
 
-// 16 bytes are 32 weights, the first of two in the upper half of a byte.
-void dequantize(const Weight *w, const floats *table, void *out, int64_t bfloat16) {
-    const words lower = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const words upper = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+// Tiles first to last - 1, transposed: out is (columns, 16 * (last - first)), as a tile holds them.
+void dequantize(const Weight *w, int64_t first, int64_t last, void *out, int64_t bf16) {
 #pragma omp parallel for schedule(static) num_threads(w->threads)
-    for (int64_t i = 0; i < w->rows; i++) {
-        float room[MOST];
-        const float *scales = row_scales(w, w->first + i, room);
-        const uint8_t *bytes = w->qweight + (w->first + i) * (w->columns / 2);
-        for (int64_t k = 0; k < w->columns; k += 32, bytes += 16) {
-            words codes;
-            for (int j = 0; j < 16; j++) codes[j] = bytes[j];
-            const floats first = __builtin_shuffle(*table, codes >> 4), second = __builtin_shuffle(*table, codes);
-            const float scale = scales[k / BLOCK];
-            store(__builtin_shuffle(first, second, lower) * scale, out, i * w->columns + k, bfloat16);
-            store(__builtin_shuffle(first, second, upper) * scale, out, i * w->columns + k + 16, bfloat16);
+    for (int64_t number = first; number < last; number++) {
+        const Tile tile = tile_at(w, number);
+        floats table[PARTS];
+        for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
+        for (int at = 0; at < 16; at += LANES) {
+            float absmax[LANES];
+            for (int64_t g = 0; g < w->columns / w->group; g++) {
+                const floats scales = scales_of(w, &tile, g, at, absmax), shifts = shifts_of(w, &tile, g, at);
+                for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
+                    const words eight = *(const words *)(tile.codes + 64 * (k / 8) + 4 * at);
+                    const floats values = look_up(table, eight >> 4 * ((k ^ w->high_first) % 8));
+                    store((values + shifts) * scales, out, (k * (last - first) + number - first) * 16 + at, bf16);
+                }
+            }
         }
     }
 }

@@ -1,13 +1,14 @@
-"""One row times a weight on a CPU, in a page of C (`cpu_products.c`) that is compiled when it is first needed.
+"""Few rows times a weight on a CPU, in a page of C (`cpu_products.c`) that is compiled when it is first needed.
 
-A decode step reads every weight once, so it should take as long as reading them. torch takes two to three times as
-long in fp32 and bf16 (`dense_row`), and has no operator at all that looks weights up in a table of 16 numbers, as NF4
-and FP4 are (`matvec`): the C does that with one shuffle for 16 weights.
+A decode step reads every weight once, so it should take as long as reading them. torch takes longer in fp32 and bf16
+(`dense_row`), and has no operator at all that looks weights up in a table of 16 numbers (`product`).
 
-Of four bits, x (K,) has its 128 floats for each 16 words of codes in the order in which the codes come out of them:
+A weight of four bits (N, K) is repacked once (`pack`), so that 16 outputs lie in the 16 lanes of a register, and
+everything that a product reads comes in one sequential stream. For each tile of 16 outputs, the last filled up:
 
-    word i of a chunk   weights 8·i … 8·i + 7, the one at bit 4·s is the one at PLACES[s]
-    x[chunk, s, i]      what that weight is multiplied by
+    scales   (G, 16), as the format holds them: fp32, bf16, fp16, or the bytes of double quantisation
+    zeros    (G, 16) uint8, of formats with zero points
+    codes    (K/8, 16) words of 32 bits: eight inputs of each output, in the order of the format's own bytes
 
 Needs GCC (its vector extensions) and an x86 processor with AVX2 or AVX-512; `library()` is None without, or where the
 compiled code does not agree with the formula on a small weight.
@@ -15,57 +16,110 @@ compiled code does not agree with the formula on a small weight.
 
 import ctypes
 import functools
+import mmap
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
-OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
+OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-Wno-psabi")
 LARGE = 2**17  # numbers in a weight from which on `dense_row` is worth its call, some 20 µs
-CHUNK, BLOCK, MOST_BLOCKS = 128, 64, 2048
-PLACES = (1, 0, 3, 2, 5, 4, 7, 6)  # the first weight of a byte is in its upper half
+LANES, WORD = 16, 8  # outputs in a tile, codes in a word
+FEW = 8  # rows of x up to which `dense_row` is the faster
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
+HUGE_PAGE = 2**21
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A four-bit weight (N, K): value = table[code] · scale, one scale for each 64 weights of a row.
+class Tiles:
+    """A weight (N, K) of four bits, repacked. value = (table[code] − zero) · scale, the scale that of `group` inputs.
 
-    qweight: N·K/2 bytes, two codes in each.  scales: N·K/64 of them, fp32; or uint8, and `nested` has the table, the
-    scales of each 256 of them and the number to add.  table: (16,) fp32.
+    stream: (tiles, bytes).  table: (16,) fp32; None with zero points, whose codes are the numbers 0 … 15.
+    scales: their dtype; uint8 means value nested[0][scale] · nested[1][number of the scale // 256] + nested[2].
+    high_first: whether the first code of a byte is in its upper half.
     """
 
-    qweight: Tensor
-    scales: Tensor
-    table: Tensor
+    stream: Tensor
+    table: Tensor | None
     shape: tuple[int, int]
+    group: int
+    scales: torch.dtype
+    high_first: bool = False
     nested: tuple[Tensor, Tensor, Tensor | float] | None = None
-
-    @property
-    def suits(self) -> bool:
-        """Whether the C can read it: whole words in each row, and blocks that do not straddle rows."""
-        rows, columns = self.shape
-        whole = columns % CHUNK == 0 and columns <= BLOCK * MOST_BLOCKS
-        plain = all(t.device.type == "cpu" and t.is_contiguous() for t in (self.qweight, self.scales))
-        held = torch.float32 if self.nested is None else torch.uint8
-        return whole and rows > 0 and plain and self.scales.dtype == held
 
 
 class _Weight(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qweight", "absmax", "codes", "nested_map", "nested_absmax")),
-        ("offset", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("first", "rows", "columns", "threads")),
+        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax")),
+        ("offset", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("tiles", "columns", "group", "kind", "zeros", "last_nested")),
+        *((name, ctypes.c_int64) for name in ("high_first", "threads")),
     )
 
 
+# ---- The order of the stream ----
+
+
+def pack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+    """Bytes of two codes (N, ⌈K/2⌉), scales (N, G) and zeros (N, G) → the stream (tiles, bytes). Loses nothing."""
+    rows, groups = scales.shape
+    tiles, words = -(-rows // LANES), groups * group // WORD
+    parts = [(scales, groups), *([] if zeros is None else [(zeros, groups)]), (qweight, words)]
+    sizes = [LANES * count * (4 if part is qweight else part.itemsize) for part, count in parts]
+    stream = _sequential(tiles * sum(sizes)).view(tiles, -1)
+    for (part, count), place in zip(parts, stream.split(sizes, dim=1), strict=True):
+        if part is qweight:
+            part = _filled(part, tiles * LANES, words * 4).view(torch.int32)
+        else:
+            part = _filled(part, tiles * LANES, groups)
+        place.view(part.dtype).unflatten(1, (count, LANES)).copy_(part.view(tiles, LANES, count).transpose(1, 2))
+    return stream
+
+
+def unpack(
+    stream: Tensor, shape: tuple[int, int], group: int, scales: torch.dtype, zeros: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The way back: qweight, scales and zeros as `pack` took them."""
+    rows, columns = shape
+    groups = -(-columns // group)
+    parts = [(scales, groups), *([(torch.uint8, groups)] if zeros else []), (torch.int32, groups * group // WORD)]
+    places = stream.split([LANES * count * dtype.itemsize for dtype, count in parts], dim=1)
+    found = []
+    for (dtype, count), place in zip(parts, places, strict=True):
+        part = place.view(dtype).unflatten(1, (count, LANES)).transpose(1, 2)
+        found.append(part.reshape(len(stream) * LANES, count)[:rows].contiguous())
+    qweight = found[-1].view(torch.uint8)[:, : -(-columns // 2)].contiguous()
+    return qweight, found[0], found[1] if zeros else None
+
+
+def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
+    return F.pad(tensor, (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])).contiguous()
+
+
+def _sequential(size: int) -> Tensor:
+    """Memory of a number of bytes, in 2 MiB pages where it fills some: the processor looks up fewer addresses."""
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
+    return whole[start : start + size]
+
+
+# ---- Products ----
+
+
 def suits_dense(x: Tensor, weight: Tensor) -> bool:
-    """Whether `dense_row` serves this product: one row, a large fp32 or bf16 weight on a CPU, and no gradients."""
+    """Whether `dense_row` serves this product: few rows, a large fp32 or bf16 weight on a CPU, and no gradients."""
     return (
-        x.numel() == weight.shape[1]
+        x.numel() <= FEW * weight.shape[1]
+        and x.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and weight.dtype in (torch.float32, torch.bfloat16)
@@ -78,54 +132,66 @@ def suits_dense(x: Tensor, weight: Tensor) -> bool:
 
 
 def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, K), one row, times a weight (N, K) of the same dtype → (…, N). Sums are in fp32, rounded once."""
+    """x (…, K), one row or a few, times a weight (N, K) of the same dtype → (…, N). Sums are in fp32, rounded once."""
+    outputs, columns = weight.shape
+    rows = x.reshape(-1, columns).float().contiguous()
+    y = torch.empty(len(rows), outputs)
+    bf16 = weight.dtype == torch.bfloat16
+    _call("dense", weight, rows, y, outputs, columns, bf16, len(rows), torch.get_num_threads())
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], outputs)
+
+
+def product(x: Tensor, weight: Tiles) -> Tensor:
+    """x (M, K) → (M, N) fp32. What is read and looked up is multiplied with up to eight rows."""
+    rows = x.float().contiguous()
+    y = torch.empty(len(rows), len(weight.stream) * LANES)
+    _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape)
+    return y[:, : weight.shape[0]]
+
+
+def dequantize(weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16."""
     rows, columns = weight.shape
-    wide = x.reshape(-1).float()
-    if weight.dtype == torch.bfloat16:
-        wide = wide.view(-1, 16, 2).transpose(1, 2).contiguous()  # (K / 32, 2, 16)
-    y = torch.empty(rows)
-    product = library().matvec_bfloat16 if weight.dtype == torch.bfloat16 else library().matvec_float32
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, wide, y))
-    product(*pointers, *map(ctypes.c_int64, (rows, columns, torch.get_num_threads())))
-    y = y if bias is None else y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+    stop, described = rows if stop is None else stop, _described(weight)
+    first, last = start // LANES, -(-stop // LANES)
+    out = torch.empty(described.columns, (last - first) * LANES, dtype=dtype)
+    _call("dequantize", ctypes.byref(described), first, last, out, dtype == torch.bfloat16)
+    return out[:columns, : stop - start]
 
 
-def matvec(x: Tensor, weight: Packed) -> Tensor:
-    """x (M, K) fp32 → (M, N) fp32, row by row: for the few rows for which reading the weight again costs less than
-    writing it out."""
-    ordered = x.reshape(len(x), -1, CHUNK // 8, 8)[..., PLACES].transpose(2, 3).contiguous()  # (M, chunks, 8, 16)
-    y = x.new_empty(len(x), weight.shape[0])
-    described, table = _described(weight, 0, weight.shape[0]), weight.table.float().contiguous()
-    for row in range(len(x)):
-        pointers = (table.data_ptr(), ordered[row].data_ptr(), y[row].data_ptr())
-        library().matvec_int4(ctypes.byref(described), *map(ctypes.c_void_p, pointers))
-    return y
+@functools.cache
+def _whole_numbers() -> Tensor:
+    return torch.arange(-8.0, 8.0)  # of codes with a zero point: the C adds 8 − zero
 
 
-def dequantize(weight: Packed, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows of the weight, (stop − start, K) fp32 or bf16."""
-    table = weight.table.float().contiguous()
-    rows = (weight.shape[0] if stop is None else stop) - start
-    out = torch.empty(rows, weight.shape[1], dtype=dtype)
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, out))
-    bf16 = ctypes.c_int64(dtype == torch.bfloat16)
-    library().dequantize(ctypes.byref(_described(weight, start, rows)), *pointers, bf16)
-    return out
+def _described(weight: Tiles) -> _Weight:
+    columns = -(-weight.shape[1] // weight.group) * weight.group
+    table = _whole_numbers() if weight.table is None else weight.table
+    values, absmax, offset = weight.nested or (None, None, 0.0)
+    nested = (None, None) if weight.nested is None else (values.data_ptr(), absmax.data_ptr())
+    last = 0 if weight.nested is None else len(absmax) - 1
+    sizes = (len(weight.stream), columns, weight.group, SCALES.index(weight.scales), weight.table is None, last)
+    pointers = (weight.stream.data_ptr(), table.data_ptr(), *nested)
+    return _Weight(*pointers, float(offset), *sizes, weight.high_first, torch.get_num_threads())
 
 
-def _described(weight: Packed, first: int, rows: int) -> _Weight:
-    if weight.nested is None:
-        scales = (weight.scales.data_ptr(), None, None, None, 0.0)
-    else:
-        table, absmax, offset = weight.nested
-        scales = (None, weight.scales.data_ptr(), table.data_ptr(), absmax.data_ptr(), float(offset))
-    return _Weight(weight.qweight.data_ptr(), *scales, first, rows, weight.shape[1], torch.get_num_threads())
+def _call(name: str, *arguments: object) -> None:
+    """A function of the library: tensors are passed as pointers, numbers as 64 bits."""
+    passed = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            passed.append(ctypes.c_void_p(value.data_ptr()))
+        else:
+            passed.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+    getattr(library(), name)(*passed)
+
+
+# ---- The library ----
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled C, once a process; None where there is none that can be trusted."""
+    """The compiled C, once a process, in less than a second; None where there is none that can be trusted."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
     with tempfile.TemporaryDirectory() as folder:  # once loaded, the file is not needed
@@ -142,24 +208,25 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a library, and it agrees with the formula on small weights of every form."""
+    """Whether there is a library, and it agrees with the formula on small weights."""
     return library() is not None and _agrees_dense() and _agrees_four_bits()
 
 
 def _agrees_dense() -> bool:
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(64, generator=generator), torch.randn(3, 64, generator=generator)
-    exact = torch.allclose(dense_row(x, weight), weight @ x, rtol=1e-5, atol=1e-5)
+    x, weight = torch.randn(2, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    exact = torch.allclose(dense_row(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
     half = dense_row(x.bfloat16(), weight.bfloat16()).float()
-    return exact and torch.allclose(half, weight.bfloat16().float() @ x.bfloat16().float(), rtol=1e-2, atol=1e-2)
+    return exact and torch.allclose(half, x.bfloat16().float() @ weight.bfloat16().float().T, rtol=1e-2, atol=1e-2)
 
 
 def _agrees_four_bits() -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (3, 128), dtype=torch.uint8, generator=generator)
-    x, table = torch.randn(1, 256, generator=generator), torch.randn(16, generator=generator)
-    weight = Packed(codes, torch.rand(3, 4, generator=generator), table, (3, 256))
-    values = table[torch.stack((codes >> 4, codes & 15), 2).flatten(1).long()].view(3, 4, BLOCK)
-    expected = (values * weight.scales[..., None]).flatten(1)
-    exact = torch.allclose(dequantize(weight, torch.float32), expected, rtol=1e-6, atol=1e-6)
-    return exact and torch.allclose(matvec(x, weight), x @ expected.T, rtol=1e-4, atol=1e-4)
+    scales, table = torch.rand(3, 4, generator=generator), torch.randn(16, generator=generator)
+    weight = Tiles(pack(codes, scales, None, 64), table, (3, 256), 64, torch.float32, high_first=True)
+    values = table[torch.stack((codes >> 4, codes & 15), 2).flatten(1).long()].view(3, 4, 64)
+    expected = (values * scales[..., None]).flatten(1)
+    x = torch.randn(1, 256, generator=generator)
+    exact = torch.allclose(dequantize(weight, torch.float32), expected.T, rtol=1e-6, atol=1e-6)
+    return exact and torch.allclose(product(x, weight), x @ expected.T, rtol=1e-4, atol=1e-4)

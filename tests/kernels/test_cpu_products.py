@@ -1,76 +1,134 @@
-"""The compiled products with four-bit weights against the formula in fp64; and doing without a compiler."""
+"""The compiled products against their formulas in fp64, by each instruction set; and doing without a compiler."""
 
+import ctypes
+import functools
 import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from minivlm_kernels import cpu_products
-from minivlm_kernels.cpu_products import Packed, dequantize, matvec
+from minivlm_kernels.cpu_products import Tiles, dequantize, pack, product, unpack
 from torch import Tensor
 
 needs_compiler = pytest.mark.skipif(not cpu_products.available(), reason="no GCC, or no AVX: products stay with torch")
+FP32 = torch.finfo(torch.float32).eps
 
 
-def weight(rows: int, columns: int, nested: bool) -> Packed:
+@functools.cache
+def compiled(*options: str) -> ctypes.CDLL | None:
+    """The library, built once with these options too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_products, "OPTIONS", (*cpu_products.OPTIONS, *options))
+        return cpu_products.library.__wrapped__()
+
+
+@pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
+def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library as it is here, and as a processor without AVX-512 would have it."""
+    monkeypatch.setattr(cpu_products, "library", lambda: compiled(*request.param))
+
+
+# Outputs, inputs, what scales are held as, zero points, inputs of a scale. Outputs that fill no tile; inputs that fill
+# no group, an odd number of them; scales of 256 blocks that begin in the middle of a row.
+CASES = [
+    *[(3, 64, torch.float32, False, 64), (33, 384, torch.uint8, False, 64), (17, 1152, torch.uint8, False, 64)],
+    *[(50, 2048, torch.uint8, False, 64), (300, 4096, torch.uint8, False, 64), (16, 128, torch.float32, False, 64)],
+    *[(5, 37, torch.float32, True, 32), (33, 100, torch.bfloat16, True, 128), (64, 256, torch.float16, True, 64)],
+    *[(1, 1, torch.float16, True, 32), (40, 4304, torch.bfloat16, True, 128)],
+]
+
+
+def weight(rows: int, columns: int, held: torch.dtype, zero_points: bool, group: int) -> tuple[Tiles, Tensor]:
+    """A random weight, and its values (N, K) in fp64, worked out one scale at a time."""
     torch.manual_seed(rows + columns)
-    blocks = rows * columns // 64
-    codes = torch.randint(256, (rows * columns // 2,), dtype=torch.uint8)
-    if not nested:
-        return Packed(codes, torch.rand(blocks) + 0.5, torch.randn(16), (rows, columns))
-    inner = (torch.randn(256), torch.rand(math.ceil(blocks / 256)), 0.25)
-    return Packed(codes, torch.randint(256, (blocks,), dtype=torch.uint8), torch.randn(16), (rows, columns), inner)
-
-
-def values(packed: Packed) -> Tensor:
-    """The weight (N, K) by its definition, in fp64."""
-    codes = packed.qweight.long()
-    scales = packed.scales.double()
-    if packed.nested is not None:
-        table, absmax, offset = packed.nested
-        scales = table.double()[packed.scales.long()] * absmax.double()[torch.arange(len(scales)) // 256] + offset
-    codes = torch.stack((codes >> 4, codes & 15), 1).view(-1, 64)
-    return (packed.table.double()[codes] * scales[:, None]).view(packed.shape)
-
-
-CASES = [(3, 128, False), (33, 384, True), (5, 256, False), (17, 640, True), (1, 1152, True), (300, 4096, True)]
-
-
-@needs_compiler
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_products(case: tuple[int, int, bool]) -> None:
-    """fp32 sums of K products: an error of a few eps of the sum of their sizes; 16 are allowed for any K here."""
-    packed = weight(*case)
-    assert packed.suits
-    x, exact = torch.randn(3, packed.shape[1]), values(packed)
-    error = (matvec(x, packed).double() - x.double() @ exact.T).abs()
-    shifted = values(packed).abs().max() * x.abs().sum(1, keepdim=True).double()
-    assert (error <= 16 * torch.finfo(torch.float32).eps * shifted).all()
+    groups = -(-columns // group)
+    codes = torch.randint(16, (rows, columns + columns % 2))
+    codes[:, columns:] = 0
+    halves = (codes[:, 1::2], codes[:, ::2]) if zero_points else (codes[:, ::2], codes[:, 1::2])
+    qweight = (halves[0] * 16 + halves[1]).to(torch.uint8)
+    zeros = torch.randint(17, (rows, groups), dtype=torch.uint8) if zero_points else None
+    table = torch.arange(16.0) if zero_points else torch.randn(16)
+    nested = None
+    if held == torch.uint8:
+        scales = torch.randint(256, (rows, groups), dtype=torch.uint8)
+        nested = (torch.randn(256), torch.rand(math.ceil(rows * groups / 256)), 0.25)
+        number = torch.arange(rows * groups).view(rows, groups)
+        values = nested[0][scales.long()].double() * nested[1][number // 256].double() + nested[2]
+    else:
+        scales = ((torch.rand(rows, groups) + 0.5) * 10.0 ** -torch.randint(1, 6, (rows, groups))).to(held)
+        values = scales.double()
+    each = torch.arange(columns) // group
+    exact = table.double()[codes[:, :columns]] - (0 if zeros is None else zeros.double()[:, each])
+    stream = pack(qweight, scales, zeros, group)
+    back = unpack(stream, (rows, columns), group, held, zero_points)
+    assert torch.equal(back[0], qweight)
+    assert torch.equal(back[1], scales)
+    assert back[2] is zeros is None or torch.equal(back[2], zeros)
+    tiles = Tiles(stream, None if zero_points else table, (rows, columns), group, held, not zero_points, nested)
+    return tiles, exact * values[:, each]
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values(case: tuple[int, int, bool]) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+def test_products(case: tuple, rows: int, library: None) -> None:
+    """fp32 sums of K products: an error of a few eps of the sum of their sizes. A code and its zero are added apart."""
+    packed, exact = weight(*case)
+    x = torch.randn(rows, packed.shape[1])
+    error = (product(x, packed).double() - x.double() @ exact.T).abs()
+    assert (error <= 16 * FP32 * exact.abs().max() * x.abs().sum(1, keepdim=True)).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case: tuple, library: None) -> None:
     """fp32: a rounding of the scale, one of the product. bf16: that, rounded once more."""
-    packed = weight(*case)
-    exact = values(packed)
-    for start, stop in ((0, packed.shape[0]), (packed.shape[0] // 2, packed.shape[0])):
-        found = dequantize(packed, torch.float32, start, stop)
+    packed, exact = weight(*case)
+    for start, stop in ((0, packed.shape[0]), (packed.shape[0] // 32 * 16, packed.shape[0])):
+        found = dequantize(packed, torch.float32, start, stop).T
         torch.testing.assert_close(found.double(), exact[start:stop], rtol=1e-6, atol=1e-6)
-        assert torch.equal(dequantize(packed, torch.bfloat16, start, stop), found.bfloat16())
+        assert torch.equal(dequantize(packed, torch.bfloat16, start, stop).T, found.bfloat16())
 
 
-def test_what_does_not_suit() -> None:
-    good = weight(4, 256, False)
-    assert good.suits
-    for shape in ((4, 192), (0, 256), (1, 2**20)):
-        assert not Packed(good.qweight, good.scales, good.table, shape).suits
-    assert not Packed(good.qweight, good.scales.half(), good.table, good.shape).suits
-    assert not Packed(good.qweight.repeat(2)[::2], good.scales, good.table, good.shape).suits
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_of_a_dense_weight(dtype: torch.dtype, rows: int, bias: bool, library: None) -> None:
+    """fp32: sums of 640 products in another order. bf16: the same, rounded once."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(333, 640).to(dtype), torch.randn(rows, 1, 640).to(dtype)
+    extra = torch.randn(333).to(dtype) if bias else None
+    expected = x.double() @ weight.double().T + (0 if extra is None else extra.double())
+    with torch.no_grad():
+        assert cpu_products.suits_dense(x, weight)
+        found = cpu_products.dense_row(x, weight, extra)
+    assert found.dtype == dtype
+    assert found.shape == (rows, 1, 333)
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=16 * FP32 * 640**0.5)
+
+
+@needs_compiler
+def test_what_is_left_to_torch() -> None:
+    weight, x = torch.randn(512, 512), torch.randn(1, 512)
+    with torch.no_grad():
+        assert cpu_products.suits_dense(x, weight)
+        assert not cpu_products.suits_dense(torch.randn(9, 512), weight)
+        assert not cpu_products.suits_dense(torch.randn(0, 512), weight)
+        assert not cpu_products.suits_dense(x, weight[:64])  # too small to be worth it
+        assert not cpu_products.suits_dense(x.half(), weight.half())
+        assert not cpu_products.suits_dense(x.bfloat16(), weight)
+        assert not cpu_products.suits_dense(x, torch.randn(512, 1024)[:, ::2])
+    assert not cpu_products.suits_dense(x, weight)  # gradients may be wanted
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "an error in the source"])
-def test_without_a_compiler_there_is_no_library(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_without_a_compiler_there_is_no_library(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if broken == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
@@ -82,37 +140,21 @@ def test_without_a_compiler_there_is_no_library(broken: str, monkeypatch: pytest
 
 
 @needs_compiler
-def test_a_library_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "PLACES", tuple(range(8)))
+def test_a_library_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpu_products.c").write_text(cpu_products.SOURCE.read_text().replace("4 * s)", "4 * (7 - s))"))
+    monkeypatch.setattr(cpu_products, "SOURCE", tmp_path / "cpu_products.c")
+    broken = cpu_products.library.__wrapped__()
+    monkeypatch.setattr(cpu_products, "library", lambda: broken)
     assert not cpu_products.available.__wrapped__()
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [False, True])
-def test_one_row_of_a_dense_weight(dtype: torch.dtype, bias: bool) -> None:
-    """fp32: sums of 640 products in another order. bf16: the same, rounded once."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(333, 640).to(dtype), torch.randn(1, 1, 640).to(dtype)
-    extra = torch.randn(333).to(dtype) if bias else None
-    expected = x.double() @ weight.double().T + (0 if extra is None else extra.double())
-    with torch.no_grad():
-        assert cpu_products.suits_dense(x, weight)
-        found = cpu_products.dense_row(x, weight, extra)
-    assert found.dtype == dtype
-    assert found.shape == (1, 1, 333)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), expected, rtol=eps, atol=16 * torch.finfo(torch.float32).eps * 640**0.5)
+def test_several_processes_compile_at_once() -> None:
+    command = [sys.executable, "-c", "from minivlm_kernels import cpu_products; assert cpu_products.available()"]
+    environment = {"PYTHONPATH": str(Path(cpu_products.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
+    def run(_: int) -> int:
+        return subprocess.run(command, env={"PATH": "/usr/bin:/bin", **environment}, timeout=120).returncode
 
-@needs_compiler
-def test_what_is_left_to_torch() -> None:
-    weight, x = torch.randn(512, 512), torch.randn(1, 512)
-    with torch.no_grad():
-        assert cpu_products.suits_dense(x, weight)
-        assert not cpu_products.suits_dense(torch.randn(2, 512), weight)
-        assert not cpu_products.suits_dense(x, weight[:64])  # too small to be worth it
-        assert not cpu_products.suits_dense(x.half(), weight.half())
-        assert not cpu_products.suits_dense(x.bfloat16(), weight)
-        assert not cpu_products.suits_dense(x, torch.randn(512, 1024)[:, ::2])
-    assert not cpu_products.suits_dense(x, weight)  # gradients may be wanted
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [0, 0, 0]
