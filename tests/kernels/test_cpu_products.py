@@ -16,6 +16,7 @@ from minivlm_kernels.cpu_products import Tiles, dequantize, pack, product, unpac
 from torch import Tensor
 
 needs_compiler = pytest.mark.skipif(not cpu_products.available(), reason="no GCC, or no AVX: products stay with torch")
+BUILD = cpu_products.library.__wrapped__
 FP32 = torch.finfo(torch.float32).eps
 
 
@@ -24,7 +25,7 @@ def compiled(*options: str) -> ctypes.CDLL | None:
     """The library, built once with these options too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_products, "OPTIONS", (*cpu_products.OPTIONS, *options))
-        return cpu_products.library.__wrapped__()
+        return BUILD()
 
 
 @pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
