@@ -16,7 +16,10 @@ compiled code does not agree with the formula on a small weight.
 
 import ctypes
 import functools
+import hashlib
 import mmap
+import os
+import platform
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -191,19 +194,31 @@ def _call(name: str, *arguments: object) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled C, once a process, in less than a second; None where there is none that can be trusted."""
+    """The compiled C; None where there is none that can be trusted."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
-    with tempfile.TemporaryDirectory() as folder:  # once loaded, the file is not needed
-        compiled, path = f"{folder}/cpu_products.o", f"{folder}/cpu_products.so"
-        # The threads of torch's own OpenMP: those of another would wait, spinning, on the same cores.
-        threads = [str(found) for found in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
-        try:
-            for command in (["-c", str(SOURCE), *OPTIONS, "-o", compiled], ["-shared", compiled, *threads, "-o", path]):
-                subprocess.run(["gcc", *command], check=True, capture_output=True, timeout=60)
-            return ctypes.CDLL(path)
-        except (OSError, subprocess.SubprocessError):
-            return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled() -> Path:
+    """The library, compiled in about a second, kept for this user, source and processor."""
+    # The threads of torch's own OpenMP: those of another would wait, spinning, on the same cores.
+    threads = [str(found) for found in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
+    information = Path("/proc/cpuinfo")
+    processor = information.read_text().split("\n\n")[0] if information.exists() else platform.processor()
+    about = [SOURCE.read_text(), OPTIONS, threads, [line for line in processor.split("\n") if "MHz" not in line]]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivlm"
+    path = folder / f"cpu_products-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as room:  # several processes may be here at once
+            for command in (["-c", SOURCE, *OPTIONS, "-o", f"{room}/a.o"], ["-shared", f"{room}/a.o", *threads]):
+                subprocess.run(["gcc", *command], check=True, capture_output=True, timeout=60, cwd=room)
+            os.replace(f"{room}/a.out", path)
+    return path
 
 
 @functools.cache

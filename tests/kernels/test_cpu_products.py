@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -128,10 +129,13 @@ def test_what_is_left_to_torch() -> None:
     assert not cpu_products.suits_dense(x, weight)  # gradients may be wanted
 
 
-@pytest.mark.parametrize("broken", ["no compiler", "an error in the source"])
+@pytest.mark.parametrize("broken", ["no compiler", "an error in the source", "nowhere to keep it"])
 def test_without_a_compiler_there_is_no_library(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if broken == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
+    elif broken == "nowhere to keep it":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     else:
         (tmp_path / "cpu_products.c").write_text("not C")
         monkeypatch.setattr(cpu_products, "SOURCE", tmp_path / "cpu_products.c")
@@ -144,18 +148,21 @@ def test_without_a_compiler_there_is_no_library(broken: str, monkeypatch: pytest
 def test_a_library_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cpu_products.c").write_text(cpu_products.SOURCE.read_text().replace("4 * s)", "4 * (7 - s))"))
     monkeypatch.setattr(cpu_products, "SOURCE", tmp_path / "cpu_products.c")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     broken = cpu_products.library.__wrapped__()
     monkeypatch.setattr(cpu_products, "library", lambda: broken)
     assert not cpu_products.available.__wrapped__()
 
 
 @needs_compiler
-def test_several_processes_compile_at_once() -> None:
-    command = [sys.executable, "-c", "from minivlm_kernels import cpu_products; assert cpu_products.available()"]
-    environment = {"PYTHONPATH": str(Path(cpu_products.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+def test_several_processes_compile_at_once_and_the_next_one_does_not(tmp_path: Path) -> None:
+    code = "from minivlm_kernels import cpu_products; assert cpu_products.available()"
+    environment = {"PYTHONPATH": str(Path(cpu_products.__file__).parents[1]), "XDG_CACHE_HOME": str(tmp_path)}
 
-    def run(_: int) -> int:
-        return subprocess.run(command, env={"PATH": "/usr/bin:/bin", **environment}, timeout=120).returncode
+    def run(path: str) -> int:
+        return subprocess.run([sys.executable, "-c", code], env={**environment, "PATH": path}, timeout=200).returncode
 
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(run, range(3))) == [0, 0, 0]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, [os.environ["PATH"]] * 2)) == [0, 0]
+    assert len(list((tmp_path / "minivlm").iterdir())) == 1
+    assert run("") == 0  # no compiler is found, and none is needed
