@@ -83,13 +83,13 @@ typedef struct {
 
 typedef struct {
     const uint8_t *scales, *zeros, *codes;
-    int64_t first; // number of its first scale in the order of the format
+    int64_t number, first; // its first scale's number in the order of the format
 } Tile;
 
 static inline Tile tile_at(const Weight *w, int64_t number) {
     const int64_t count = 16 * w->columns / w->group, each = w->kind == FLOAT32 ? 4 : w->kind == NESTED ? 1 : 2;
     const uint8_t *scales = w->stream + number * (count * (each + w->zeros) + 8 * w->columns);
-    return (Tile){scales, scales + count * each, scales + count * (each + w->zeros), number * count};
+    return (Tile){scales, scales + count * each, scales + count * (each + w->zeros), number, number * count};
 }
 
 // The two factors of a group's nested scales, from lane `at` on. One by one: a gather is slower on many processors.
@@ -138,32 +138,42 @@ INLINE floats look_up(const floats *table, words codes) {
 #endif
 }
 
+// Tiles at once: two keep more reads under way, and share what is read of x; AVX2 has no registers for their sums.
+enum { TILES = LANES / 8 };
+
 // Outputs from lane `at` on. One lane is one output: no sum over lanes is needed, and x is the same for all of them.
-INLINE void tile_product(const Weight *w, const Tile *tile, int at, const float *x, const float *sums, float *y,
+INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float *x, const float *sums, float *y,
                          const int rows) {
-    const int ways = rows < 4 ? 4 / rows : 1; // sums that do not wait for each other
+    const int count = TILES * rows, ways = count < 4 ? 4 / count : 1; // sums that do not wait for each other
     const int64_t groups = w->columns / w->group;
-    floats table[PARTS], total[rows], part[rows * ways];
+    floats table[PARTS], total[count], part[count * ways];
+    float absmax[TILES][LANES];
     for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
-    for (int i = 0; i < rows; i++) total[i] = (floats){0};
-    float absmax[LANES];
+    for (int i = 0; i < count; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
-        const floats scales = scales_of(w, tile, g, at, absmax), shifts = shifts_of(w, tile, g, at);
-        for (int i = 0; i < rows * ways; i++) part[i] = (floats){0};
+        for (int i = 0; i < count * ways; i++) part[i] = (floats){0};
         for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
-            const words eight = *(const words *)(tile->codes + 8 * k + 4 * at); // codes of each output
+            words eight[TILES]; // codes of each output
+            for (int t = 0; t < TILES; t++) eight[t] = *(const words *)(tiles[t].codes + 8 * k + 4 * at);
 #pragma GCC unroll 8
-            for (int s = 0; s < 8; s++) {
-                const floats values = look_up(table, eight >> 4 * s);
-                for (int i = 0; i < rows; i++) part[i * ways + s % ways] += values * x[i * w->columns + k + s];
+            for (int s = 0; s < 8; s++)
+                for (int t = 0; t < TILES; t++) {
+                    const floats values = look_up(table, eight[t] >> 4 * s);
+                    for (int i = 0; i < rows; i++)
+                        part[(t * rows + i) * ways + s % ways] += values * x[i * w->columns + k + s];
+                }
+        }
+        for (int t = 0; t < TILES; t++) {
+            const floats scales = scales_of(w, tiles + t, g, at, absmax[t]), shifts = shifts_of(w, tiles + t, g, at);
+            for (int i = 0; i < rows; i++) {
+                floats *sum = part + (t * rows + i) * ways;
+                for (int j = 1; j < ways; j++) sum[0] += sum[j];
+                total[t * rows + i] += (sum[0] + shifts * sums[i * groups + g]) * scales;
             }
         }
-        for (int i = 0; i < rows; i++) {
-            for (int j = 1; j < ways; j++) part[i * ways] += part[i * ways + j];
-            total[i] += (part[i * ways] + shifts * sums[i * groups + g]) * scales;
-        }
     }
-    for (int i = 0; i < rows; i++) *(floats *)(y + i * 16 * w->tiles + at) = total[i];
+    for (int t = 0; t < TILES; t++)
+        for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16 + at) = total[t * rows + i];
 }
 
 // x: (rows, inputs).  y: (rows, 16 * tiles)
@@ -177,12 +187,11 @@ void product(const Weight *w, const float *x, float *y, int64_t rows, int64_t in
         for (int64_t k = 0; w->zeros && k < w->group; k++) sums[i] += ordered[i * w->group + k];
     }
 #pragma omp parallel for schedule(static) num_threads(w->threads)
-    for (int64_t number = 0; number < w->tiles; number++) {
-        const Tile tile = tile_at(w, number);
-        float *to = y + 16 * number;
+    for (int64_t number = 0; number < w->tiles; number += TILES) {
+        const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
         for (int at = 0; at < 16; at += LANES)
-            FOR_ROWS(rows, tile_product(w, &tile, at, ordered + FROM * columns, sums + FROM * groups,
-                                        to + FROM * 16 * w->tiles, ROWS))
+            FOR_ROWS(rows, tile_product(w, tiles, at, ordered + FROM * columns, sums + FROM * groups,
+                                        y + FROM * 16 * w->tiles, ROWS))
     }
     free(ordered);
 }
