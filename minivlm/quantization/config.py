@@ -84,7 +84,7 @@ class BitsAndBytesConfig:
 
 @dataclass(frozen=True)
 class Int4Config:
-    """Affine int4 in groups of 32, 64 or 128 inputs (`affine.py`): on a CPU the fastest of the formats.
+    """Affine int4 in groups of 32, 64 or 128 inputs (`affine.py`).
 
     skip_modules: as `llm_int8_skip_modules` above.
     """
