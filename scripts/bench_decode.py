@@ -25,7 +25,7 @@ import bench_generate as bench
 import torch
 import torch.nn.functional as F
 from bench_generate import SIDES
-from minivlm_kernels import cpu_products
+from minivlm_kernels import cpu_dense
 from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minivlm import Chat, GenerationConfig
 from minivlm.hub import BUILT_IN
 
-DENSE_ROWS = cpu_products.dense_rows
+DENSE_ROWS = cpu_dense.dense_rows
 THIN = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 32, "num_attention_heads": 8}
 CONTEXTS = (16, 512, 4096)
 
@@ -186,7 +186,7 @@ def chat(dtype: str, rounds: int, scratch: str) -> None:
 def decode_profile(dtype: str, _: int, scratch: str) -> None:
     folder = write(bench.idefics2_config(), f"{scratch}/middle")
     model = bench.load("minivlm", folder, dtype)
-    cpu_products.dense_rows = Profiled.dense_rows
+    cpu_dense.dense_rows = Profiled.dense_rows
     for context in (97, 2900):
         clock = Profiled()
         bench.generate(model, bench.random_ids(context), 18, streamer=clock)
@@ -205,7 +205,7 @@ class Profiled:
 
     @staticmethod
     def dense_rows(*arguments: Any) -> torch.Tensor:
-        """`cpu_products.dense_rows`, which the profiler would not see."""
+        """`cpu_dense.dense_rows`, which the profiler would not see."""
         with record_function("dense_rows"):
             return DENSE_ROWS(*arguments)
 

@@ -1,4 +1,4 @@
-"""Ways to multiply one vector with a four- or eight-bit weight on a CPU, beside bf16: see `quantization/cpu.py`.
+"""Ways to multiply one vector with a four- or eight-bit weight on a CPU, beside bf16: see `quantization/products.py`.
 
     python scripts/bench_int4_cpu.py [--shapes 4096x4096 14336x4096] [--rows 1 4 16 64] [--threads 2] [--rounds 20]
 
@@ -7,15 +7,17 @@ counts. Results are compared with fp32 first. ratio: bfloat16 F.linear / this.
 """
 
 import argparse
-import copy
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from minivlm.quantization.formats import Affine, Codebook, Int8
+from minivlm.quantization.affine import Affine, unpack
+from minivlm.quantization.codebook import Codebook
+from minivlm.quantization.int8 import Int8
 from minivlm.quantization.linear import QuantizedLinear
 
 SHAPES = ["4096x4096", "1024x4096", "14336x4096", "4096x14336", "32003x4096"]
@@ -26,7 +28,7 @@ FORMATS = {
     "nf4": Codebook("nf4"),
     "nf4, doubly quantised": Codebook("nf4", nested=True),
 }
-COPIES = 64 * 2**20  # bytes of copies of one weight, so that none is found in the cache
+COPIES = 128 * 2**20  # bytes of copies of one weight, so that none is found in the cache
 
 
 def ways(weight: torch.Tensor, x: torch.Tensor) -> dict[str, list[Callable[[], torch.Tensor]]]:
@@ -42,16 +44,30 @@ def ways(weight: torch.Tensor, x: torch.Tensor) -> dict[str, list[Callable[[], t
         name = f"{str(dtype).removeprefix('torch.')} F.linear"
         found[name] = [lambda w=w: F.linear(x.to(w.dtype), w) for w in plain]
     for name, form in FORMATS.items():
-        layer = QuantizedLinear(columns, rows, None, form)
-        layer.quantize_(weight)
-        layers = [copy.deepcopy(layer) for _ in copies(form.nbytes((rows, columns)))]
+        tensors = form.quantize(weight)
+        layers = [QuantizedLinear(columns, rows, None, form) for _ in copies(form.nbytes((rows, columns)))]
+        for layer in layers:
+            layer.restore({leaf: value.clone() for leaf, value in tensors.items()}, torch.bfloat16)
         expected = x.float() @ layers[0].dequantize(torch.float32).T
         assert (layers[0](x) - expected).abs().max() <= 0.02 * expected.abs().max(), name
         found[name] = [lambda layer=layer: layer(x) for layer in layers]
         found[f"{name}: dequantised whole"] = [
             lambda layer=layer: F.linear(x, layer.dequantize(torch.bfloat16)) for layer in layers
         ]
+        if isinstance(form, Affine):
+            found[f"{name}: torch's operator"] = operators(form, tensors, x, len(layers))
     return found
+
+
+def operators(form: Affine, tensors: dict[str, torch.Tensor], x: torch.Tensor, count: int) -> list[Callable[[], Any]]:
+    """`_weight_int4pack_mm_for_cpu`, which wants outputs by 64: those beyond are left out."""
+    columns, whole = x.shape[1], len(tensors["qweight"]) // 64 * 64
+    codes, scales = unpack(tensors["qweight"][:whole], columns).int(), tensors["scales"][:whole].float()
+    shifts = (8 - tensors["zeros"][:whole].float()) * scales
+    steps = torch.stack([scales, shifts], dim=2).transpose(0, 1).bfloat16().contiguous()  # (G, N, 2)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return [lambda p=part: product(x, p, form.group_size, steps) for part in [packed.clone() for _ in range(count)]]
 
 
 @torch.no_grad()

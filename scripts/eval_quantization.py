@@ -14,8 +14,9 @@ import argparse
 from typing import Any
 
 import torch
-from eval_shapes import NAMES, Question, answers
+from eval_shapes import NAMES, Question, answers, question_inputs
 from shapes import TYPES, conversation, draw, held_out, make_scene
+from shapes_prompts import END, chat_prompt
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Int4Config, hub
 from minivlm.quantization import apply
@@ -43,20 +44,26 @@ def distributions(model: Any, processor: Any, questions: list[Question], batch: 
     found = []
     for start in range(0, len(questions), batch):
         part = questions[start : start + batch]
-        pictures = [[draw(make_scene(seed))] for seed, *_ in part]
-
-        def inputs(texts: list[str], pictures: list = pictures) -> Any:
-            return processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-
-        asked = [conversation([(text, None)]) for _, _, text, _ in part]
-        prompts = inputs([processor.apply_chat_template(one, add_generation_prompt=True) for one in asked])
-        told = [conversation([(text, answer)]) for _, _, text, answer in part]
-        whole = inputs([processor.apply_chat_template(one) for one in told])
+        prompts, whole = question_inputs(processor, part), answered_inputs(processor, part)
         lengths = whole["attention_mask"].sum(1) - prompts["attention_mask"].sum(1)
         logits = model(**whole).logits.float()
         for row, length in enumerate(lengths.tolist()):  # padding is on the left
             found.append(logits[row, -length - 1 : -1].log_softmax(-1))
     return torch.cat(found)
+
+
+def answered_inputs(processor: Any, questions: list[Question]) -> Any:
+    """As `question_inputs`, each with its right answer behind it."""
+    pictures = [draw(make_scene(seed)) for seed, *_ in questions]
+    if type(processor).__name__ == "IdeficsProcessor":
+        prompts = [
+            [*prompt[:-1], f"{prompt[-1]} {answer}{END}"]
+            for (_, _, text, answer), picture in zip(questions, pictures, strict=True)
+            for prompt in (chat_prompt(picture, text),)
+        ]
+        return processor(text=prompts, padding=True, return_tensors="pt")
+    texts = [processor.apply_chat_template(conversation([(text, answer)])) for _, _, text, answer in questions]
+    return processor(text=texts, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
 
 
 def accuracy(questions: list[Question], replies: list[str]) -> dict[str, float]:

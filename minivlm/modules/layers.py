@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from minivlm_kernels import cpu_products
+from minivlm_kernels import cpu_dense
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,8 +29,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in_features) → (…, out_features), same dtype."""
-        if cpu_products.suits_dense(x, self.weight):
-            return cpu_products.dense_rows(x, self.weight, self.bias)
+        if cpu_dense.suits_dense(x, self.weight):
+            return cpu_dense.dense_rows(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -44,8 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C) → (..., C), same dtype."""
-        if cpu_products.suits(x, self.weight):
-            return cpu_products.rms_norm(x, self.weight, self.eps)
+        if cpu_dense.suits(x, self.weight):
+            return cpu_dense.rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # The order of the reference: in bf16, w·bf16(x̂) is not bf16(w·x̂).

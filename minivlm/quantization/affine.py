@@ -16,55 +16,81 @@ s / 2. Memory at group_size 128 with 16-bit scales: 4 + (16 + 8) / 128 = 4.19 bi
 AWQ and GPTQ files hold numbers of this very form, in another packing (`foreign.py`).
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minivlm.quantization.formats import Shape, Tensors, check, check_real, chunk, nearest
+
 GROUP_SIZES = (32, 64, 128)
-CHUNK = {"cpu": 30 * 2**10}  # elements at once, as in `codebook.py`
 
 
-def quantize(weight: Tensor, group_size: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight (N, K) → qweight (N, ⌈K/2⌉) uint8, scales (N, G) of the weight's dtype, zeros (N, G) uint8.
+@dataclass(frozen=True)
+class Affine:
+    """int4 in groups, written as it is held. Tensors: qweight (N, ⌈K/2⌉), scales (N, G), zeros (N, G)."""
 
-    dtype: that the weight is rounded to before, some rows at a time: a copy of all of it never exists.
+    group_size: int = 128
 
-    Raises ValueError for weights that are not finite.
-    """
-    rows, columns = weight.shape
-    bytes_, groups = -(-columns // 2), -(-columns // group_size)
-    qweight = weight.new_empty(rows, bytes_, dtype=torch.uint8)
-    scales, zeros = weight.new_empty(rows, groups, dtype=dtype), qweight.new_empty(rows, groups)
-    step = max(1, CHUNK.get(weight.device.type, 2**24) // columns)
-    for start in range(0, rows, step):
-        some = slice(start, start + step)
-        qweight[some], scales[some], zeros[some] = _quantize(weight[some].detach().to(scales.dtype), group_size)
-    if not scales.isfinite().all():
-        raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
-    return qweight, scales, zeros
+    marker = "qweight"
 
+    def __str__(self) -> str:
+        return f"int4 in groups of {self.group_size}"
 
-def _quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    columns = weight.shape[1]
-    filled = F.pad(weight.float(), (0, -columns % group_size))
-    groups = filled.unflatten(1, (-1, group_size))  # (n, G, g)
-    low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
-    scales = _round_up((high - low) / 15, weight.dtype)  # (n, G)
-    steps = scales.float()
-    zeros = nearest(-low / steps)
-    codes = nearest(groups / steps[..., None]).add_(zeros[..., None]).clamp_(0, 15).to(torch.uint8)
-    return pack(codes.flatten(1)[:, :columns]), scales, zeros.to(torch.uint8)
+    def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensors:
+        rows, columns = weight.shape
+        groups = -(-columns // self.group_size)
+        qweight = weight.new_empty(rows, -(-columns // 2), dtype=torch.uint8)
+        scales, zeros = weight.new_empty(rows, groups, dtype=dtype), qweight.new_empty(rows, groups)
+        step = max(1, chunk(weight) // columns)
+        for start in range(0, rows, step):
+            some = slice(start, start + step)
+            qweight[some], scales[some], zeros[some] = self._quantize(weight[some].detach().to(scales.dtype))
+        if not scales.isfinite().all():
+            raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
+        return {"qweight": qweight, "scales": scales, "zeros": zeros}
 
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups = self._groups(weight.float())
+        low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+        info = torch.finfo(weight.dtype)  # scales are rounded up; and not to zero, for the sake of groups of zeros
+        scales = ((high - low) / 15 * (1 + info.eps)).clamp(min=info.tiny).to(weight.dtype)  # (n, G)
+        steps = scales.float()
+        zeros = nearest(-low / steps)
+        codes = nearest(groups / steps[..., None]).add_(zeros[..., None]).clamp_(0, 15).to(torch.uint8)
+        return pack(codes.flatten(1)[:, : weight.shape[1]]), scales, zeros.to(torch.uint8)
 
-def nearest(x: Tensor) -> Tensor:
-    """`torch.round` of fp32 numbers below 2²², which starts a second thread for as little as 2,048 of them."""
-    return (x + 1.5 * 2**23) - 1.5 * 2**23
+    def _groups(self, values: Tensor) -> Tensor:
+        """(n, K) → (n, G, group_size), filled up with zeros."""
+        return F.pad(values, (0, -values.shape[1] % self.group_size)).unflatten(1, (-1, self.group_size))
 
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=tensors["qweight"].device)
+        step = max(1, chunk(out) // shape[1])
+        for start in range(0, shape[0], step):
+            qweight, scales, zeros = (tensors[name][start : start + step] for name in ("qweight", "scales", "zeros"))
+            groups = self._groups(unpack(qweight, shape[1]).float())
+            values = (groups - zeros[..., None]) * scales[..., None].float()  # (n, G, g)
+            out[start : start + step] = values.flatten(1)[:, : shape[1]]
+        return out
 
-def _round_up(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 → dtype, not below; and not zero, for the sake of groups of zeros."""
-    info = torch.finfo(dtype)
-    return (scales * (1 + info.eps)).clamp(min=info.tiny).to(dtype)
+    def nbytes(self, shape: Shape) -> int:
+        """With scales of 16 bits, as files hold them."""
+        return shape[0] * (-(-shape[1] // 2) + 3 * -(-shape[1] // self.group_size))
+
+    def files(self, shape: Shape) -> dict[str, tuple[int, ...] | None]:
+        groups = (shape[0], -(-shape[1] // self.group_size))
+        return {"qweight": (shape[0], -(-shape[1] // 2)), "scales": groups, "zeros": groups}
+
+    def write(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensors:
+        return tensors
+
+    def read(self, found: Tensors, shape: Shape) -> Tensors:
+        for name in ("qweight", "zeros"):
+            check(name, found[name], found[name].shape, torch.uint8)
+        check_real("scales", found["scales"])
+        return {name: found[name] for name in ("qweight", "scales", "zeros")}
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -77,27 +103,3 @@ def pack(codes: Tensor) -> Tensor:
 def unpack(qweight: Tensor, columns: int) -> Tensor:
     """The way back: (N, ⌈K/2⌉) → (N, K) uint8 codes."""
     return torch.stack([qweight & 15, qweight >> 4], dim=2).flatten(1)[:, :columns]
-
-
-def byte_pairs(device: torch.device) -> Tensor:
-    """Both codes of every byte as fp32, in one 64-bit number, (256,): looking up beats taking bytes apart."""
-    code = torch.arange(16.0, device=device)
-    return torch.cartesian_prod(code, code).flip(1).contiguous().view(torch.int64).view(-1)
-
-
-def dequantize(
-    qweight: Tensor, scales: Tensor, zeros: Tensor, group_size: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """Packed codes, scales and zero points → (N, K) of a dtype."""
-    rows = len(qweight)
-    out = torch.empty(rows, columns, dtype=dtype, device=qweight.device)
-    pairs = byte_pairs(qweight.device)
-    step = max(1, CHUNK.get(qweight.device.type, 2**24) // columns)
-    for start in range(0, rows, step):
-        some = slice(start, start + step)
-        codes = pairs.index_select(0, qweight[some].flatten().int()).view(torch.float32)
-        codes = codes.view(-1, 2 * qweight.shape[1])[:, :columns]  # (n, K)
-        groups = F.pad(codes, (0, -columns % group_size)).unflatten(1, (-1, group_size))
-        values = (groups - zeros[some, :, None]) * scales[some, :, None].float()  # (n, G, g)
-        out[some] = values.flatten(1)[:, :columns]
-    return out

@@ -22,12 +22,17 @@ by bit, its CPU build where its builds differ.
 """
 
 import functools
-from collections.abc import Iterator
+import json
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minivlm.quantization.formats import Shape, Tensors, check, chunk
+
 BLOCK, NESTED_BLOCK = 64, 256
+MAX_STATE = 2**12  # bytes of JSON about a weight; bitsandbytes writes about 300
 
 # NF4: quantiles of the normal distribution, zero among them. FP4: sign, two bits of exponent, one of fraction, over 12.
 CODES = {
@@ -39,9 +44,6 @@ CODES = {
     ),
     "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
-# Elements at once. On a CPU, temporaries stay in the cache, and below 2¹⁵ elements torch starts no second thread, whose
-# waiting costs more than it helps where the machine is not idle; elsewhere, launches are to be few.
-CHUNK = {"cpu": 30 * 2**10}
 
 
 @functools.cache
@@ -58,40 +60,28 @@ def gap(kind: str) -> float:
 # ---- Weights ----
 
 
-def quantize(weight: Tensor, kind: str, block: int = BLOCK, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """A weight of any shape → packed codes (bytes,) uint8 and scales (blocks,) fp32.
-
-    dtype: that the weight is rounded to before, a piece at a time: a copy of all of it never exists.
-    Raises ValueError for weights that are not finite.
-    """
+def quantize(weight: Tensor, kind: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A weight of any shape → packed codes (bytes,) uint8 and scales (blocks,) fp32."""
     flat = weight.detach().reshape(-1)
-    count = flat.numel()
-    packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=flat.device)
-    scales = torch.empty(-(-count // block), dtype=torch.float32, device=flat.device)
-    for start, part in _chunks(flat, _chunk_size(flat, block)):
-        codes, absmax = _quantize(part.to(dtype or part.dtype).float(), kind, block)
+    packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=flat.device)
+    scales = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
+    size = chunk(flat)
+    for start in range(0, len(flat), size):
+        part = flat[start : start + size]
+        codes, absmax = _quantize(part.to(dtype or part.dtype).float(), kind)
         packed[start // 2 : (start + len(part) + 1) // 2] = pack(codes)
-        scales[start // block : start // block + len(absmax)] = absmax
+        scales[start // BLOCK : start // BLOCK + len(absmax)] = absmax
     return packed, scales
 
 
-def _chunk_size(tensor: Tensor, block: int) -> int:
-    return CHUNK.get(tensor.device.type, 2**24) // block * block
-
-
-def _chunks(flat: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(flat), size):
-        yield start, flat[start : start + size]
-
-
-def _quantize(flat: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
+def _quantize(flat: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """fp32 (n,) → codes (n,) uint8 (one more, that of zero, where n is odd), scales (blocks,).
 
     As in bitsandbytes a whole block is multiplied by 1 / absmax, and what is left at the end is divided by absmax, and
     its scale is not below 1e-38; the two roundings differ.
     """
-    whole = len(flat) // block * block
-    blocks, rest = flat[:whole].view(-1, block), flat[whole:]
+    whole = len(flat) // BLOCK * BLOCK
+    blocks, rest = flat[:whole].view(-1, BLOCK), flat[whole:]
     absmax = blocks.abs().amax(dim=1)
     if not (absmax.isfinite().all() and rest.isfinite().all()):
         raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
@@ -147,27 +137,19 @@ def unpack(packed: Tensor, count: int) -> Tensor:
     return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:count]
 
 
-def dequantize(
-    packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype, block: int = BLOCK
-) -> Tensor:
+def dequantize(packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Packed codes and fp32 scales → the weight in its shape and a dtype. code: the sixteen values, fp32."""
     count = int(torch.Size(shape).numel())
     # The two values of every byte, as one 64-bit number: looking up single numbers is three times as fast as rows.
     pairs = torch.cartesian_prod(code, code).view(torch.int64).view(-1)
     out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
-    size = 4 * _chunk_size(packed, block)  # enough for threads to share: a product waits for it
-    for start, part in _chunks(packed, size // 2):
+    size = 2 * chunk(packed)  # bytes: enough for threads to share, a product waits for it
+    for start in range(0, len(packed), size):
+        part = packed[start : start + size]
         values = pairs.index_select(0, part.int()).view(torch.float32)
-        scales = absmax[2 * start // block : -(-2 * (start + len(part)) // block)]
-        out[2 * start : 2 * (start + len(part))] = _scaled(values, scales, block)
+        scales = absmax[2 * start // BLOCK : -(-2 * (start + len(part)) // BLOCK)]
+        out[2 * start : 2 * (start + len(part))] = values * scales.repeat_interleave(BLOCK)[: len(values)]
     return out[:count].view(shape)
-
-
-def _scaled(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    whole = len(values) // block * block
-    if whole == len(values):
-        return (values.view(-1, block) * scales[:, None]).view(-1)
-    return values * scales.repeat_interleave(block)[: len(values)]
 
 
 # ---- Double quantisation of the scales ----
@@ -214,3 +196,100 @@ def dequantize_scales(codes: Tensor, nested_map: Tensor, nested_absmax: Tensor, 
     """The way back, (n,) fp32."""
     values = nested_map.index_select(0, codes.int())
     return values * nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(values)] + offset
+
+
+# ---- The format ----
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """NF4 or FP4, written as bitsandbytes does. Tensors: qweight (⌈N·K/2⌉,), code (16,), absmax (blocks,) fp32; or,
+    doubly quantised, absmax uint8, nested_map (256,), nested_absmax (⌈blocks/256⌉,), offset ()."""
+
+    kind: str = "nf4"
+    nested: bool = False
+
+    marker = "weight.absmax"
+
+    def __str__(self) -> str:
+        return f"{self.kind} in blocks of {BLOCK}" + (", doubly quantised" if self.nested else "")
+
+    def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensors:
+        qweight, absmax = quantize(weight, self.kind, dtype)
+        tensors = {"qweight": qweight, "code": codebook(self.kind).to(weight.device, copy=True), "absmax": absmax}
+        if self.nested:
+            tensors["absmax"], tensors["nested_absmax"], tensors["offset"] = quantize_scales(absmax)
+            tensors["nested_map"] = dynamic_map().to(weight.device, copy=True)
+        return tensors
+
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        scales = tensors["absmax"]
+        if self.nested:
+            nested = (tensors[name] for name in ("nested_map", "nested_absmax", "offset"))
+            scales = dequantize_scales(scales, *nested)
+        return dequantize(tensors["qweight"], scales, tensors["code"], shape, dtype)
+
+    def nbytes(self, shape: Shape) -> int:
+        count = shape[0] * shape[1]
+        blocks = -(-count // BLOCK)
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * 257 if self.nested else 4 * blocks
+        return -(-count // 2) + 4 * 16 + scales
+
+    def files(self, shape: Shape) -> dict[str, tuple[int, ...] | None]:
+        names = {"weight": None, "weight.absmax": None, "weight.quant_map": (16,)}
+        if self.nested:
+            names |= {"weight.nested_absmax": None, "weight.nested_quant_map": (256,)}
+        return names | {self._state: None}
+
+    @property
+    def _state(self) -> str:
+        return f"weight.quant_state.bitsandbytes__{self.kind}"
+
+    def _about(self, shape: Shape) -> dict[str, Any]:
+        """What the JSON in a file says that can be known from here."""
+        about = {"quant_type": self.kind, "blocksize": BLOCK, "shape": list(shape)}
+        return about | ({"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"} if self.nested else {})
+
+    def write(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensors:
+        about = self._about(shape) | {"dtype": str(dtype).removeprefix("torch.")}
+        found = {"weight": tensors["qweight"][:, None], "weight.absmax": tensors["absmax"]}
+        found["weight.quant_map"] = tensors["code"]
+        if self.nested:
+            found["weight.nested_absmax"] = tensors["nested_absmax"]
+            found["weight.nested_quant_map"] = tensors["nested_map"]
+            about["nested_offset"] = tensors["offset"].item()
+        return found | {self._state: torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)}
+
+    def read(self, found: Tensors, shape: Shape) -> Tensors:
+        about = _json(found[self._state])
+        for name, value in self._about(shape).items():
+            if about.get(name) != value:
+                raise ValueError(f"its quant_state has {name} {about.get(name)!r:.80}, expected {value!r}")
+        count = shape[0] * shape[1]
+        blocks = -(-count // BLOCK)
+        tensors = {"qweight": found["weight"].view(torch.uint8).reshape(-1), "code": found["weight.quant_map"]}
+        tensors["absmax"] = found["weight.absmax"]
+        check("weight", tensors["qweight"], (-(-count // 2),), torch.uint8)
+        check("weight.absmax", tensors["absmax"], (blocks,), torch.uint8 if self.nested else torch.float32)
+        check("weight.quant_map", tensors["code"], (16,), torch.float32)
+        if self.nested:
+            tensors["nested_absmax"] = found["weight.nested_absmax"]
+            tensors["nested_map"] = found["weight.nested_quant_map"]
+            check("weight.nested_absmax", tensors["nested_absmax"], (-(-blocks // NESTED_BLOCK),), torch.float32)
+            check("weight.nested_quant_map", tensors["nested_map"], (256,), torch.float32)
+            if not isinstance(offset := about.get("nested_offset"), float):
+                raise ValueError(f"its quant_state has nested_offset {offset!r:.80}, expected a number such as 0.01")
+            tensors["offset"] = torch.tensor(offset, device=found["weight"].device)
+        return tensors
+
+
+def _json(text: Tensor) -> dict[str, Any]:
+    if text.numel() > MAX_STATE:
+        raise ValueError(f"its quant_state has {text.numel():,} bytes, expected at most {MAX_STATE:,}")
+    try:
+        value = json.loads(bytes(text.flatten().to("cpu", torch.uint8).tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its quant_state is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"its quant_state should be a JSON object, found {type(value).__name__}")
+    return value

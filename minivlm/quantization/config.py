@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from minivlm.quantization.affine import GROUP_SIZES
-from minivlm.quantization.formats import DTYPES, Affine, Codebook, Format, Int8
+from minivlm.quantization.affine import GROUP_SIZES, Affine
+from minivlm.quantization.codebook import Codebook
+from minivlm.quantization.formats import DTYPES, Format, checked_names
+from minivlm.quantization.int8 import Int8
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class BitsAndBytesConfig:
         for name in ("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True is not supported: a model lives on one device, its weights in one form")
-        _check_names("llm_int8_skip_modules", self.llm_int8_skip_modules)
+        checked_names("llm_int8_skip_modules", self.llm_int8_skip_modules)
         object.__setattr__(self, "bnb_4bit_compute_dtype", _dtype("bnb_4bit_compute_dtype", self.compute_dtype))
         storage = str(self.bnb_4bit_quant_storage or "uint8").removeprefix("torch.")
         if storage not in ("uint8", "int8", "bfloat16", "float16", "float32"):
@@ -82,7 +84,7 @@ class BitsAndBytesConfig:
 
 @dataclass(frozen=True)
 class Int4Config:
-    """Affine int4 in groups of 32, 64 or 128 inputs (`affine.py`): on a CPU the fastest of the formats.
+    """Affine int4 in groups of 32, 64 or 128 inputs (`affine.py`).
 
     skip_modules: as `llm_int8_skip_modules` above.
     """
@@ -93,7 +95,7 @@ class Int4Config:
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size should be one of {', '.join(map(str, GROUP_SIZES))}, found {self.group_size}")
-        _check_names("skip_modules", self.skip_modules)
+        checked_names("skip_modules", self.skip_modules)
 
     compute_dtype = None  # inputs are multiplied in their own dtype
 
@@ -115,8 +117,3 @@ def _dtype(name: str, value: Any) -> torch.dtype:
     if found is None:
         raise ValueError(f"{name} should be one of {', '.join(DTYPES)}, found {value!r}")
     return found
-
-
-def _check_names(field: str, names: Any) -> None:
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise TypeError(f"{field} should be a list of module names, found {names!r}")

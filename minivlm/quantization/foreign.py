@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from minivlm.quantization import affine
-from minivlm.quantization.affine import GROUP_SIZES
+from minivlm.quantization.affine import GROUP_SIZES, Affine
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
-from minivlm.quantization.formats import Affine, Shape, Tensors, check_real
+from minivlm.quantization.formats import Shape, Tensors, check_real
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)

@@ -13,41 +13,60 @@ stay in floating point, so there are no outliers to treat and `llm_int8_threshol
 nearer to the 16-bit model than the reference's.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from minivlm.quantization.affine import nearest
-
-CHUNK = {"cpu": 30 * 2**10}  # elements at once, as in `codebook.py`
+from minivlm.quantization.formats import Shape, Tensors, check, check_real, chunk, nearest
 
 
-def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) → codes (N, K) int8, SCB (N,) fp32.
+@dataclass(frozen=True)
+class Int8:
+    """int8 by output, written as bitsandbytes does. Tensors: qweight (N, K) int8, scales (N,) fp32."""
 
-    dtype: that the weight is rounded to before, some rows at a time: a copy of all of it never exists.
+    marker = "SCB"
 
-    Raises ValueError for weights that are not finite in fp16 (65,504 is the largest).
-    """
-    rows, columns = weight.shape
-    codes = weight.new_empty(rows, columns, dtype=torch.int8)
-    scales = weight.new_empty(rows, dtype=torch.float32)
-    step = max(1, CHUNK.get(weight.device.type, 2**24) // columns)
-    for start in range(0, rows, step):
-        some = slice(start, start + step)
-        part = weight[some].detach().to(dtype or weight.dtype).half()
-        scales[some] = part.abs().amax(dim=1)
-        codes[some] = nearest((part * (127.0 / scales[some, None])).nan_to_num(0.0))  # a row of zeros: 0 · inf
-    if not scales.isfinite().all():
-        raise ValueError("a weight that fp16 cannot hold (not finite, or above 65,504) cannot be quantised to int8")
-    return codes, scales
+    def __str__(self) -> str:
+        return "int8"
 
+    def quantize(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensors:
+        """Raises ValueError for weights that are not finite in fp16 (65,504 is the largest)."""
+        rows, columns = weight.shape
+        codes = weight.new_empty(rows, columns, dtype=torch.int8)
+        scales = weight.new_empty(rows, dtype=torch.float32)
+        step = max(1, chunk(weight) // columns)
+        for start in range(0, rows, step):
+            some = slice(start, start + step)
+            part = weight[some].detach().to(dtype or weight.dtype).half()
+            scales[some] = part.abs().amax(dim=1)
+            codes[some] = nearest((part * (127.0 / scales[some, None])).nan_to_num(0.0))  # a row of zeros: 0 · inf
+        if not scales.isfinite().all():
+            raise ValueError("a weight that fp16 cannot hold (not finite, or above 65,504) cannot be quantised to int8")
+        return {"qweight": codes, "scales": scales}
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, K) int8 codes and (N,) fp32 scales → (N, K) of a dtype."""
-    steps = (scales * (1.0 / 127.0))[:, None]
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    rows = max(1, 4 * CHUNK.get(codes.device.type, 2**24) // codes.shape[1])
-    for start in range(0, len(codes), rows):
-        some = slice(start, start + rows)
-        out[some] = codes[some] * steps[some]
-    return out
+    def dequantize(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        codes, steps = tensors["qweight"], (tensors["scales"] * (1.0 / 127.0))[:, None]
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+        step = max(1, 4 * chunk(codes) // shape[1])
+        for start in range(0, len(codes), step):
+            some = slice(start, start + step)
+            out[some] = codes[some] * steps[some]
+        return out
+
+    def nbytes(self, shape: Shape) -> int:
+        return shape[0] * (shape[1] + 4)
+
+    def files(self, shape: Shape) -> dict[str, tuple[int, ...] | None]:
+        return {"weight": shape, "SCB": shape[:1], "weight_format": ()}
+
+    def write(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensors:
+        rows_first = torch.tensor(0, dtype=torch.uint8)
+        return {"weight": tensors["qweight"], "SCB": tensors["scales"], "weight_format": rows_first}
+
+    def read(self, found: Tensors, shape: Shape) -> Tensors:
+        check("weight", found["weight"], shape, torch.int8)
+        if found["weight_format"].item() != 0:
+            raise ValueError(f"its weight_format is {found['weight_format'].item()}, expected 0 (row by row)")
+        check_real("SCB", found["SCB"])
+        return {"qweight": found["weight"], "scales": found["SCB"].float()}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm.quantization import cpu, products
+from minivlm.quantization import products
 from minivlm.quantization.formats import Format, Tensors
 
 
@@ -39,13 +39,13 @@ class QuantizedLinear(nn.Module):
 
     @property
     def held(self) -> Tensors:
-        """The tensors as they are held now: on a CPU, int4 has an order of its own (`cpu.pack`)."""
+        """The tensors as they are held now: on a CPU, four bits have an order of their own (`products.pack`)."""
         return {name: getattr(self, name) for name in self._names}
 
     @property
     def tensors(self) -> Tensors:
         """The tensors as the format names them."""
-        return cpu.unpack(self.held, self.shape)
+        return products.unpack(self.held, self.format, self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +66,7 @@ class QuantizedLinear(nn.Module):
         """Hold these, in place of what is held."""
         for name in self._names:
             delattr(self, name)
-        if self.dtype == torch.bfloat16 and all(tensor.device.type == "cpu" for tensor in tensors.values()):
-            tensors = tensors and cpu.pack(tensors, self.format, self.shape)
+        tensors = tensors and products.pack(tensors, self.format, self.shape)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.cpu() if tensor.ndim == 0 else tensor)
         self._names = tuple(tensors)
@@ -118,5 +117,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         wanted_x, wanted_bias, _ = ctx.needs_input_grad
-        for_x = gradient @ ctx.layer.dequantize(gradient.dtype) if wanted_x else None
+        layer = ctx.layer
+        for_x = products.backward(gradient, layer.held, layer.format, layer.shape) if wanted_x else None
         return for_x, gradient.flatten(0, -2).sum(0) if wanted_bias else None, None

@@ -1,27 +1,131 @@
-"""x Ŵᵀ + b for each format: on a GPU by the Triton kernels, on a CPU as `cpu.py` says."""
+"""x Ŵᵀ + b for each format: on a GPU by the Triton kernels, on a CPU by the fastest way there is.
 
+On a CPU, four-bit weights are repacked for a page of C (`minivlm_kernels/cpu_int4.py`) where there is a compiler;
+up to `FEW` rows of x it multiplies, for more it writes the weight out, some outputs at a time, for a large product.
+int8 has an operator of torch for few rows of bf16. What is left is dequantised by the definitions and multiplied: four
+bits without a compiler, NF4 and FP4 with blocks of scales that straddle outputs (K no multiple of 64, as Idefics2's
+4304), int8 in fp32 and of many rows.
+
+`python scripts/bench_int4_cpu.py` compares these ways, and torch's own operator for int4.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
+from minivlm_kernels import cpu_int4
 from torch import Tensor
 
-from minivlm.quantization import cpu
-from minivlm.quantization.formats import Affine, Codebook, Format, Shape, Tensors
+from minivlm.quantization.affine import Affine
+from minivlm.quantization.codebook import BLOCK, Codebook
+from minivlm.quantization.formats import Format, Shape, Tensors
+from minivlm.quantization.int8 import Int8
+
+FEW, FEW_INT8 = 64, 32  # rows of x up to which a weight is not written out
+PIECE = 2**20  # numbers of a weight that are written out at once: they stay in the cache until they are multiplied
+NESTED = ("nested_map", "nested_absmax", "offset")
+
+
+def pack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
+    """The tensors as they are best held where they are: on a CPU, codes, scales and zeros in one stream for the C.
+
+    scales: then empty, of the dtype that they have in the stream.
+    """
+    codebook = isinstance(format, Codebook) and shape[1] % BLOCK == 0
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
+    if not (codebook or isinstance(format, Affine)) or not (on_cpu and min(shape) and cpu_int4.available()):
+        return tensors
+    if codebook:
+        rest = {name: value for name, value in tensors.items() if name not in ("qweight", "absmax")}
+        scales, group = tensors["absmax"].view(shape[0], -1), BLOCK
+    else:
+        rest, scales, group = {}, tensors["scales"], format.group_size
+    stream = cpu_int4.pack(tensors["qweight"].view(shape[0], -1), scales, tensors.get("zeros"), group)
+    return {"stream": stream, "scales": scales.new_empty(0), **rest}
+
+
+def unpack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
+    """The way back: the tensors as the format names them."""
+    if "stream" not in tensors:
+        return tensors
+    codebook, dtype = isinstance(format, Codebook), tensors["scales"].dtype
+    group = BLOCK if codebook else format.group_size
+    qweight, scales, zeros = cpu_int4.unpack(tensors["stream"], shape, group, dtype, zeros=not codebook)
+    if not codebook:
+        return {"qweight": qweight, "scales": scales, "zeros": zeros}
+    rest = {name: value for name, value in tensors.items() if name not in ("stream", "scales")}
+    return {"qweight": qweight.view(-1), "absmax": scales.view(-1), **rest}
 
 
 def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
     """x (…, K) → (…, N), of the dtype of x; bias (N,) of the same."""
-    if x.device.type == "cpu":
-        return cpu.linear(x, tensors, format, shape, bias)
-    if x.is_cuda and isinstance(format, Codebook):
-        from minivlm_kernels.int4_matmul import nf4_matmul
+    if x.is_cuda and isinstance(format, Codebook | Affine):
+        return _by_triton(x, tensors, format, shape, bias)
+    if x.device.type != "cpu":
+        return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
+    rows = x.reshape(-1, shape[1])  # (M, K)
+    if "stream" in tensors and len(rows) <= FEW:
+        y = cpu_int4.product(rows, _tiles(tensors, format, shape))
+    elif "stream" in tensors:
+        y, rows = rows.new_empty(len(rows), shape[0]), rows.to(_wide(x.dtype))
+        for some, weight in _pieces(tensors, format, shape, rows.dtype):
+            y[:, some] = rows @ weight
+    elif isinstance(format, Int8) and x.dtype == torch.bfloat16 and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:
+        # The operator would take bf16 scales: it gets ones, and the real ones come after. It reads rows by 16 inputs,
+        # and past the end of a row that is no multiple (torch 2.13).
+        scales = tensors["scales"] / 127
+        y = torch._weight_int8pack_mm(rows.contiguous(), tensors["qweight"], torch.ones_like(scales).to(x)) * scales
+    else:
+        y = F.linear(rows.to(_wide(x.dtype)), format.dequantize(tensors, shape, _wide(x.dtype)))
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], shape[0])
 
-        nested = None
-        if format.nested:
-            nested = tensors["nested_map"], tensors["nested_absmax"], tensors["offset"].item()
-        codes = (tensors["qweight"], tensors["absmax"], tensors["code"])
-        return nf4_matmul(x, *codes, shape, block_size=format.block, nested=nested, bias=bias)
-    if x.is_cuda and isinstance(format, Affine):
-        from minivlm_kernels.int4_matmul import int4_matmul
 
+def backward(gradient: Tensor, tensors: Tensors, format: Format, shape: Shape) -> Tensor:
+    """The gradient of `linear` by x: gradient (…, N) → (…, K)."""
+    if "stream" not in tensors:
+        return gradient @ format.dequantize(tensors, shape, gradient.dtype)
+    rows = gradient.reshape(-1, shape[0]).to(_wide(gradient.dtype))
+    for_x = rows.new_zeros(len(rows), shape[1])
+    for some, weight in _pieces(tensors, format, shape, rows.dtype):
+        for_x.addmm_(rows[:, some], weight.T)
+    return for_x.to(gradient.dtype).view(*gradient.shape[:-1], shape[1])
+
+
+def _by_triton(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
+    from minivlm_kernels.int4_matmul import int4_matmul, nf4_matmul
+
+    if isinstance(format, Affine):
         codes = (tensors["qweight"], tensors["scales"], tensors["zeros"])
         return int4_matmul(x, *codes, format.group_size, shape, bias=bias)
-    return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
+    nested = (tensors["nested_map"], tensors["nested_absmax"], tensors["offset"].item()) if format.nested else None
+    codes = (tensors["qweight"], tensors["absmax"], tensors["code"])
+    return nf4_matmul(x, *codes, shape, block_size=BLOCK, nested=nested, bias=bias)
+
+
+def _tiles(tensors: Tensors, format: Format, shape: Shape) -> cpu_int4.Tiles:
+    held = (tensors["stream"], tensors.get("code"), shape)
+    if isinstance(format, Affine):
+        return cpu_int4.Tiles(*held, format.group_size, tensors["scales"].dtype)
+    nested = tuple(tensors[name] for name in NESTED) if format.nested else None
+    return cpu_int4.Tiles(*held, BLOCK, tensors["scales"].dtype, high_first=True, nested=nested)
+
+
+def _pieces(tensors: Tensors, format: Format, shape: Shape, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight, some outputs after the other: which they are, and their weights transposed, (K, n)."""
+    tiles, step = _tiles(tensors, format, shape), max(1, PIECE // shape[1] // 16) * 16
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        yield slice(start, stop), cpu_int4.dequantize(tiles, dtype, start, stop)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In what many rows are multiplied on a CPU: fp16 in fp32, and bf16 too where the processor has no such products,
+    for torch then takes three to five times as long as in fp32."""
+    return dtype if dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    return not torch.backends.cpu.get_cpu_capability().startswith("AVX") or supported()

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivlm.quantization import affine, int8
+from minivlm.quantization import affine
+from minivlm.quantization.affine import Affine
+from minivlm.quantization.int8 import Int8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,12 +32,13 @@ def weights(dtype: torch.dtype) -> dict[str, Tensor]:
 def test_int4_error_bound(group_size: int, dtype: torch.dtype) -> None:
     """|w − ŵ| ≤ s / 2, with a part in 100,000 for the fp32 roundings; zeros stay zeros; 4.19 bits a weight."""
     for name, weight in weights(dtype).items():
-        qweight, scales, zeros = affine.quantize(weight, group_size)
+        tensors = Affine(group_size).quantize(weight)
+        qweight, scales, zeros = tensors["qweight"], tensors["scales"], tensors["zeros"]
         groups = -(-weight.shape[1] // group_size)
         assert qweight.shape == (len(weight), -(-weight.shape[1] // 2))
         assert scales.shape == zeros.shape == (len(weight), groups)
         assert scales.dtype == dtype
-        back = affine.dequantize(qweight, scales, zeros, group_size, weight.shape[1], torch.float32)
+        back = Affine(group_size).dequantize(tensors, weight.shape, torch.float32)
         steps = scales.float().repeat_interleave(group_size, dim=1)[:, : weight.shape[1]]
         assert ((back - weight.float()).abs() <= steps / 2 * (1 + 1e-5)).all(), name
         assert not back[weight == 0].any(), name
@@ -50,11 +53,12 @@ def test_int4_packs_the_first_code_low() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_is_equal_to_bitsandbytes_and_within_its_bound(dtype: torch.dtype) -> None:
     for name, weight in weights(dtype).items():
-        codes, scales = int8.quantize(weight)
+        tensors = Int8().quantize(weight)
+        codes, scales = tensors["qweight"], tensors["scales"]
         theirs, their_scales, _ = bnb.int8_vectorwise_quant(weight.half())
         assert torch.equal(codes, theirs), name
         assert torch.equal(scales, their_scales), name
-        back = int8.dequantize(codes, scales, torch.float32)
+        back = Int8().dequantize(tensors, weight.shape, torch.float32)
         # as documented; 1e-7 for fp16's smallest numbers, whose spacing does not shrink any more
         bound = scales[:, None] / 254 * (1 + 1e-5) + weight.float().abs() * 2**-11 + 1e-7
         assert ((back - weight.float()).abs() <= bound).all(), name
@@ -65,6 +69,6 @@ def test_weights_that_cannot_be_quantised() -> None:
     weight = torch.ones(8, 64)
     weight[3, 5] = float("inf")
     with pytest.raises(ValueError, match="not finite"):
-        affine.quantize(weight, 32)
+        Affine(32).quantize(weight)
     with pytest.raises(ValueError, match="65,504"):
-        int8.quantize(torch.full((2, 2), 1e5))
+        Int8().quantize(torch.full((2, 2), 1e5))

@@ -182,6 +182,7 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[
 
 
 LAYER = "model.text_model.layers.0.mlp.up_proj"
+MAP = f"{LAYER}.weight.quant_map"
 STATE = f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
 
 
@@ -206,6 +207,17 @@ BROKEN = {
     "cut nested": ("nf4 double", cut(f"{LAYER}.weight.nested_absmax"), r"nested_absmax is \[0\]"),
     "another shape": ("nf4", restate(shape=[64, 128]), r"quant_state has shape \[64, 128\], expected \[128, 64\]"),
     "another block": ("nf4", restate(blocksize=32), "blocksize 32, expected 64"),
+    "no offset": ("nf4 double", restate(nested_offset=None), "nested_offset None, expected a number"),
+    "half a table": (
+        "nf4",
+        edit_weights(lambda tensors: tensors.update({MAP: tensors[MAP].half()})),
+        r"quant_map is \[16\] of torch.float16, expected \[16\] of torch.float32",
+    ),
+    "whole scales": (
+        "int4",
+        edit_weights(lambda tensors: tensors.update({f"{LAYER}.scales": tensors[f"{LAYER}.scales"].int()})),
+        "its scales are of torch.int32, expected one of float32",
+    ),
     "no JSON": ("nf4", cut(STATE), "quant_state is not valid JSON"),
     "lost scales": (
         "nf4",

@@ -1,0 +1,84 @@
+"""Few rows times a weight of 32 or 16 bits on a CPU, and the norm between products, in a page of C (`cpu_dense.c`).
+
+A decode step reads every weight once, so it should take as long as reading them. torch takes longer, above all in bf16;
+and between large products it spends more time on calling small operators than they spend on computing.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minivlm_kernels import compiled
+
+# dtype → numbers in a weight from which on a product is worth its call; rows of x up to which it is faster than torch.
+WORTH = {torch.float32: (2**17, 1), torch.bfloat16: (2**13, 8)}
+MOST_NUMBERS = 2**18  # of x: the C has room for so many on its stack
+
+
+def suits_dense(x: Tensor, weight: Tensor) -> bool:
+    """Whether `dense_rows` serves x (…, K) and a weight (N, K): few rows, a weight worth it, and what `suits` asks."""
+    if not suits(x, weight):
+        return False
+    large, few = WORTH[x.dtype]
+    return weight.numel() >= large and x.numel() <= few * weight.shape[1]
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the C may be given these: not much, on a CPU, of one dtype, in whole vectors; and no gradients wanted."""
+    return (
+        0 < x.numel() <= MOST_NUMBERS
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in WORTH
+        and weight.shape[-1] % 32 == 0
+        and weight.is_contiguous()
+        and not torch.is_grad_enabled()
+        and available()
+    )
+
+
+def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, K), a few rows, times a weight (N, K) of the same dtype, + bias (N,) → (…, N). Sums are in fp32."""
+    rows, columns = weight.shape
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
+    pointers = (weight.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
+    half = x.dtype == torch.bfloat16
+    _library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads())
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (…, C) / rms(x) · weight (C,), where `suits` allows it. In bf16, x / rms(x) is rounded first."""
+    x, columns = x.contiguous(), len(weight)
+    y = torch.empty_like(x)
+    pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
+    _library().rms_norm(*pointers, x.numel() // columns, columns, x.dtype == torch.bfloat16, eps)
+    return y
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    found = compiled.library(Path(__file__).with_suffix(".c"))
+    if found is not None:
+        found.matvec_dense.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 5
+        found.rms_norm.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 3 + (ctypes.c_double,)
+    return found
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a library, and it agrees with the formulas on small numbers."""
+    if _library() is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    half = dense_rows(x.bfloat16(), weight.bfloat16()).float()
+    normed = torch.rms_norm(x, (64,), weight[0], 1e-6)
+    return (
+        torch.allclose(dense_rows(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
+        and torch.allclose(half, x.bfloat16().float() @ weight.bfloat16().float().T, rtol=1e-2, atol=1e-2)
+        and torch.allclose(rms_norm(x, weight[0], 1e-6), normed, rtol=1e-5, atol=1e-5)
+    )

@@ -1,0 +1,181 @@
+// Few rows of x times a weight of four bits, on a CPU; cpu_int4.py says what the arguments are and how a weight lies in memory.
+// GCC's vectors of one register: 16 floats with AVX-512, 8 with AVX2, which takes 16 lanes in two parts.
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { PARTS = 16 / LANES };
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+// BODY for rows FROM to FROM + ROWS - 1 of x, until all are done. ROWS is a constant: sums of several rows stay in
+// registers only if their number is known.
+#define FOR_ROWS(rows, BODY)                                                                                       \
+    for (int64_t FROM = 0, left = rows; left; FROM = rows - left)                                                  \
+        if (left >= 8) { enum { ROWS = 8 }; BODY; left -= 8; }                                                     \
+        else if (left >= 4) { enum { ROWS = 4 }; BODY; left -= 4; }                                                \
+        else if (left >= 2) { enum { ROWS = 2 }; BODY; left -= 2; }                                                \
+        else { enum { ROWS = 1 }; BODY; left -= 1; }
+
+enum { FLOAT32, BFLOAT16, FLOAT16, NESTED }; // what a scale is
+
+typedef struct {
+    const uint8_t *stream;                  // tiles of 16 outputs: scales, zeros, codes
+    const float *table;                     // 16 values
+    const float *nested_map, *nested_absmax; // a nested scale: nested_map[byte] · nested_absmax, one for 256, + offset
+    float offset;
+    int64_t tiles, columns, group, kind, zeros, last_nested, high_first, threads; // `zeros`, `high_first`: 0 or 1
+} Weight;
+
+typedef struct {
+    const uint8_t *scales, *zeros, *codes;
+    int64_t number, first; // its first scale's number in the order of the format
+} Tile;
+
+static inline Tile tile_at(const Weight *w, int64_t number) {
+    const int64_t count = 16 * w->columns / w->group, each = w->kind == FLOAT32 ? 4 : w->kind == NESTED ? 1 : 2;
+    const uint8_t *scales = w->stream + number * (count * (each + w->zeros) + 8 * w->columns);
+    return (Tile){scales, scales + count * each, scales + count * (each + w->zeros), number, number * count};
+}
+
+// The two factors of a group's nested scales, from lane `at` on. One by one: a gather is slower on many processors.
+INLINE void read_nested(const Weight *w, const Tile *tile, int64_t group, int at, float *values, float *absmax) {
+    const int64_t groups = w->columns / w->group;
+    const uint8_t *held = tile->scales + 16 * group + at;
+    for (int i = 0; i < LANES; i++) {
+        values[i] = w->nested_map[held[i]];
+        __asm__(""); // keeps the loop as it is
+    }
+    if (group % (groups & -groups)) return; // where no multiple of 256 can be, for outputs are `groups` scales apart
+    for (int i = 0; i < LANES; i++) {
+        const int64_t block = (tile->first + (at + i) * groups + group) / 256;
+        absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
+    }
+}
+
+// Scales of one group, from lane `at` on. absmax: room that is kept from group to group.
+INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, float *absmax) {
+    const int64_t place = 16 * group + at;
+    if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
+    if (w->kind == NESTED) {
+        float values[LANES];
+        read_nested(w, tile, group, at, values, absmax);
+        floats products = *(const floats *)values * *(const floats *)absmax;
+        __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
+        return products + w->offset;
+    }
+    const words half = __builtin_convertvector(*(const halves *)(tile->scales + 2 * place), words);
+    if (w->kind == BFLOAT16) return (floats)(half << 16);
+    return (floats)((half & 0x8000) << 16 | (half & 0x7fff) << 13) * 0x1p112f; // exponents count from -15 and -127
+}
+
+// 8 - zero: values are (table[code] + 8 - zero) * scale, table[code] being code - 8 where there are zeros.
+INLINE floats shifts_of(const Weight *w, const Tile *tile, int64_t group, int at) {
+    if (!w->zeros) return (floats){0};
+    return 8 - __builtin_convertvector(*(const bytes *)(tile->zeros + 16 * group + at), floats);
+}
+
+// The lowest 4 bits of each word say which of 16 values it becomes.
+INLINE floats look_up(const floats *table, words codes) {
+#ifdef __AVX512F__
+    return __builtin_shuffle(table[0], codes);
+#else
+    return __builtin_shuffle(table[0], table[1], codes);
+#endif
+}
+
+// Tiles at once: two keep more reads under way, and share what is read of x; AVX2 has no registers for their sums.
+enum { TILES = LANES / 8 };
+
+// Outputs from lane `at` on. One lane is one output: no sum over lanes is needed, and x is the same for all of them.
+INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float *x, const float *sums, float *y,
+                         const int rows) {
+    const int count = TILES * rows, ways = count < 4 ? 4 / count : 1; // sums that do not wait for each other
+    const int64_t groups = w->columns / w->group;
+    floats table[PARTS], total[count], part[count * ways];
+    float absmax[TILES][LANES];
+    for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
+    for (int i = 0; i < count; i++) total[i] = (floats){0};
+    for (int64_t g = 0; g < groups; g++) {
+        for (int i = 0; i < count * ways; i++) part[i] = (floats){0};
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
+            words eight[TILES]; // codes of each output
+            for (int t = 0; t < TILES; t++) eight[t] = *(const words *)(tiles[t].codes + 8 * k + 4 * at);
+#pragma GCC unroll 8
+            for (int s = 0; s < 8; s++)
+                for (int t = 0; t < TILES; t++) {
+                    const floats values = look_up(table, eight[t] >> 4 * s);
+                    for (int i = 0; i < rows; i++)
+                        part[(t * rows + i) * ways + s % ways] += values * x[i * w->columns + k + s];
+                }
+        }
+        for (int t = 0; t < TILES; t++) {
+            const floats scales = scales_of(w, tiles + t, g, at, absmax[t]), shifts = shifts_of(w, tiles + t, g, at);
+            for (int i = 0; i < rows; i++) {
+                floats *sum = part + (t * rows + i) * ways;
+                for (int j = 1; j < ways; j++) sum[0] += sum[j];
+                total[t * rows + i] += (sum[0] + shifts * sums[i * groups + g]) * scales;
+            }
+        }
+    }
+    for (int t = 0; t < TILES; t++)
+        for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16 + at) = total[t * rows + i];
+}
+
+// x: (rows, inputs).  y: (rows, 16 * tiles)
+void product(const Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
+    const int64_t columns = w->columns, groups = columns / w->group;
+    float *ordered = malloc(rows * (columns + groups) * sizeof(float)), *sums = ordered + rows * columns;
+    for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order in which codes come out of a word
+        for (int64_t k = 0; k < columns; k++) ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
+    for (int64_t i = 0; i < rows * groups; i++) {
+        sums[i] = 0;
+        for (int64_t k = 0; w->zeros && k < w->group; k++) sums[i] += ordered[i * w->group + k];
+    }
+#pragma omp parallel for schedule(static) num_threads(w->threads)
+    for (int64_t number = 0; number < w->tiles; number += TILES) {
+        const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
+        for (int at = 0; at < 16; at += LANES)
+            FOR_ROWS(rows, tile_product(w, tiles, at, ordered + FROM * columns, sums + FROM * groups,
+                                        y + FROM * 16 * w->tiles, ROWS))
+    }
+    free(ordered);
+}
+
+// bf16 is rounded to nearest, ties to even; all numbers are finite.
+INLINE void store(floats values, void *out, int64_t at, int bf16) {
+    const words bits = (words)values, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    if (bf16) *(halves *)((uint16_t *)out + at) = __builtin_convertvector(rounded, halves);
+    else *(floats *)((float *)out + at) = values;
+}
+
+// Tiles first to last - 1, transposed: out is (columns, 16 * (last - first)), as a tile holds them.
+void dequantize(const Weight *w, int64_t first, int64_t last, void *out, int64_t bf16) {
+#pragma omp parallel for schedule(static) num_threads(w->threads)
+    for (int64_t number = first; number < last; number++) {
+        const Tile tile = tile_at(w, number);
+        floats table[PARTS];
+        for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
+        for (int at = 0; at < 16; at += LANES) {
+            float absmax[LANES];
+            for (int64_t g = 0; g < w->columns / w->group; g++) {
+                const floats scales = scales_of(w, &tile, g, at, absmax), shifts = shifts_of(w, &tile, g, at);
+                for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
+                    const words eight = *(const words *)(tile.codes + 64 * (k / 8) + 4 * at);
+                    const floats values = look_up(table, eight >> 4 * ((k ^ w->high_first) % 8));
+                    store((values + shifts) * scales, out, (k * (last - first) + number - first) * 16 + at, bf16);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,174 @@
+"""Few rows times a weight of four bits on a CPU, in a page of C (`cpu_int4.c`).
+
+A decode step reads every weight once, so it should take as long as reading them. torch has no operator that looks
+weights up in a table of 16 numbers, as NF4 and FP4 are.
+
+A weight (N, K) is repacked once (`pack`), so that 16 outputs lie in the 16 lanes of a register, and
+everything that a product reads comes in one sequential stream. For each tile of 16 outputs, the last filled up:
+
+    scales   (G, 16), as the format holds them: fp32, bf16, fp16, or the bytes of double quantisation
+    zeros    (G, 16) uint8, of formats with zero points
+    codes    (K/8, 16) words of 32 bits: eight inputs of each output, in the order of the format's own bytes
+"""
+
+import ctypes
+import functools
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlm_kernels import compiled
+
+LANES, WORD = 16, 8  # outputs in a tile, codes in a word
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
+HUGE_PAGE = 2**21
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A weight (N, K) of four bits, repacked. value = (table[code] − zero) · scale, the scale that of `group` inputs.
+
+    stream: (tiles, bytes).  table: (16,) fp32; None with zero points, whose codes are the numbers 0 … 15.
+    scales: their dtype; uint8 means value nested[0][scale] · nested[1][number of the scale // 256] + nested[2].
+    high_first: whether the first code of a byte is in its upper half.
+    """
+
+    stream: Tensor
+    table: Tensor | None
+    shape: tuple[int, int]
+    group: int
+    scales: torch.dtype
+    high_first: bool = False
+    nested: tuple[Tensor, Tensor, Tensor | float] | None = None
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax")),
+        ("offset", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("tiles", "columns", "group", "kind", "zeros", "last_nested")),
+        *((name, ctypes.c_int64) for name in ("high_first", "threads")),
+    )
+
+
+# ---- The order of the stream ----
+
+
+def pack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+    """Bytes of two codes (N, ⌈K/2⌉), scales (N, G) and zeros (N, G) → the stream (tiles, bytes). Loses nothing."""
+    rows, groups = scales.shape
+    tiles, words = -(-rows // LANES), groups * group // WORD
+    parts = [(scales, groups), *([] if zeros is None else [(zeros, groups)]), (qweight, words)]
+    sizes = [LANES * count * (4 if part is qweight else part.itemsize) for part, count in parts]
+    stream = _sequential(tiles * sum(sizes)).view(tiles, -1)
+    for (part, count), place in zip(parts, stream.split(sizes, dim=1), strict=True):
+        if part is qweight:
+            part = _filled(part, tiles * LANES, words * 4).view(torch.int32)
+        else:
+            part = _filled(part, tiles * LANES, groups)
+        place.view(part.dtype).unflatten(1, (count, LANES)).copy_(part.view(tiles, LANES, count).transpose(1, 2))
+    return stream
+
+
+def unpack(
+    stream: Tensor, shape: tuple[int, int], group: int, scales: torch.dtype, zeros: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The way back: qweight, scales and zeros as `pack` took them."""
+    rows, columns = shape
+    groups = -(-columns // group)
+    parts = [(scales, groups), *([(torch.uint8, groups)] if zeros else []), (torch.int32, groups * group // WORD)]
+    places = stream.split([LANES * count * dtype.itemsize for dtype, count in parts], dim=1)
+    found = []
+    for (dtype, count), place in zip(parts, places, strict=True):
+        part = place.view(dtype).unflatten(1, (count, LANES)).transpose(1, 2)
+        found.append(part.reshape(len(stream) * LANES, count)[:rows].contiguous())
+    qweight = found[-1].view(torch.uint8)[:, : -(-columns // 2)].contiguous()
+    return qweight, found[0], found[1] if zeros else None
+
+
+def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
+    return F.pad(tensor, (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])).contiguous()
+
+
+def _sequential(size: int) -> Tensor:
+    """Memory of a number of bytes, in 2 MiB pages where it fills some: the processor looks up fewer addresses."""
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
+    return whole[start : start + size]
+
+
+# ---- Products ----
+
+
+def product(x: Tensor, weight: Tiles) -> Tensor:
+    """x (M, K) → (M, N) fp32. What is read and looked up is multiplied with up to eight rows."""
+    rows = x.float().contiguous()
+    y = torch.empty(len(rows), len(weight.stream) * LANES)
+    _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape)
+    return y[:, : weight.shape[0]]
+
+
+def dequantize(weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16."""
+    rows, columns = weight.shape
+    stop, described = rows if stop is None else stop, _described(weight)
+    first, last = start // LANES, -(-stop // LANES)
+    out = torch.empty(described.columns, (last - first) * LANES, dtype=dtype)
+    _call("dequantize", ctypes.byref(described), first, last, out, dtype == torch.bfloat16)
+    return out[:columns, : stop - start]
+
+
+@functools.cache
+def _whole_numbers() -> Tensor:
+    return torch.arange(-8.0, 8.0)  # of codes with a zero point: the C adds 8 − zero
+
+
+def _described(weight: Tiles) -> _Weight:
+    columns = -(-weight.shape[1] // weight.group) * weight.group
+    table = _whole_numbers() if weight.table is None else weight.table
+    values, absmax, offset = weight.nested or (None, None, 0.0)
+    nested = (None, None) if weight.nested is None else (values.data_ptr(), absmax.data_ptr())
+    last = 0 if weight.nested is None else len(absmax) - 1
+    sizes = (len(weight.stream), columns, weight.group, SCALES.index(weight.scales), weight.table is None, last)
+    pointers = (weight.stream.data_ptr(), table.data_ptr(), *nested)
+    return _Weight(*pointers, float(offset), *sizes, weight.high_first, torch.get_num_threads())
+
+
+def _call(name: str, *arguments: object) -> None:
+    """A function of the library: tensors are passed as pointers, numbers as 64 bits."""
+    passed = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            passed.append(ctypes.c_void_p(value.data_ptr()))
+        else:
+            passed.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+    getattr(_library(), name)(*passed)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    return compiled.library(Path(__file__).with_suffix(".c"))
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a library, and it agrees with the formula on a small weight."""
+    if _library() is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (3, 128), dtype=torch.uint8, generator=generator)
+    scales, table = torch.rand(3, 4, generator=generator), torch.randn(16, generator=generator)
+    weight = Tiles(pack(codes, scales, None, 64), table, (3, 256), 64, torch.float32, high_first=True)
+    values = table[torch.stack((codes >> 4, codes & 15), 2).flatten(1).long()].view(3, 4, 64)
+    expected = (values * scales[..., None]).flatten(1)
+    x = torch.randn(1, 256, generator=generator)
+    exact = torch.allclose(dequantize(weight, torch.float32), expected.T, rtol=1e-6, atol=1e-6)
+    return exact and torch.allclose(product(x, weight), x @ expected.T, rtol=1e-4, atol=1e-4)

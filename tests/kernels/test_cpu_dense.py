@@ -1,0 +1,92 @@
+"""The compiled products of dense weights, and the norm, against their formulas in fp64, by each instruction set."""
+
+import ctypes
+import functools
+from typing import Any
+
+import pytest
+import torch
+from minivlm_kernels import compiled, cpu_dense
+
+from minivlm.modules.layers import RMSNorm
+
+needs_compiler = pytest.mark.skipif(not cpu_dense.available(), reason="no GCC, or no AVX: products stay with torch")
+BUILD = cpu_dense._library.__wrapped__
+
+
+@functools.cache
+def built(*options: str) -> ctypes.CDLL | None:
+    """The library, built once with these options too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, *options))
+        return BUILD()
+
+
+@pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
+def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library as it is here, and as a processor without AVX-512 would have it."""
+    monkeypatch.setattr(cpu_dense, "_library", lambda: built(*request.param))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_few_rows_times_a_dense_weight(dtype: torch.dtype, bias: bool, count: int, library: None) -> None:
+    """fp32: sums of 640 products in another order. bf16: the same, rounded once. A row is the same in any company."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(333, 640).to(dtype), torch.randn(count, 1, 640).to(dtype)
+    extra = torch.randn(333).to(dtype) if bias else None
+    expected = x.double() @ weight.double().T + (0 if extra is None else extra.double())
+    with torch.no_grad():
+        found = cpu_dense.dense_rows(x, weight, extra)
+        assert torch.equal(found[-1:], cpu_dense.dense_rows(x[-1:], weight, extra))
+    assert found.dtype == dtype
+    assert found.shape == (count, 1, 333)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=eps, atol=16 * torch.finfo(torch.float32).eps * 640**0.5)
+
+
+@needs_compiler
+def test_what_is_left_to_torch() -> None:
+    weight, x = torch.randn(512, 512), torch.randn(1, 512)
+    with torch.no_grad():
+        assert cpu_dense.suits_dense(x, weight)
+        assert not cpu_dense.suits_dense(torch.randn(2, 512), weight)
+        assert cpu_dense.suits_dense(torch.randn(8, 512).bfloat16(), weight.bfloat16())
+        assert not cpu_dense.suits_dense(torch.randn(9, 512).bfloat16(), weight.bfloat16())
+        assert not cpu_dense.suits_dense(torch.randn(0, 512), weight)
+        assert not cpu_dense.suits_dense(x, weight[:64])  # too small to be worth it
+        assert cpu_dense.suits_dense(x.bfloat16(), weight[:64].bfloat16())
+        assert not cpu_dense.suits_dense(x.half(), weight.half())
+        assert not cpu_dense.suits_dense(x.bfloat16(), weight)
+        assert not cpu_dense.suits_dense(x, torch.randn(512, 1024)[:, ::2])
+        wide = torch.empty(4, 2**18 + 32)
+        assert not cpu_dense.suits_dense(wide[:1], wide)
+    assert not cpu_dense.suits_dense(x, weight)  # gradients may be wanted
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_those_of_the_layer(dtype: torch.dtype) -> None:
+    """The slow twin is the layer under autograd. bf16 rounds twice: one unit in the last place may come of that."""
+    torch.manual_seed(0)
+    norm = RMSNorm(96, 1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    for x in (torch.randn(3, 2, 96), 1e-4 * torch.randn(1, 96), torch.zeros(1, 96), torch.randn(2, 96, 2).mT):
+        x = x.to(dtype)
+        assert not cpu_dense.suits(x, norm.weight)
+        expected = norm(x)
+        with torch.no_grad():
+            assert cpu_dense.suits(x, norm.weight)
+            torch.testing.assert_close(norm(x), expected.detach(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            for broken in (torch.nan, torch.inf):
+                assert not norm(torch.full_like(x, broken)).isfinite().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float) -> None:
+    x, weight = torch.full((1, 64), value, dtype=dtype), torch.ones(9, 64, dtype=dtype)
+    torch.testing.assert_close(cpu_dense.dense_rows(x, weight), x @ weight.T, equal_nan=True)

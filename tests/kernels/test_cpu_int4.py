@@ -1,0 +1,92 @@
+"""The compiled products of four bits against their formulas in fp64, by each instruction set."""
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from minivlm_kernels import compiled, cpu_int4
+from minivlm_kernels.cpu_int4 import Tiles, dequantize, pack, product, unpack
+from torch import Tensor
+
+needs_compiler = pytest.mark.skipif(not cpu_int4.available(), reason="no GCC, or no AVX: products stay with torch")
+FP32 = torch.finfo(torch.float32).eps
+BUILD = cpu_int4._library.__wrapped__
+
+
+@functools.cache
+def built(*options: str) -> ctypes.CDLL | None:
+    """The library, built once with these options too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, *options))
+        return BUILD()
+
+
+@pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
+def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library as it is here, and as a processor without AVX-512 would have it."""
+    monkeypatch.setattr(cpu_int4, "_library", lambda: built(*request.param))
+
+
+# Outputs, inputs, what scales are held as, zero points, inputs of a scale. Outputs that fill no tile; inputs that fill
+# no group, an odd number of them; scales of 256 blocks that begin in the middle of a row.
+CASES = [
+    *[(3, 64, torch.float32, False, 64), (33, 384, torch.uint8, False, 64), (17, 1152, torch.uint8, False, 64)],
+    *[(50, 2048, torch.uint8, False, 64), (300, 4096, torch.uint8, False, 64), (16, 128, torch.float32, False, 64)],
+    *[(5, 37, torch.float32, True, 32), (33, 100, torch.bfloat16, True, 128), (64, 256, torch.float16, True, 64)],
+    *[(1, 1, torch.float16, True, 32), (40, 4304, torch.bfloat16, True, 128)],
+]
+
+
+def weight(rows: int, columns: int, held: torch.dtype, zero_points: bool, group: int) -> tuple[Tiles, Tensor]:
+    """A random weight, and its values (N, K) in fp64, worked out one scale at a time."""
+    torch.manual_seed(rows + columns)
+    groups = -(-columns // group)
+    codes = torch.randint(16, (rows, columns + columns % 2))
+    codes[:, columns:] = 0
+    halves = (codes[:, 1::2], codes[:, ::2]) if zero_points else (codes[:, ::2], codes[:, 1::2])
+    qweight = (halves[0] * 16 + halves[1]).to(torch.uint8)
+    zeros = torch.randint(17, (rows, groups), dtype=torch.uint8) if zero_points else None
+    table = torch.arange(16.0) if zero_points else torch.randn(16)
+    nested = None
+    if held == torch.uint8:
+        scales = torch.randint(256, (rows, groups), dtype=torch.uint8)
+        nested = (torch.randn(256), torch.rand(math.ceil(rows * groups / 256)), 0.25)
+        number = torch.arange(rows * groups).view(rows, groups)
+        values = nested[0][scales.long()].double() * nested[1][number // 256].double() + nested[2]
+    else:
+        scales = ((torch.rand(rows, groups) + 0.5) * 10.0 ** -torch.randint(1, 6, (rows, groups))).to(held)
+        values = scales.double()
+    each = torch.arange(columns) // group
+    exact = table.double()[codes[:, :columns]] - (0 if zeros is None else zeros.double()[:, each])
+    stream = pack(qweight, scales, zeros, group)
+    back = unpack(stream, (rows, columns), group, held, zero_points)
+    assert torch.equal(back[0], qweight)
+    assert torch.equal(back[1], scales)
+    assert back[2] is zeros is None or torch.equal(back[2], zeros)
+    tiles = Tiles(stream, None if zero_points else table, (rows, columns), group, held, not zero_points, nested)
+    return tiles, exact * values[:, each]
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+def test_products(case: tuple, rows: int, library: None) -> None:
+    """fp32 sums of K products: an error of a few eps of the sum of their sizes. A code and its zero are added apart."""
+    packed, exact = weight(*case)
+    x = torch.randn(rows, packed.shape[1])
+    error = (product(x, packed).double() - x.double() @ exact.T).abs()
+    assert (error <= 16 * FP32 * exact.abs().max() * x.abs().sum(1, keepdim=True)).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case: tuple, library: None) -> None:
+    """fp32: a rounding of the scale, one of the product. bf16: that, rounded once more."""
+    packed, exact = weight(*case)
+    for start, stop in ((0, packed.shape[0]), (packed.shape[0] // 32 * 16, packed.shape[0])):
+        found = dequantize(packed, torch.float32, start, stop).T
+        torch.testing.assert_close(found.double(), exact[start:stop], rtol=1e-6, atol=1e-6)
+        assert torch.equal(dequantize(packed, torch.bfloat16, start, stop).T, found.bfloat16())
