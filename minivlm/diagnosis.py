@@ -57,7 +57,8 @@ def first_not_finite(model: nn.Module, rerun: Callable[[], Any]) -> Culprit | No
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if not found and not _are_finite(output):
                 largest = max((x.abs().max().item() for x in _floats((args, kwargs)) if x.numel()), default=0.0)
-                damaged = not _are_finite([*module.parameters(recurse=False), *module.buffers(recurse=False)])
+                own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+                damaged = not _are_finite([own, getattr(module, "tensors", own)])  # a quantised layer's scales
                 found.append(Culprit(name, _floats(output)[0].dtype, largest, damaged))
 
         return hook

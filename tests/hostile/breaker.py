@@ -1058,7 +1058,7 @@ QUANTISED |= _cases(
         ),
         "int8: whole scales": (
             part(INT8, "SCB", "I64", [16], bytes(128)),
-            "its SCB are of torch.int64, expected float",
+            "its SCB are of torch.int64, expected one of float",
         ),
         "int8: by columns": (part(INT8, "weight_format", "U8", [], b"\x01"), "its weight_format is 1, expected 0"),
         "int4: whole scales": (part(INT4, "scales", "I32", [16, 1], bytes(64)), "its scales are of torch.int32"),
