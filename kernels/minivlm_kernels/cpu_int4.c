@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #ifdef __AVX512F__
 enum { LANES = 16 };
@@ -177,5 +178,33 @@ void dequantize(const Weight *w, int64_t first, int64_t last, void *out, int64_t
                 }
             }
         }
+    }
+}
+
+// Blocks of 64 numbers: absmax and, for each number, how many of 15 middles lie below number / absmax; `order` says which
+// code that is. Two codes are a byte, the first in its upper half. As integers, the bits of absolute values are in order,
+// infinity and NaN on top, so that absmax tells of those.
+void quantize(const float *numbers, const float *middles, const uint8_t *order, uint8_t *out, float *absmax, int64_t blocks,
+              int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *block = numbers + 64 * b;
+        words largest = {0};
+        for (int k = 0; k < 64; k += LANES) {
+            const words size = *(const words *)(block + k) & 0x7fffffff, above = (words)(size > largest);
+            largest = (size & above) | (largest & ~above);
+        }
+        uint32_t most = 0;
+        for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
+        memcpy(absmax + b, &most, sizeof most);
+        const float inverse = 1 / (absmax[b] > 1e-38f ? absmax[b] : 1e-38f);
+        uint8_t codes[64];
+        for (int k = 0; k < 64; k += LANES) {
+            const floats normed = *(const floats *)(block + k) * inverse;
+            words below = {0};
+            for (int i = 0; i < 15; i++) below -= (words)(normed > middles[i]);
+            *(bytes *)(codes + k) = __builtin_convertvector(below, bytes);
+        }
+        for (int i = 0; i < 32; i++) out[32 * b + i] = (uint8_t)(order[codes[2 * i]] << 4 | order[codes[2 * i + 1]]);
     }
 }

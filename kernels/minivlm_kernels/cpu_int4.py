@@ -126,6 +126,19 @@ def dequantize(weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | No
     return out[:columns, : stop - start]
 
 
+def quantize(numbers: Tensor, middles: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of 64 fp32 numbers (n,) → bytes of two codes (n/2,), the first in the upper half, and absmax (n/64,).
+
+    A number's code is order[i], where i of the 15 middles lie below number · (1 / absmax).
+    """
+    numbers, blocks = numbers.contiguous(), len(numbers) // 64
+    packed, absmax = torch.empty(len(numbers) // 2, dtype=torch.uint8), torch.empty(blocks)
+    _call(
+        "quantize", numbers, middles.contiguous(), order.contiguous(), packed, absmax, blocks, torch.get_num_threads()
+    )
+    return packed, absmax
+
+
 @functools.cache
 def _whole_numbers() -> Tensor:
     return torch.arange(-8.0, 8.0)  # of codes with a zero point: the C adds 8 − zero

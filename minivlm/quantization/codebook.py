@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from minivlm_kernels import cpu_int4
 from torch import Tensor
 
 from minivlm.quantization.formats import Shape, Tensors, check, chunk
@@ -65,11 +66,18 @@ def quantize(weight: Tensor, kind: str, dtype: torch.dtype | None = None) -> tup
     flat = weight.detach().reshape(-1)
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=flat.device)
     scales = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
-    size = chunk(flat)
+    compiled = flat.device.type == "cpu" and cpu_int4.available()
+    size = COMPILED_CHUNK if compiled else chunk(flat)
     for start in range(0, len(flat), size):
         part = flat[start : start + size]
-        codes, absmax = _quantize(part.to(dtype or part.dtype).float(), kind)
-        packed[start // 2 : (start + len(part) + 1) // 2] = pack(codes)
+        part = part.to(dtype or part.dtype).float()
+        if compiled and len(part) % BLOCK == 0:
+            codes, absmax = cpu_int4.quantize(part, *_middles(kind))
+            _check_finite(absmax)
+        else:
+            codes, absmax = _quantize(part, kind)
+            codes = pack(codes)
+        packed[start // 2 : start // 2 + len(codes)] = codes
         scales[start // BLOCK : start // BLOCK + len(absmax)] = absmax
     return packed, scales
 
@@ -83,8 +91,7 @@ def _quantize(flat: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     whole = len(flat) // BLOCK * BLOCK
     blocks, rest = flat[:whole].view(-1, BLOCK), flat[whole:]
     absmax = blocks.abs().amax(dim=1)
-    if not (absmax.isfinite().all() and rest.isfinite().all()):
-        raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
+    _check_finite(absmax, rest)
     normed = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
     if len(rest):
         last = rest.abs().amax().clamp(min=1e-38)
@@ -94,19 +101,31 @@ def _quantize(flat: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return _nearest(normed, kind), absmax
 
 
+def _check_finite(*values: Tensor) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise ValueError("a weight that is not finite cannot be quantised; the checkpoint holds inf or NaN")
+
+
+COMPILED_CHUNK = 2**18  # weights that the C quantises at once: a copy of them in fp32 stays in the cache
 CELLS = 1024  # of [0, 1]: none holds two midpoints of neighbouring values
+
+
+@functools.cache
+def _middles(kind: str) -> tuple[Tensor, Tensor]:
+    """The 15 midpoints between neighbouring values, in order, and which code the n-th smallest value has."""
+    values, order = codebook(kind).sort(stable=True)
+    return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
 
 
 @functools.cache
 def _cells(kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """For each cell of [−1, 1]: how many midpoints lie in cells below it, and the midpoint in it (none: ∞); and which
     code the n-th smallest value has (None: n)."""
-    values, order = codebook(kind).sort(stable=True)
-    middles = (values[:-1] + values[1:]) / 2
+    middles, order = _middles(kind)
     cells = _cell(middles)
     below = torch.bucketize(torch.arange(2 * CELLS + 1), cells, out_int32=True).to(torch.uint8)
     inside = torch.full((2 * CELLS + 1,), torch.inf).index_copy_(0, cells.long(), middles)
-    return below, inside, None if kind == "nf4" else order.to(torch.uint8)
+    return below, inside, None if kind == "nf4" else order
 
 
 def _cell(normed: Tensor) -> Tensor:

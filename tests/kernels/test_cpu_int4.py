@@ -11,6 +11,9 @@ from minivlm_kernels import compiled, cpu_int4
 from minivlm_kernels.cpu_int4 import Tiles, dequantize, pack, product, unpack
 from torch import Tensor
 
+from minivlm.quantization import codebook
+from minivlm.quantization.codebook import CODES
+
 needs_compiler = pytest.mark.skipif(not cpu_int4.available(), reason="no GCC, or no AVX: products stay with torch")
 FP32 = torch.finfo(torch.float32).eps
 BUILD = cpu_int4._library.__wrapped__
@@ -90,3 +93,24 @@ def test_values(case: tuple, library: None) -> None:
         found = dequantize(packed, torch.float32, start, stop).T
         torch.testing.assert_close(found.double(), exact[start:stop], rtol=1e-6, atol=1e-6)
         assert torch.equal(dequantize(packed, torch.bfloat16, start, stop).T, found.bfloat16())
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", CODES)
+def test_quantised_as_by_torch(kind: str, library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and scales, bit by bit: of blocks of all sizes, zeros, midpoints, their neighbours and denormal numbers."""
+    torch.manual_seed(0)
+    middles = codebook._middles(kind)[0]
+    near = torch.cat([middles, middles.nextafter(torch.ones(())), middles.nextafter(-torch.ones(())), torch.ones(19)])
+    random = torch.randn(50, 64) * 10.0 ** torch.randint(-44, 38, (50, 1))
+    numbers = torch.cat([torch.zeros(64), near, 0.3 * near, -near, 1e-39 * near, random.flatten()])
+    for weight, dtype in ((numbers, None), (numbers, torch.bfloat16), (numbers[:-1], None)):
+        packed, scales = codebook.quantize(weight, kind, dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_int4, "available", lambda: False)
+            expected = codebook.quantize(weight, kind, dtype)
+        assert torch.equal(packed, expected[0])
+        assert torch.equal(scales, expected[1])
+    for value in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="not finite"):
+            codebook.quantize(torch.cat([numbers[:-1], torch.tensor([value])]), kind)
