@@ -197,10 +197,10 @@ class PerceiverAttention(nn.Module):
         self.latents_layer_norm = nn.LayerNorm(width)
         norm = nn.LayerNorm if config.qk_layer_norms_perceiver else nn.Identity
         self.q_layer_norm, self.k_layer_norm = norm(self.head_dim), norm(self.head_dim)
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.k_proj = nn.Linear(width, inner, bias=False)
-        self.v_proj = nn.Linear(width, inner, bias=False)
-        self.output_proj = nn.Linear(inner, width, bias=False)
+        self.q_proj = Linear(width, inner, bias=False)
+        self.k_proj = Linear(width, inner, bias=False)
+        self.v_proj = Linear(width, inner, bias=False)
+        self.output_proj = Linear(inner, width, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
         """latents (n, Q, Cv), context (n, P, Cv) → (n, Q, Cv)."""
@@ -222,8 +222,8 @@ class PerceiverMLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(width)
-        self.fc = nn.Linear(width, 4 * width, bias=False)
-        self.c_proj = nn.Linear(4 * width, width, bias=False)
+        self.fc = Linear(width, 4 * width, bias=False)
+        self.c_proj = Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.fc(self.ln(x)).relu())
@@ -261,8 +261,8 @@ class CrossAttention(nn.Module):
         text, vision = config.hidden_size, config.vision_config.hidden_size
         self.head_dim = text // config.num_attention_heads
         self.q_proj = Linear(text, text, bias=False)
-        self.k_proj = nn.Linear(vision, text, bias=False)
-        self.v_proj = nn.Linear(vision, text, bias=False)
+        self.k_proj = Linear(vision, text, bias=False)
+        self.v_proj = Linear(vision, text, bias=False)
         self.o_proj = Linear(text, text, bias=False)
         norm = RMSNorm if config.qk_layer_norms else nn.Identity
         self.q_layer_norm = norm(self.head_dim, config.rms_norm_eps)
@@ -562,7 +562,7 @@ class IdeficsForVisionText2Text(nn.Module):
         self.model = IdeficsModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         added = config.additional_vocab_size
-        self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
+        self.additional_fc = Linear(config.hidden_size, added, bias=False) if added else None
         initialize(self, config.initializer_range)
         if config.freeze_lm_head:
             _freeze(self.lm_head)

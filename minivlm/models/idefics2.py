@@ -141,10 +141,10 @@ class PerceiverAttention(nn.Module):
         self.head_dim = config.resampler_head_dim
         queries = config.resampler_n_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Mask, backend: str | None) -> Tensor:
         everything = torch.cat([context, latents], dim=1)  # (N, P + Q, C): the mask counts in this order

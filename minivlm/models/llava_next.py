@@ -175,8 +175,8 @@ class Projector(nn.Module):
         super().__init__()
         vision = config.vision_config.hidden_size * len(config.feature_layers)
         text, bias = config.text_config.hidden_size, config.multimodal_projector_bias
-        self.linear_1 = nn.Linear(vision, text, bias=bias)
-        self.linear_2 = nn.Linear(text, text, bias=bias)
+        self.linear_1 = Linear(vision, text, bias=bias)
+        self.linear_2 = Linear(text, text, bias=bias)
         self.act = activation(config.projector_hidden_act)
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
-from minivlm.modules.layers import ACTIVATIONS, MLP
+from minivlm.modules.layers import ACTIVATIONS, MLP, Linear
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class SiglipAttention(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.head_dim = size // config.num_attention_heads
-        self.q_proj = nn.Linear(size, size)
-        self.k_proj = nn.Linear(size, size)
-        self.v_proj = nn.Linear(size, size)
-        self.out_proj = nn.Linear(size, size)
+        self.q_proj = Linear(size, size)
+        self.k_proj = Linear(size, size)
+        self.v_proj = Linear(size, size)
+        self.out_proj = Linear(size, size)
 
     def forward(self, x: Tensor, mask: Mask, backend: str | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)

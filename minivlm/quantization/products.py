@@ -9,7 +9,6 @@ bits without a compiler, NF4 and FP4 with blocks of scales that straddle outputs
 `python scripts/bench_int4_cpu.py` compares these ways, and torch's own operator for int4.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from minivlm_kernels import cpu_int4
 from torch import Tensor
 
+from minivlm.modules.layers import multiplies
 from minivlm.quantization.affine import Affine
 from minivlm.quantization.codebook import BLOCK, Codebook
 from minivlm.quantization.formats import Format, Shape, Tensors
@@ -120,12 +120,5 @@ def _pieces(tensors: Tensors, format: Format, shape: Shape, dtype: torch.dtype) 
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In what many rows are multiplied on a CPU: fp16 in fp32, and bf16 too where the processor has no such products,
-    for torch then takes three to five times as long as in fp32."""
-    return dtype if dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
-
-
-@functools.cache
-def _multiplies_bf16() -> bool:
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    return not torch.backends.cpu.get_cpu_capability().startswith("AVX") or supported()
+    """In what many rows are multiplied on a CPU: fp16 in fp32, and bf16 too where the processor has no such thing."""
+    return dtype if dtype == torch.bfloat16 and multiplies(dtype) else torch.float32
