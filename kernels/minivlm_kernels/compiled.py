@@ -32,7 +32,7 @@ def _compiled(source: Path) -> Path:
     """The library, compiled in about a second, kept for this user, source and processor."""
     # The threads of torch's own OpenMP: those of another would wait, spinning, on the same cores.
     threads = [str(found) for found in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
-    about = repr((source.read_text(), OPTIONS, threads, _processor()))
+    about = repr((source.read_text(), OPTIONS, threads, processor()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivlm"
     path = folder / f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
     if not path.exists():
@@ -45,7 +45,7 @@ def _compiled(source: Path) -> Path:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """What the first processor can do; its clock changes from moment to moment."""
     information = Path("/proc/cpuinfo")
     about = information.read_text().split("\n\n")[0] if information.exists() else platform.processor()

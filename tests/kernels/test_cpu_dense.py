@@ -48,7 +48,8 @@ def test_few_rows_times_a_dense_weight(dtype: torch.dtype, bias: bool, count: in
 
 
 @needs_compiler
-def test_what_is_left_to_torch() -> None:
+def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_dense, "_fast_in_torch", lambda: False)
     weight, x = torch.randn(512, 512), torch.randn(1, 512)
     with torch.no_grad():
         assert cpu_dense.suits_dense(x, weight)
@@ -64,6 +65,9 @@ def test_what_is_left_to_torch() -> None:
         wide = torch.empty(4, 2**18 + 32)
         assert not cpu_dense.suits_dense(wide[:1], wide)
     assert not cpu_dense.suits_dense(x, weight)  # gradients may be wanted
+    monkeypatch.setattr(cpu_dense, "_fast_in_torch", lambda: True)
+    with torch.no_grad():
+        assert not cpu_dense.suits_dense(x, weight)
 
 
 @needs_compiler
