@@ -222,7 +222,7 @@ class Profiled:
         kinds = {"matrix products with weights": 0.0, "attention": 0.0, "all else": 0.0}
         for event in self.profile.key_averages(group_by_input_shape=True):
             weights = event.key in ("aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "dense_rows")
-            looks = event.key in ("aten::bmm", "aten::_softmax", "aten::baddbmm")
+            looks = "scaled_dot_product" in event.key or event.key in ("aten::bmm", "aten::_softmax", "aten::baddbmm")
             kind = list(kinds)[0 if weights else 1 if looks else 2]
             kinds[kind] += event.self_cpu_time_total
         total = sum(kinds.values())
