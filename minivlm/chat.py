@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from minivlm import generation
-from minivlm.generation import text_config
 from minivlm.generation_config import check, is_whole
 from minivlm.modules.cache import KVCache, alike
+from minivlm.modules.config import text_config
 from minivlm.processing.chat_template import normalise
 from minivlm.processing.common import fetch_picture
 
@@ -134,7 +134,7 @@ class Chat:
 
     def _new_tokens(self, settings: dict[str, Any], length: int) -> int:
         """What is asked for, or what there is room for."""
-        limit = text_config(self.model).max_position_embeddings
+        limit = text_config(self.model.config).max_position_embeddings
         if length >= limit:
             raise ValueError(
                 f"the conversation has {length} tokens with this question, but this model has positions for {limit} "
@@ -192,7 +192,7 @@ class Chat:
 
     def _kept(self, prompt: Prompt) -> int:
         """How many ids of the prompt can stay in the cache. One at least is run, and no picture is cut."""
-        scaling = text_config(self.model).rope_scaling
+        scaling = text_config(self.model.config).rope_scaling
         if self._cache is None or (scaling is not None and scaling.rope_type in ("dynamic", "longrope")):
             return 0
         known = self._ids[: self._cache.length]

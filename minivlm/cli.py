@@ -283,9 +283,9 @@ def inspect(args: argparse.Namespace, parser: _Parser) -> None:
     if args.check:
         found["checked"] = inspection.check(args.model)
     if args.image:
-        found["pictures"] = inspection.cost(args.model, args.image)
+        found["pictures"], inputs = inspection.cost(args.model, args.image)
         if args.check:
-            found["sight"] = inspection.sight(args.model, args.image)
+            found["sight"] = inspection.sight(args.model, inputs)
     print(json.dumps(found) if args.json else inspection.table(found))
 
 

@@ -25,7 +25,7 @@ from minivlm.beams import beam_search
 from minivlm.cuda_graph import CapturedStep
 from minivlm.diagnosis import explain
 from minivlm.modules.cache import KVCache
-from minivlm.request import Run, positions, prepare, text_config  # noqa: F401  (of a model, for who generates)
+from minivlm.request import Run, positions, prepare
 from minivlm.sampling import sample
 from minivlm.stopping import ended
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minivlm import auto, hub, loading
+from minivlm.modules.config import text_config
 from minivlm.processing.common import fetch_picture
 from minivlm.processing.inputs import Inputs
 from minivlm.processing.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ def describe(name: str) -> dict[str, Any]:
     stored = None if files is None else files.json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
-    text = getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat
+    text = text_config(config)
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "model": name,
@@ -69,31 +70,38 @@ def check(name: str) -> dict[str, int]:
     return {"tensors": loading.check_weights(model, files), "tokens": len(tokenizer)}
 
 
-def prompt(name: str, images: list[Any]) -> Inputs:
-    """A question about these pictures as the model will get it; no weights needed."""
-    processor = auto.AutoProcessor.from_pretrained(name)
-    content = [{"type": "image", "image": fetch_picture(processor, image)} for image in images]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}]
+def prompt(processor: Any, pictures: list[Any]) -> Inputs:
+    """A question about these pictures as the model will get it."""
+    content = [
+        *({"type": "image", "image": picture} for picture in pictures),
+        {"type": "text", "text": "What is this?"},
+    ]
+    messages = [{"role": "user", "content": content}]
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
 
 
-def cost(name: str, images: list[Any]) -> dict[str, Any]:
-    """What these pictures will take: tokens of each and of all in one prompt, and the bytes of their pixels."""
-    words = prompt(name, [])["input_ids"].shape[1]
-    each = [prompt(name, [image])["input_ids"].shape[1] - words for image in images]
-    inputs = prompt(name, images)
-    return {"tokens": each, "prompt_tokens": inputs["input_ids"].shape[1], "pixel_bytes": inputs["pixel_values"].nbytes}
+def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
+    """What these pictures will take, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
+    pixels; and that prompt."""
+    processor = auto.AutoProcessor.from_pretrained(name)
+    pictures = [fetch_picture(processor, image) for image in images]
+
+    def tokens(some: list[Any]) -> int:
+        return prompt(processor, some)["input_ids"].shape[1]
+
+    each, inputs = [tokens([picture]) - tokens([]) for picture in pictures], prompt(processor, pictures)
+    whole = inputs["input_ids"].shape[1]
+    return {"tokens": each, "prompt_tokens": whole, "pixel_bytes": inputs["pixel_values"].nbytes}, inputs
 
 
 @torch.no_grad()
-def sight(name: str, images: list[Any]) -> float:
+def sight(name: str, inputs: Inputs) -> float:
     """How far the next token's distribution moves, KL in nats, when the pictures turn to plain grey.
 
     Loads the model. ValueError if it does not move at all: answers would be fluent, and not about the pictures.
     """
-    inputs = prompt(name, images)
     model = auto.AutoModelForImageTextToText.from_pretrained(name, device_map="auto")
     inputs = inputs.to(model.device)
     seen, grey = (

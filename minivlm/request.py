@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minivlm.generation_config import GenerationConfig, check, is_whole, settings_of
 from minivlm.modules.cache import KVCache
+from minivlm.modules.config import text_config
 from minivlm.sampling import Rule, logits_rules
 from minivlm.stopping import Stop, stop_rules
 
@@ -73,7 +74,7 @@ def prepare(
     mask = _mask(settings, attention_mask, ids, K).to(device)
     place = inputs.pop("position_ids", None)
     place = positions(mask) if place is None else place.expand(B, -1)
-    N = _new_tokens(settings, K, int(place.max()) + 1, text_config(model).max_position_embeddings)
+    N = _new_tokens(settings, K, int(place.max()) + 1, text_config(model.config).max_position_embeddings)
     if settings.eos_ids and B * n > 1:  # rows that have ended go on with pads
         pad, V = settings.pad_token_id, _vocab_size(model)
         check("pad_token_id", pad, is_whole(pad) and pad < V, f"one of the {V} tokens of the vocabulary")
@@ -217,11 +218,6 @@ def _generator(generator: torch.Generator | None, seed: int | None, device: torc
     return torch.Generator(device).manual_seed(seed)
 
 
-def text_config(model: Any) -> Any:
-    """The config of a model's decoder."""
-    return getattr(model.config, "text_config", None) or model.config.decoder  # IDEFICS keeps its decoder's fields flat
-
-
 def _vocab_size(model: Any) -> int:
     # IDEFICS decouples its image tokens
-    return text_config(model).vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)

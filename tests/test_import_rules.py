@@ -42,7 +42,8 @@ MAY_IMPORT = {
         "minivlm.quantization",
     },
     "minivlm.inspection": {
-        *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.processing", "minivlm.quantization"),
+        *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.modules", "minivlm.processing"),
+        "minivlm.quantization",
     },
     "minivlm.cli": None,  # anything; and nothing imports it
 }

@@ -108,3 +108,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return value
     expected = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in plain)
     raise ValueError(f"{name} should be {expected}, found {value!r:.80}")
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a model's config."""
+    return getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat

@@ -1,31 +1,14 @@
 """The compiled products of dense weights, and the norm, against their formulas in fp64, by each instruction set."""
 
-import ctypes
-import functools
-from typing import Any
-
 import pytest
 import torch
-from minivlm_kernels import compiled, cpu_dense
+from instruction_sets import each_instruction_set
+from minivlm_kernels import cpu_dense
 
 from minivlm.modules.layers import RMSNorm
 
 needs_compiler = pytest.mark.skipif(not cpu_dense.available(), reason="no GCC, or no AVX: products stay with torch")
-BUILD = cpu_dense._library.__wrapped__
-
-
-@functools.cache
-def built(*options: str) -> ctypes.CDLL | None:
-    """The library, built once with these options too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, *options))
-        return BUILD()
-
-
-@pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
-def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library as it is here, and as a processor without AVX-512 would have it."""
-    monkeypatch.setattr(cpu_dense, "_library", lambda: built(*request.param))
+library = each_instruction_set(cpu_dense)
 
 
 @needs_compiler

@@ -1,13 +1,11 @@
 """The compiled products of four bits against their formulas in fp64, by each instruction set."""
 
-import ctypes
-import functools
 import math
-from typing import Any
 
 import pytest
 import torch
-from minivlm_kernels import compiled, cpu_int4
+from instruction_sets import each_instruction_set
+from minivlm_kernels import cpu_int4
 from minivlm_kernels.cpu_int4 import Tiles, dequantize, pack, product, unpack
 from torch import Tensor
 
@@ -16,21 +14,7 @@ from minivlm.quantization.codebook import CODES
 
 needs_compiler = pytest.mark.skipif(not cpu_int4.available(), reason="no GCC, or no AVX: products stay with torch")
 FP32 = torch.finfo(torch.float32).eps
-BUILD = cpu_int4._library.__wrapped__
-
-
-@functools.cache
-def built(*options: str) -> ctypes.CDLL | None:
-    """The library, built once with these options too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, *options))
-        return BUILD()
-
-
-@pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
-def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library as it is here, and as a processor without AVX-512 would have it."""
-    monkeypatch.setattr(cpu_int4, "_library", lambda: built(*request.param))
+library = each_instruction_set(cpu_int4)
 
 
 # Outputs, inputs, what scales are held as, zero points, inputs of a scale. Outputs that fill no tile; inputs that fill

@@ -1,0 +1,25 @@
+"""A compiled page as it is here, and as a processor without AVX-512 would have it."""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import pytest
+from minivlm_kernels import compiled
+
+
+def each_instruction_set(module: ModuleType) -> Any:
+    """A fixture that gives `module` its library, built once with each set of options."""
+    build = module._library.__wrapped__
+
+    @functools.cache
+    def built(*options: str) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, *options))
+            return build()
+
+    @pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
+    def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "_library", lambda: built(*request.param))
+
+    return library
