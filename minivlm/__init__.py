@@ -14,7 +14,7 @@ _HOME = {
     "BitsAndBytesConfig": "minivlm.quantization.config",
     "Chat": "minivlm.chat",
     "CheckpointError": "minivlm.hub",
-    "GenerationConfig": "minivlm.generation_config",
+    "GenerationConfig": "minivlm.generation.settings",
     "Idefics2Config": "minivlm.models.idefics2",
     "Idefics2ForConditionalGeneration": "minivlm.models.idefics2",
     "Idefics2ImageProcessor": "minivlm.processing.idefics2",

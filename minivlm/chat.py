@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from minivlm import generation
-from minivlm.generation_config import check, is_whole
+from minivlm.generation import loop
+from minivlm.generation.settings import check, is_whole
 from minivlm.modules.cache import KVCache, alike
 from minivlm.modules.config import text_config
 from minivlm.processing.chat_template import normalise
@@ -168,9 +168,9 @@ class Chat:
         """The answer's ids. The first `blind` ids of the prompt are run before those that come with `pictures`."""
         ids = torch.tensor([self._ids], device=self.model.device)
         if blind > self._cache.length:
-            generation.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
+            loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **pictures}
-        for token in generation.stream(self.model, ids, **inputs, **settings):
+        for token in loop.stream(self.model, ids, **inputs, **settings):
             if len(token) != 1:
                 raise ValueError(
                     f"a conversation goes on with one answer; pass num_return_sequences=1, not {len(token)}"

@@ -147,7 +147,7 @@ def ask(args: argparse.Namespace, parser: _Parser) -> None:
     name = _name(args)
 
     from minivlm.chat import incremental_text
-    from minivlm.generation import stream
+    from minivlm.generation.loop import stream
     from minivlm.processing.common import fetch_picture
 
     device, dtype = _device_and_dtype(args)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minivlm import hub
-from minivlm.generation_config import GenerationConfig
+from minivlm.generation.settings import GenerationConfig
 from minivlm.header import Entry, read_header
 from minivlm.hub import CheckpointError, CheckpointFileError
 from minivlm.quantization import apply

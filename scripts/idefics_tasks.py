@@ -98,7 +98,7 @@ def classification(model: Any, processor: Any, show: Show) -> list[str]:
 
 def rank_classification(model: Any, processor: Any, show: Show) -> list[str]:
     """The second half of classification: how likely each category is, by the mean over its tokens; best first."""
-    from minivlm.ranking import rank
+    from minivlm.generation.ranking import rank
 
     inputs = processor(classification_prompt(show.goods, show.categories))
     labels = processor.tokenizer(show.categories, add_special_tokens=False).input_ids

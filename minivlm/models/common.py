@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm.generation_config import GenerationConfig
+from minivlm.generation.settings import GenerationConfig
 from minivlm.modules.attention import check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.outputs import Output, next_token_loss

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minivlm import generation, loading
+from minivlm import loading
+from minivlm.generation import loop
 from minivlm.models import common
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
@@ -552,7 +553,7 @@ class IdeficsForVisionText2Text(nn.Module):
 
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
-    generate = generation.generate
+    generate = loop.generate
     forward = common.forward
     device, dtype, new_cache = common.device, common.dtype, common.new_cache
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from minivlm import generation
+from minivlm.generation import loop
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.recording import Recording
@@ -113,7 +113,7 @@ def greedy_findings(recording: Recording, model: nn.Module, inputs: dict[str, An
     Tokens must be equal up to a tie: a step at which b took a token that a's own choice led by less than two logits may
     move (what is allowed, each). What follows a tie is another text and is left out.
     """
-    a, code = recording.group("greedy"), sides.code_at(generation.generate)
+    a, code = recording.group("greedy"), sides.code_at(loop.generate)
     shape, difference = tuple(a["tokens"].shape), Difference()
     try:
         b = sides.greedy(model, inputs, shape[1])

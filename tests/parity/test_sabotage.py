@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minivlm import generation
 from minivlm.models import idefics, idefics2, llava_next
 from minivlm.modules import attention, clip, decoder, siglip
 from minivlm.parity import Question, Recording, Side, against, drawn_picture, record
@@ -242,7 +241,7 @@ def when_decoding(change: Callable[..., Any]) -> Fault:
         change(cache)
         return original(model, token, cache, *rest)
 
-    return around(generation, "decode_step", other)
+    return around(loop, "decode_step", other)
 
 
 def _forget_newest(cache: Any) -> None:
@@ -329,7 +328,7 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
     ("idefics2", "1 + weight in the final norm"): (weights(f"{D}.norm.weight", lambda w: w + 1), "final norm"),
     ("idefics2", "a head shifted by one token"): (weights("lm_head.weight", lambda w: w.roll(1, 0)), "logits"),
     ("idefics2", "decoding one position late"): (
-        around(generation, "decode_step", lambda f, m, token, cache, place, *a: f(m, token, cache, place + 1, *a)),
+        around(loop, "decode_step", lambda f, m, token, cache, place, *a: f(m, token, cache, place + 1, *a)),
         "decoding",
     ),
     ("llava_next", "patches column by column"): (
@@ -518,7 +517,7 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
     ("llava_next", "gelu for silu"): (changed(f"{L}.layers.0.mlp", act=F.gelu), "decoder layer 0"),
     ("llava_next", "a last norm without weights"): (weights(f"{L}.norm.weight", torch.ones_like), "final norm"),
     ("llava_next", "keys and values swapped in the cache"): (when_decoding(_swap_keys_and_values), "decoding"),
-    ("llava_next", "padding attended to in decoding"): (around(generation, "decode_step", without_mask), "decoding"),
+    ("llava_next", "padding attended to in decoding"): (around(loop, "decode_step", without_mask), "decoding"),
     # ---- IDEFICS
     ("idefics", "no positions"): (
         weights(f"{V}.embeddings.position_embedding.weight", torch.zeros_like),

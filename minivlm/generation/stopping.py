@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.generation_config import GenerationConfig, check, is_number
+from minivlm.generation.settings import GenerationConfig, check, is_number
 
 Stop = Callable[[Tensor], Tensor | bool]  # ids (R, S) -> which rows end, (R,) bool, or one answer for all
 

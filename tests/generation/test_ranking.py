@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivlm.generation import positions
+from minivlm.generation.loop import positions
+from minivlm.generation.ranking import rank
 from minivlm.models.idefics import IdeficsForVisionText2Text
 from minivlm.models.idefics2 import Idefics2ForConditionalGeneration
 from minivlm.models.llava_next import LlavaNextForConditionalGeneration
-from minivlm.ranking import rank
 
 # alike at the beginning, one inside another, twice the same, one token alone
 CANDIDATES = [[7, 8, 9], [7, 8, 10], [7, 8], [5], [7, 8, 9], [6, 5, 4, 3, 5, 6, 7], [9], [7, 8, 9, 11, 12]]

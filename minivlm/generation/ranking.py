@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.diagnosis import explain
-from minivlm.generation import positions, prefill
+from minivlm.generation.diagnosis import explain
+from minivlm.generation.loop import positions, prefill
 from minivlm.modules.cache import KVCache, alike
 from minivlm.modules.config import text_config
 

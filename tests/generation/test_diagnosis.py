@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minivlm import Idefics2Config, Idefics2ForConditionalGeneration
-from minivlm.diagnosis import first_not_finite
-from minivlm.generation import _check_finite
-from minivlm.request import prepare
+from minivlm.generation.diagnosis import first_not_finite
+from minivlm.generation.loop import _check_finite
+from minivlm.generation.request import prepare
 
 IDS = torch.tensor([[1, 8, 9], [1, 5, 7]])
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.beams import beam_search
-from minivlm.cuda_graph import CapturedStep
-from minivlm.diagnosis import explain
+from minivlm.generation.beams import beam_search
+from minivlm.generation.cuda_graph import CapturedStep
+from minivlm.generation.diagnosis import explain
+from minivlm.generation.request import Run, positions, prepare
+from minivlm.generation.sampling import sample
+from minivlm.generation.stopping import ended
 from minivlm.modules.cache import KVCache
-from minivlm.request import Run, positions, prepare
-from minivlm.sampling import sample
-from minivlm.stopping import ended
 
 # ---- The model's two steps ----
 

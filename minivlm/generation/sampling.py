@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.generation_config import GenerationConfig, check, is_number, is_whole
+from minivlm.generation.settings import GenerationConfig, check, is_number, is_whole
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # (scores (B, V), ids (B, S)) -> scores (B, V)
 

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given, settings
 from oracle_generation import EOS, IMAGE, PAD, V, alone, batch, both, oracle, twins
 
-from minivlm import generation
+from minivlm.generation import loop
 from minivlm.models.idefics import IdeficsForVisionText2Text
 from minivlm.models.llava_next import LlavaNextForConditionalGeneration
 from minivlm.modules.cache import KVCache
@@ -358,4 +358,4 @@ def test_logits_that_are_not_finite_name_the_prompt(model, monkeypatch):
 
 def test_beams_cannot_be_streamed(model):
     with pytest.raises(ValueError, match="a stream knows neither num_beams nor return_dict_in_generate"):
-        generation.stream(model, torch.tensor([[8, 9]]), num_beams=2)
+        loop.stream(model, torch.tensor([[8, 9]]), num_beams=2)

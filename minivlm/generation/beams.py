@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minivlm.generation_config import GenerationConfig
-from minivlm.stopping import Stop, ended
+from minivlm.generation.settings import GenerationConfig
+from minivlm.generation.stopping import Stop, ended
 
 NEVER = -1e9
 

@@ -17,13 +17,13 @@ from tiny_chat import random_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minivlm import generation
-from minivlm.cuda_graph import CapturedStep
+from minivlm.generation import loop
+from minivlm.generation.cuda_graph import CapturedStep
+from minivlm.generation.request import Run, prepare
 from minivlm.models.idefics import IdeficsForVisionText2Text
 from minivlm.models.idefics2 import Idefics2ForConditionalGeneration
 from minivlm.models.llava_next import LlavaNextForConditionalGeneration
 from minivlm.modules.rope import RopeScaling
-from minivlm.request import Run, prepare
 
 N = 8  # new tokens
 LONGROPE = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 24}
@@ -59,14 +59,14 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Tensor]]:
 @pytest.fixture
 def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generation takes the step on fixed shapes on any device."""
-    monkeypatch.setattr(generation, "_can_capture", lambda run: True)
+    monkeypatch.setattr(loop, "_can_capture", lambda run: True)
 
 
 def started(model: Any, inputs: dict[str, Tensor], **options: Any) -> Run:
     """A run whose prompt is in its cache; what lies behind is NaN, as fresh memory may be."""
     run = prepare(model, **inputs, max_new_tokens=N, eos_token_id=None, **options)
     run.cache.data.fill_(torch.nan)
-    generation._next_logits(model, run, 0)
+    loop._next_logits(model, run, 0)
     return run
 
 
@@ -84,7 +84,7 @@ def assert_same_steps(model: Any, inputs: dict[str, Tensor], tolerance: float) -
     captured = CapturedStep(model, fixed.cache, fixed.mask)
     for step in range(1, N):
         plain.ids[:, plain.prompt + step - 1] = 10 + step
-        expected = generation._decode(model, plain, *newest(plain, step), plain.keys + step)
+        expected = loop._decode(model, plain, *newest(plain, step), plain.keys + step)
         found = captured(*newest(plain, step))
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
     assert fixed.cache.length == plain.cache.length == fixed.keys + N - 1
@@ -108,7 +108,7 @@ def test_the_kernel_is_told_on_the_device_how_much_is_filled(case: tuple[Any, di
     model, inputs = case
     plain, fixed = started(model, inputs), started(model, inputs)
     captured = CapturedStep(model, fixed.cache, fixed.mask)
-    expected = generation._decode(model, plain, *newest(plain, 1), plain.keys + 1)
+    expected = loop._decode(model, plain, *newest(plain, 1), plain.keys + 1)
     model.attn_implementation = "triton"
     try:
         found = captured(*newest(plain, 1))
@@ -205,7 +205,7 @@ def operations(model: Any, cached: int, captured: bool) -> Operations:
         if captured:
             step(token, position)
         else:
-            generation.decode_step(model, token, cache, position, mask[:, : cached + 1])
+            loop.decode_step(model, token, cache, position, mask[:, : cached + 1])
     return seen
 
 
@@ -225,8 +225,8 @@ def test_a_step_does_not_grow_and_does_not_wait(case: tuple[Any, dict[str, Tenso
 def test_generation_waits_once_a_token(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """For whether all rows have ended. On a CPU, where nothing waits, each step's logits are checked as well."""
     model, inputs = idefics2()
-    monkeypatch.setattr(generation, "_can_capture", lambda run: captured)
-    monkeypatch.setattr(generation, "_check_finite", lambda *_: None)
+    monkeypatch.setattr(loop, "_can_capture", lambda run: captured)
+    monkeypatch.setattr(loop, "_check_finite", lambda *_: None)
     reads = []
     for tokens in (4, 9):
         with Operations() as seen:
@@ -240,7 +240,7 @@ def test_a_graph_can_be_declined() -> None:
     model, inputs = idefics2()
     run = prepare(model, **inputs, disable_compile=True)
     run.cache.data = torch.empty(0, device="meta")
-    assert not generation._can_capture(run)
+    assert not loop._can_capture(run)
 
 
 def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch: pytest.Monk
 def test_a_graph_equals_plain_steps(case: tuple[Any, dict[str, Tensor]], dtype: torch.dtype, monkeypatch: Any) -> None:
     """In bf16 another order of sums changes the last of 8 bits here and there, which a few layers carry on."""
     model, inputs = case
-    monkeypatch.setattr(generation, "_can_capture", lambda run: False)
+    monkeypatch.setattr(loop, "_can_capture", lambda run: False)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     assert_same_steps(copy.deepcopy(model).to("cuda", dtype), on("cuda", inputs), tolerance)
 

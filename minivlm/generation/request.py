@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.generation_config import GenerationConfig, check, is_whole, settings_of
+from minivlm.generation.sampling import Rule, logits_rules
+from minivlm.generation.settings import GenerationConfig, check, is_whole, settings_of
+from minivlm.generation.stopping import Stop, stop_rules
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
-from minivlm.sampling import Rule, logits_rules
-from minivlm.stopping import Stop, stop_rules
 
 NEW_TOKENS = 20  # when neither max_new_tokens nor max_length is set anywhere
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from oracle_generation import EOS, IMAGE, PAD, V, alone, batch, both, oracle, twins
 from transformers.generation import logits_process, stopping_criteria
 
-from minivlm import generation, generation_config, sampling, stopping
-from minivlm.generation_config import GenerationConfig
+from minivlm.generation import loop, sampling, stopping
+from minivlm.generation import settings as generation_config
+from minivlm.generation.settings import GenerationConfig
 from minivlm.processing.tokenizer import Tokenizer
 
 NEGATIVE = float("-inf")
@@ -187,7 +188,7 @@ def test_rules_equal_the_reference(scores, data):
 
 def test_positions_count_real_tokens():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    assert generation.positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert loop.positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
 # ---- The ends of answers ----
@@ -468,11 +469,11 @@ def test_cached_logits_equal_uncached_logits(pair):
     token = torch.tensor([8, 9, 10, 11])
     with torch.no_grad():
         cache = model.new_cache(4, mask.shape[1] + 1)
-        generation.prefill(model, inputs["input_ids"], cache, mask, **images)
+        loop.prefill(model, inputs["input_ids"], cache, mask, **images)
         longer = torch.cat([mask, mask.new_ones(4, 1)], 1)
-        cached = generation.decode_step(model, token, cache, generation.positions(longer)[:, -1], longer)
+        cached = loop.decode_step(model, token, cache, loop.positions(longer)[:, -1], longer)
         ids = torch.cat([inputs["input_ids"], token[:, None]], 1)
-        whole = generation.prefill(model, ids, None, longer, **images)
+        whole = loop.prefill(model, ids, None, longer, **images)
     assert (cached - whole).abs().max() <= 2e-6 * whole.abs().max()
 
 
@@ -507,7 +508,7 @@ def test_samples_of_one_prompt_share_its_images_and_its_prefill(model, monkeypat
 def test_streamed_equals_returned(pair, name):
     inputs = batch()
     returned = pair[1].generate(**inputs, **SETTINGS[name], seed=7 if "sample" in name else None)
-    steps = list(generation.stream(pair[1], **inputs, **SETTINGS[name], seed=7 if "sample" in name else None))
+    steps = list(loop.stream(pair[1], **inputs, **SETTINGS[name], seed=7 if "sample" in name else None))
     assert torch.equal(torch.stack(steps, 1), returned[:, inputs["input_ids"].shape[1] :])
 
 
@@ -587,7 +588,7 @@ def test_int32_ids_do_as_well(model):
 
 def test_steps_record_no_gradients_and_abandoned_streams_leave_them_on(model):
     cache = model.new_cache(1, 5)
-    next(generation.stream(model, torch.tensor([[8, 9]]), max_new_tokens=3, past_key_values=cache))
+    next(loop.stream(model, torch.tensor([[8, 9]]), max_new_tokens=3, past_key_values=cache))
     assert not cache.data.requires_grad
     assert torch.is_grad_enabled()
 
@@ -595,7 +596,7 @@ def test_steps_record_no_gradients_and_abandoned_streams_leave_them_on(model):
 def test_scores_are_float32_whatever_the_model_computes_in(pair):
     model = copy.deepcopy(pair[1]).bfloat16()
     with torch.no_grad():
-        assert generation.prefill(model, torch.tensor([[8, 9]])).dtype == torch.float32
+        assert loop.prefill(model, torch.tensor([[8, 9]])).dtype == torch.float32
 
 
 IDEFICS2 = {
@@ -773,7 +774,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("kwargs", "message"), ERRORS, ids=[message[:40] for _, message in ERRORS])
-@pytest.mark.parametrize("call", [generation.generate, generation.stream], ids=["generate", "stream"])
+@pytest.mark.parametrize("call", [loop.generate, loop.stream], ids=["generate", "stream"])
 def test_errors_come_before_any_work(model, monkeypatch, call, kwargs, message):
     """`stream` too raises when called, not when first read."""
     monkeypatch.setattr(model.model, "forward", None)
@@ -801,7 +802,7 @@ def test_a_rule_that_returns_nothing_is_an_error(model):
 def test_streams_know_no_beams_and_streamers_neither(model):
     ids = torch.tensor([[8, 9]])
     with pytest.raises(ValueError, match="a stream knows neither num_beams"):
-        generation.stream(model, ids, num_beams=2)
+        loop.stream(model, ids, num_beams=2)
     with pytest.raises(ValueError, match="a streamer cannot follow beams"):
         model.generate(ids, num_beams=2, streamer=object())
 
