@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from minivlm import hub
+from minivlm.checkpoint import hub
 from minivlm.models import idefics, idefics2, llava_next
 from minivlm.processing.idefics import IdeficsProcessor
 from minivlm.processing.idefics2 import Idefics2Processor

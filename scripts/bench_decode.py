@@ -31,7 +31,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from minivlm import Chat, GenerationConfig
-from minivlm.hub import BUILT_IN
+from minivlm.checkpoint.hub import BUILT_IN
 
 DENSE_ROWS = cpu_dense.dense_rows
 THIN = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 32, "num_attention_heads": 8}

@@ -18,7 +18,8 @@ from eval_shapes import NAMES, Question, answers, question_inputs
 from shapes import TYPES, conversation, draw, held_out, make_scene
 from shapes_prompts import END, chat_prompt
 
-from minivlm import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Int4Config, hub
+from minivlm import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Int4Config
+from minivlm.checkpoint import hub
 from minivlm.quantization import apply
 
 

@@ -143,7 +143,8 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="compare with transformers, answer by answer")
     args = parser.parse_args()
 
-    from minivlm import AutoModelForImageTextToText, AutoProcessor, hub
+    from minivlm import AutoModelForImageTextToText, AutoProcessor
+    from minivlm.checkpoint import hub
 
     questions, begun = held_out(args.count), time.monotonic()
     model = AutoModelForImageTextToText.from_pretrained(args.model)

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/shapes --out FOLDER --plot curve.png
     torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/llava --out FOLDER --family llava_next \\
-        --start-from minivlm/checkpoints/shapes-idefics2 --vision-steps 600 --steps 1500
+        --start-from minivlm/builtin/shapes-idefics2 --vision-steps 600 --steps 1500
     torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/idefics --out FOLDER --family idefics \\
-        --start-from minivlm/checkpoints/shapes-idefics2 --vision-steps 600 --steps 2000
+        --start-from minivlm/builtin/shapes-idefics2 --vision-steps 600 --steps 2000
 
 Two stages, as the real models had: first the vision tower alone learns to say of each patch what was drawn there
 (those labels cost nothing here), then the whole model learns to answer. Both write a checkpoint every few minutes

@@ -12,38 +12,28 @@ ROOT = Path(__file__).parents[1]
 # room → rooms of ours that it may import from. A room is a module of `minivlm`, or a folder of them.
 MAY_IMPORT = {
     "minivlm_kernels": set(),
-    "minivlm.hub": set(),
-    "minivlm.header": {"minivlm.hub"},
     "minivlm.modules": {"minivlm_kernels"},
-    "minivlm.generation": {"minivlm.hub", "minivlm.modules"},
     "minivlm.quantization": {"minivlm.modules", "minivlm_kernels"},
-    "minivlm.loading": {
-        *("minivlm.hub", "minivlm.header", "minivlm.generation", "minivlm.modules", "minivlm.quantization"),
-    },
-    "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.loading"},
-    "minivlm.processing": {"minivlm.hub", "minivlm.modules"},
-    "minivlm.auto": {"minivlm.hub", "minivlm.models", "minivlm.processing"},
-    "minivlm.chat": {"minivlm.generation", "minivlm.modules", "minivlm.processing"},
-    "minivlm.batch": {"minivlm.processing"},
+    "minivlm.generation": {"minivlm.modules", "minivlm.checkpoint"},
+    "minivlm.checkpoint": {"minivlm.generation", "minivlm.modules", "minivlm.quantization"},
+    "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.checkpoint"},
+    "minivlm.text": {"minivlm.modules", "minivlm.checkpoint"},
+    "minivlm.processing": {"minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
+    "minivlm.auto": {"minivlm.checkpoint", "minivlm.models", "minivlm.processing"},
     "minivlm.parity": {
         "minivlm",  # its version
-        *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.generation", "minivlm.modules"),
-        "minivlm.quantization",
+        *("minivlm.auto", "minivlm.checkpoint", "minivlm.generation", "minivlm.modules", "minivlm.quantization"),
     },
-    "minivlm.inspection": {
-        *("minivlm.hub", "minivlm.auto", "minivlm.loading", "minivlm.modules", "minivlm.processing"),
-        "minivlm.quantization",
-    },
-    "minivlm.cli": None,  # anything; and nothing imports it
+    "minivlm.app": None,  # anything; and nothing imports it
 }
 # Third-party packages that only some rooms may see; `transformers` is the oracle of tests and of the parity instrument.
 ONLY_IN = {
     "transformers": {"minivlm.parity"},
-    "tokenizers": {"minivlm.processing"},
-    "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.cli"},
-    "jinja2": {"minivlm.processing"},
-    "huggingface_hub": {"minivlm.hub"},
-    "safetensors": {"minivlm.loading", "minivlm.parity"},
+    "tokenizers": {"minivlm.text"},
+    "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.app"},
+    "jinja2": {"minivlm.text"},
+    "huggingface_hub": {"minivlm.checkpoint"},
+    "safetensors": {"minivlm.checkpoint", "minivlm.parity"},
     "matplotlib": {"minivlm.parity"},
     "triton": {"minivlm_kernels"},
 }
@@ -85,7 +75,7 @@ def test_direction(path: Path) -> None:
         if module.split(".")[0] in ("minivlm", "minivlm_kernels"):
             target = room(module)
             assert target == here or allowed is None or target in allowed, f"{here} may not import {target}"
-            assert target != "minivlm.cli" or here == target, "nothing imports the command line"
+            assert target != "minivlm.app.cli" or here == target, "nothing imports the applications"
         top = module.split(".")[0]
         assert top not in ONLY_IN or here in ONLY_IN[top], f"{here} may not import {top}"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minivlm import hub
+from minivlm.checkpoint import hub
 from minivlm.modules import config as hub_config
 
 FILE = "generation_config.json"

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minivlm import loading
+from minivlm.checkpoint import loading
 from minivlm.generation import loop
 from minivlm.models import common
 from minivlm.modules import config as hub_config

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import minivlm
-from minivlm import auto, hub, loading
+from minivlm import auto
+from minivlm.checkpoint import hub, loading
 from minivlm.modules.attention import check_implementation
 from minivlm.parity.stages import Stage
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from minivlm import hub
-from minivlm.processing import chat_template as chat
-from minivlm.processing.files import read_configs, write_json
+from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import read_configs, write_json
+from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
-from minivlm.processing.inputs import Inputs
-from minivlm.processing.tokenizer import Tokenizer, as_texts
+from minivlm.text import chat_template as chat
+from minivlm.text.tokenizer import Tokenizer, as_texts
 
 MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture

@@ -22,7 +22,7 @@ import urllib.request
 from functools import partial
 from typing import Any
 
-from minivlm.processing.shown import printable
+from minivlm.text.shown import printable
 
 MAX_DOWNLOAD = 32 * 2**20  # bytes
 TIMEOUT = 20.0  # seconds

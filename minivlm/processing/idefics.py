@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minivlm.processing import chat_template as chat
+from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
 from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
 from minivlm.processing.images import load_image, nest_images, resize, write_pixels
-from minivlm.processing.inputs import Inputs
-from minivlm.processing.shown import short
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text import chat_template as chat
+from minivlm.text.shown import short
+from minivlm.text.tokenizer import Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 PICTURES = (Image.Image, Path, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)  # in a prompt, beside URLs

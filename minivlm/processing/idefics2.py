@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from minivlm.processing import chat_template as chat
+from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
 from minivlm.processing.common import MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
 from minivlm.processing.images import check_pixel_count, load_image, nest_images, resize, write_pixels
-from minivlm.processing.inputs import Inputs
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text import chat_template as chat
+from minivlm.text.tokenizer import Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 

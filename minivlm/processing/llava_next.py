@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement, tile_grid
-from minivlm.processing import chat_template as chat
+from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
 from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
 from minivlm.processing.images import load_image, nest_images, resize, write_pixels
-from minivlm.processing.inputs import Inputs
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text import chat_template as chat
+from minivlm.text.tokenizer import Tokenizer
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 

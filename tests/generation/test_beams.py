@@ -17,7 +17,7 @@ from minivlm.generation import loop
 from minivlm.models.idefics import IdeficsForVisionText2Text
 from minivlm.models.llava_next import LlavaNextForConditionalGeneration
 from minivlm.modules.cache import KVCache
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text.tokenizer import Tokenizer
 
 EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 MANY = list(range(10, 40))  # eos ids, so that beams end at all lengths

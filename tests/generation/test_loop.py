@@ -16,7 +16,7 @@ from transformers.generation import logits_process, stopping_criteria
 from minivlm.generation import loop, sampling, stopping
 from minivlm.generation import settings as generation_config
 from minivlm.generation.settings import GenerationConfig
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text.tokenizer import Tokenizer
 
 NEGATIVE = float("-inf")
 

@@ -15,8 +15,8 @@ from guarded import Child
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minivlm.processing import chat_template, template_sandbox
-from minivlm.processing.template_sandbox import FILTERS_HERE, METHODS, TESTS_HERE, render
+from minivlm.text import chat_template, template_sandbox
+from minivlm.text.template_sandbox import FILTERS_HERE, METHODS, TESTS_HERE, render
 
 ROOT = Path(__file__).parents[2]
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hello " * 50}]}]
@@ -292,7 +292,7 @@ def _end_of_paying():
 
 def stored_templates() -> dict[str, str]:
     """Every template of a released or shipped checkpoint that is stored here."""
-    found = {str(path.parent.name): path.read_text() for path in (ROOT / "minivlm").glob("checkpoints/*/*.jinja")}
+    found = {str(path.parent.name): path.read_text() for path in (ROOT / "minivlm").glob("builtin/*/*.jinja")}
     for path in sorted((ROOT / "tests" / "data" / "hub").glob("*/*/*.json")):
         config: Any = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict) and "chat_template" in config:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minivlm import AutoModelForImageTextToText, AutoProcessor, inspection
+from minivlm import AutoModelForImageTextToText, AutoProcessor
+from minivlm.app import inspection
 
 ROOM = 512 * 2**20  # bytes that a case may need beside what the process has
 

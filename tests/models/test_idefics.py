@@ -14,8 +14,9 @@ from oracle_idefics import SIZE, VOCABULARY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minivlm import AutoModelForImageTextToText, IdeficsConfig, IdeficsForVisionText2Text, hub
-from minivlm.loading import WEIGHTS, is_ignored, local_name
+from minivlm import AutoModelForImageTextToText, IdeficsConfig, IdeficsForVisionText2Text
+from minivlm.checkpoint import hub
+from minivlm.checkpoint.loading import WEIGHTS, is_ignored, local_name
 from minivlm.models.idefics import PRESETS
 from minivlm.modules.attention import Mask, attention
 

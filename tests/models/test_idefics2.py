@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minivlm import Idefics2Config, Idefics2ForConditionalGeneration, hub
+from minivlm import Idefics2Config, Idefics2ForConditionalGeneration
+from minivlm.checkpoint import hub
 from minivlm.models.idefics2 import PRESETS
 from minivlm.modules.siglip import position_buckets
 

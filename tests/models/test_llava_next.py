@@ -14,8 +14,9 @@ from oracle_llava import IMAGE, SIZES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minivlm import AutoModelForImageTextToText, LlavaNextConfig, LlavaNextForConditionalGeneration, hub
-from minivlm.loading import WEIGHTS, local_name
+from minivlm import AutoModelForImageTextToText, LlavaNextConfig, LlavaNextForConditionalGeneration
+from minivlm.checkpoint import hub
+from minivlm.checkpoint.loading import WEIGHTS, local_name
 from minivlm.models.llava_next import PRESETS
 from minivlm.modules.anyres import image_token_count
 

@@ -17,8 +17,10 @@ import pytest
 import tiny_idefics
 import torch
 
-from minivlm import LlavaNextForConditionalGeneration, cli, hub
+from minivlm import LlavaNextForConditionalGeneration
+from minivlm.app import cli
 from minivlm.auto import PRESETS, family
+from minivlm.checkpoint import hub
 from minivlm.parity import Question, Recording, Side, against, compare, drawn_picture, plot, record, sides
 from minivlm.parity.difference import Difference, Yardstick
 from minivlm.parity.stages import stages_of
@@ -104,7 +106,7 @@ def test_another_process_without_transformers_finds_the_same(recorded: Path, cap
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "import torch; torch.set_num_threads(1)\n"
-        "from minivlm import cli\n"
+        "from minivlm.app import cli\n"
         f"sys.exit(cli.main(['parity', {MODEL!r}, '--against', {str(recorded)!r}, '--b', 'attn=eager', '--json']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minivlm.generation import loop
 from minivlm.models import idefics, idefics2, llava_next
 from minivlm.modules import attention, clip, decoder, siglip
 from minivlm.parity import Question, Recording, Side, against, drawn_picture, record
 from minivlm.processing import common
 from minivlm.processing import idefics2 as idefics2_processing
 from minivlm.processing import llava_next as llava_next_processing
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text.tokenizer import Tokenizer
 
 IMAGES = (2, 0, 3, 1)
 Fault = Callable[[Any, pytest.MonkeyPatch], None]

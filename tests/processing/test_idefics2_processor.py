@@ -19,7 +19,7 @@ from minivlm.processing.idefics2 import (
     expand_prompt,
     resized_size,
 )
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text.tokenizer import Tokenizer
 
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 

@@ -674,7 +674,7 @@ def test_from_pretrained_options(small):
 
 
 def test_a_tokenizer_without_the_marks_gets_them(small):
-    from minivlm.processing.tokenizer import Tokenizer
+    from minivlm.text.tokenizer import Tokenizer
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<unk>": 1}, [], unk_token="<unk>"))
     made = IdeficsProcessor(IdeficsImageProcessor(8), Tokenizer(backend, {"unk_token": "<unk>"}))

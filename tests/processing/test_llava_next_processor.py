@@ -10,10 +10,10 @@ import torch
 from conftest import PHOTOGRAPHS
 from PIL import Image
 
-from minivlm import hub
-from minivlm.processing import chat_template as chat
+from minivlm.checkpoint import hub
 from minivlm.processing.llava_next import LlavaNextImageProcessor, LlavaNextProcessor, expand
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text import chat_template as chat
+from minivlm.text.tokenizer import Tokenizer
 
 MISTRAL, VICUNA, VICUNA_13B = (f"llava-v1.6-{name}-hf" for name in ("mistral-7b", "vicuna-7b", "vicuna-13b"))
 YI, LLAMA3, QWEN, QWEN_110B = "llava-v1.6-34b-hf", "llama3-llava-next-8b-hf", "llava-next-72b-hf", "llava-next-110b-hf"

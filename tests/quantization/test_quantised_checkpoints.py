@@ -16,8 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from minivlm import BitsAndBytesConfig, Idefics2ForConditionalGeneration, Int4Config, cli
-from minivlm.loading import WEIGHTS
+from minivlm import BitsAndBytesConfig, Idefics2ForConditionalGeneration, Int4Config
+from minivlm.app import cli
+from minivlm.checkpoint.loading import WEIGHTS
 from minivlm.quantization import apply
 
 Model = Idefics2ForConditionalGeneration

@@ -27,7 +27,7 @@ from shapes_models import (
 )
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
-from minivlm.hub import BUILT_IN
+from minivlm.checkpoint.hub import BUILT_IN
 from minivlm.processing.llava_next import LlavaNextImageProcessor
 
 END = SPECIAL[-1]

@@ -22,7 +22,7 @@ from shapes_prompts import (
 )
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
-from minivlm.hub import BUILT_IN
+from minivlm.checkpoint.hub import BUILT_IN
 
 SCENES = [make_scene(seed) for seed in range(60)]
 

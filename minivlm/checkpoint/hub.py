@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BUILT_IN = Path(__file__).parent / "checkpoints"
+BUILT_IN = Path(__file__).parents[1] / "builtin"
 MAX_JSON = 2**23  # bytes; parsed, they can take twenty times as much
 MAX_DEPTH = 16  # of objects and lists in each other; files need 4
 MAX_MESSAGE = 2500  # characters of an error, which may show what a file says

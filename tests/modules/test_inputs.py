@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minivlm.processing.inputs import Inputs
+from minivlm.modules.inputs import Inputs
 
 
 def make() -> Inputs:

@@ -115,7 +115,7 @@ def _device_and_dtype(args: argparse.Namespace) -> tuple[str, str | None]:
     """Where to run, and in what; None keeps the checkpoint's own dtype. ValueError for a device that is not there."""
     import torch
 
-    from minivlm.loading import wanted_device
+    from minivlm.checkpoint.loading import wanted_device
 
     device = wanted_device(args.device or "auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -146,7 +146,7 @@ def ask(args: argparse.Namespace, parser: _Parser) -> None:
         parser.error(f"no picture before the question {question!r}" if question.strip() else "the question is empty")
     name = _name(args)
 
-    from minivlm.chat import incremental_text
+    from minivlm.app.chat import incremental_text
     from minivlm.generation.loop import stream
     from minivlm.processing.common import fetch_picture
 
@@ -199,7 +199,7 @@ def chat(args: argparse.Namespace, parser: _Parser) -> int:
     """Answer the lines of stdin; how many have failed, which nobody needs to be told who has seen it."""
     name = _name(args)
 
-    from minivlm.chat import Chat, talk
+    from minivlm.app.chat import Chat, talk
     from minivlm.processing.common import fetch_picture
 
     device, dtype = _device_and_dtype(args)
@@ -242,7 +242,7 @@ def batch(args: argparse.Namespace, parser: _Parser) -> int:
     """Answer all lines; how many have failed."""
     name = _name(args)
 
-    from minivlm.batch import check_new, run
+    from minivlm.app.batch import check_new, run
 
     check_new(args.out)
     args.prompts.open("rb").close()  # before any weight is read
@@ -277,7 +277,7 @@ def _inspect_parser() -> _Parser:
 
 def inspect(args: argparse.Namespace, parser: _Parser) -> None:
     """Print parts, sizes, parameters and memory as a table or as JSON; `--check` fails for any file that is damaged."""
-    from minivlm import inspection
+    from minivlm.app import inspection
 
     found = inspection.describe(args.model)
     if args.check:
@@ -312,8 +312,9 @@ def quantize(args: argparse.Namespace, parser: _Parser) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"{args.out} exists already; name a new folder")
 
-    from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config, hub
-    from minivlm.inspection import memory
+    from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config
+    from minivlm.app.inspection import memory
+    from minivlm.checkpoint import hub
     from minivlm.quantization import apply
 
     if args.format == "int4":
@@ -372,7 +373,7 @@ def _parity_parser() -> _Parser:
 
 def parity(args: argparse.Namespace, parser: _Parser) -> bool:
     """Print a report for each dtype, or store a recording; whether something diverges."""
-    from minivlm.inspection import memory
+    from minivlm.app.inspection import memory
     from minivlm.parity import Question, Recording, against, check_plot, compare, drawn_picture, plot, record
     from minivlm.processing.images import load_image
 
@@ -426,7 +427,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 def _side(args: argparse.Namespace, settings: list[str], dtype: str, code: str, parser: _Parser) -> Any:
     """A `parity.Side` with the settings KEY=VALUE of the command line over what both sides share."""
-    from minivlm.loading import DTYPES
+    from minivlm.checkpoint.loading import DTYPES
     from minivlm.parity import Side
 
     values = {"model": args.model, "code": code, "dtype": dtype, "device": args.device}

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minivlm.hub import CheckpointError, CheckpointFileError, check_start, parse_json
+from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError, check_start, parse_json
 
 MAX_HEADER = 2**23  # bytes; a released shard's has up to 10**5, the format allows 10**8
 MAX_DIMENSIONS = 8

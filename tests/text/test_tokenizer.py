@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivlm.processing.tokenizer import Tokenizer
+from minivlm.text.tokenizer import Tokenizer
 
 TEXTS = [
     "Hello world",

@@ -33,7 +33,7 @@ from jinja2.tests import TESTS
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
-from minivlm.processing.shown import printable
+from minivlm.text.shown import printable
 
 MAX_SOURCE = 2**16  # characters of a template; the released ones have under 2**10
 BUDGET = 2**24  # of one prompt; 2**20 characters of text, which no model has positions for, spend a fifth of it

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minivlm import hub
-from minivlm.processing.inputs import Inputs
-from minivlm.processing.shown import short
-from minivlm.processing.template_sandbox import render
+from minivlm.checkpoint import hub
+from minivlm.modules.inputs import Inputs
+from minivlm.text.shown import short
+from minivlm.text.template_sandbox import render
 
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "image_url")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import minivlm
-from minivlm import cli
-from minivlm.chat import Chat
+from minivlm.app import cli
+from minivlm.app.chat import Chat
 
 NEW = 6
 NAMES = ["idefics2", "idefics2, whole pictures, window 7", "llava_next", "idefics"]

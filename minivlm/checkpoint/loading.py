@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minivlm import hub
+from minivlm.checkpoint import hub
+from minivlm.checkpoint.header import Entry, read_header
+from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError
 from minivlm.generation.settings import GenerationConfig
-from minivlm.header import Entry, read_header
-from minivlm.hub import CheckpointError, CheckpointFileError
 from minivlm.quantization import apply
 from minivlm.quantization.arrival import Arrival, choose
 

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from PIL import Image
 
 import minivlm
-from minivlm import cli, hub, inspection
+from minivlm.app import cli, inspection
+from minivlm.app.chat import incremental_text
 from minivlm.auto import PRESETS
-from minivlm.chat import incremental_text
+from minivlm.checkpoint import hub
 
-PICTURES = Path(__file__).parent / "data" / "images"
+PICTURES = Path(__file__).parents[1] / "data" / "images"
 SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "special_tokens_map.json")
 
 
@@ -27,7 +28,7 @@ SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json
 def checkpoint(tmp_path_factory, request):
     """A folder with random weights, pictures of at most 56 pixels, and everything else as Idefics2-8b has it."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    released = request.path.parent / "data" / "hub" / "HuggingFaceM4" / "idefics2-8b"
+    released = request.path.parents[1] / "data" / "hub" / "HuggingFaceM4" / "idefics2-8b"
     for name in SMALL_FILES:
         shutil.copy(released / name, folder)
     pictures = json.loads((released / "preprocessor_config.json").read_text())
@@ -203,7 +204,7 @@ def test_help_and_version_need_no_torch():
     """Also the only run of the module as a program."""
     code = """
 import sys
-from minivlm import cli
+from minivlm.app import cli
 try:
     cli.main(["--version"])
 except SystemExit:
@@ -212,13 +213,13 @@ except SystemExit:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"minivlm {minivlm.__version__}\nFalse\n"
     done = subprocess.run(
-        [sys.executable, "-m", "minivlm.cli", "ask", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "minivlm.app.cli", "ask", "--help"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("usage: minivlm ask IMAGE… QUESTION [options]")
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint, pictures):
-    command = [sys.executable, "-m", "minivlm.cli", "ask", *pictures, "q", "--model", checkpoint, "--device", "cpu"]
+    command = [sys.executable, "-m", "minivlm.app.cli", "ask", *pictures, "q", "--model", checkpoint, "--device", "cpu"]
     with subprocess.Popen(
         [*command, "--max-new-tokens", "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

@@ -23,8 +23,8 @@ from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
 from minivlm.modules.cache import KVCache, alike
 from minivlm.modules.config import text_config
-from minivlm.processing.chat_template import normalise
 from minivlm.processing.common import fetch_picture
+from minivlm.text.chat_template import normalise
 
 NEW_TOKENS = 256  # of an answer, where max_new_tokens is not set
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one question, not of the program

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from minivlm.processing.chat_template import normalise
 from minivlm.processing.common import fetch_picture
-from minivlm.processing.shown import short
+from minivlm.text.chat_template import normalise
+from minivlm.text.shown import short
 
 KEYS = {"id", "messages", "prompt", "question", "images"}
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minivlm import hub
+from minivlm.checkpoint import hub
 
 
 def read_configs(source: hub.Source) -> tuple[dict[str, Any], dict[str, Any]]:

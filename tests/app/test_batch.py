@@ -9,7 +9,7 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from minivlm import batch, cli
+from minivlm.app import batch, cli
 
 NEW = 4
 ABOUT = {"model": "tiny"}
@@ -212,7 +212,7 @@ def test_answers_are_never_overwritten_nor_mixed(pair, pictures, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from minivlm import batch, cli
+from minivlm.app import batch, cli
 append, calls = batch._append, []
 
 def dying(part, records):

@@ -11,9 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minivlm import hub
-from minivlm.processing import chat_template as chat
+from minivlm.checkpoint import hub
 from minivlm.processing.idefics2 import Idefics2Processor
+from minivlm.text import chat_template as chat
 
 RED = Image.new("RGB", (380, 380), "red")
 VICUNA = (

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from minivlm import auto, hub, loading
+from minivlm import auto
+from minivlm.checkpoint import hub, loading
 from minivlm.modules.config import text_config
+from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_picture
-from minivlm.processing.inputs import Inputs
-from minivlm.processing.tokenizer import Tokenizer
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
+from minivlm.text.tokenizer import Tokenizer
 
 # The sizes of a part that are worth showing, and what to call them.
 SIZES = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from minivlm import hub
+from minivlm.checkpoint import hub
 
 MAX_FILE = 2**25  # bytes of tokenizer.json; those of the released checkpoints have up to a third
 MAX_ADDED = 2**14  # tokens beside the vocabulary, each of which is looked for in every text

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from minivlm import AutoModelForImageTextToText, Idefics2Config, Idefics2ForConditionalGeneration
 from minivlm.auto import family
-from minivlm.loading import WEIGHTS, wanted_device, wanted_dtype
+from minivlm.checkpoint.loading import WEIGHTS, wanted_device, wanted_dtype
 
 Model = Idefics2ForConditionalGeneration
 

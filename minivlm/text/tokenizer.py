@@ -18,11 +18,11 @@ import numpy as np
 import tokenizers
 import torch
 
-from minivlm import hub
-from minivlm.processing.files import write_json
-from minivlm.processing.inputs import Inputs
-from minivlm.processing.shown import short
-from minivlm.processing.tokenizer_file import attempt, listed_tokens, read_backend, token_text
+from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import write_json
+from minivlm.modules.inputs import Inputs
+from minivlm.text.shown import short
+from minivlm.text.tokenizer_file import attempt, listed_tokens, read_backend, token_text
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"

@@ -1,0 +1,1 @@
+"""Files to a model and back."""
