@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minivlm.generation.sampling import Rule, logits_rules
 from minivlm.generation.settings import GenerationConfig, check, is_whole, settings_of, vocab_size
-from minivlm.generation.stopping import Stop, stop_rules
+from minivlm.generation.stopping import Stop, deadline, stop_rules
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
@@ -32,10 +32,12 @@ class Run:
     mask: Tensor | None  # (B·n, K + N) bool, True = real; None if the prompt has no pads
     positions: Tensor  # (B·n, K + N)
     finite: Tensor  # (B·n,) bool: all logits of the row have been finite so far
+    done: Tensor  # (B·n,) bool: the row has ended by one of `stops`
     inputs: dict[str, Any]  # images and the like of the B rows, for the prefill
     cache: KVCache | None  # of B rows until the prompt is in it, then of B·n; None: every step recomputes everything
     rules: list[Rule]
     stops: list[Stop]
+    deadline: float  # in `time.monotonic` seconds; the token that passes it is the last
     generator: torch.Generator | None
     scores: list[Tensor] | None  # of every step, if they are asked for
     logits: list[Tensor] | None
@@ -94,10 +96,12 @@ def prepare(
         mask=None if mask.all() else torch.cat([mask, mask.new_ones(len(ids), N)], 1),
         positions=torch.cat([place, after], 1),
         finite=torch.ones(len(ids), dtype=torch.bool, device=device),
+        done=torch.zeros(len(ids), dtype=torch.bool, device=device),
         inputs=inputs,
         cache=cache,
         rules=logits_rules(settings, vocab_size(model), padding, device, least and P + least, own_rules),
         stops=stop_rules(settings, tokenizer, own_stops, scores, device),
+        deadline=deadline(settings),
         generator=_generator(generator, seed, device),
         scores=scores,
         logits=[] if settings.return_dict_in_generate and settings.output_logits else None,

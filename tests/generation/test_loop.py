@@ -452,6 +452,44 @@ def test_own_functions_see_ids_and_scores(model):
     assert seen == [None] * 3
 
 
+SEARCHES = [{}, {"do_sample": True, "num_return_sequences": 3, "seed": 2}, {"num_beams": 3, "num_return_sequences": 3}]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_rows_know_why_they_ended(model, search):
+    """By an eos id, its last token; or cut at the limit, even if the text would have ended one token later."""
+    inputs, ends = batch(), list(range(10, 30))
+    output = model.generate(
+        **inputs, **search, max_new_tokens=6, eos_token_id=ends, pad_token_id=PAD, return_dict_in_generate=True
+    )
+    new = output.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = ["stop" if set(row) & set(ends) else "length" for row in new.tolist()]
+    assert output.finish_reasons == expected
+    assert set(expected) == {"stop", "length"}
+    if "num_beams" not in search:
+        steps = loop.stream(model, **inputs, **search, max_new_tokens=6, eos_token_id=ends, pad_token_id=PAD)
+        assert steps.finish_reasons == ["length"] * len(new)
+        assert torch.equal(torch.stack(list(steps), 1), new)
+        assert steps.finish_reasons == expected
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_time": 0}, "length"),
+        ({"max_length": 3}, "length"),
+        ({"max_new_tokens": 1, "eos_token_id": list(range(V))}, "stop"),  # at the limit, and ended all the same
+        ({"stopping_criteria": [lambda ids, scores: ids.shape[1] >= 4]}, "stop"),
+    ],
+    ids=["time", "length", "both", "own"],
+)
+def test_limits_cut_and_rules_end(model, search, limits, reason):
+    given = {"eos_token_id": None, "return_dict_in_generate": True, **limits}
+    output = model.generate(torch.tensor([[8, 9]]), **search, **given)
+    assert output.finish_reasons == [reason] * len(output.sequences)
+
+
 # ---- Twins: different ways to the same ids ----
 
 
