@@ -24,6 +24,9 @@ MAY_IMPORT = {
         "minivlm",  # its version
         *("minivlm.auto", "minivlm.checkpoint", "minivlm.generation", "minivlm.modules", "minivlm.quantization"),
     },
+    "minivlm.training": {
+        *("minivlm.checkpoint", "minivlm.modules", "minivlm.processing", "minivlm.quantization", "minivlm.text"),
+    },
     "minivlm.app": None,  # anything; and nothing imports it
 }
 # Third-party packages that only some rooms may see; `transformers` is the oracle of tests and of the parity instrument.
@@ -33,7 +36,7 @@ ONLY_IN = {
     "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.app"},
     "jinja2": {"minivlm.text"},
     "huggingface_hub": {"minivlm.checkpoint"},
-    "safetensors": {"minivlm.checkpoint", "minivlm.parity"},
+    "safetensors": {"minivlm.checkpoint", "minivlm.parity", "minivlm.training"},
     "matplotlib": {"minivlm.parity"},
     "triton": {"minivlm_kernels"},
 }
