@@ -34,6 +34,9 @@ MAY_IMPORT = {
         "minivlm.modules",
         "minivlm.quantization",
     },
+    "minivlm.training": {
+        *("minivlm.checkpoint", "minivlm.modules", "minivlm.processing", "minivlm.quantization", "minivlm.text"),
+    },
     "minivlm.app": None,  # anything; and nothing imports it
 }
 # Third-party packages that only some rooms may see; `transformers` is the oracle of tests and of the parity instrument.
@@ -43,7 +46,7 @@ ONLY_IN = {
     "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.app"},
     "jinja2": {"minivlm.text"},
     "huggingface_hub": {"minivlm.checkpoint"},
-    "safetensors": {"minivlm.checkpoint", "minivlm.parity"},
+    "safetensors": {"minivlm.checkpoint", "minivlm.parity", "minivlm.training"},
     "matplotlib": {"minivlm.parity"},
     "triton": {"minivlm_kernels"},
 }
@@ -53,7 +56,7 @@ FILES = [path for top in ("minivlm", "kernels/minivlm_kernels") for path in sort
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts[1:] if parts[0] == "kernels" else parts
-    return ".".join(parts).removesuffix(".__init__")
+    return ".".join(parts).removesuffix(".__init__").replace("minivlm.__main__", "minivlm.app.__main__")
 
 
 def room(module: str) -> str:

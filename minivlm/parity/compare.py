@@ -26,6 +26,7 @@ from minivlm.families import Rows, Stage
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.findings import greedy_findings, input_findings, stage_finding
+from minivlm.parity.known import known_differences
 from minivlm.parity.question import Question
 from minivlm.parity.recording import FORMAT, Recording, Writer
 from minivlm.parity.report import Report
@@ -258,7 +259,8 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
     job = _Job.of(config, inputs, known["layers"], known["inside"], 0, progress)
     findings, stages = [], job.stages
     if question is not None and question.inputs is None:
-        findings += input_findings(inputs, question.encoded(side), side)
+        encoded = question.encoded(side)
+        findings += input_findings(inputs, encoded, side, known_differences(known["side"], side, inputs, encoded))
     model = sides.load(side)
     name = side.words(sides.backend(model))
     found, error = job.differences(model, recording, name)
