@@ -35,7 +35,12 @@ MAY_IMPORT = {
         "minivlm.quantization",
     },
     "minivlm.training": {
-        *("minivlm.checkpoint", "minivlm.modules", "minivlm.processing", "minivlm.quantization", "minivlm.text"),
+        "minivlm.checkpoint",
+        "minivlm.families",
+        "minivlm.modules",
+        "minivlm.processing",
+        "minivlm.quantization",
+        "minivlm.text",
     },
     "minivlm.app": None,  # anything; and nothing imports it
 }

@@ -86,4 +86,5 @@ IDEFICS2 = Family(
     stages=stages,
     image_rows=image_rows,
     new_images=new_images,
+    parts={"text": ("model.text_model.",), "connector": ("model.connector.",), "vision": ("model.vision_model.",)},
 )
