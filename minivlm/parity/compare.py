@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minivlm import auto
+from minivlm.families import Rows, Stage
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.findings import greedy_findings, input_findings, stage_finding
@@ -30,7 +31,7 @@ from minivlm.parity.question import Question
 from minivlm.parity.recording import FORMAT, Recording, Writer
 from minivlm.parity.report import Report
 from minivlm.parity.sides import Side
-from minivlm.parity.stages import Rows, Stage, rows_of, stages_of
+from minivlm.parity.stages import rows_of, stages_of
 
 TOKENS = 16  # greedy ones
 
@@ -254,7 +255,7 @@ def _words(identity: dict[str, str]) -> str:
 def _against(recording: Recording, side: Side, question: Question | None, progress: bool) -> Report:
     known, inputs = recording.metadata, recording.group("inputs")
     _check_family(recording, side)
-    config = auto.family(known["config"]["model_type"])[0].config_class.from_hub(known["config"])
+    config = auto.family(known["config"]["model_type"]).model_class.config_class.from_hub(known["config"])
     job = _Job.of(config, inputs, known["layers"], known["inside"], 0, progress)
     findings, stages = [], job.stages
     if question is not None and question.inputs is None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from minivlm.families import Rows, Stage
 from minivlm.generation import loop
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.recording import Recording
 from minivlm.parity.sides import INPUTS, Side
-from minivlm.parity.stages import Rows, Stage
 
 
 @dataclass(frozen=True)
