@@ -17,10 +17,10 @@ from PIL import Image
 from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement, tile_grid
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
-from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
+from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, pixel_table_of
 from minivlm.processing.images import load_image, nest_images, resize, write_pixels
 from minivlm.text import chat_template as chat
-from minivlm.text.tokenizer import Tokenizer
+from minivlm.text.tokenizer import Prompt, Tokenizer
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -154,7 +154,7 @@ class LlavaNextProcessor:
 
     from_pretrained = classmethod(common.from_pretrained)
     save_pretrained = common.save_pretrained
-    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
+    apply_chat_template, encode_prompts, call_options = chat.apply, common.encode_prompts, common.call_options
     decode, batch_decode = common.decode, common.batch_decode
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
@@ -169,14 +169,12 @@ class LlavaNextProcessor:
             images, text = text, images
         return common.call(self, images, text, **options)
 
-    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
-        """Prompts with an `<image>` for each picture of their row → Inputs; see `common.encode_prompts`."""
+    def encode(self, prompts: list[Prompt], rows: list[list[Any]], **options: Any) -> Inputs:
+        """Prompts with an `<image>` for each image of their row → Inputs; see `common.encode_prompts`."""
         pictures = self.image_processor(rows) if any(rows) else Inputs()
         sizes = pictures.image_sizes.tolist() if pictures else []
-        places = iter([self.image_places(*size) for size in sizes])
-        bodies = encode_all(self.tokenizer, prompts, guard)
-        bodies = [expand(body, self.image_token_id, places) for body in bodies]
-        inputs = self.tokenizer.assemble(bodies, keep=self.image_token_id, **options)
+        blocks = ([self.image_token_id] * self.image_places(*size) for size in sizes)
+        inputs = common.assemble(self.tokenizer, prompts, self.image_token_id, blocks, **options)
         inputs.update(pictures)
         return inputs
 
@@ -199,11 +197,6 @@ class LlavaNextProcessor:
     def _is_prompt(self, value: Any) -> bool:
         texts = value if isinstance(value, list | tuple) else [value]
         return all(isinstance(t, str) for t in texts) and any(self.image_token in t for t in texts)
-
-
-def expand(ids: list[int], image_token_id: int, places: Iterator[int]) -> list[int]:
-    """Each image id repeated as often as the next picture has features. Same ids as of the text with them repeated."""
-    return [i for i in ids for _ in range(next(places) if i == image_token_id else 1)]
 
 
 def _side(name: str, value: Any) -> int:

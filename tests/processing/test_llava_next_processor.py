@@ -11,7 +11,8 @@ from conftest import PHOTOGRAPHS
 from PIL import Image
 
 from minivlm.checkpoint import hub
-from minivlm.processing.llava_next import LlavaNextImageProcessor, LlavaNextProcessor, expand
+from minivlm.processing.common import expand
+from minivlm.processing.llava_next import LlavaNextImageProcessor, LlavaNextProcessor
 from minivlm.text import chat_template as chat
 from minivlm.text.tokenizer import Tokenizer
 
@@ -347,8 +348,10 @@ def test_ids_of_vicuna(llava, name):
 
 
 def test_expand():
-    places = iter([2, 1, 0, 3])
-    assert [expand(ids, 9, places) for ids in ([1, 9, 2, 9], [], [9, 9])] == [[1, 9, 9, 2, 9], [], [9, 9, 9]]
+    blocks = iter([[9] * 2, [9], [], [9] * 3])
+    found = [expand(ids, list(range(len(ids))), 9, blocks) for ids in ([1, 9, 2, 9], [], [9, 9])]
+    assert [ids for ids, _ in found] == [[1, 9, 9, 2, 9], [], [9, 9, 9]]
+    assert [marks for _, marks in found] == [[0, 1, 1, 2, 3], [], [1, 1, 1]]
 
 
 def test_repeating_ids_is_repeating_text(processor):
@@ -356,7 +359,7 @@ def test_repeating_ids_is_repeating_text(processor):
     for text in ("<image>", "a<image> b", "[INST] <image>\n<image><image>x [/INST]\n", "</s><image></s>"):
         written = text.replace("<image>", "<image>" * 7)
         ids = processor.tokenizer.encode(text)
-        assert expand(ids, 32000, iter([7] * 3)) == processor.tokenizer.encode(written)
+        assert expand(ids, ids, 32000, iter([[32000] * 7] * 3))[0] == processor.tokenizer.encode(written)
 
 
 # ---- text and image counts
