@@ -235,7 +235,7 @@ def _next_logits(model: Any, run: Run, step: int) -> Tensor:
 
 def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Tensor:
     """Run one more token (B·n,) at `position` (B·n,), S keys in all: as a graph on CUDA, else by `decode_step`."""
-    if run.captured is None and _can_capture(run):
+    if run.captured is None and _can_capture(run) and not _is_hooked(model):
         run.captured = CapturedStep(model, run.cache, run.mask)
     if run.captured is not None:
         return run.captured(token, position)
@@ -244,6 +244,11 @@ def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Te
 
 def _can_capture(run: Run) -> bool:
     return run.cache.data.is_cuda and not run.settings.disable_compile
+
+
+def _is_hooked(model: Any) -> bool:
+    """Hooks run when a graph is captured, and not when it is repeated: with them every step runs as it is written."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _read(model: Any, run: Run, step: int, copy: int) -> Tensor:
