@@ -232,7 +232,7 @@ class Family:
     quantised: the parts whose linear layers are quantised, all of them.  kept: linear layers that never are, and why.
     stages: of a model with this configuration, in the order in which data flows.
     image_rows: kinds of rows that stages have besides "tokens", for these inputs; {} if they hold no image.
-    places: (ids (B, T), inputs, config) → where the images of these inputs are; None = not told, and `inside` cannot say.
+    places: (ids (B, T), inputs, config) → where the images of these inputs are; None = `inside` cannot tell.
     image_lengths: (processor, inputs, image tokens of the prompt, images) → how many image tokens each image takes.
     new_images: (inputs, kept, old, images) → how many ids to run before the new images, and the model inputs for the
     images after the first `old`, where the first `kept` ids are in the cache; None = start again from the beginning.

@@ -1,4 +1,4 @@
-"""Editing: what the stages of a model hold is changed while it runs: ablation, steering, patching, blocked attention."""
+"""Editing: change what the stages of a model hold while it runs, to ablate, steer, patch, or block attention."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +74,7 @@ def zero(*, head: int | Sequence[int] | None = None, tokens: Where = None) -> Ed
 
 
 def add(vector: Tensor, *, tokens: Where = None, scale: float = 1.0) -> Edit:
-    """Add scale · vector, (C,) or any shape that fits: steering. tokens: see `At.chosen`; −1 = the last of each pass."""
+    """Add scale · vector, (C,) or any shape that fits: steering. tokens: as of `At.chosen`, −1 = the last of a pass."""
 
     def change(value: Tensor, at: At) -> Tensor:
         added = value + (scale * vector).to(value)
@@ -136,7 +136,7 @@ def edit(model: Any, edits: dict[str, Edit | Callable[[Tensor], Tensor]]) -> Ite
 
     Keys are names of `stages(model)`, with `*` for a number. Values are `zero`, `add`, `replace`, `block`, or any
     function of the stage's tensor that returns one of the same shape; it is called for each pass, and for Idefics2's
-    vision stages for each group of crops of one size. Gradients pass through. Of nested edits the inner one comes first.
+    vision stages for each group of crops of one size. Gradients pass through. Of nested edits the inner comes first.
 
     Afterwards nothing is left on the model. Raises ValueError for a pattern that names no stage, for a stage that
     nothing follows, and, while the model runs, for an edit that returns another shape.

@@ -101,7 +101,7 @@ def _all_logits(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args, {**kwargs, "logits_to_keep": 0}
 
 
-# ---- The reference's shapes: ours sends images through the tower in groups, without padding ---------------------------
+# ---- The reference's shapes: ours sends images through the tower in groups, without padding --------------------------
 
 
 def scatter(stage: Stage, pieces: list[Tensor], places: Places | None) -> Tensor:

@@ -164,7 +164,7 @@ def watch(
     only so many of the last tokens: with 1, those that chose the answer's tokens.
 
     Attention whose weights are watched takes the eager formula, the last block runs for all tokens, and nothing of the
-    model is compiled into a graph. Afterwards nothing is left on the model. Nested in an `edit`, it sees what is edited.
+    model is compiled into a graph. Afterwards nothing is left on the model. With an `edit`, it sees what is edited.
     Raises ValueError for a pattern that names no stage.
     """
     stages = matching(model, patterns)
