@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "minivlm.checkpoint": {"minivlm.fast_cpu", "minivlm.generation", "minivlm.modules", "minivlm.quantization"},
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.checkpoint"},
     "minivlm.text": {"minivlm.modules", "minivlm.checkpoint"},
-    "minivlm.processing": {"minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
+    "minivlm.processing": {"minivlm.families", "minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
     "minivlm.auto": {"minivlm.checkpoint", "minivlm.families"},
     "minivlm.inside": {"minivlm.modules", "minivlm.families"},
     "minivlm.parity": {

@@ -280,7 +280,7 @@ class Decoding(Iterator[Tensor]):
         if self.run.guess is not None:
             prompt = self.run.ids[0].tolist()
             return SpeculativeStep(self.model, self.cache, self.run.guess, prompt, self.run.positions, self.run.mask)
-        return CapturedStep(self.model, self.cache, self.run.mask) if _can_capture(self.cache, self.run) else None
+        return CapturedStep(self.model, self.cache, self.run.mask) if _can_capture(self.cache, self.run) and not _is_hooked(self.model) else None
 
     def _watched(self, logits: Tensor) -> Tensor:
         """The logits, once it is noted which rows are finite."""
@@ -304,3 +304,8 @@ class Decoding(Iterator[Tensor]):
 
 def _can_capture(cache: KVCache, run: Run) -> bool:
     return cache.data.is_cuda and not run.settings.disable_compile
+
+
+def _is_hooked(model: Any) -> bool:
+    """Hooks run when a graph is captured, and not when it is repeated: with them every step runs as it is written."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from minivlm.families.record import Region
 from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement, tile_grid
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
@@ -101,10 +102,25 @@ class LlavaNextImageProcessor:
         top, left, height, width = placement(size, (canvas_height, canvas_width))
         canvas = Image.new("RGB", (canvas_width, canvas_height))
         canvas.paste(resize(picture, height, width, self.resample), (left, top))
-        for y in range(0, canvas_height, tile):
-            for x in range(0, canvas_width, tile):
-                square = canvas.crop((x, y, x + tile, y + tile))
-                yield self._centre(resize(square, edge, edge, self.resample) if self.do_resize else square)
+        for y, x in _corners((canvas_height, canvas_width), tile):
+            square = canvas.crop((x, y, x + tile, y + tile))
+            yield self._centre(resize(square, edge, edge, self.resample) if self.do_resize else square)
+
+    def regions(self, height: int, width: int, patch: int) -> list[Region]:
+        """Where the patch grid of the base and of each tile lies on an image of this size; `squares` in numbers."""
+        edge, tile = _side("size", self.size), self.tile
+        grid, start = tile // patch, (edge - tile) // 2  # `start` pixels are cut off (or are black) at either end
+        high, wide = height / edge, width / edge  # of a pixel of the base, on the image
+        base = Region("whole image", (grid, grid), start * high, start * wide, grid * patch * high, grid * patch * wide)
+        canvas = best_resolution((height, width), self.image_grid_pinpoints)
+        top, left, down, across = placement((height, width), canvas)
+        shrink, start = (tile / edge, start) if self.do_resize else (1.0, 0)
+        side = grid * patch * shrink
+        found = [base]
+        for number, (y, x) in enumerate(_corners(canvas, tile), 1):
+            at = (y + start * shrink - top) * height / down, (x + start * shrink - left) * width / across
+            found.append(Region(f"tile {number}", (grid, grid), *at, side * height / down, side * width / across))
+        return found
 
     def _centre(self, square: Image.Image) -> Image.Image:
         """Its middle of side S, with black around it where it is smaller; nothing to do in the released settings."""
@@ -197,6 +213,11 @@ class LlavaNextProcessor:
     def _is_prompt(self, value: Any) -> bool:
         texts = value if isinstance(value, list | tuple) else [value]
         return all(isinstance(t, str) for t in texts) and any(self.image_token in t for t in texts)
+
+
+def _corners(canvas: tuple[int, int], tile: int) -> list[tuple[int, int]]:
+    """(top, left) of each tile of a canvas (height, width), row by row."""
+    return [(y, x) for y in range(0, canvas[0], tile) for x in range(0, canvas[1], tile)]
 
 
 def _side(name: str, value: Any) -> int:
