@@ -280,7 +280,11 @@ class Decoding(Iterator[Tensor]):
         if self.run.guess is not None:
             prompt = self.run.ids[0].tolist()
             return SpeculativeStep(self.model, self.cache, self.run.guess, prompt, self.run.positions, self.run.mask)
-        return CapturedStep(self.model, self.cache, self.run.mask) if _can_capture(self.cache, self.run) and not _is_hooked(self.model) else None
+        return (
+            CapturedStep(self.model, self.cache, self.run.mask)
+            if _can_capture(self.cache, self.run) and not _is_hooked(self.model)
+            else None
+        )
 
     def _watched(self, logits: Tensor) -> Tensor:
         """The logits, once it is noted which rows are finite."""

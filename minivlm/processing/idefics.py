@@ -86,6 +86,7 @@ class IdeficsImageProcessor:
 
         `transform`, for training, takes the place of all steps: it gets the upright RGB picture and returns a tensor.
         """
+        self.__post_init__()  # fields may have been set since
         pictures = self.fetch_images(images)
         if not pictures:
             raise ValueError("no image: pass at least one")
