@@ -12,9 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from minivlm.checkpoint.files import replacing, saving
 from minivlm.training import adapters, data, memory
 from minivlm.training.data import Row
 from minivlm.training.loss import token_loss
@@ -221,7 +219,7 @@ class _Run:
             norm=norm,
             seconds=round(seconds, 4),
             tokens_per_second=round(tokens / seconds, 1),
-            memory=peak_memory(self.model.device),
+            memory=memory.peak(self.model.device),
         )
 
     def _named(self, indices: list[int]) -> str:
@@ -243,7 +241,8 @@ class _Run:
         if self.rank == 0 and log.exists():  # steps after the state will be done again
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["number"] <= self.first]
-            _replace(log, lambda path: path.write_text("".join(kept)))
+            with replacing(log) as path:
+                path.write_text("".join(kept))
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():
@@ -282,8 +281,9 @@ class _Run:
             dist.all_gather_object(random, random[0])
         if self.rank == 0:
             state = {"step": step, "about": self._about(), "random": random, "optimisation": self.optimisation.state()}
-            _replace(self.out / STATE, lambda path: torch.save(state, path))
-            save_result(self.model, self.out, processor)
+            with saving() as written:
+                save_result(self.model, self.out, processor)
+                torch.save(state, written.file(self.out / STATE))
 
 
 HINT = "nothing was saved of this step. Try a lower learning rate, or bfloat16 or float32 for float16"
@@ -296,19 +296,3 @@ def save_result(model: Any, folder: Path, processor: Any) -> None:
     else:
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had: of the GPU, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Let `write` fill a file beside `path`, then put it in place in one step, on the disk and not only in a buffer."""
-    temporary = path.with_name(f".{path.name}.new")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
