@@ -175,8 +175,8 @@ class _Run:
         taken = order[place * self.per_step : (place + 1) * self.per_step][self.rank :: self.world].tolist()
         return [taken[begin : begin + self.recipe.batch] for begin in range(0, len(taken), self.recipe.batch)]
 
-    def batches(self) -> Iterator[tuple[int, list[Any]]]:
-        """The number of each step from `first` on, and its batches, one by one, as it asks for them."""
+    def batches(self) -> Iterator[tuple[int, Iterator[tuple[list[int], Any]]]]:
+        """The number of each step from `first` on, and its batches with the rows they are of, read when asked for."""
         numbers = range(self.first, self.steps)
         loader = DataLoader(
             self.rows,
@@ -187,15 +187,15 @@ class _Run:
         )
         stream = iter(loader)
         for number in numbers:
-            yield number, [(indices, stream) for indices in self.indices(number)]
+            yield number, ((indices, next(stream)) for indices in self.indices(number))
 
     # ---- Steps
 
-    def step(self, number: int, batches: list[Any]) -> Step:
+    def step(self, number: int, batches: Iterator[tuple[list[int], Any]]) -> Step:
         begun = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, learned tokens, all tokens
-        for indices, stream in batches:
-            inputs = next(stream).to(self.model.device)
+        for indices, inputs in batches:
+            inputs = inputs.to(self.model.device)
             total, learned = token_loss(self.model, inputs)
             sums += torch.tensor([total.item(), learned, inputs["input_ids"].numel()], dtype=torch.float64)
             if not math.isfinite(total.item()):
@@ -205,8 +205,8 @@ class _Run:
         factor = scheduled(self.recipe.schedule, number, self.steps, self.warmup)
         norm, sums = self.optimisation.step(factor, sums)
         if not math.isfinite(norm):
-            rows = [index for indices, _ in batches for index in indices]
-            raise ValueError(f"step {number + 1}: the gradient's norm is {norm} for {self._named(rows)}; {HINT}")
+            rows = self._named([index for some in self.indices(number) for index in some])
+            raise ValueError(f"step {number + 1}: the gradient's norm is {norm} for {rows}; {HINT}")
         seconds = time.perf_counter() - begun
         loss, learned, tokens = sums.tolist()
         return Step(
@@ -236,6 +236,8 @@ class _Run:
         if not resume and (state.exists() or log.exists()):
             raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
+        for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:
+            unfinished.unlink()  # what a kill has left while files were written
         if state.exists():
             self._restore(torch.load(state, weights_only=True, map_location="cpu"))
         if self.rank == 0 and log.exists():  # steps after the state will be done again
