@@ -187,7 +187,8 @@ class Chat:
         finally:
             self._begun = False
         new, seconds = self._ids[prompt:], time.perf_counter() - begin
-        text, reason = self._decode(new).strip(), "interrupted" if self._stopped else self._reason
+        text, reason = self._decode(new).strip(), self._reason
+        reason = "interrupted" if self._stopped and reason == "length" else reason
         self.last = Answer(text, reason, prompt, len(new), settings["max_new_tokens"], seconds, first, cached)
         self.messages = [*messages, _message("assistant", text)]
 
@@ -202,7 +203,7 @@ class Chat:
             loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **pictures}
         if (setting_of(self.model, settings, "num_beams") or 1) > 1:
-            # which tokens are the answer's is known at the end; this cache keeps the prompt, beams go on in copies of it
+            # the answer is known at the end of the search; this cache keeps the prompt, beams go on in copies of it
             found = loop.generate(self.model, ids, **inputs, **{**settings, "return_dict_in_generate": True})
             steps, ended = iter(found.sequences[:, ids.shape[1] :].T), found
         else:
