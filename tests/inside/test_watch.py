@@ -317,7 +317,7 @@ def test_taps_hear_their_own_thread_only() -> None:
 
 
 def test_names_are_checked() -> None:
-    model, _, inputs = inputs_of("shapes-idefics2")
+    model, _, _ = inputs_of("shapes-idefics2")
     with pytest.raises(ValueError, match="decoder layer 3"), watch(model, "decoder layr 3"):
         pass
     with watch(model, "decoder layer *", "vision layer 0") as seen:
