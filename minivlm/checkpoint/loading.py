@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minivlm import fast_cpu as faster
 from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
@@ -57,6 +58,7 @@ def from_pretrained(
     unused: str | Iterable[str] = (),
     ignore_mismatched_sizes: bool = False,
     generation_config: GenerationConfig | None = None,
+    fast_cpu: bool = True,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -80,6 +82,7 @@ def from_pretrained(
     lists all of them; without these two every tensor must have its place. ignore_mismatched_sizes: any parameter of
     another shape is new.
     generation_config: instead of the checkpoint's own.
+    fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
     Other options of `transformers` are accepted where they change nothing here (`options.LOADING`).
 
@@ -116,6 +119,8 @@ def from_pretrained(
     _check_one_dtype(model, files.name, wanted, arrival)
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
+    if fast_cpu and device.type == "cpu":
+        faster.apply(model)
     return model.eval()
 
 
