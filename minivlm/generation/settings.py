@@ -5,7 +5,6 @@ over `DEFAULTS`, which are the reference's.
 """
 
 import difflib
-import json
 import math
 import warnings
 from collections.abc import Callable, Collection
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import write_json
 from minivlm.modules import config as hub_config
 
 FILE = "generation_config.json"
@@ -147,9 +147,7 @@ class GenerationConfig:
 
     def save_pretrained(self, folder: str | Path, config_file_name: str = FILE) -> None:
         """Write `to_hub()` into `folder`, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_hub(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / config_file_name).write_text(text, encoding="utf-8")
+        write_json(Path(folder) / config_file_name, self.to_hub(), sort_keys=True)
 
     def over(self, base: "GenerationConfig") -> "GenerationConfig":
         """This config where it is set, `base` elsewhere."""
