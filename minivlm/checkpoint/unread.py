@@ -53,7 +53,7 @@ def unread(values: dict[str, Any], config: Any) -> dict[str, Any]:
 
     config: what was read of it. Raises ValueError for an entry that would change the network; warns about the others.
     """
-    parts = {name: part for name in fields_of(config) if dataclasses.is_dataclass(part := getattr(config, name))}
+    parts = {name: getattr(config, name) for name in fields_of(config) if name.endswith("_config")}
     decoder = getattr(config, "decoder", None) or getattr(config, "text_config", None)
     found = _of_part("", values, config, [decoder, *parts.values()])
     for name, part in parts.items():
@@ -99,8 +99,8 @@ def _of_part(where: str, values: dict[str, Any], config: Any, others: list[Any])
             raise ValueError(f"{where}{name} is no known entry; did you mean {close[0]}? Rename or remove it")
         elif CHANGES.search(name):
             raise ValueError(
-                f"{where}{name} is {value!r:.80}: minivlm does not implement it, and it would change the network; remove "
-                "the entry only if the weights do not need it"
+                f"{where}{name} is {value!r:.80}: minivlm does not implement it, and it would change the network; "
+                "remove the entry only if the weights do not need it"
             )
         else:
             kept[name] = value
@@ -111,8 +111,8 @@ def _check_same(where: str, value: Any, used: list[Any]) -> None:
     """ValueError for an entry outside its part, where it is not read, that differs from the values that are used."""
     if value not in used:
         raise ValueError(
-            f"{where} is {value!r:.80}, but it is not read there, and the model uses {used[0]!r:.80}; move it to its part "
-            "of config.json, or remove it"
+            f"{where} is {value!r:.80}, but it is not read there, and the model uses {used[0]!r:.80}; move it to its "
+            "part of config.json, or remove it"
         )
 
 

@@ -108,6 +108,7 @@ def test_another_network_is_refused(
         ("idefics", "num_key_value_heads", 2),
         ("idefics", "head_dim", 8),
         ("idefics", "sliding_window", None),
+        ("idefics", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("llava_next", "ignore_index", -100),
         ("llava_next", "text_config.layer_types", ["full_attention", "full_attention"]),
         ("llava_next", "text_config.max_length", 4096),
