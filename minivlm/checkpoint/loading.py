@@ -3,8 +3,7 @@
     source ─ config.json ─ model on the meta device ─ headers of all shards checked ─ tensors, one by one ─ model
 
 A tensor whose dtype and device are already right is never copied: it stays a view of the memory-mapped file.
-Knows no family: a model class brings its `config_class` and its table of Hub names, and a bare model (one without head)
-its `hub_root`, what the names of a whole model begin with where its own begin.
+Knows no family: a model class brings its `config_class` and its table of Hub names (`hub_prefixes`, `hub_ignored`).
 """
 
 import contextlib
@@ -273,14 +272,10 @@ def match(
 
 def _names(model: nn.Module, readers: list[Any]) -> Places:
     """Our name of every tensor in the files → (file, its name there), more than one if several have that name."""
-    root = getattr(model, "hub_root", "")
-    stored = ((reader, name) for reader in readers for name in reader.keys())  # noqa: SIM118  (a reader is no dict)
-    named = [(local_name(name, model.hub_prefixes), reader, name) for reader, name in stored]
-    if root and any(name.startswith(root) for name, _, _ in named):  # the files of a whole model: its heads stay behind
-        named = [(name.removeprefix(root), *rest) for name, *rest in named if name.startswith(root)]
     found: Places = {}
-    for name, reader, hub_name in named:
-        found.setdefault(name, []).append((reader, hub_name))
+    for reader in readers:
+        for hub_name in reader.keys():  # noqa: SIM118  (a reader is no dict)
+            found.setdefault(local_name(hub_name, model.hub_prefixes), []).append((reader, hub_name))
     return found
 
 
