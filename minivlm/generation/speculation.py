@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.generation.settings import GenerationConfig
+from minivlm.generation.settings import GenerationConfig, check
 from minivlm.modules.cache import KVCache, alike
 from minivlm.modules.config import text_config
 
@@ -105,6 +105,7 @@ def guess_rule(
         return lambda ids: []  # guesses would make the text longer, and so change the frequencies of its real tokens
     if assistant is None:
         return partial(look_up, most=count, longest=settings.max_matching_ngram_size or LONGEST_MATCH)
+    check("assistant_model", assistant, hasattr(assistant, "new_cache"), "a model of minivlm")
     if text_config(assistant.config).vocab_size != text_config(model.config).vocab_size or "inputs_embeds" in inputs:
         raise ValueError("assistant_model needs a prompt of ids, and a model with the same vocabulary")
     return Assistant(assistant, settings, inputs, mask, positions)
