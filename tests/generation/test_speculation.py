@@ -1,4 +1,4 @@
-"""Guessed tokens change how often the model runs, and nothing else: ids, scores, caches and reasons are the plain ones."""
+"""Guessed tokens change how often the model runs, and nothing else: not ids, scores, caches or finish reasons."""
 
 import oracle
 import oracle_idefics
@@ -184,7 +184,8 @@ def test_look_up():
         ({"input_ids": torch.tensor([[8, 9], [8, 9]])}, "prompt_lookup_num_tokens guesses for one row"),
         ({"num_beams": 2}, "one row"),
         ({"do_sample": True, "num_return_sequences": 2}, "one row"),
-        ({"use_cache": False}, "prompt_lookup_num_tokens needs the cache"),
+        ({"use_cache": False}, "prompt_lookup_num_tokens needs use_cache=True"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "goes without .* output_hidden_states"),
         ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens should be an integer > 0"),
         ({"max_matching_ngram_size": 0}, "max_matching_ngram_size should be an integer > 0"),
     ],
