@@ -12,13 +12,15 @@ from torch import Tensor
 from minivlm.families.record import Region, View
 from minivlm.inside.stages import WEIGHTS
 from minivlm.inside.watch import Seen
+from minivlm.processing.common import fetch_picture
 
 Patches = list[list[Tensor]]  # for each image of a row, for each of its views: (…, h, w)
 
 
 def to_patches(seen: Seen, weights: Tensor, row: int = 0) -> Patches:
     """Weights of a row over the positions of the text (…, S), or over IDEFICS' image vectors (…, N·Q), as weights over
-    patches: for each image and each of its views (…, h, w). Weights of a latent go to the patches it attends to.
+    patches: for each image and each of its views (…, h, w). Weights of a latent go to the patches it attends to; what
+    is on a newline or on CLIP's class token is on no patch.
 
     Raises ValueError if there are latents and "resampler layer *, attention weights" is not watched too, and for
     another number of weights.
@@ -118,9 +120,7 @@ def to_image(
 
     Raises ValueError if image, processor and patches do not belong together.
     """
-    from minivlm.processing.images import load_image
-
-    picture = load_image(image, getattr(processor.image_processor, "background", None))
+    picture = fetch_picture(processor, image)
     height, width = picture.height, picture.width
     regions = processor.image_processor.regions(height, width, seen.config.vision_config.patch_size)
     patches = to_patches(seen, weights, row) if isinstance(weights, Tensor) else weights
