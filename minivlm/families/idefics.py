@@ -123,4 +123,16 @@ IDEFICS = Family(
     places=places,
     new_images=new_images,
     takes_items=True,
+    parts={
+        "text": ("model.text_model.", "model.additional_embedding."),
+        "connector": ("model.perceiver_resampler.", "model.gated_cross_attn_layers."),
+        "vision": ("model.vision_model.",),
+    },
+    spellings=(
+        {
+            "model.text_model.": "model.",
+            "model.additional_embedding": "model.embed_tokens.additional_embedding",
+            "additional_fc": "lm_head.additional_fc",
+        },
+    ),
 )

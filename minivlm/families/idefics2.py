@@ -128,4 +128,5 @@ IDEFICS2 = Family(
     image_rows=image_rows,
     places=places,
     new_images=new_images,
+    parts={"text": ("model.text_model.",), "connector": ("model.connector.",), "vision": ("model.vision_model.",)},
 )

@@ -96,4 +96,19 @@ LLAVA_NEXT = Family(
     places=places,
     image_lengths=image_lengths,
     new_images=new_images,
+    parts={
+        "text": ("model.language_model.",),
+        "connector": ("model.multi_modal_projector.", "model.image_newline"),
+        "vision": ("model.vision_tower.",),
+    },
+    spellings=(
+        {},
+        {"model.vision_tower.": "model.vision_tower.vision_model."},  # 4.52 to 4.57
+        {  # before 4.52
+            "model.language_model.": "language_model.model.",
+            "lm_head": "language_model.lm_head",
+            "model.multi_modal_projector": "multi_modal_projector",
+            "model.vision_tower.": "vision_tower.vision_model.",
+        },
+    ),
 )

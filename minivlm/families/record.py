@@ -237,6 +237,9 @@ class Family:
     new_images: (inputs, kept, old, images) → how many ids to run before the new images, and the model inputs for the
     images after the first `old`, where the first `kept` ids are in the cache; None = start again from the beginning.
     takes_items: its processor takes a list of texts and images in transformers, not one text with image tokens.
+    parts: prefixes of the modules that make up "text", "connector" and "vision"; the output head is in none of them.
+    spellings: prefixes of our module names → those of transformers' modules, where they differ, its newest version
+    first. PEFT's adapters name modules so.
     """
 
     model_type: str
@@ -251,6 +254,8 @@ class Family:
     places: Callable[[Tensor, dict[str, Any], Any], Places] | None = None
     presets: str | None = None
     takes_items: bool = False
+    parts: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"text": ("model.",)})
+    spellings: tuple[dict[str, str], ...] = ({},)
 
     @property
     def model_class(self) -> Any:

@@ -54,7 +54,7 @@ def test_batch(toy: Path, tmp_path: Path, capsys: Any) -> None:
     prompts.write_text("\n".join(json.dumps({"question": "what?", "images": each}) for each in images))
     run(capsys, "batch", prompts, "--out", out, "--model", toy, "--max-new-tokens", 3)
     answers = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [set(answer) for answer in answers] == [{"line", "answer"}] * 2
+    assert [set(answer) for answer in answers] == [{"line", "answer", "finish_reason"}] * 2
 
 
 def test_inspect(toy: Path, capsys: Any) -> None:
