@@ -10,6 +10,7 @@ reported, does not hide one between the models.
 """
 
 import json
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -175,7 +176,8 @@ def record(
     dtype = side.dtype or config.dtype
     about = {FORMAT: 1, "dtype": other_dtype or dtype, "config": _plain(config), "question": question.identity}
     about |= {"layers": layers, "inside": inside, "torch": torch.__version__}
-    unfinished = path.with_name(f".{path.name}.part")  # an interruption leaves what was there
+    # an interruption leaves what was there; two runs for one file do not meet
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
         writer = Writer(unfinished, room=(1 << 17) + 400 * calls)  # settings; each tensor and its yardstick
