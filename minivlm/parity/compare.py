@@ -69,7 +69,8 @@ def compare(
     a = a if isinstance(a, Side) else Side(a)
     for side in (a, b):  # before either has run for an hour
         sides.foresee(side)
-    with tempfile.TemporaryDirectory(prefix="minivlm-parity-") as folder:
+    # Windows keeps a file that is still mapped
+    with tempfile.TemporaryDirectory(prefix="minivlm-parity-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "a.safetensors"
         options = {"layers": layers, "inside": inside, "tokens": tokens, "other_dtype": b.dtype, "progress": progress}
         recording = record(a, path, question, **options)

@@ -323,6 +323,19 @@ def test_memory_is_foreseen(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "takes 0.0 GiB (0.00 billion weights), and 0.0 GiB are free on cpu" in error
 
 
+def test_free_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, without /proc; and on Windows, without sysconf."""
+    assert sides.available("cpu") > 2**20
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert sides.available("cpu") > 2**20
+    monkeypatch.delattr(os, "sysconf")
+    assert sides.available("cpu") is None
+
+
 def test_a_quantised_checkpoint_needs_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PRESETS["HuggingFaceM4/idefics2-8b"].to_hub() | {"quantization_config": {"load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(config))
