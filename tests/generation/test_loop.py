@@ -871,7 +871,7 @@ def test_a_cache_without_room_or_news_is_an_error(model):
 
 
 def test_a_cache_of_transformers_is_refused_in_one_sentence(model):
-    with pytest.raises(ValueError, match=r"model\.new_cache\(rows, slots\), found transformers's DynamicCache"):
+    with pytest.raises(ValueError, match=r"model\.new_cache\(rows, slots\), found a DynamicCache of transformers"):
         model.generate(torch.tensor([[8, 9]]), past_key_values=transformers.DynamicCache())
 
 

@@ -1168,10 +1168,10 @@ PICTURES |= _values(
     "processor_config.json",
     "content",
     [
-        ("image_seq_len", 0, "image_seq_len is the number of places per picture"),
-        ("image_seq_len", 10**9, "image_seq_len is the number of places"),
-        ("image_seq_len", "2", "image_seq_len is the number of places"),
-        ("image_seq_len", True, "image_seq_len is the number of places"),
+        ("image_seq_len", 0, "image_seq_len is the number"),
+        ("image_seq_len", 10**9, "image_seq_len is the number"),
+        ("image_seq_len", "2", "image_seq_len is the number"),
+        ("image_seq_len", True, "image_seq_len is the number"),
     ],
 )
 PICTURES |= _values(
