@@ -212,7 +212,7 @@ def _generated(job: Job, ready: list[tuple[Row, list[Any]]], summary: Summary) -
 
 def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary) -> list[tuple[str, str]]:
     """The answer to each row and why it ended."""
-    begin, processor, settings = time.perf_counter(), job.processor, dict(job.settings)
+    clock, processor, settings = Clock(), job.processor, dict(job.settings)
     tokenizer = processor.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     inputs = processor.apply_chat_template(
@@ -226,15 +226,17 @@ def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary)
     )
     if settings.get("seed") is not None:
         settings["seed"] += rows[0].line  # or every batch would draw the same numbers
-    clock = Clock() if job.timed and (setting_of(job.model, settings, "num_beams") or 1) == 1 else None
+    timed = job.timed and (setting_of(job.model, settings, "num_beams") or 1) == 1
     inputs = inputs.to(job.model.device)
-    found = job.model.generate(**inputs, tokenizer=tokenizer, streamer=clock, return_dict_in_generate=True, **settings)
+    found = job.model.generate(
+        **inputs, tokenizer=tokenizer, streamer=clock if timed else None, return_dict_in_generate=True, **settings
+    )
     new = found.sequences[:, inputs["input_ids"].shape[1] :]
     eos = setting_of(job.model, settings, "eos_token_id")
     summary.tokens += sum(_length(row, eos, tokenizer.pad_token_id) for row in new.tolist())
     texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    summary.seconds += time.perf_counter() - begin
-    if clock is not None and clock.first is not None:
+    summary.seconds += time.perf_counter() - clock.begin
+    if clock.first is not None:
         summary.first_tokens.append(clock.first)
     return list(zip(texts, found.finish_reasons, strict=True))
 
