@@ -24,7 +24,7 @@ from minivlm.checkpoint import loading
 from minivlm.generation import loop
 from minivlm.models import common
 from minivlm.modules import config as hub_config
-from minivlm.modules.attention import Mask, attention
+from minivlm.modules.attention import Mask, attention, tapped
 from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
@@ -214,7 +214,7 @@ class PerceiverAttention(nn.Module):
         # Not `attention`, whose softmax is in fp32: the reference scales q first and stays in the model's dtype.
         scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (n, H, Q, P + Q)
         weights = (scores - scores.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1)
-        return self.output_proj((weights @ v).transpose(1, 2).flatten(2))
+        return self.output_proj((tapped(weights) @ v).transpose(1, 2).flatten(2))
 
 
 class PerceiverMLP(nn.Module):

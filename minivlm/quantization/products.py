@@ -6,7 +6,7 @@ int8 has an operator of torch for few rows of bf16. What is left is dequantised 
 bits without a compiler, NF4 and FP4 with blocks of scales that straddle outputs (K no multiple of 64, as Idefics2's
 4304), int8 in fp32 and of many rows.
 
-`python scripts/bench_int4_cpu.py` compares these ways, and torch's own operator for int4.
+`python scripts/bench/int4_cpu.py` compares these ways, and torch's own operator for int4.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """What four and eight bits cost in answers: accuracy by type of question, and how far next-token distributions move.
 
-    python scripts/eval_quantization.py                               every checkpoint that ships, as markdown tables
-    python scripts/eval_quantization.py shapes-idefics2 --count 100   one of them, 100 questions of each type
+    python scripts/shapes/eval_quantization.py   every checkpoint that ships, as markdown tables
+    python scripts/shapes/eval_quantization.py shapes-idefics2 --count 100   one of them, 100 questions of each type
 
 Questions and pictures are those of `eval_shapes.py`, which no model was trained on. KL is the mean of
 KL(bf16 ‖ quantised) in nats over the tokens of the right answers, each predicted from the right tokens before it.

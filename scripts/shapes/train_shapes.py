@@ -1,9 +1,9 @@
 """Train the small models that ship with the package on the shapes task: an Idefics2 from scratch, then the others.
 
-    torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/shapes --out FOLDER --plot curve.png
-    torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/llava --out FOLDER --family llava_next \\
+    torchrun --nproc-per-node 2 scripts/shapes/train_shapes.py --work runs/shapes --out FOLDER --plot curve.png
+    torchrun --nproc-per-node 2 scripts/shapes/train_shapes.py --work runs/llava --out FOLDER --family llava_next \\
         --start-from minivlm/builtin/shapes-idefics2 --vision-steps 600 --steps 1500
-    torchrun --nproc-per-node 2 scripts/train_shapes.py --work runs/idefics --out FOLDER --family idefics \\
+    torchrun --nproc-per-node 2 scripts/shapes/train_shapes.py --work runs/idefics --out FOLDER --family idefics \\
         --start-from minivlm/builtin/shapes-idefics2 --vision-steps 600 --steps 2000
 
 Two stages, as the real models had: first the vision tower alone learns to say of each patch what was drawn there

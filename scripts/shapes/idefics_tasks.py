@@ -1,9 +1,9 @@
 """The eight tasks of the IDEFICS guide, each in a few lines to copy.
 
-    python scripts/idefics_tasks.py                                         shapes-idefics, which ships here
-    python scripts/idefics_tasks.py few_shot story                          only these
-    python scripts/idefics_tasks.py --model HuggingFaceM4/idefics-9b        with the guide's own pictures (fetched)
-    python scripts/idefics_tasks.py --model HuggingFaceM4/idefics-9b-instruct conversation
+    python scripts/shapes/idefics_tasks.py   shapes-idefics, which ships here
+    python scripts/shapes/idefics_tasks.py few_shot story   only these
+    python scripts/shapes/idefics_tasks.py --model HuggingFaceM4/idefics-9b   with the guide's own pictures (fetched)
+    python scripts/shapes/idefics_tasks.py --model HuggingFaceM4/idefics-9b-instruct conversation
 
 The guide is transformers' "Image tasks with IDEFICS". A prompt is a list of texts and pictures; the functions of the
 first part write the prompts of each task, and what trains or measures a model on these tasks writes them the same way.

@@ -1,6 +1,6 @@
 """Ways to multiply one vector with a four- or eight-bit weight on a CPU, beside bf16: see `quantization/products.py`.
 
-    python scripts/bench_int4_cpu.py [--shapes 4096x4096 14336x4096] [--rows 1 4 16 64] [--threads 2] [--rounds 20]
+    python scripts/bench/int4_cpu.py [--shapes 4096x4096 14336x4096] [--rows 1 4 16 64] [--threads 2] [--rounds 20]
 
 Every way takes its turn in each round, on its own copies of the weight, together larger than the caches; the best time
 counts. Results are compared with fp32 first. ratio: bfloat16 F.linear / this.

@@ -281,7 +281,7 @@ def patch_labels(scene: Scene, patch: int = 8, square: bool = False) -> np.ndarr
     return np.array(rows)[shares.argmax(axis=0)]
 
 
-EXAMPLE = Scene(  # docs/shapes.png: python scripts/shapes.py docs/shapes.png
+EXAMPLE = Scene(  # docs/shapes.png: python scripts/shapes/shapes.py docs/shapes.png
     seed=0,
     width=64,
     height=48,

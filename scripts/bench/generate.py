@@ -1,7 +1,7 @@
 """Prefill, decode, load time and peak memory beside `transformers`, in one run, as ratios.
 
-    python scripts/bench_generate.py [--family idefics2] [--dtype float32 bfloat16] [--context 2900] [--rounds 5]
-    python scripts/bench_generate.py --family idefics2_8b_widths --formats int4 nf4 int8     4 layers, the true widths
+    python scripts/bench/generate.py [--family idefics2] [--dtype float32 bfloat16] [--context 2900] [--rounds 5]
+    python scripts/bench/generate.py --family idefics2_8b_widths --formats int4 nf4 int8     4 layers, the true widths
 
 Both sides load the same random checkpoint of the family (about 200 M parameters) and do the same work in
 turns, ours and theirs within one round, so that a machine whose speed drifts treats them alike; figures are medians,

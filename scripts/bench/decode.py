@@ -1,6 +1,6 @@
 """What a new token costs beyond its matrix products; beams beside greedy search; a second question in a conversation.
 
-    python scripts/bench_decode.py [--dtype float32] [--rounds 5] [--only overhead beams chat profile]
+    python scripts/bench/decode.py [--dtype float32] [--rounds 5] [--only overhead beams chat profile]
 
 overhead   a decoder of 32 thin layers, in which arithmetic hides nothing: milliseconds of a decode step above those of
            its matrix products alone, at 16, 512 and 4,096 cached tokens. Growth is attention's, which reads the cache.
@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_generate as bench
+import generate as bench
 import torch
 import torch.nn.functional as F
-from bench_generate import SIDES
+from generate import SIDES
 from minivlm_kernels import cpu_dense
 from PIL import Image
 from torch import nn
@@ -50,7 +50,7 @@ def thin_config() -> Any:
 
 
 def talking_config(processor: Any) -> Any:
-    """The model of `bench_generate`, with the vocabulary of a built-in processor so that it can hold a conversation."""
+    """The model of `generate.py`, with the vocabulary of a built-in processor so that it can hold a conversation."""
     config = bench.idefics2_config()
     config.image_token_id = processor.image_token_id
     config.text_config.vocab_size = len(processor.tokenizer)

@@ -1,10 +1,10 @@
 """Exact-match accuracy on the shapes task: pictures and phrasings that no model was trained on.
 
-    python scripts/eval_shapes.py                        shapes-idefics2, as a markdown table
-    python scripts/eval_shapes.py shapes-llava-next      the same, with and without tiles
-    python scripts/eval_shapes.py shapes-idefics         the same, and few-shot prompts
-    python scripts/eval_shapes.py FOLDER --show 20       any other, with some of its mistakes
-    python scripts/eval_shapes.py --reference            also the same questions through transformers
+    python scripts/shapes/eval_shapes.py                        shapes-idefics2, as a markdown table
+    python scripts/shapes/eval_shapes.py shapes-llava-next      the same, with and without tiles
+    python scripts/shapes/eval_shapes.py shapes-idefics         the same, and few-shot prompts
+    python scripts/shapes/eval_shapes.py FOLDER --show 20       any other, with some of its mistakes
+    python scripts/shapes/eval_shapes.py --reference            also the same questions through transformers
 
 Every question starts a conversation of its own, with its picture; decoding is greedy. A LLaVA-NeXT is also asked to
 read small numbers, less than 14 of the 64 units of a picture's longer side high, as always and with the base picture
