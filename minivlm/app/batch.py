@@ -7,10 +7,8 @@ The part file's first line says what it belongs to, each other one is the whole 
 by one write; what a kill leaves of a line is cut off by the next run, which asks for everything that is not there.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from minivlm.app.answer import Clock, setting_of
 from minivlm.app.questions import Row, numbered, read_row, reason
+from minivlm.checkpoint.files import replacing
 from minivlm.processing.common import fetch_picture
 
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
@@ -151,16 +150,8 @@ def _append(part: BinaryIO, records: Records) -> None:
 
 def _finish(out: Path, answers: Records) -> None:
     """Write `out` as a whole or not at all; killed in between, the next run does it again."""
-    ordered = out.with_name(out.name + ".tmp")
-    try:
-        with ordered.open("wb") as file:
-            _append(file, answers)
-            os.fsync(file.fileno())
-        ordered.replace(out)
-    except OSError:
-        with contextlib.suppress(OSError):
-            ordered.unlink()
-        raise
+    with replacing(out) as path, path.open("wb") as file:
+        _append(file, answers)
     part_of(out).unlink()
 
 
