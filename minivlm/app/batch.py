@@ -33,7 +33,7 @@ class Summary:
 
     answered: int = 0
     failed: int = 0
-    cut: int = 0  # of those answered, at max_new_tokens
+    cut: int = 0  # of those answered, at max_new_tokens or by max_time
     tokens: int = 0  # new ones
     seconds: float = 0.0
     first_tokens: list[float] = field(default_factory=list)  # seconds, one a batch
@@ -42,7 +42,7 @@ class Summary:
         for record in records:
             self.failed += "error" in record
             self.answered += "answer" in record
-            self.cut += record.get("finish_reason") == "length"
+            self.cut += record.get("finish_reason") in ("length", "time")
 
     def __str__(self) -> str:
         speed = f"; {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else ""
