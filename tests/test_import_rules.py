@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "minivlm.text": {"minivlm.modules", "minivlm.checkpoint"},
     "minivlm.processing": {"minivlm.families", "minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
     "minivlm.auto": {"minivlm.checkpoint", "minivlm.families"},
-    "minivlm.inside": {"minivlm.modules", "minivlm.families"},
+    "minivlm.inside": {"minivlm.modules", "minivlm.families", "minivlm.processing"},
     "minivlm.parity": {
         "minivlm",  # its version
         "minivlm.auto",

@@ -10,7 +10,9 @@ import oracle
 import oracle_idefics
 import oracle_llava
 
+from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.families import FAMILIES
+from minivlm.parity import drawn_picture
 
 NAMES = ("idefics2", "idefics2, no window", "llava_next", "idefics")
 
@@ -46,3 +48,19 @@ def row_of(inputs: dict[str, Any], name: str, row: int = 0) -> dict[str, Any]:
     if "image_attention_mask" in found:
         found["image_attention_mask"] = found["image_attention_mask"][:, real]
     return found
+
+
+def asked(
+    name: str, question: str = "what is this?", images: Any = None, **options: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """(model, processor, inputs) of a built-in checkpoint, asked about a drawn image or about these."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(name, **options), AutoProcessor.from_pretrained(name)
+    content = [{"type": "image", "image": image} for image in images or [drawn_picture()]]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return model, processor, dict(inputs)

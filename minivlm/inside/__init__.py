@@ -10,8 +10,28 @@
 docs/inside.md has eight short scripts.
 """
 
+from minivlm.inside.attribution import Attribution, attribute
 from minivlm.inside.edit import Edit, add, block, edit, replace, zero
+from minivlm.inside.geometry import latents, to_image, to_patches
+from minivlm.inside.lens import Lens, logit_lens
 from minivlm.inside.stages import stages
 from minivlm.inside.watch import Seen, watch
 
-__all__ = ["Edit", "Seen", "add", "block", "edit", "replace", "stages", "watch", "zero"]
+__all__ = [
+    "Attribution",
+    "Edit",
+    "Lens",
+    "Seen",
+    "add",
+    "attribute",
+    "block",
+    "edit",
+    "latents",
+    "logit_lens",
+    "replace",
+    "stages",
+    "to_image",
+    "to_patches",
+    "watch",
+    "zero",
+]

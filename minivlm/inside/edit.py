@@ -89,13 +89,15 @@ def replace(tensor: Tensor, *, tokens: Where = None) -> Edit:
     def change(value: Tensor, at: At) -> Tensor:
         if at.stage.rows != "tokens":
             return gather(at.stage, tensor, value, at.one.places, at.call)
-        axis = 2 if at.stage.take == "weights" else 1
-        rows, start = len(value), at.one.start
-        given = tensor.narrow(axis, start, max(0, min(value.shape[axis], tensor.shape[axis] - start)))
-        given = given[:: len(given) // rows] if len(given) > rows else given  # the prompt of several beams
+        mine = slice(at.one.start, at.one.start + at.one.tokens)
+        beams = max(1, len(tensor) // len(value))  # the prompt of several beams is recorded once for each
         new = value.clone()
-        fits = new.narrow(axis, 0, given.shape[axis])
-        fits.copy_(given[..., : value.shape[3]] if axis == 2 else given)
+        if at.stage.take == "weights":
+            given = tensor[::beams, :, mine, : value.shape[3]].to(value)
+            new[:, :, : given.shape[2], : given.shape[3]] = given
+        else:
+            given = tensor[::beams, mine].to(value)
+            new[:, : given.shape[1]] = given
         return new if tokens is None else torch.where(_along_tokens(at, tokens, value), new, value)
 
     return Edit(change)
@@ -103,7 +105,8 @@ def replace(tensor: Tensor, *, tokens: Where = None) -> Edit:
 
 def block(*, queries: Where = None, keys: Where = None) -> Edit:
     """These queries do not attend to these keys, positions of the text (of image vectors in IDEFICS' gated blocks): as
-    if masked before the softmax, the rest of the weights adding up to 1 again. For "…, attention weights"."""
+    if masked before the softmax, the rest of the weights adding up to 1 again. For "…, attention weights". A query to
+    which no key is left attends to nothing."""
 
     def change(weights: Tensor, at: At) -> Tensor:
         if at.stage.take != "weights":

@@ -123,13 +123,18 @@ class Seen:
 
     def views(self, row: int = 0) -> list[list[View]]:
         """The views of each image of a row. ValueError where the family does not tell them."""
-        found = [image for places in self._places() for image in places.views[row]]
+        return [image for places in self._places() for image in places.views[row]]
+
+    @property
+    def places(self) -> Places:
+        """Where the images of the first pass with images are. ValueError where the family does not tell."""
+        return self._places()[0]
+
+    def _places(self) -> list[Places]:
+        found = [one.places for one in self.passes.all if one.places is not None]
         if not found:
             raise ValueError("no pass of the model had an image whose place is known")
         return found
-
-    def _places(self) -> list[Places]:
-        return [one.places for one in self.passes.all if one.places is not None]
 
     def _kept(self, one: Pass) -> int:
         return one.tokens if self.last is None else min(self.last, one.tokens)

@@ -11,7 +11,7 @@ import tiny_inside
 import torch
 from torch import Tensor
 
-from minivlm import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Chat
+from minivlm import BitsAndBytesConfig, Chat
 from minivlm.inside import edit, stages, watch
 from minivlm.modules.attention import attention_taps
 from minivlm.parity import drawn_picture
@@ -45,20 +45,6 @@ def reference_weights(reference: Any) -> Iterator[dict[str, list[Tensor]]]:
     Tensor.softmax = original
     for handle in handles:
         handle.remove()
-
-
-def inputs_of(name: str, question: str = "what is this?", **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """(model, processor, inputs) of a built-in checkpoint."""
-    model, processor = AutoModelForImageTextToText.from_pretrained(name, **options), AutoProcessor.from_pretrained(name)
-    content = [{"type": "image", "image": drawn_picture()}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    return model, processor, dict(inputs)
 
 
 # ---- Values ----------------------------------------------------------------------------------------------------------
@@ -210,7 +196,7 @@ def test_decode_steps_go_on_where_the_prompt_ended(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["shapes-idefics2", "shapes-llava-next", "shapes-idefics"])
 def test_every_stage_has_the_shape_that_is_listed(name: str) -> None:
-    model, _, inputs = inputs_of(name)
+    model, _, inputs = tiny_inside.asked(name)
     listed = stages(model)
     plain = model.generate(**inputs, max_new_tokens=4)
     with watch(model, *listed) as seen:
@@ -225,7 +211,7 @@ def test_every_stage_has_the_shape_that_is_listed(name: str) -> None:
     "options", [{"dtype": torch.bfloat16}, {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}]
 )
 def test_half_precision_and_quantised(options: Any) -> None:
-    model, _, inputs = inputs_of("shapes-idefics2", **options)
+    model, _, inputs = tiny_inside.asked("shapes-idefics2", **options)
     plain = model(**inputs).logits
     with watch(model, "decoder layer *", "decoder layer *, attention heads", "logits") as seen:
         assert torch.equal(model(**inputs).logits, plain)
@@ -248,7 +234,7 @@ def test_beams_batches_and_no_cache() -> None:
 
 def test_chat() -> None:
     """A second turn runs its own tokens only: they follow in the text."""
-    model, processor, _ = inputs_of("shapes-idefics2")
+    model, processor, _ = tiny_inside.asked("shapes-idefics2")
     chat = Chat(model, processor, max_new_tokens=6)
     with watch(model, "decoder layer 0", "vision layer 0") as seen:
         chat.ask("what is this?", [drawn_picture()])
@@ -261,7 +247,7 @@ def test_chat() -> None:
 
 
 def test_less_of_it() -> None:
-    model, _, inputs = inputs_of("shapes-idefics2")
+    model, _, inputs = tiny_inside.asked("shapes-idefics2")
     with watch(model, "decoder layer 2", "decoder layer 2, attention weights") as whole:
         model.generate(**inputs, max_new_tokens=3)
     with watch(model, *whole, last=1, to="cpu", dtype=torch.float16) as seen:
@@ -283,7 +269,7 @@ def hooks(model: Any) -> int:
 
 @pytest.mark.parametrize("stage", ["decoder layer 1", "decoder layer 1, attention weights", "logits"])
 def test_nothing_is_left_after_an_error(stage: str) -> None:
-    model, _, inputs = inputs_of("shapes-idefics2")
+    model, _, inputs = tiny_inside.asked("shapes-idefics2")
     plain = model(**inputs).logits
 
     def fails(x: Tensor) -> Tensor:
@@ -300,7 +286,7 @@ def test_nothing_is_left_after_an_error(stage: str) -> None:
 
 def test_taps_hear_their_own_thread_only() -> None:
     """Another model that runs at the same time is not recorded."""
-    (model, _, inputs), (other, _, _) = inputs_of("shapes-idefics2"), inputs_of("shapes-idefics2")
+    (model, _, inputs), (other, _, _) = tiny_inside.asked("shapes-idefics2"), tiny_inside.asked("shapes-idefics2")
     stage = "decoder layer 0, attention weights"
     calls = []
 
@@ -317,7 +303,7 @@ def test_taps_hear_their_own_thread_only() -> None:
 
 
 def test_names_are_checked() -> None:
-    model, _, _ = inputs_of("shapes-idefics2")
+    model, *_ = tiny_inside.asked("shapes-idefics2")
     with pytest.raises(ValueError, match="decoder layer 3"), watch(model, "decoder layr 3"):
         pass
     with watch(model, "decoder layer *", "vision layer 0") as seen:
