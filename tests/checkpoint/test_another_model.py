@@ -173,6 +173,7 @@ def test_options_that_mean_something(folder: Path, tmp_path: Path) -> None:
         ({"dtype": "float16", "torch_dtype": "float32"}, ValueError, "dtype and torch_dtype"),
         ({"load_in_4bit": True, "load_in_8bit": True}, ValueError, "one of load_in_4bit and load_in_8bit"),
         ({"subfolder": "../other"}, ValueError, "subfolder should be a path inside"),
+        ({"subfolder": "none"}, OSError, "has no folder none; found"),
         ({"subfolder": "/etc"}, ValueError, "subfolder should be a path inside"),
     ],
 )
