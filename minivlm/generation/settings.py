@@ -168,7 +168,12 @@ def settings_of(model: Any, config: GenerationConfig | None, kwargs: dict) -> tu
     if config is not None:
         check("generation_config", config, isinstance(config, GenerationConfig), "a minivlm.GenerationConfig")
         settings = config.over(settings)
-    takes = set(inspect.signature(type(model.model).forward).parameters) - {"self", "backend", "hidden_states", "last"}
+    takes = set(inspect.signature(type(model.model).forward).parameters) - {
+        "self",
+        "attn_implementation",
+        "hidden_states",
+        "last",
+    }
     inputs = {name: value for name, value in kwargs.items() if name in takes and value is not None}
     settings = replace(settings, **{name: value for name, value in kwargs.items() if name in SETTINGS})
     other = settings.other | {name: value for name, value in kwargs.items() if name not in {*SETTINGS, *takes}}
