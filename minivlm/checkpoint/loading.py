@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from minivlm import fast_cpu as faster
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.config_file import read_config
 from minivlm.checkpoint.header import Entry, read_header
 from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError
 from minivlm.generation.settings import GenerationConfig
@@ -90,25 +91,11 @@ def from_pretrained(
             f"{files.name} stores its weights in {' and '.join(sorted(map(str, found)))}, and config.json does not say "
             "which it should be; pass dtype="
         )
+    model.tie_weights()
     model.generation_config = read_generation_config(files) or model.generation_config
     if fast_cpu and device.type == "cpu":
         faster.apply(model)
     return model.eval()
-
-
-def read_config(files: hub.Source, config_class: Any) -> Any:
-    """The checkpoint's `config.json` as a `config_class`; ValueError if it is of another model type."""
-    values = files.json("config.json")
-    expected = config_class.model_type
-    if values.get("model_type") != expected:
-        raise CheckpointError(
-            f"{files.name} holds a model of type {values.get('model_type')!r:.80}, expected {expected!r}; "
-            "AutoModelForImageTextToText picks the class by itself"
-        )
-    try:
-        return config_class.from_hub(values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{files.name}: config.json describes no {expected} model: {error}") from error
 
 
 def read_generation_config(files: hub.Source) -> GenerationConfig | None:
@@ -225,7 +212,7 @@ def _check(model: nn.Module, found: Places, shapes: Shapes, shards: list[Path]) 
     unexpected, misshapen, unreal, doubled = [], [], [], []
     for name, places in found.items():
         for number, (reader, hub_name) in enumerate(places):
-            if name not in shapes and is_ignored(hub_name, model):
+            if name not in shapes and (is_ignored(hub_name, model) or name in tied(model)):
                 continue
             part, wanted = reader.get_slice(hub_name), shapes.get(name)
             shape = tuple(part.get_shape())
@@ -274,6 +261,11 @@ def local_name(hub_name: str, prefixes: dict[str, str]) -> str:
 def is_ignored(hub_name: str, model: Any) -> bool:
     """Whether a tensor of a file is one that the model class knows and does not need: its `hub_ignored` says why."""
     return any(re.fullmatch(pattern, hub_name) for pattern in getattr(model, "hub_ignored", ()))
+
+
+def tied(model: Any) -> dict[str, str]:
+    """A head's parameters that are another name for an embedding table, and so in no file of ours → that table."""
+    return model.tied_weights if model.config.tie_word_embeddings else {}
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -355,7 +347,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_hub_name(name, model.hub_prefixes): value for name, value in apply.files(model).items()}
+    ours = {name: value for name, value in apply.files(model).items() if name not in tied(model)}
+    tensors = {_hub_name(name, model.hub_prefixes): value for name, value in ours.items()}
     shards = _split(tensors, _bytes(max_shard_size))
     names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
@@ -371,7 +364,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | 
     else:
         (folder / INDEX).unlink(missing_ok=True)
     dtype = str(model.dtype).removeprefix("torch.")
-    about = {**model.config.to_hub(), "dtype": dtype, "torch_dtype": dtype}
+    about = {**model.config.to_hub(), "architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
     if getattr(model, "quantization_config", None) is not None:
         about["quantization_config"] = model.quantization_config.to_hub(kept_modules(model))
     _write_json(folder / "config.json", about)

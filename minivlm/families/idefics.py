@@ -83,7 +83,7 @@ IDEFICS = Family(
     model_type="idefics",
     model="minivlm.models.idefics:IdeficsForVisionText2Text",
     processor="minivlm.processing.idefics:IdeficsProcessor",
-    presets="minivlm.models.idefics:PRESETS",
+    presets="minivlm.models.presets:IDEFICS",
     quantised=(
         "model.vision_model.encoder",
         "model.perceiver_resampler",

@@ -1,7 +1,7 @@
 """What the rest of minivlm has to know about one family of models: plain data, and functions of its inputs.
 
 A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records stand below every
-other room but `modules`, so they name classes by reference: "minivlm.models.idefics2:PRESETS".
+other room but `modules`, so they name classes by reference: "minivlm.models.presets:IDEFICS2".
 
 B rows of the batch, T tokens, N images (Idefics2: crops; LLaVA-NeXT: tiles), P patches, R rows of a stage, C its width.
 """

@@ -5,7 +5,6 @@ The call's keywords win over its `generation_config`, that over the checkpoint's
 """
 
 import difflib
-import inspect
 import json
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivlm.checkpoint import hub
-from minivlm.modules import config as hub_config
+from minivlm.checkpoint import config_file, hub
+from minivlm.modules.config import check_token_ids, text_config
 
 FILE = "generation_config.json"
 MAX_COPIES = 256  # of a prompt, when a file asks for them: each takes a cache
@@ -108,8 +107,9 @@ class GenerationConfig:
         """
         known = {name: value for name, value in values.items() if name in SETTINGS}
         other = {name: value for name, value in values.items() if name not in SETTINGS}
-        config = hub_config.from_hub(cls, known, other=other)
-        hub_config.token_ids(config, "bos_token_id", "eos_token_id", "pad_token_id")
+        config = config_file.from_hub(cls, known, other=other)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            check_token_ids(f"GenerationConfig.{name}", getattr(config, name))
         for name in ("num_beams", "num_return_sequences"):
             copies = getattr(config, name)
             check(name, copies, copies is None or 1 <= copies <= MAX_COPIES, f"an integer from 1 to {MAX_COPIES}")
@@ -168,12 +168,7 @@ def settings_of(model: Any, config: GenerationConfig | None, kwargs: dict) -> tu
     if config is not None:
         check("generation_config", config, isinstance(config, GenerationConfig), "a minivlm.GenerationConfig")
         settings = config.over(settings)
-    takes = set(inspect.signature(type(model.model).forward).parameters) - {
-        "self",
-        "attn_implementation",
-        "hidden_states",
-        "last",
-    }
+    takes = {"position_ids", "inputs_embeds", "past_key_values", *model.prompt_inputs}
     inputs = {name: value for name, value in kwargs.items() if name in takes and value is not None}
     settings = replace(settings, **{name: value for name, value in kwargs.items() if name in SETTINGS})
     other = settings.other | {name: value for name, value in kwargs.items() if name not in {*SETTINGS, *takes}}
@@ -207,7 +202,7 @@ def is_number(value: Any) -> bool:
 
 def vocab_size(model: Any) -> int:
     """How many tokens have a logit: IDEFICS keeps its image tokens apart from the others."""
-    return hub_config.text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
 
 
 def plain(value: Any) -> Any:

@@ -27,6 +27,7 @@ class KVCache:
     """
 
     filled: Tensor | None = None  # of a `StaticCache` only
+    grows: bool = False  # takes more slots when it is full, at least twice as many
 
     def __init__(
         self,
@@ -57,6 +58,8 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, K, T, D) behind the filled slots of `layer`; return views (B, K, length + T, D) of both."""
         end = self.length + k.shape[2]
+        if self.grows and end > self.slots:
+            self.data = self.expand(1, 2 * end).data
         if end > self.slots or k.shape[0] != self.batch:
             raise ValueError(
                 f"the cache holds {self.batch} rows of {self.slots} tokens; "

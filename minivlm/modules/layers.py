@@ -53,15 +53,20 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) · up(x)) without biases (Shazeer 2020, "GLU variants"): decoders and the Idefics2 connector."""
+    """down(act(gate(x)) · up(x)) (Shazeer 2020, "GLU variants"): decoders and the Idefics2 connector."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, hidden_act: str, output_size: int | None = None
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        output_size: int | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, output_size or hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, output_size or hidden_size, bias=bias)
         self.act = activation(hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
