@@ -2,7 +2,7 @@
 
     python scripts/reading_path.py
 
-Follows the imports of minivlm's own modules, inside functions too, from models/<family>.py through models/ and modules/.
+Follows imports of minivlm's own modules, inside functions too, from models/<family>.py through models/ and modules/.
 Left out are rooms that no forward pass enters: files, settings and loops around it (checkpoint, generation, …).
 """
 

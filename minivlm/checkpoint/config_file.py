@@ -3,7 +3,6 @@
 Real files leave most fields out, and spell some in several ways. What a forward pass needs is in the dataclasses alone.
 """
 
-import json
 import math
 import types
 import typing
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import write_json
 from minivlm.modules.config import Config
 from minivlm.modules.decoder import DecoderConfig
 from minivlm.modules.rope_scaling import NEEDS, RopeScaling
@@ -138,28 +138,15 @@ class ModelConfig(Config):
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> Self:
         """Of a folder, a built-in checkpoint or a Hub id; `where` is what `hub.source` takes (revision, token, …)."""
+        from minivlm.checkpoint.loading import read_config  # which checks more than fields, and needs `generation`
+
         return read_config(hub.source(name_or_folder, **where), cls)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `to_hub()` as config.json into `folder`, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_hub(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        from minivlm.checkpoint.unread import over
 
-
-def read_config(files: hub.Source, config_class: Any) -> Any:
-    """The checkpoint's `config.json` as a `config_class`; CheckpointError if it is of another model type."""
-    values = files.json("config.json")
-    expected = config_class.model_type
-    if values.get("model_type") != expected:
-        raise hub.CheckpointError(
-            f"{files.name} holds a model of type {values.get('model_type')!r:.80}, expected {expected!r}; "
-            "AutoModelForImageTextToText picks the class by itself"
-        )
-    try:
-        return config_class.from_hub(values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise hub.CheckpointError(f"{files.name}: config.json describes no {expected} model: {error}") from error
+        write_json(Path(folder) / hub.CONFIG, over(self.to_hub(), getattr(self, "unread", {})), sort_keys=True)
 
 
 def parts(cls: type[Config]) -> dict[str, type[Config]]:
@@ -177,7 +164,7 @@ def to_hub(config: Config) -> dict[str, Any]:
             values[name] = to_hub(value)
         elif isinstance(value, RopeScaling):
             values[name] = value.to_hub()
-    if config.hub_type is not None:
+    if hasattr(config, "hub_type"):
         values["model_type"] = config.hub_type
     if values.get("model_type") == "siglip_vision_model":
         values["vision_use_head"] = False  # SigLIP's pooling, of which no model here makes use

@@ -66,11 +66,6 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor |
     return F.cross_entropy(predicted, target, ignore_index=-100, reduction="sum") / num_items_in_batch
 
 
-def kept(wanted: bool | None) -> list[Tensor] | None:
-    """A list for the decoder to fill with what is wanted of every layer, or None."""
-    return [] if wanted else None
-
-
 class VisionLanguageModel(nn.Module):
     """Base of all models: with a head, around a `model`; and without one, with a `decoder` of their own."""
 
@@ -78,6 +73,7 @@ class VisionLanguageModel(nn.Module):
     hub_prefixes: ClassVar[dict[str, str]] = {}  # prefixes of names in files → here
     hub_ignored: ClassVar[dict[str, str]] = {}  # patterns of names in files that are not needed → why
     prompt_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of `forward` that enter with the prompt and never later
+    hub_root: ClassVar[str] = ""  # of a model without a head: what its names in the files of a whole model begin with
     tied_weights: ClassVar[dict[str, str]] = {}  # a head's parameter → the table that it is, with tie_word_embeddings
 
     from_pretrained = classmethod(loading.from_pretrained)
@@ -156,7 +152,7 @@ def check_positions(positions: Tensor, vectors: int, images: str) -> None:
         )
 
 
-def one_of(**given: Any) -> None:
-    """ValueError unless exactly one of two arguments is given."""
-    if sum(value is not None for value in given.values()) != 1:
+def exclude(least: int = 1, **given: Any) -> None:
+    """ValueError unless exactly one of two arguments is given; with least = 0, at most one."""
+    if not least <= sum(value is not None for value in given.values()) <= 1:
         raise ValueError(f"pass either {' or '.join(given)}, and not both")

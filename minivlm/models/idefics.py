@@ -114,12 +114,6 @@ class PerceiverResampler(nn.Module):
 
 # What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
 FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
-# Buffers of early versions, in the released files only: pattern of the name → why it is not needed.
-OLD_BUFFERS = {
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "follows from rope_theta and the head width",
-    r"model\.gated_cross_attn_layers\.\d+\.cross_attn\.rotary_emb\.inv_freq": "cross-attention has no positions",
-    r"model\.vision_model\.embeddings\.position_ids": "the numbers 0, 1, 2, …",
-}
 
 
 @dataclass
@@ -188,12 +182,6 @@ class IdeficsConfig(ModelConfig):
                 raise ValueError(f"{name} knows {', '.join(FREEZE_EXCEPTIONS)}; found {sorted(unknown)}")
         super().__post_init__()
         _ = self.decoder  # which checks its fields
-
-    @property
-    def image_tokens(self) -> dict[str, int]:
-        """An image takes one token of the prompt; what the decoder attends to are vectors outside of it."""
-        latents, patches = self.perceiver_config.resampler_n_latents, self.vision_config.grid**2 + 1
-        return {"in the prompt": 1, "looked at": latents if self.use_resampler else patches}
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -269,23 +257,33 @@ def _alpha(config: IdeficsConfig) -> nn.Parameter:
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
 
+# Prefixes of names in files → here: of whole models (transformers 4 and 5 write them alike), and of those without head.
+HUB_PREFIXES = {
+    "model.embed_tokens.additional_embedding.": "model.additional_embedding.",
+    "model.embed_tokens.": "model.text_model.embed_tokens.",
+    "model.layers.": "model.text_model.layers.",
+    "model.norm.": "model.text_model.norm.",
+    "lm_head.additional_fc.": "additional_fc.",
+    "embed_tokens.additional_embedding.": "additional_embedding.",
+    "embed_tokens.": "text_model.embed_tokens.",
+    "layers.": "text_model.layers.",
+    "norm.": "text_model.norm.",
+}
+# Buffers of early versions, in the released files only: pattern of the name → why it is not needed.
+OLD_BUFFERS = {
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "follows from rope_theta and the head width",
+    r"model\.gated_cross_attn_layers\.\d+\.cross_attn\.rotary_emb\.inv_freq": "cross-attention has no positions",
+    r"model\.vision_model\.embeddings\.position_ids": "the numbers 0, 1, 2, …",
+}
+
+
 class IdeficsModel(base.VisionLanguageModel):
     """Vision tower, resampler, decoder with gated blocks in between: everything but the heads that make logits."""
 
     config_class = IdeficsConfig
-    # Prefixes of names in files → here: of whole models, and of models without a head.
-    hub_prefixes: ClassVar[dict[str, str]] = {
-        "model.embed_tokens.additional_embedding.": "additional_embedding.",
-        "model.embed_tokens.": "text_model.embed_tokens.",
-        "model.layers.": "text_model.layers.",
-        "model.norm.": "text_model.norm.",
-        "model.": "",
-        "embed_tokens.additional_embedding.": "additional_embedding.",
-        "embed_tokens.": "text_model.embed_tokens.",
-        "layers.": "text_model.layers.",
-        "norm.": "text_model.norm.",
-    }
-    hub_ignored: ClassVar[dict[str, str]] = OLD_BUFFERS | {r"lm_head\..*": "the heads"}
+    hub_root = "model."
+    hub_prefixes = HUB_PREFIXES
+    hub_ignored = OLD_BUFFERS
 
     def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
@@ -369,7 +367,6 @@ class IdeficsModel(base.VisionLanguageModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        *,
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -401,7 +398,7 @@ class IdeficsModel(base.VisionLanguageModel):
 
         Raises ValueError where the shapes do not fit, or images or their mask are missing.
         """
-        base.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
         attn = attn_implementation or self.attn_implementation
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         cache = past_key_values or self.growing_cache(x, use_cache)
@@ -420,7 +417,8 @@ class IdeficsModel(base.VisionLanguageModel):
         vectors, cross, seen = self.look(given, image_attention_mask, x, cache, interpolate_pos_encoding, attn)
         image_mask, blind = _sight(seen, cross[0][0].shape[2])
 
-        states, weights = base.kept(output_hidden_states), base.kept(output_attentions)
+        states = [] if output_hidden_states else None
+        weights = [] if output_attentions else None
         for index, block in enumerate(self.text_model.layers):
             number, rest = divmod(index, self.config.cross_layer_interval)
             if rest == 0:
@@ -538,15 +536,8 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
         "image_attention_mask",
         "interpolate_pos_encoding",
     )
-    # Prefixes of names on the Hub → here. transformers 4 and 5 write the same ones.
-    hub_prefixes: ClassVar[dict[str, str]] = {
-        "model.embed_tokens.additional_embedding.": "model.additional_embedding.",
-        "model.embed_tokens.": "model.text_model.embed_tokens.",
-        "model.layers.": "model.text_model.layers.",
-        "model.norm.": "model.text_model.norm.",
-        "lm_head.additional_fc.": "additional_fc.",
-    }
-    hub_ignored: ClassVar[dict[str, str]] = OLD_BUFFERS
+    hub_prefixes = HUB_PREFIXES
+    hub_ignored = OLD_BUFFERS
     tied_weights: ClassVar[dict[str, str]] = {
         "lm_head.weight": "model.text_model.embed_tokens.weight",
         "additional_fc.weight": "model.additional_embedding.weight",
@@ -596,23 +587,11 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits for the last so many tokens only; 0 = all.
         """
-        output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            image_encoder_embeddings=image_encoder_embeddings,
-            perceiver_embeddings=perceiver_embeddings,
-            image_attention_mask=image_attention_mask,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            logits_to_keep=logits_to_keep,
-            attn_implementation=self.attn_implementation,
-        )
+        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
+        seen = (image_attention_mask, interpolate_pos_encoding)
+        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
+        output = self.model(*text, *images, *seen, *asked)
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)

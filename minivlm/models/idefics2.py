@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from minivlm.checkpoint import config_checks
 from minivlm.checkpoint.config_file import ModelConfig
 from minivlm.models import base
 from minivlm.modules.attention import Mask, attention
@@ -133,19 +134,12 @@ class Idefics2Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        config_checks.token_in_vocabulary(self, "image_token_id")
         text = self.text_config
-        if not 0 <= self.image_token_id < text.vocab_size:
-            raise ValueError(f"image_token_id {self.image_token_id} is outside the vocabulary of {text.vocab_size}")
         if self.perceiver_config.hidden_size != text.hidden_size:
             # As the reference: the class default was meant for the 8B model, so width and eps follow the text model.
             fitted = replace(self.perceiver_config, hidden_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
             object.__setattr__(self, "perceiver_config", fitted)
-
-    @property
-    def image_tokens(self) -> dict[str, int]:
-        """Tokens that an image takes in the prompt: alone, and with its four quarters."""
-        latents = self.perceiver_config.resampler_n_latents
-        return {"whole": latents, "split": 5 * latents}
 
 
 class Connector(nn.Module):
@@ -167,9 +161,8 @@ class Connector(nn.Module):
 class Idefics2Model(base.VisionLanguageModel):
     """Vision tower, connector, merge, decoder: everything but the head that makes logits."""
 
-    config_class = Idefics2Config
-    hub_prefixes: ClassVar[dict[str, str]] = {"model.": ""}
-    hub_ignored: ClassVar[dict[str, str]] = {r"lm_head\.weight": "the head"}
+    config_class = Idefics2Config  # the Hub, transformers 4 and transformers 5 use this file's names of tensors
+    hub_root = "model."
 
     def __init__(self, config: Idefics2Config, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
@@ -239,7 +232,6 @@ class Idefics2Model(base.VisionLanguageModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *,
         position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -263,9 +255,8 @@ class Idefics2Model(base.VisionLanguageModel):
 
         Raises ValueError where the shapes do not fit, or images and image tokens do not match.
         """
-        base.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if pixel_values is not None and image_hidden_states is not None:
-            raise ValueError("pass either pixel_values or image_hidden_states, and not both")
+        base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        base.exclude(0, pixel_values=pixel_values, image_hidden_states=image_hidden_states)
         attn = attn_implementation or self.attn_implementation
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)  # (B, T, C)
@@ -274,7 +265,8 @@ class Idefics2Model(base.VisionLanguageModel):
         if image_hidden_states is not None:
             inputs_embeds = self.merge(input_ids, inputs_embeds, image_hidden_states)
         cache = past_key_values or self.growing_cache(inputs_embeds, use_cache)
-        states, weights = base.kept(output_hidden_states), base.kept(output_attentions)  # lists for the decoder to fill
+        states = [] if output_hidden_states else None  # lists for the decoder to fill
+        weights = [] if output_attentions else None
         x = self.text_model(
             inputs_embeds, attention_mask, position_ids, cache, attn, logits_to_keep, states, weights
         )  # (B, T or logits_to_keep, C)
@@ -302,7 +294,7 @@ def _same_size(patch_masks: Tensor) -> dict[tuple[int, int], list[int]]:
 class Idefics2ForConditionalGeneration(base.VisionLanguageModel):
     """The model with its head: logits and loss."""
 
-    config_class = Idefics2Config  # the Hub, transformers 4 and transformers 5 use this file's names of tensors
+    config_class = Idefics2Config
     prompt_inputs = ("pixel_values", "pixel_attention_mask", "image_hidden_states")
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
 
@@ -341,21 +333,10 @@ class Idefics2ForConditionalGeneration(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits for the last so many tokens only; 0 = all.
         """
-        output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
-            image_hidden_states=image_hidden_states,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            logits_to_keep=logits_to_keep,
-            attn_implementation=self.attn_implementation,
-        )
+        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        images = (pixel_values, pixel_attention_mask, image_hidden_states)
+        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
+        output = self.model(*text, *images, *asked)
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)

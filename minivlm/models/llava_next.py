@@ -10,8 +10,7 @@ What is special: an image is seen twice ("anyres"), as a whole and in tiles of t
 336x336 pixels, sees details of larger images. Packing puts the tiles' features together as the image lies, cuts the
 black borders off and ends every row with a learned "newline"; `modules/anyres.py` draws it step by step.
 
-B batch, T tokens, N images in the batch, P patches of a tile, G patches along its side, Cv vision width, C text width,
-V vocabulary.
+B batch, T tokens, N images in it, P patches of a tile, G along its side, Cv vision and C text width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -21,13 +20,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from minivlm.checkpoint import config_checks
 from minivlm.checkpoint.config_file import ModelConfig, read_decoder
 from minivlm.models import base
 from minivlm.modules import anyres
 from minivlm.modules.cache import KVCache
-from minivlm.modules.clip import ClipVisionTower, SquareSiglipTower
+from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import activation, initialize
+from minivlm.modules.layers import ACTIVATIONS, initialize
 from minivlm.modules.vision import VisionConfig
 
 
@@ -38,15 +38,12 @@ class Projector(nn.Module):
         super().__init__()
         self.linear_1 = nn.Linear(vision, text, bias=bias)
         self.linear_2 = nn.Linear(text, text, bias=bias)
-        self.act = activation(hidden_act)
+        self.act = ACTIVATIONS[hidden_act]
 
     def forward(self, patches: Tensor) -> Tensor:
         """(…, Cv · layers) → (…, C)."""
         return self.linear_2(self.act(self.linear_1(patches)))
 
-
-# SigLIP's files can hold a head that pools its features.
-POOLING = {r"(model\.)?vision_tower\.(vision_model\.)?head\..*": "what it pools, nothing here uses"}
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
@@ -88,7 +85,7 @@ class LlavaNextConfig(ModelConfig):
         if not isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = tuple(self.vision_feature_layer)
         super().__post_init__()
-        _check(self)
+        config_checks.llava_next(self)
         object.__setattr__(self, "image_grid_pinpoints", tuple(tuple(size) for size in self.image_grid_pinpoints))
 
     @classmethod
@@ -97,16 +94,10 @@ class LlavaNextConfig(ModelConfig):
         given = {name: value for name, value in values.items() if value is not None}
         return super().from_hub({"image_token_index": given.get("image_token_id", cls.image_token_index), **given})
 
-    @property
-    def image_tokens(self) -> dict[str, int]:
-        """Tokens of an image in the prompt, for those that fit a canvas exactly: {"height×width": tokens}."""
-        return {f"{size[0]}×{size[1]}": self.image_token_count(size) for size in self.image_grid_pinpoints}
-
     def image_token_count(self, size: tuple[int, int]) -> int:
         """Tokens that an image of this (height, width) takes in the prompt."""
-        vision, pinpoints, strategy = self.vision_config, self.image_grid_pinpoints, self.vision_feature_select_strategy
-        sides = vision.image_size, vision.patch_size
-        return anyres.image_token_count(size, pinpoints, *sides, strategy, class_tokens=int(self.class_token))
+        tile, patch = self.vision_config.image_size, self.vision_config.patch_size
+        return anyres.image_token_count(size, self.image_grid_pinpoints, tile, patch)
 
     @property
     def class_token(self) -> bool:
@@ -122,28 +113,36 @@ class LlavaNextConfig(ModelConfig):
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
+# Prefixes of names in files → here. Each part's first spelling is the one we write, which every version reads.
+HUB_PREFIXES = {
+    # on the Hub, and saved by transformers up to 4.51
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "image_newline": "model.image_newline",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    # saved by transformers 5: the tower has lost a word. What it loads from elsewhere it saves as it found it
+    "vision_tower.": "model.vision_tower.",
+    # saved by transformers 4.52 to 4.57: names as here, but for the tower
+    "model.vision_tower.vision_model.": "model.vision_tower.",
+}
+HUB_IGNORED = {r"(model\.)?vision_tower\.(vision_model\.)?head\..*": "SigLIP's pooling, which nothing here uses"}
+
 
 class LlavaNextModel(base.VisionLanguageModel):
     """Vision tower, projector, packing, merge, decoder: everything but the head that makes logits."""
 
     config_class = LlavaNextConfig
-    # Of the model inside, every name of `LlavaNextForConditionalGeneration.hub_prefixes` without its `model.`.
-    hub_prefixes: ClassVar[dict[str, str]] = {
-        "language_model.model.": "language_model.",
-        "vision_tower.vision_model.": "vision_tower.",
-        "model.vision_tower.vision_model.": "vision_tower.",
-        "model.": "",
-    }
-    hub_ignored: ClassVar[dict[str, str]] = {r"(language_model\.)?lm_head\.weight": "the head"} | POOLING
+    hub_root = "model."
+    hub_prefixes = HUB_PREFIXES
+    hub_ignored = HUB_IGNORED
 
     def __init__(self, config: LlavaNextConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
-        vision, width = config.vision_config, config.text_config.hidden_size
-        self.vision_tower = (ClipVisionTower if config.class_token else SquareSiglipTower)(vision)
-        channels = vision.hidden_size * len(config.feature_layers)
-        self.multi_modal_projector = Projector(
-            channels, width, config.projector_hidden_act, config.multimodal_projector_bias
-        )
+        channels = config.vision_config.hidden_size * len(config.feature_layers)
+        width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.vision_tower = ClipVisionTower(config.vision_config, config.class_token)
+        self.multi_modal_projector = Projector(channels, width, config.projector_hidden_act, bias)
         self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
         self.language_model = Decoder(config.text_config)
         initialize(self, config.text_config.initializer_range)
@@ -190,11 +189,16 @@ class LlavaNextModel(base.VisionLanguageModel):
         device = self.image_newline.device
         if isinstance(pixel_values, Tensor) and pixel_values.ndim == 4:
             if len(pixel_values) != sum(counts):
-                raise ValueError(
-                    f"pixel_values has {len(pixel_values)} tiles, but images of these image_sizes have {counts}"
-                )
+                raise ValueError(f"pixel_values has {len(pixel_values)} tiles, but image_sizes imply {counts}")
             return pixel_values.to(device)
-        _check_tiles(pixel_values, counts, self.config.vision_config)
+        if len(pixel_values) != len(counts):
+            raise ValueError(f"pixel_values has {len(pixel_values)} images and image_sizes {len(counts)}")
+        for index, (image, count) in enumerate(zip(pixel_values, counts, strict=True)):
+            if image.ndim != 4 or len(image) < count:
+                raise ValueError(
+                    f"image {index} should be ({count} or more tiles, 3, S, S) with its image_sizes and this model's "
+                    f"image_grid_pinpoints, found {tuple(image.shape)}"
+                )
         return torch.cat([image[:count].to(device) for image, count in zip(pixel_values, counts, strict=True)])
 
     def pack(self, tiles: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -216,7 +220,6 @@ class LlavaNextModel(base.VisionLanguageModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        *,
         position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -240,9 +243,8 @@ class LlavaNextModel(base.VisionLanguageModel):
 
         Raises ValueError where the shapes do not fit, or images and image tokens do not match.
         """
-        base.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if pixel_values is not None and image_hidden_states is not None:
-            raise ValueError("pass either pixel_values or image_hidden_states, and not both")
+        base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        base.exclude(0, pixel_values=pixel_values, image_hidden_states=image_hidden_states)
         attn = attn_implementation or self.attn_implementation
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)  # (B, T, C)
@@ -254,7 +256,8 @@ class LlavaNextModel(base.VisionLanguageModel):
                 image_hidden_states = torch.cat([inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]), *features])
             inputs_embeds = base.merge(positions, inputs_embeds, image_hidden_states, "its images")
         cache = past_key_values or self.growing_cache(inputs_embeds, use_cache)
-        states, weights = base.kept(output_hidden_states), base.kept(output_attentions)  # lists for the decoder to fill
+        states = [] if output_hidden_states else None  # lists for the decoder to fill
+        weights = [] if output_attentions else None
         x = self.language_model(
             inputs_embeds, attention_mask, position_ids, cache, attn, logits_to_keep, states, weights
         )  # (B, T or logits_to_keep, C)
@@ -274,20 +277,8 @@ class LlavaNextForConditionalGeneration(base.VisionLanguageModel):
     config_class = LlavaNextConfig
     prompt_inputs = ("pixel_values", "image_sizes", "image_hidden_states")
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    # Prefixes of names in files → here. Each part's first spelling is the one we write, which every version reads.
-    hub_prefixes: ClassVar[dict[str, str]] = {
-        # on the Hub, and saved by transformers up to 4.51
-        "language_model.model.": "model.language_model.",
-        "language_model.lm_head.": "lm_head.",
-        "multi_modal_projector.": "model.multi_modal_projector.",
-        "image_newline": "model.image_newline",
-        "vision_tower.vision_model.": "model.vision_tower.",
-        # saved by transformers 5: the tower has lost a word. What it loads from elsewhere it saves as it found it
-        "vision_tower.": "model.vision_tower.",
-        # saved by transformers 4.52 to 4.57: names as here, but for the tower
-        "model.vision_tower.vision_model.": "model.vision_tower.",
-    }
-    hub_ignored: ClassVar[dict[str, str]] = POOLING
+    hub_prefixes = HUB_PREFIXES
+    hub_ignored = HUB_IGNORED
 
     def __init__(self, config: LlavaNextConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
@@ -324,55 +315,14 @@ class LlavaNextForConditionalGeneration(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits for the last so many tokens only; 0 = all.
         """
-        output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            image_hidden_states=image_hidden_states,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            logits_to_keep=logits_to_keep,
-            attn_implementation=self.attn_implementation,
-        )
+        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        images = (pixel_values, image_sizes, image_hidden_states)
+        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
+        output = self.model(*text, *images, *asked)
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)
         return output.to_tuple() if return_dict is False else output
-
-
-# ---- Checks ----------------------------------------------------------------------------------------------------------
-
-
-def _check(config: LlavaNextConfig) -> None:
-    """ValueError for settings that no model has."""
-    tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
-    if tower not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(
-            f"vision_config.model_type {tower!r:.80} is not supported; known: clip_vision_model, siglip_vision_model"
-        )
-    if strategy != ("default" if config.class_token else "full"):
-        raise ValueError(
-            f"vision_feature_select_strategy {strategy!r} is not supported with this tower: packing needs all patches "
-            'and nothing else, so CLIP\'s class token goes ("default") and SigLIP, which has none, keeps all ("full"); '
-            "else the features of a tile are no grid, and the reference fails too"
-        )
-    if not 0 <= config.image_token_index < config.text_config.vocab_size:
-        raise ValueError(
-            f"image_token_index {config.image_token_index} is outside the vocabulary of {config.text_config.vocab_size}"
-        )
-    anyres.check_pinpoints(config.image_grid_pinpoints, config.vision_config.image_size)
-    most, layers = config.vision_config.num_hidden_layers, config.feature_layers
-    fits = all(type(layer) is int and -most - 1 <= layer <= most for layer in layers)
-    if not 1 <= len(layers) <= most + 1 or not fits:
-        raise ValueError(
-            f"vision_feature_layer should be one or more of the {most + 1} hidden states of a tower of {most} "
-            f"layers, counted from 0 or from -1 down; found {config.vision_feature_layer!r}"
-        )
 
 
 def _sizes(image_sizes: Any) -> list[tuple[int, int]]:
@@ -382,18 +332,3 @@ def _sizes(image_sizes: Any) -> list[tuple[int, int]]:
     if sizes.numel() and (sizes.ndim != 2 or sizes.shape[1] != 2):
         raise ValueError(f"image_sizes should be (images, 2): height and width, found shape {tuple(sizes.shape)}")
     return [tuple(size) for size in sizes.tolist()]
-
-
-def _check_tiles(pixel_values: Sequence[Tensor], counts: list[int], vision: VisionConfig) -> None:
-    """ValueError unless image i has counts[i] tiles or more, each of the tower's size."""
-    if len(pixel_values) != len(counts):
-        raise ValueError(
-            f"pixel_values has {len(pixel_values)} images and image_sizes {len(counts)}; pass the processor's own"
-        )
-    tile = (vision.num_channels, vision.image_size, vision.image_size)
-    for index, (image, count) in enumerate(zip(pixel_values, counts, strict=True)):
-        if image.ndim != 4 or len(image) < count or image.shape[1:] != tile:
-            raise ValueError(
-                f"image {index} should be ({count} or more tiles, {', '.join(map(str, tile))}) with its "
-                f"image_sizes and this model's image_grid_pinpoints, found {tuple(image.shape)}"
-            )

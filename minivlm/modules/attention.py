@@ -172,14 +172,13 @@ def tapped(weights: Tensor, first: int = 0) -> Tensor:
 @contextlib.contextmanager
 def weights_into(kept: list[Tensor] | None) -> Iterator[None]:
     """Meanwhile every call adds its weights to `kept`; None: nothing happens."""
-    if kept is None:
-        yield
-        return
-    attention_taps.append(kept.append)
+    if kept is not None:
+        attention_taps.append(kept.append)
     try:
         yield
     finally:
-        attention_taps.remove(kept.append)
+        if kept is not None:
+            attention_taps.remove(kept.append)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

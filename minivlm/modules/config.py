@@ -10,33 +10,23 @@ from minivlm.modules.layers import ACTIVATIONS
 
 # The most that a field may be, for fields that have to be above zero. Far above any model: a config is read before its
 # weights, and a network of 10⁹ layers takes for ever to build even without memory for its weights.
-MOST: dict[str, float] = {
-    "num_hidden_layers": 512,
-    "resampler_depth": 512,
-    "cross_layer_interval": 512,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**20,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "resampler_n_heads": 2**14,
-    "head_dim": 2**13,
-    "resampler_head_dim": 2**13,
-    "resampler_n_latents": 2**13,
-    "image_size": 2**13,
-    "patch_size": 2**13,
-    "num_channels": 2**13,
-    "vocab_size": 2**24,
-    "max_position_embeddings": 2**24,
-    "sliding_window": 2**31 - 1,
-    "rms_norm_eps": 0.1,
-    "layer_norm_eps": 0.1,
-    "rope_theta": 1e12,
+LIMITS: dict[float, tuple[str, ...]] = {
+    2**9: ("num_hidden_layers", "resampler_depth", "cross_layer_interval"),
+    2**13: ("head_dim", "resampler_head_dim", "resampler_n_latents", "image_size", "patch_size"),
+    2**14: ("num_attention_heads", "num_key_value_heads", "resampler_n_heads"),
+    2**20: ("hidden_size", "intermediate_size"),
+    2**24: ("vocab_size", "max_position_embeddings"),
+    2**31 - 1: ("sliding_window",),
+    0.1: ("rms_norm_eps", "layer_norm_eps"),
+    1e12: ("rope_theta",),
 }
+MOST = {name: most for most, names in LIMITS.items() for name in names}
 # The most that a field may be which can also be zero.
 MOST_OR_ZERO = {"additional_vocab_size": 2**24, "initializer_range": 100, "alphas_initializer_range": 100}
 WORDS: dict[str, Any] = {
     "hidden_act": ACTIVATIONS,
     "projector_hidden_act": ACTIVATIONS,
+    "num_channels": (3,),  # RGB
     "alpha_type": ("float", "vector"),
     "alpha_initializer": ("zeros", "ones", "normal", "gaussian", "random"),
 }
@@ -52,7 +42,6 @@ class Config:
 
     multiples: ClassVar[dict[str, str]] = {}  # field → the field that it must be a multiple of
     hub_names: ClassVar[dict[str, str]] = {}  # field → its name in files, where that is another one
-    hub_type: ClassVar[str | None] = None  # `model_type` of a part that is no field
     settable: ClassVar[frozenset[str]] = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "dtype"})
 
     def __post_init__(self) -> None:
@@ -82,7 +71,7 @@ def check(config: Config, name: str, value: Any) -> None:
     if name in MOST_OR_ZERO and not 0 <= value <= MOST_OR_ZERO[name]:
         raise ValueError(f"{where} should be from 0 to {MOST_OR_ZERO[name]:,}, found {value}")
     if name in WORDS and value not in WORDS[name]:
-        raise ValueError(f"{where} should be one of {', '.join(WORDS[name])}, found {value!r:.80}")
+        raise ValueError(f"{where} should be one of {', '.join(map(str, WORDS[name]))}, found {value!r:.80}")
     if name.endswith("_token_id"):
         check_token_ids(where, value)
 

@@ -34,8 +34,6 @@ class VisionConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_channels != 3:
-            raise ValueError(f"num_channels must be 3, since images are RGB; found {self.num_channels}")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
 

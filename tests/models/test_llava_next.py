@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minivlm import AutoModelForImageTextToText, LlavaNextConfig, LlavaNextForConditionalGeneration
 from minivlm.checkpoint import hub
-from minivlm.checkpoint.loading import WEIGHTS, local_name
+from minivlm.checkpoint.names import WEIGHTS, local_name
 from minivlm.models.presets import LLAVA_NEXT as PRESETS
 from minivlm.modules.anyres import image_token_count
 
@@ -274,7 +274,7 @@ BAD_CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "sizes of nothing": (lambda i: {"image_sizes": i["image_sizes"] * 0}, "whole numbers from 1"),
     "sizes that are no numbers of pixels": (lambda i: {"image_sizes": i["image_sizes"] / 2}, "whole numbers from 1"),
     "fewer tiles than the size implies": (lambda i: {"pixel_values": i["pixel_values"][:, :3]}, "or more tiles"),
-    "fewer tiles in a row": (lambda i: {"pixel_values": i["pixel_values"][:, 0]}, "7 tiles, but images of these"),
+    "fewer tiles in a row": (lambda i: {"pixel_values": i["pixel_values"][:, 0]}, "7 tiles, but image_sizes"),
     "images of another side": (lambda i: {"pixel_values": i["pixel_values"][..., :8]}, r"3, 12, 12\)"),
     "a row of tiles of another side": (
         lambda i: {

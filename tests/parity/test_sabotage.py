@@ -673,7 +673,7 @@ PROCESSING: dict[tuple[str, str], tuple[Fault, str]] = {
         "pixels",
     ),
     ("shapes-idefics2", "one place too few"): (
-        around(idefics2_processing, "expand_prompt", lambda f, text, places, splitting: f(text, places - 1, splitting)),
+        around(idefics2_processing, "image_block", lambda f, length, splitting: f(length - 1, splitting)),
         "token ids",
     ),
     ("shapes-idefics2", "a shifted vocabulary"): (around(Tokenizer, "encode", shifted), "token ids"),
