@@ -60,7 +60,7 @@ def test_options_are_settings_of_generate(argv, expected):
         (["--stop", ""], "stop_strings"),
         (["--set", "max_time=soon"], "max_time"),
         (["--set", "temprature=1"], "did you mean 'temperature'"),
-        (["--set", "guidance_scale=3"], "guidance_scale is not supported"),
+        (["--set", "guidance_scale=3"], "guidance_scale"),
         (["--set", "num_return_sequences=3"], "one answer"),
         (["--set", "output_scores=true"], "answers only"),
         (["--set", "max_length=30"], "use max_new_tokens"),
