@@ -15,7 +15,7 @@ from minivlm_kernels import addresses, compiled, processor
 
 # dtype → numbers in a weight from which on a product is worth its call; rows of x up to which it is faster than torch.
 WORTH = {torch.float32: (2**17, 1), torch.bfloat16: (2**13, 8)}
-MOST_NUMBERS = 2**18  # of x: the C has room for so many on its stack
+MOST_NUMBERS = 2**18  # of x: for more, torch's threads are worth their start
 
 
 def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -59,7 +59,8 @@ def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
     pointers = (weight.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
     half = x.dtype == torch.bfloat16
-    _library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads())
+    if _library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads()):
+        raise MemoryError(f"no memory for {x.numel():,} numbers of x")
     return y
 
 

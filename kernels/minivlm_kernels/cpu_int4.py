@@ -112,7 +112,8 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. What is read and looked up is multiplied with up to eight rows."""
     rows = x.float().contiguous()
     y = torch.empty(len(rows), len(weight.stream) * LANES)
-    _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape)
+    if _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape):
+        raise MemoryError(f"no memory for {len(rows):,} rows of {rows.shape[1]:,} numbers")
     return y[:, : weight.shape[0]]
 
 
@@ -155,15 +156,15 @@ def _described(weight: Tiles) -> _Weight:
     return _Weight(*pointers, float(offset), *sizes, weight.high_first, torch.get_num_threads())
 
 
-def _call(name: str, *arguments: object) -> None:
-    """A function of the library: tensors are passed as pointers, numbers as 64 bits."""
+def _call(name: str, *arguments: object) -> int:
+    """What a function of the library returns. Tensors are passed as pointers, numbers as 64 bits."""
     passed = []
     for value in arguments:
         if isinstance(value, Tensor):
             passed.append(ctypes.c_void_p(value.data_ptr()))
         else:
             passed.append(ctypes.c_int64(value) if isinstance(value, int) else value)
-    getattr(_library(), name)(*passed)
+    return getattr(_library(), name)(*passed)
 
 
 @functools.cache
