@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minivlm_kernels import compiled
 
+SOURCE = Path(__file__).with_suffix(".c")
 LANES, WORD = 16, 8  # outputs in a tile, codes in a word
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
 HUGE_PAGE = 2**21
@@ -169,14 +170,16 @@ def _call(name: str, *arguments: object) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return compiled.library(Path(__file__).with_suffix(".c"))
+    return compiled.library(SOURCE)
 
 
 @functools.cache
 def available() -> bool:
     """Whether there is a library, and it agrees with the formula on a small weight."""
-    if _library() is None:
-        return False
+    return _library() is not None and compiled.agrees(SOURCE, _is_right)
+
+
+def _is_right() -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (3, 128), dtype=torch.uint8, generator=generator)
     scales, table = torch.rand(3, 4, generator=generator), torch.randn(16, generator=generator)
