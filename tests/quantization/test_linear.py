@@ -7,6 +7,8 @@ import pytest
 import torch
 from minivlm_kernels import cpu_int4
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from wrapped import Wrapped
 
 from minivlm.quantization import products
 from minivlm.quantization.affine import Affine
@@ -106,6 +108,21 @@ def test_repacked_tensors_come_back_and_stand_for_the_same_numbers(format: Forma
             continue
         pieces = [piece for _, piece in products._pieces(made.held, format, shape, torch.float32)]
         assert torch.equal(torch.cat(pieces, 1).T, format.dequantize(expected, shape, torch.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_what_has_no_address_takes_torchs_operators(format: Format, rows: int) -> None:
+    """Subclasses, transforms, exported programs and modes that watch: the product of the definitions."""
+    made, x = layer((33, 64), format), torch.randn(rows, 64).bfloat16()
+    with torch.no_grad():
+        expected = nn.functional.linear(x, made.dequantize(torch.bfloat16), made.bias)
+        assert torch.equal(made(Wrapped(x)), expected)
+        torch.testing.assert_close(torch.func.vmap(made)(x), expected, rtol=2**-7, atol=2**-7)
+        assert torch.equal(torch.export.export(nn.Sequential(made), (x,)).module()(x), expected)
+        with FlopCounterMode(display=False) as counter:
+            made(x)
+    assert counter.get_total_flops() == 2 * rows * 33 * 64
 
 
 def test_memory() -> None:
