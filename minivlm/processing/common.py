@@ -214,6 +214,8 @@ def expand(
     ids: list[int], marks: list[int], image_token_id: int, blocks: Iterator[list[int]], border: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Each image token replaced by the next block; the block's tokens get its mark. For `border` see `assemble`."""
+    if image_token_id not in ids and border not in ids:
+        return ids, marks
     new_ids: list[int] = []
     new_marks: list[int] = []
     for i, mark in zip(ids, marks, strict=True):

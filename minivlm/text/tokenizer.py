@@ -221,7 +221,7 @@ class Tokenizer:
 
     def guard(self, text: str, guard: str) -> str:
         """Put `guard` after every character with which a special token could begin."""
-        for first in {token.content[0] for token in self.control_tokens}:
+        for first in self._first_characters:
             text = text.replace(first, first + guard)
         return text
 
@@ -359,9 +359,18 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json has {min(plain)} as ordinary text, not as the special token it should be")
         make = [tokenizers.AddedToken(t, normalized=False, special=special) for t in new]
         count = attempt(BROKEN, self.backend.add_special_tokens if special else self.backend.add_tokens, make)
-        for name in ("_special_runs", "_plain", "_around"):  # computed from the old vocabulary
-            self.__dict__.pop(name, None)
+        self._forget()
         return count
+
+    def _forget(self) -> None:
+        """Drop what was computed from the vocabulary and the roles, which have changed."""
+        for name in ("_first_characters", "_special_runs", "_plain", "_around"):
+            self.__dict__.pop(name, None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ROLES:
+            self._forget()
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -387,6 +396,10 @@ class Tokenizer:
         """What nobody may type: special tokens, and those that play a part though the file does not call them so."""
         parts = self.special_tokens_map.values()
         return [t for t in self.backend.get_added_tokens_decoder().values() if t.special or t.content in parts]
+
+    @cached_property
+    def _first_characters(self) -> set[str]:
+        return {token.content[0] for token in self.control_tokens}
 
     @cached_property
     def _special_runs(self) -> re.Pattern[str] | None:
