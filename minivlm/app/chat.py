@@ -12,13 +12,15 @@ reads back as other tokens than were generated costs these tokens once more, and
 P ids of the prompt, N pictures in it.
 """
 
-import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from minivlm.app.answer import Answer, setting_of
+from minivlm.families import family
 from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
 from minivlm.modules.cache import KVCache, alike
@@ -59,7 +61,9 @@ class Chat:
     An answer has at most `max_new_tokens` (256 if nobody says), and fewer where positions end. The processor, but not
     the model, looks at all pictures in every turn.
 
-    messages: the conversation so far, in the form of `apply_chat_template`. A turn enters when its answer is complete.
+    messages: the conversation so far, in the form of `apply_chat_template`. A turn enters when its answer is complete,
+    or stopped by `stop`.
+    last: the latest answer, with why it ended (`last.finish_reason`), how many tokens and seconds it took; None before.
 
     Raises ValueError for a checkpoint without a chat template.
     """
@@ -71,6 +75,9 @@ class Chat:
                 "write the prompt yourself and call generate"
             )
         self.model, self.processor, self.system, self.settings = model, processor, system, settings
+        self.last: Answer | None = None
+        self._family = family(model.config.model_type, "the model")
+        self._begun = self._stopped = False  # of the answer that is being read
         self._answer: Iterator[str] | None = None
         self.reset()
 
@@ -102,19 +109,28 @@ class Chat:
         self._answer = self._turn(messages, {"tokenizer": self.processor.tokenizer, **self.settings, **settings})
         return self._answer
 
+    def stop(self) -> bool:
+        """End the answer that is being read after its next token and keep what there is of it.
+
+        Return False if it has not begun: then there is nothing to keep. Signal handlers may call it.
+        """
+        self._stopped = self._begun
+        return self._stopped
+
     # ---- One turn
 
     def _turn(self, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[str]:
         """Errors in the conversation or its length are raised at once, all others while the answer is read."""
+        begin = time.perf_counter()
         prompt = self._render(messages)
         settings["max_new_tokens"] = new = self._new_tokens(settings, len(prompt.ids))
         kept = self._kept(prompt)
-        given = _new_pictures(prompt, kept)
+        given = self._new_images(prompt, kept)
         if given is None:
-            kept, given = 0, (0, _new_pictures(prompt, 0)[1])
+            kept, given = 0, (0, self._new_images(prompt, 0)[1])
         self._make_room(kept, len(prompt.ids) + new)
         self._ids, self._prompt = list(prompt.ids), replace(prompt, inputs={})  # pixels are large
-        return self._read(messages, self._tokens(*given, settings))
+        return self._read(messages, self._tokens(*given, settings), settings, begin)
 
     def _render(self, messages: list[dict[str, Any]]) -> Prompt:
         inputs = self.processor.apply_chat_template(
@@ -122,10 +138,7 @@ class Chat:
         )
         pictures, ids = normalise(messages)[1], inputs["input_ids"][0].tolist()
         slots = [place for place, id in enumerate(ids) if id == self.processor.image_token_id]
-        if "image_sizes" in inputs:
-            counts = [self.processor.image_places(*size) for size in inputs["image_sizes"].tolist()]
-        else:
-            counts = [len(slots) // len(pictures)] * len(pictures) if pictures else []
+        counts = self._family.image_lengths(self.processor, inputs, len(slots), len(pictures))
         places, begin = [], 0
         for count in counts:
             places.append((slots[begin], slots[begin + count - 1] + 1))
@@ -148,17 +161,36 @@ class Chat:
         check("max_new_tokens", wanted, is_whole(wanted, 1), "an integer > 0")
         return min(wanted, limit - length)
 
-    def _read(self, messages: list[dict[str, Any]], tokens: Iterator[int]) -> Iterator[str]:
+    def _read(
+        self, messages: list[dict[str, Any]], tokens: Iterator[int], settings: dict[str, Any], begin: float
+    ) -> Iterator[str]:
         """Decode the answer; at its end the turn enters the conversation."""
-        begin = len(self._ids)
+        prompt, cached, first = len(self._ids), self._cache.length, 0.0
+        self._begun = self._stopped = False
+
+        def timed() -> Iterator[int]:
+            nonlocal first
+            for token in tokens:
+                first = first or time.perf_counter() - begin
+                self._begun = True
+                yield token
+                if self._stopped:
+                    return
+
         try:
-            yield from incremental_text(self._decode, tokens)
+            yield from incremental_text(self._decode, timed())
         except GeneratorExit:  # between two tokens: the cache is whole
             raise
         except BaseException:  # perhaps in the middle of a forward pass
             self._forget()
             raise
-        self.messages = [*messages, _message("assistant", self._decode(self._ids[begin:]).strip())]
+        finally:
+            self._begun = False
+        new, seconds = self._ids[prompt:], time.perf_counter() - begin
+        text, reason = self._decode(new).strip(), self._reason
+        reason = "interrupted" if self._stopped and reason != "stop" else reason
+        self.last = Answer(text, reason, prompt, len(new), settings["max_new_tokens"], seconds, first, cached)
+        self.messages = [*messages, _message("assistant", text)]
 
     def _decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
@@ -170,18 +202,29 @@ class Chat:
         if blind > self._cache.length:
             loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **pictures}
-        for token in loop.stream(self.model, ids, **inputs, **settings):
+        if (setting_of(self.model, settings, "num_beams") or 1) > 1:
+            # the answer is known at the end of the search; this cache keeps the prompt, beams go on in copies of it
+            found = loop.generate(self.model, ids, **inputs, **{**settings, "return_dict_in_generate": True})
+            steps, ended = iter(found.sequences[:, ids.shape[1] :].T), found
+        else:
+            steps = ended = loop.stream(self.model, ids, **inputs, **settings)
+        for token in steps:
             if len(token) != 1:
                 raise ValueError(
                     f"a conversation goes on with one answer; pass num_return_sequences=1, not {len(token)}"
                 )
             self._ids.append(int(token))
+            self._reason = ended.finish_reasons[0]
             yield self._ids[-1]
 
     def _end_answer(self) -> None:
         if self._answer is not None:
             self._answer.close()
             self._answer = None
+
+    def _new_images(self, prompt: Prompt, kept: int) -> tuple[int, dict[str, Any]] | None:
+        """What `Family.new_images` says of the images after the first `kept` ids."""
+        return self._family.new_images(prompt.inputs, kept, prompt.pictures_in(kept), len(prompt.pictures))
 
     # ---- The cache. Its `length` says how many of `_ids` it holds: the last token of an answer was never run
 
@@ -219,33 +262,6 @@ def _message(role: str, text: str, pictures: Sequence[Any] = ()) -> dict[str, An
     return {"role": role, "content": [*images, {"type": "text", "text": text}]}
 
 
-def _new_pictures(prompt: Prompt, kept: int) -> tuple[int, dict[str, Any]] | None:
-    """The model's inputs for the pictures behind the first `kept` ids, and how many ids are to be run before them."""
-    inputs, old = prompt.inputs, prompt.pictures_in(kept)
-    if "image_attention_mask" in inputs:
-        return _newly_seen(inputs["pixel_values"], inputs["image_attention_mask"], kept, old)
-    if old == len(prompt.pictures):
-        return 0, {}
-    if "image_sizes" in inputs:  # LLaVA-NeXT: (N, tiles, …)
-        return 0, {name: inputs[name][old:] for name in ("pixel_values", "image_sizes")}
-    crops = old * (inputs["pixel_values"].shape[1] // len(prompt.pictures))  # Idefics2: (1, N · crops, …)
-    return 0, {name: inputs[name][:, crops:] for name in ("pixel_values", "pixel_attention_mask")}
-
-
-def _newly_seen(pixels: torch.Tensor, mask: torch.Tensor, kept: int, old: int) -> tuple[int, dict[str, Any]] | None:
-    """IDEFICS, pixels (1, N, …), mask (1, P, N): tokens that see what the last kept one sees are run without pictures,
-    for they find it in the cache; those behind them with the new ones. None if they see something old: start anew."""
-    if not kept:
-        return 0, {"pixel_values": pixels, "image_attention_mask": mask}
-    other = (mask[0, kept:] != mask[0, kept - 1]).any(1).nonzero()  # places behind `kept`
-    if not len(other):
-        return 0, {}
-    blind = kept + int(other[0])
-    if old == mask.shape[2] or mask[0, blind:, :old].any():
-        return None
-    return blind, {"pixel_values": pixels[:, old:], "image_attention_mask": mask[:, blind:, old:]}
-
-
 # ---- Text as it comes ----
 
 
@@ -266,42 +282,3 @@ def incremental_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> 
     rest = decode(seen)[len(told) :]
     if rest:
         yield rest
-
-
-# ---- At the terminal ----
-
-
-def talk(
-    chat: Chat,
-    pictures: Iterable[Any],
-    lines: Iterable[str],
-    show: Callable[[Iterator[str]], None],
-    complain: Callable[[Exception], Any],
-) -> int:
-    """Answer line after line, the first one about `pictures`, until they end or one says /quit; how many have failed.
-
-    `/image PATH` adds a picture to the next question, `/reset` forgets everything. `show` prints the pieces of an
-    answer, `complain` an error, after which the conversation goes on as if the line had not been there.
-    """
-    failed, waiting = 0, list(pictures)
-    for line in map(str.strip, lines):
-        command, _, argument = line.partition(" ")
-        try:
-            if command == "/quit":
-                break
-            if command == "/reset":
-                chat.reset()
-                waiting = []
-            elif command == "/image":
-                waiting.append(fetch_picture(chat.processor, argument.strip()))
-            elif re.fullmatch(r"/\w*", line):
-                raise ValueError(f"{line} is no command; /image PATH, /reset and /quit are")
-            elif line:
-                show(chat.stream(line, waiting))
-                waiting = []
-        except BrokenPipeError:  # an OSError, but nobody is there to hear of it
-            raise
-        except ERRORS as error:
-            complain(error)
-            failed += 1
-    return failed

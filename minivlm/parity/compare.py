@@ -10,6 +10,7 @@ reported, does not hide one between the models.
 """
 
 import json
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,14 +23,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minivlm import auto
+from minivlm.families import Rows, Stage
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.findings import greedy_findings, input_findings, stage_finding
+from minivlm.parity.known import known_differences
 from minivlm.parity.question import Question
 from minivlm.parity.recording import FORMAT, Recording, Writer
 from minivlm.parity.report import Report
 from minivlm.parity.sides import Side
-from minivlm.parity.stages import Rows, Stage, rows_of, stages_of
+from minivlm.parity.stages import rows_of, stages_of
 
 TOKENS = 16  # greedy ones
 
@@ -66,7 +69,8 @@ def compare(
     a = a if isinstance(a, Side) else Side(a)
     for side in (a, b):  # before either has run for an hour
         sides.foresee(side)
-    with tempfile.TemporaryDirectory(prefix="minivlm-parity-") as folder:
+    # Windows keeps a file that is still mapped
+    with tempfile.TemporaryDirectory(prefix="minivlm-parity-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "a.safetensors"
         options = {"layers": layers, "inside": inside, "tokens": tokens, "other_dtype": b.dtype, "progress": progress}
         recording = record(a, path, question, **options)
@@ -173,10 +177,11 @@ def record(
     dtype = side.dtype or config.dtype
     about = {FORMAT: 1, "dtype": other_dtype or dtype, "config": _plain(config), "question": question.identity}
     about |= {"layers": layers, "inside": inside, "torch": torch.__version__}
-    unfinished = path.with_name(f".{path.name}.part")  # an interruption leaves what was there
+    # an interruption leaves what was there; two runs for one file do not meet
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
-        writer = Writer(unfinished, room=(1 << 17) + 400 * calls)  # settings; each tensor and its yardstick
+        writer = Writer(unfinished, (1 << 17) + 400 * calls, path)  # settings; each tensor and its yardstick
         model = sides.load(side)
         about["side"] = side.words(sides.backend(model))
         job.store(model, about["side"], writer)
@@ -253,11 +258,12 @@ def _words(identity: dict[str, str]) -> str:
 def _against(recording: Recording, side: Side, question: Question | None, progress: bool) -> Report:
     known, inputs = recording.metadata, recording.group("inputs")
     _check_family(recording, side)
-    config = auto.family(known["config"]["model_type"])[0].config_class.from_hub(known["config"])
+    config = auto.family(known["config"]["model_type"]).model_class.config_class.from_hub(known["config"])
     job = _Job.of(config, inputs, known["layers"], known["inside"], 0, progress)
     findings, stages = [], job.stages
     if question is not None and question.inputs is None:
-        findings += input_findings(inputs, question.encoded(side), side)
+        encoded = question.encoded(side)
+        findings += input_findings(inputs, encoded, side, known_differences(known["side"], side, inputs, encoded))
     model = sides.load(side)
     name = side.words(sides.backend(model))
     found, error = job.differences(model, recording, name)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from minivlm.families.record import Region
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
 from minivlm.processing.common import MAX_EDGE, check_pixel_options, pixel_table_of
@@ -124,6 +125,20 @@ class Idefics2ImageProcessor:
         edges = self.size["shortest_edge"], self.size["longest_edge"]
         sizes = [resized_size(part.height, part.width, *edges) for part in parts]
         return [resize(part, *size, self.resample) for part, size in zip(parts, sizes, strict=True)]
+
+    def regions(self, height: int, width: int, patch: int) -> list[Region]:
+        """Where the patch grid of each part lies on an image of this size; `parts` in numbers."""
+        edges = self.size["shortest_edge"], self.size["longest_edge"]
+        boxes = crop_boxes(height, width) if self.do_image_splitting else []
+        names = [f"quarter {number}" for number in range(1, len(boxes) + 1)] + ["whole image"]
+        found = []
+        for name, (left, top, right, bottom) in zip(names, [*boxes, (0, 0, width, height)], strict=True):
+            size = bottom - top, right - left
+            down, across = resized_size(*size, *edges) if self.do_resize else size
+            rows, columns = down // patch, across // patch  # what fills no patch falls away
+            high, wide = rows * patch * size[0] / down, columns * patch * size[1] / across
+            found.append(Region(name, (rows, columns), top, left, high, wide))
+        return found
 
 
 class Idefics2Processor:

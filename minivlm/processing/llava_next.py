@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from minivlm.families.record import Region
 from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
@@ -110,6 +111,22 @@ class LlavaNextImageProcessor:
         for y, x in self._corners((canvas_height, canvas_width)):
             part = canvas.crop((x, y, min(x + tile, canvas_width), min(y + tile, canvas_height)))
             yield self._centre(self._resized(part) if self.do_resize else part)
+
+    def regions(self, height: int, width: int, patch: int) -> list[Region]:
+        """Where the patch grid of the base and of each tile lies on an image of this size; `squares` in numbers."""
+        edge, tile = _side("size", self.size), self.tile
+        grid, start = tile // patch, (edge - tile) // 2  # `start` pixels are cut off (or are black) at either end
+        high, wide = height / edge, width / edge  # of a pixel of the base, on the image
+        base = Region("whole image", (grid, grid), start * high, start * wide, grid * patch * high, grid * patch * wide)
+        canvas = best_resolution((height, width), self.image_grid_pinpoints)
+        top, left, down, across = placement((height, width), canvas)
+        shrink, start = (tile / edge, start) if self.do_resize else (1.0, 0)
+        side = grid * patch * shrink
+        found = [base]
+        for number, (y, x) in enumerate(self._corners(canvas), 1):
+            at = (y + start * shrink - top) * height / down, (x + start * shrink - left) * width / across
+            found.append(Region(f"tile {number}", (grid, grid), *at, side * height / down, side * width / across))
+        return found
 
     def _corners(self, canvas: tuple[int, int]) -> list[tuple[int, int]]:
         """(top, left) of every tile. Where the canvas is no multiple of the tile, those at the edge are smaller."""

@@ -1,16 +1,23 @@
 """Files of questions: every line answered once, in order, whatever is wrong with it and whenever the run is killed."""
 
+import base64
+import dataclasses
+import errno
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_chat
 from PIL import Image
 
-from minivlm.app import batch, cli
+from minivlm.app import batch, cli, lock, options, questions
 
+ROOT = Path(__file__).parents[2]
 NEW = 4
 ABOUT = {"model": "tiny"}
 
@@ -54,11 +61,15 @@ def read(path):
 
 
 def run(pair, prompts, out, batch_size=2, about=ABOUT):
-    return batch.run(*pair, prompts, out, batch_size=batch_size, about=about, max_new_tokens=NEW)
+    return batch.run(job(pair, batch_size), prompts.read_bytes(), out, about).failed
+
+
+def job(pair, batch_size=2, **settings):
+    return batch.Job(*pair, {"max_new_tokens": NEW, **settings}, batch_size)
 
 
 def alone(pair, line):
-    """The answer to one line by itself, from messages in the form of the library."""
+    """The answer to one line by itself and why it ended, from messages in the form of the library."""
     model, processor = pair
     pictures = [{"type": "image", "image": name} for name in line.get("images", [])]
     text = {"type": "text", "text": line.get("question", line.get("prompt"))}
@@ -67,13 +78,17 @@ def alone(pair, line):
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(ids, skip_special_tokens=True).strip()
+    ended = int(ids[-1]) in model.generation_config.eos_ids
+    return {
+        "answer": processor.decode(ids, skip_special_tokens=True).strip(),
+        "finish_reason": "stop" if ended else "length",
+    }
 
 
 def expected(pair, lines):
     ids = [{"id": line["id"]} if "id" in line else {} for line in lines]
     numbered = enumerate(zip(lines, ids, strict=True), 1)
-    return [{"line": number, **id, "answer": alone(pair, line)} for number, (line, id) in numbered]
+    return [{"line": number, **id, **alone(pair, line)} for number, (line, id) in numbered]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -97,7 +112,12 @@ def test_other_families(family, pictures, tmp_path, checkpoint, llava):
 def test_batches_are_of_like_length(pair, pictures, tmp_path, monkeypatch):
     """Most pictures first, then most text, so that little is padding and a lack of memory shows at once."""
     sizes = []
-    monkeypatch.setattr(batch, "_texts", lambda *args: sizes.append([len(row) for row in args[3]]) or args[2])
+
+    def noted(job, rows, images, summary):
+        sizes.append([len(row) for row in images])
+        return [("", "stop")] * len(rows)
+
+    monkeypatch.setattr(batch, "_texts", noted)
     run(pair, write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl")
     assert sizes == [[2, 2], [1, 1], [0, 0]]
 
@@ -111,7 +131,8 @@ BAD = [
     ({"messages": [], "images": []}, 'either "messages"'),
     ({"messages": []}, "a conversation is a list"),
     ({"question": 3}, "message 0"),
-    ({"question": "a", "images": "x.png"}, '"images" is a list'),
+    ({"question": "a", "images": 5}, '"images" is a list'),
+    ({"question": "a", "image": "x.png", "images": ["x.png"]}, 'either "messages"'),
     ({"question": "a", "images": ["nowhere.png"], "id": "gone"}, "no picture at 'nowhere.png'"),
     ({"question": "a", "images": [None]}, "NoneType"),
     ({"question": "very long " * 200}, "positions for 200"),
@@ -131,7 +152,82 @@ def test_bad_lines_say_why_and_the_others_are_answered(pair, pictures, tmp_path)
         assert message in record["error"]
         assert record.get("id") == (line.get("id") if isinstance(line, dict) and "picture" not in line else None)
     answers = [record["answer"] for record in found if "answer" in record]
-    assert answers == [alone(pair, line) for line in good]
+    assert answers == [alone(pair, line)["answer"] for line in good]
+
+
+# ---- Forms of questions ----
+
+
+def test_near_misses_are_read_as_they_were_meant(pair, pictures, tmp_path):
+    red, blue = pictures
+    inline = base64.b64encode(Path(blue).read_bytes()).decode()
+    same = [
+        {"question": "What?", "images": [red, blue]},
+        {"prompt": "What?", "image": [red, blue]},
+        {"text": "What?", "images": [red, inline], "question_id": 5, "category": "conv"},
+    ]
+    single = [
+        {"question": "And?", "images": [red]},
+        {"question": "And?", "images": red},
+        {"text": "And?", "image": red, "id": "x"},
+    ]
+    prompts, out = write(tmp_path / "prompts.jsonl", same + single), tmp_path / "answers.jsonl"
+    assert run(pair, prompts, out) == 0
+    found = read(out)
+    for group, line in ((found[:3], same[0]), (found[3:], single[0])):
+        assert {record["answer"] for record in group} == {alone(pair, line)["answer"]}
+    assert [record.get("id") for record in found] == [None, None, 5, None, None, "x"]
+    assert found[2]["category"] == "conv"
+
+
+def test_a_folder_of_images_and_one_question(pair, pictures, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    text = questions.about_folder(tmp_path, "What is it?")
+    out = tmp_path / "answers.jsonl"
+    assert batch.run(job(pair), text, out, ABOUT).failed == 0
+    found = read(out)
+    assert [record["id"] for record in found] == ["blue.png", "red.png"]
+    assert found[1]["answer"] == alone(pair, {"question": "What is it?", "images": [pictures[0]]})["answer"]
+    with pytest.raises(ValueError, match="has no image"):
+        questions.about_folder(Path(__file__).parent, "What is it?")
+
+
+def test_images_start_from_the_folder_that_is_named(pictures, tmp_path):
+    lines = write(tmp_path / "q.jsonl", [{"question": "a", "image": "red.png"}, {"question": "a", "image": "x.png"}])
+    assert list(questions.bad_lines(lines.read_bytes(), tmp_path)) == [2]
+    assert list(questions.bad_lines(lines.read_bytes(), tmp_path / "nowhere")) == [1, 2]
+
+
+def test_into_a_pipe_in_order(pair, pictures, tmp_path):
+    lines = [*lines_of(pictures), {"question": "Gone?", "images": ["nowhere.png"]}]
+    text, written = write(tmp_path / "prompts.jsonl", lines).read_bytes(), []
+    summary = batch.run_to(job(pair), text, written.append)
+    found = [json.loads(line) for line in written]
+    assert found[:-1] == expected(pair, lines[:-1])
+    assert "error" in found[-1]
+    assert (summary.answered, summary.failed) == (6, 1)
+    assert summary.cut == sum(record.get("finish_reason") == "length" for record in found)
+
+
+def test_a_system_message_is_told_first_where_there_is_none(pair, tmp_path):
+    lines = [
+        {"question": "Hi"},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}]},
+    ]
+    prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    batch.run(dataclasses.replace(job(pair), system="Be brief."), prompts.read_bytes(), out, ABOUT)
+    answers = [record["answer"] for record in read(out)]
+    assert answers == [alone(pair, line)["answer"] for line in (lines[1], lines[1], lines[2])]
+
+
+def test_sampling_repeats_with_its_seed_and_beams_are_followed(pair, pictures, tmp_path):
+    text, found = write(tmp_path / "prompts.jsonl", lines_of(pictures)).read_bytes(), []
+    for number, settings in enumerate(2 * [{"do_sample": True, "seed": 1}] + [{"num_beams": 2}]):
+        batch.run(job(pair, **settings), text, tmp_path / f"{number}.jsonl", ABOUT)
+        found.append([record["answer"] for record in read(tmp_path / f"{number}.jsonl")])
+    assert found[0] == found[1]
+    assert len(found[2]) == 6
 
 
 # ---- Interruptions ----
@@ -164,7 +260,7 @@ def test_what_is_done_is_not_asked_again(pair, pictures, tmp_path, monkeypatch):
     def counted(*args):
         if len(asked) == 4:
             raise Cut
-        asked.extend(map(str, args[2]))
+        asked.extend(str(row.messages) for row in args[1])
         return texts(*args)
 
     monkeypatch.setattr(batch, "_texts", counted)
@@ -179,7 +275,7 @@ def test_what_is_done_is_not_asked_again(pair, pictures, tmp_path, monkeypatch):
 
 def test_a_run_cut_while_it_finishes_finishes(pair, pictures, tmp_path, monkeypatch):
     prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
-    for owner, name in [(batch.os, "fsync"), (batch.Path, "replace"), (batch.Path, "unlink")]:
+    for owner, name in [(os, "fsync"), (os, "replace"), (batch.Path, "unlink")]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(Cut))
             with pytest.raises(Cut):
@@ -188,6 +284,32 @@ def test_a_run_cut_while_it_finishes_finishes(pair, pictures, tmp_path, monkeypa
         assert [record["line"] for record in read(out)] == [1, 2, 3, 4, 5, 6]
         assert {path.name for path in tmp_path.glob("answers*")} == {"answers.jsonl"}
         out.unlink()
+
+
+def test_a_write_that_fails_loses_nothing(pair, pictures, tmp_path, monkeypatch):
+    """The k-th of all writes fails, for every k: no answers, or all; and what is done is not asked again."""
+    text, append = write(tmp_path / "prompts.jsonl", lines_of(pictures)).read_bytes(), batch._append
+    batch.run(job(pair), text, tmp_path / "whole.jsonl", ABOUT)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for k in range(1, 6):  # header, three batches, all in order
+        out, calls = tmp_path / f"{k}.jsonl", []
+
+        def failing(file, records, calls=calls, k=k):
+            calls.append(records)
+            if len(calls) == k:
+                file.write(b'{"line": 1, "ans')
+                file.flush()
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(file, records)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "_append", failing)
+            with pytest.raises(OSError, match="No space left"):
+                batch.run(job(pair), text, out, ABOUT)
+        assert len(calls) == k
+        assert {path.name for path in tmp_path.glob(f"{k}.*")} == {f"{k}.jsonl.part"}
+        assert batch.run(job(pair), text, out, ABOUT).failed == 0
+        assert out.read_bytes() == whole
 
 
 def test_answers_are_never_overwritten_nor_mixed(pair, pictures, tmp_path):
@@ -241,13 +363,64 @@ def test_the_command_survives_sigkill(pair, pictures, tmp_path, capsys):
     assert left.count(b"\n") == 4
     assert not left.endswith(b"\n")
     assert cli.main(argv) == 1
-    assert capsys.readouterr().err == f"minivlm: 1 of the lines failed; {out} says why\n"
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2  # what is wrong is told before the first answer
+    assert err[0].startswith("minivlm: line 7: no image at 'nowhere.png'")
+    assert err[1].startswith("minivlm: 6 answered, 1 failed, ")
+    assert err[1].endswith(f"tokens/s; {out}")
     found = read(out)
     assert found[:-1] == expected(pair, lines[:-1])
     assert "no picture at 'nowhere.png'" in found[-1]["error"]
     assert all(line in out.read_bytes().splitlines() for line in left.splitlines()[1:-1])
     assert cli.main(argv) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_second_job_on_the_same_file_is_refused_before_any_weight_is_read(tmp_path, capsys, monkeypatch):
+    prompts, out = write(tmp_path / "prompts.jsonl", [{"question": "Hi"}]), tmp_path / "answers.jsonl"
+    monkeypatch.setattr(options, "load_processor", None)
+    argv = ["batch", str(prompts), "--out", str(out), "--model", "shapes-idefics2", "--device", "cpu"]
+    with lock.held(tmp_path / "answers.jsonl.lock"):
+        assert cli.main(argv) == 1
+        err = capsys.readouterr().err
+        assert f"process {os.getpid()} on {socket.gethostname()}" in err
+        assert "answers.jsonl" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl"}
+
+
+def test_a_whole_run_through_pipes(pictures):
+    question = {"question": "What number is written?", "image": "docs/shapes.png"}
+    text = f"{json.dumps(question)}\nnonsense\n"
+    argv = ["batch", "-", "--out", "-", "--device", "cpu", "--verbose"]
+    done = subprocess.run(
+        [sys.executable, "-m", "minivlm", *argv], input=text, capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert found[0] == {"line": 1, "answer": "47.", "finish_reason": "stop"}
+    assert "no JSON" in found[1]["error"]
+    assert "line 2: no JSON" in done.stderr
+    assert "1 answered, 1 failed, 0 cut" in done.stderr
+    assert "first token after" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(pictures, tmp_path):
+    """Every write in turn fails: what is there is nothing, or whole lines that the next run keeps."""
+    rows = [{"question": "What number is written?", "images": [name], "id": "x" * 400} for name in pictures]
+    prompts, out = write(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
+    argv = ["batch", str(prompts), "--out", str(out), "--model", "shapes-idefics2", "--device", "cpu"]
+    argv += ["--batch-size", "1"]
+    for limit in (0, 100, 500, 900):
+        code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        code += "from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1, done.stderr
+        assert "minivlm: error: File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not out.exists()
+        assert {path.name for path in tmp_path.glob("answers*")} <= {"answers.jsonl.part"}
+    assert cli.main(argv) == 0
+    assert [record["line"] for record in read(out)] == [1, 2]
 
 
 def test_no_prompts_no_model_is_read(tmp_path, capsys):

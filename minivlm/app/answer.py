@@ -1,0 +1,79 @@
+"""One answer: its text, why it ended, what it took."""
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it took.
+
+    finish_reason: "stop", the model or a stop string ended it; "length", it was cut at `limit` new tokens; "time", it
+    was cut by `max_time`; "interrupted", somebody stopped it.
+    prompt_tokens: all of them.  cached_tokens: those kept from earlier turns.  first_token: seconds until it came.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
+    limit: int
+    seconds: float
+    first_token: float
+    cached_tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens after the first, per second: the speed of decoding, without reading the prompt."""
+        elapsed = self.seconds - self.first_token
+        return (self.new_tokens - 1) / elapsed if self.new_tokens > 1 and elapsed > 0 else 0.0
+
+    def cut(self) -> str | None:
+        """A sentence for the person who reads it, if it did not end by itself."""
+        sentences = {
+            "length": f"the answer was cut at {self.limit} new tokens; --max-new-tokens allows more",
+            "time": "the answer was cut by max_time",
+            "interrupted": "stopped; the conversation keeps what there is of the answer",
+        }
+        return sentences.get(self.finish_reason)
+
+
+def setting_of(model: Any, settings: dict[str, Any], name: str) -> Any:
+    """A setting of a call, or else of its `generation_config`, or else of the checkpoint."""
+    configs = (settings.get("generation_config"), model.generation_config)
+    found = [settings.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in found if value is not None), None)
+
+
+def peak_memory(device: Any) -> int | None:
+    """The most bytes in use so far: torch's on a GPU, else the whole process's; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):  # Windows has no `resource`
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    return None
+
+
+class Clock:
+    """A streamer for `generate` that notes when the first token came."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.first: float | None = None  # seconds
+        self._puts = 0
+
+    def put(self, _: Any) -> None:
+        self._puts += 1
+        if self._puts == 2:  # the first is the prompt
+            self.first = time.perf_counter() - self.begin
+
+    def end(self) -> None:
+        pass
