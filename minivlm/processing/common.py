@@ -208,7 +208,7 @@ def assemble(
         learned.append(marks)
     keep = image_token_id if border is None else border
     wanted = any(prompt.learned is not None for prompt in prompts)
-    return tokenizer.assemble(bodies, keep=keep, learned=learned if wanted else None, **options)
+    return tokenizer.assemble(bodies, keep=keep, beside={"assistant_masks": (learned, 0)} if wanted else {}, **options)
 
 
 def expand(
