@@ -208,13 +208,15 @@ def assemble(
         learned.append(marks)
     keep = image_token_id if border is None else border
     wanted = any(prompt.learned is not None for prompt in prompts)
-    return tokenizer.assemble(bodies, keep=keep, learned=learned if wanted else None, **options)
+    return tokenizer.assemble(bodies, keep=keep, beside={"assistant_masks": (learned, 0)} if wanted else {}, **options)
 
 
 def expand(
     ids: list[int], marks: list[int], image_token_id: int, blocks: Iterator[list[int]], border: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Each image token replaced by the next block; the block's tokens get its mark. For `border` see `assemble`."""
+    if image_token_id not in ids and border not in ids:
+        return ids, marks
     new_ids: list[int] = []
     new_marks: list[int] = []
     for i, mark in zip(ids, marks, strict=True):
