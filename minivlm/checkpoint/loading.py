@@ -3,8 +3,8 @@
     source ─ config.json ─ model on the meta device ─ headers of all shards checked ─ tensors, one by one ─ model
 
 A tensor whose dtype and device are already right is never copied: it stays a view of the memory-mapped file.
-Knows no family: a model class brings its `config_class` and its table of Hub names, and a bare model (one without head)
-its `hub_root`, what the names of a whole model begin with where its own begin.
+Knows no family: a model class brings its `config_class` and its table of Hub names (`hub_prefixes`,
+`hub_ignored`), and a bare model (one without head) its `hub_root`, with which the names of a whole model begin.
 """
 
 import contextlib

@@ -80,9 +80,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     """What config.json is to say: all fields, and what minivlm did not read when it was loaded."""
     dtype = str(model.dtype).removeprefix("torch.")
     values = over(model.config.to_hub(), getattr(model.config, "unread", {}))
-    values |= {"dtype": dtype, "torch_dtype": dtype}
-    if getattr(model, "hub_root", ""):
-        values["architectures"] = [type(model).__name__]
+    values |= {"architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
     if getattr(model, "quantization_config", None) is not None:
         values["quantization_config"] = model.quantization_config.to_hub(kept_modules(model))
     return values
