@@ -41,11 +41,13 @@ def prefill(
     cache: KVCache | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    outputs: list | None = None,
     **inputs: Any,
 ) -> Tensor:
     """Run ids (B, T), and the images with them, into `cache`; the last position's logits, (B, V) float32.
 
     `attention_mask` (B, cached + T) is True at real tokens; None if there are no pads. `position_ids` is (B, T).
+    `outputs` is a list that receives all that the model returns.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)[:, 0 if cache is None else cache.length :]
@@ -57,14 +59,16 @@ def prefill(
         logits_to_keep=1,
         **inputs,
     )
+    if outputs is not None:
+        outputs.append(output)
     return output.logits[:, -1].float()
 
 
 def decode_step(
-    model: Any, token: Tensor, cache: KVCache, position: Tensor, attention_mask: Tensor | None = None
+    model: Any, token: Tensor, cache: KVCache, position: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> Tensor:
     """Run one more token (B,) at `position` (B,); the logits for the one after it, (B, V) float32."""
-    return prefill(model, token[:, None], cache, attention_mask, position[:, None])
+    return prefill(model, token[:, None], cache, attention_mask, position[:, None], **more)
 
 
 # ---- What a user calls ----
@@ -72,15 +76,24 @@ def decode_step(
 
 @dataclass
 class GenerateOutput:
-    """What `return_dict_in_generate` returns, in the reference's words; None where a call did not ask for it."""
+    """What `return_dict_in_generate` returns, in the reference's words; None where a call did not ask for it.
+
+    T is P (the tokens that were not cached) in the first step, then 1; all tokens so far without a cache.
+    """
 
     sequences: Tensor  # (B·R, P + M): R sequences for each row
     scores: tuple[Tensor, ...] | None = None  # for each step (B·n, V): what the tokens were chosen by
     logits: tuple[Tensor, ...] | None = None  # for each step (B·n, V)
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # for each step and block (B·n, H, T, keys)
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # for each step: embeddings, each block: (B·n, T, C)
     sequences_scores: Tensor | None = None  # (B·R,), of beams
     beam_indices: Tensor | None = None  # (B·R, M): the row of `scores` in which each token was found, −1 after the end
     past_key_values: KVCache | None = None
-    finish_reasons: list[str] | None = None  # (B·R): "stop" by an eos id, a string or a rule; "length": cut at a limit
+    finish_reasons: list[str] | None = None  # (B·R): "stop" by a rule (eos, string, criterion); cut: "length" or "time"
+
+    def __getitem__(self, key: str | int) -> Any:
+        """`output["sequences"]`, and `output[0]`, as in a tuple of all that was asked for."""
+        return getattr(self, key) if isinstance(key, str) else [v for v in vars(self).values() if v is not None][key]
 
 
 def generate(
@@ -119,12 +132,11 @@ def generate(
         return sequences
     return GenerateOutput(
         sequences=sequences,
-        scores=decoding.scores,
-        logits=decoding.logits,
-        sequences_scores=None if best is None or decoding.scores is None else best.scores,
+        sequences_scores=best.scores if best is not None and "scores" in decoding.kept else None,
         beam_indices=None if best is None else best.sources,
         past_key_values=decoding.cache,
-        finish_reasons=decoding.finish_reasons if best is None else finish_reasons(best.done),
+        finish_reasons=finish_reasons(decoding.done if best is None else best.done, decoding.limit),
+        **{name: tuple(steps) for name, steps in decoding.kept.items()},
     )
 
 
@@ -191,9 +203,12 @@ class Decoding(Iterator[Tensor]):
         self.step: CapturedStep | SpeculativeStep | None = None  # stands in for `decode_step`
         self.done = torch.zeros(len(run.ids), dtype=torch.bool, device=run.ids.device)  # a rule has ended the row
         self.finite = ~self.done  # all logits of the row have been finite so far
-        keeps = run.settings.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if keeps and run.settings.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if keeps and run.settings.output_logits else None
+        self.limit = "length"  # cuts the other rows, or "time"
+        self.kept = {name: [] for name in run.outputs}  # of every step
+        self.seen: list[Any] = []  # what the model has returned in this step, if more than logits is wanted
+        self.wanted = {f"output_{name}": True for name in ("attentions", "hidden_states") if name in self.kept}
+        if self.wanted:
+            self.wanted["outputs"] = self.seen
 
     @torch.no_grad()
     def __next__(self) -> Tensor:
@@ -219,8 +234,8 @@ class Decoding(Iterator[Tensor]):
 
     @property
     def finish_reasons(self) -> list[str]:
-        """(B·n): "stop" by an eos id, a stop string or a rule of the caller's; "length": cut at a limit, or not yet."""
-        return finish_reasons(self.done)
+        """(B·n): "stop" by an eos id, a stop string or a criterion; else the limit that cuts it, "length" or "time"."""
+        return finish_reasons(self.done, self.limit)
 
     def append(self, token: Tensor, rows: Tensor | None = None) -> None:
         """Every row goes on with its token (B·n,); before, with beams, row i becomes what row rows[i] was."""
@@ -233,24 +248,26 @@ class Decoding(Iterator[Tensor]):
 
     def ended(self, ids: Tensor) -> Tensor:
         """Which of the rows ids (R, S) a rule ends, (R,) bool."""
-        return ended(self.run.stops, ids, self.scores)
+        return ended(self.run.stops, ids, tuple(self.kept["scores"]) if "scores" in self.kept else None)
 
     def is_last_step(self) -> bool:
         """Whether a limit cuts all rows after the next token."""
-        return self.count + 1 == self.run.new_tokens or time.monotonic() > self.run.deadline
+        if self.count + 1 < self.run.new_tokens and time.monotonic() > self.run.deadline:
+            self.limit = "time"
+        return self.count + 1 == self.run.new_tokens or self.limit == "time"
 
     def next_scores(self) -> Tensor:
         """Scores (B·n, V) to choose the next token by: logits (log-softmax for beams) after all rules."""
         logits = self.next_logits()
         if not self.run.settings.remove_invalid_values:
             logits = self._watched(logits)
-        if self.logits is not None:
-            self.logits += (logits.clone(),)  # a processor may write into what it is given
+        if "logits" in self.kept:
+            self.kept["logits"].append(logits.clone())  # a processor may write into what it is given
         scores = logits.log_softmax(-1) if self.run.settings.num_beams > 1 else logits
         for rule in self.run.rules:
             scores = rule(scores, self.text)
-        if self.scores is not None:
-            self.scores += (scores,)
+        if "scores" in self.kept:
+            self.kept["scores"].append(scores)
         return scores
 
     def next_logits(self) -> Tensor:
@@ -261,20 +278,30 @@ class Decoding(Iterator[Tensor]):
             if self.step is not None:
                 return self.step(self.text[:, -1], run.positions[:, S - 1])
             mask = None if run.mask is None else run.mask[:, :S]
-            return decode_step(self.model, self.text[:, -1], self.cache, run.positions[:, S - 1], mask)
-        differing = range(run.copies if self.count else 1)  # before the first new token all copies of a row are alike
-        logits = torch.stack([self._prefill(self.count, copy, self.cache) for copy in differing], 1)  # (B, n or 1, V)
-        if self.cache is not None and run.copies > 1:
-            self.cache = self.cache.expand(run.copies, run.positions.shape[1])
-        return logits.expand(-1, run.copies, -1).flatten(0, 1)
+            logits = decode_step(self.model, self.text[:, -1], self.cache, run.positions[:, S - 1], mask, **self.wanted)
+        else:
+            differing = range(run.copies if self.count else 1)  # before the first new token, copies of a row are alike
+            logits = self._rows([self._prefill(self.count, copy, self.cache, **self.wanted) for copy in differing])
+            if self.cache is not None and run.copies > 1:
+                self.cache = self.cache.expand(run.copies, run.positions.shape[1])
+        for name in self.kept.keys() & {"attentions", "hidden_states"}:
+            layers = zip(*(getattr(output, name) for output in self.seen), strict=True)
+            self.kept[name].append(tuple(self._rows(copies) for copies in layers))
+        self.seen.clear()
+        return logits
 
-    def _prefill(self, count: int, copy: int, cache: KVCache | None) -> Tensor:
+    def _rows(self, copies: Sequence[Tensor]) -> Tensor:
+        """(B·n, …) of one tensor for all rows, or (B, …) for each copy of them, or for one that stands for all."""
+        x = torch.stack(list(copies), 1)
+        return x.repeat_interleave(len(self.ids) // x.shape[0] // x.shape[1], 1).flatten(0, 1)
+
+    def _prefill(self, count: int, copy: int, cache: KVCache | None, **wanted: Any) -> Tensor:
         """Run all that is not in the cache, images too, for one copy of each row with `count` new tokens: (B, V)."""
         run, rows, S = self.run, slice(copy, None, self.run.copies), self.run.keys + count
         start = 0 if cache is None else cache.length  # ids that an earlier call has left in the cache
         ids = None if "inputs_embeds" in run.inputs else self.ids[rows, start : run.ids.shape[1] + count]
         mask = None if run.mask is None else run.mask[rows, :S]
-        return prefill(self.model, ids, cache, mask, run.positions[rows, start:S], **run.inputs)
+        return prefill(self.model, ids, cache, mask, run.positions[rows, start:S], **run.inputs, **wanted)
 
     def _fast_step(self) -> CapturedStep | SpeculativeStep | None:
         if self.run.guess is not None:
@@ -307,7 +334,8 @@ class Decoding(Iterator[Tensor]):
 
 
 def _can_capture(cache: KVCache, run: Run) -> bool:
-    return cache.data.is_cuda and not run.settings.disable_compile
+    keeps_more = "attentions" in run.outputs or "hidden_states" in run.outputs
+    return cache.data.is_cuda and not run.settings.disable_compile and not keeps_more
 
 
 def _is_hooked(model: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minivlm.generation.sampling import Rule, logits_rules
-from minivlm.generation.settings import GenerationConfig, check, is_whole, resolve
+from minivlm.generation.settings import OUTPUTS, GenerationConfig, check, is_whole, resolve
 from minivlm.generation.speculation import Guess, guess_rule
 from minivlm.generation.stopping import Stop, stop_rules
 from minivlm.modules.cache import KVCache
@@ -42,6 +42,7 @@ class Run:
     deadline: float  # in seconds of `time.monotonic`: no token is begun after it
     generator: torch.Generator | None
     guess: Guess | None  # of the tokens to come, for speculative decoding
+    outputs: list[str]  # what to keep of every step: scores, logits, attentions, hidden_states
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ def prepare(
     at = torch.cat([at, at[:, -1:] + 1 + torch.arange(N, device=device)], 1)  # (B·n, K + N)
     padding = None if mask.all() or embeds is not None else mask.int().argmax(1)  # (B·n,): left pads among the ids
     mask = None if mask.all() else torch.cat([mask, mask.new_ones(len(ids), N)], 1)
+    outputs = [name for name in OUTPUTS if settings.return_dict_in_generate and getattr(settings, f"output_{name}")]
     own_rules = _functions("logits_processor", logits_processor)
     own_stops = _functions("stopping_criteria", stopping_criteria)
     return Run(
@@ -106,7 +108,8 @@ def prepare(
         stops=stop_rules(settings, tokenizer, own_stops, device),
         deadline=time.monotonic() + (math.inf if settings.max_time is None else settings.max_time),
         generator=_generator(generator, seed, device),
-        guess=guess_rule(model, settings, assistant_model, cache, inputs, mask, at),
+        guess=guess_rule(model, settings, assistant_model, cache, inputs, at, mask),
+        outputs=outputs,
     )
 
 

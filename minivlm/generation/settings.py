@@ -5,10 +5,9 @@ over `DEFAULTS`, which are the reference's.
 """
 
 import difflib
-import json
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import write_json
 from minivlm.modules import config as hub_config
 
 FILE = "generation_config.json"
@@ -44,7 +44,7 @@ UNSUPPORTED: dict[str, Any] = {
     for neutral, names in [
         (1, "guidance_scale encoder_repetition_penalty num_beam_groups"),
         (0, "encoder_no_repeat_ngram_size diversity_penalty"),
-        (False, "renormalize_logits token_healing is_assistant use_mtp output_attentions output_hidden_states"),
+        (False, "renormalize_logits token_healing is_assistant use_mtp"),
         (None, "top_h sequence_bias suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id"),
         (None, "exponential_decay_length_penalty watermarking_config constraints custom_generate penalty_alpha"),
         (None, "negative_prompt_ids negative_prompt_attention_mask assistant_early_exit speculation_type dola_layers"),
@@ -99,6 +99,8 @@ class GenerationConfig:
     return_dict_in_generate: bool | None  # return a `GenerateOutput`
     output_scores: bool | None  # with the scores of each step in it
     output_logits: bool | None  # with the logits of each step in it
+    output_attentions: bool | None  # with the attention weights of each step and decoder block in it
+    output_hidden_states: bool | None  # with those of each step in it, the embeddings and each block's output
     other: dict[str, Any]  # settings that are kept for the file; `generate` refuses those it cannot follow
 
     def __init__(self, *, other: dict[str, Any] | None = None, **settings: Any) -> None:
@@ -147,9 +149,7 @@ class GenerationConfig:
 
     def save_pretrained(self, folder: str | Path, config_file_name: str = FILE) -> None:
         """Write `to_hub()` into `folder`, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_hub(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / config_file_name).write_text(text, encoding="utf-8")
+        write_json(Path(folder) / config_file_name, self.to_hub(), sort_keys=True)
 
     def over(self, base: "GenerationConfig") -> "GenerationConfig":
         """This config where it is set, `base` elsewhere."""
@@ -157,9 +157,9 @@ class GenerationConfig:
         return replace(base, **given, other=base.other | self.other)
 
     def active(self, name: str) -> Any:
-        """The value of a setting in `VALUES`; None if it has the value that switches it off."""
+        """The value of a setting; None also if it has the value that switches its rule off."""
         value = getattr(self, name)
-        return None if value == VALUES[name][0] else value
+        return None if name in OFF and value == OFF[name] else value
 
     @property
     def eos_ids(self) -> list[int]:
@@ -181,8 +181,12 @@ def is_whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float) and 1e-6 <= value <= 1e6
 
 
 def plain(value: Any) -> Any:
@@ -197,18 +201,6 @@ def check(name: str, value: Any, fits: bool, expected: str) -> None:
         raise ValueError(f"{name} should be {expected}, found {value!r:.80}")
 
 
-def _is_positive(value: Any) -> bool:
-    return is_whole(value, 1)
-
-
-def _is_float(value: Any, least: float, most: float = math.inf) -> bool:
-    return isinstance(value, float) and least <= value <= most
-
-
-def _is_fraction(value: Any) -> bool:
-    return is_number(value) and 0 <= value <= 1
-
-
 def _are_strings(value: Any) -> bool:
     strings = [value] if isinstance(value, str) else value
     return isinstance(strings, list | tuple) and all(isinstance(each, str) and each for each in strings)
@@ -219,36 +211,29 @@ def _are_words(value: Any) -> bool:
     return lists and len(value) > 0 and all(is_whole(id) for word in value for id in word)
 
 
-# name: (a value besides None that switches it off, a test of any other value, what it should be).
-# Beyond the bounds of temperature and repetition_penalty, scores could overflow.
-VALUES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "max_new_tokens": (None, _is_positive, "an integer > 0"),
-    "min_new_tokens": (None, is_whole, "an integer ≥ 0"),
-    "min_length": (None, is_whole, "an integer ≥ 0"),
-    "max_time": (None, lambda value: is_number(value) and value >= 0, "a number of seconds"),
-    "stop_strings": ([], _are_strings, "a string or a list of strings, none of them empty"),
-    "num_beams": (None, _is_positive, "an integer > 0"),
-    "num_return_sequences": (None, _is_positive, "an integer > 0"),
-    "early_stopping": (None, lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'"),
-    "length_penalty": (None, lambda value: is_number(value) and abs(value) <= 10, "a number from -10 to 10"),
-    "repetition_penalty": (1, lambda value: _is_float(value, 1e-6, 1e6), "a float > 0, such as 1.2"),
-    "no_repeat_ngram_size": (0, _is_positive, "an integer > 0, or 0 to switch it off"),
-    "bad_words_ids": (None, _are_words, "a list of words, each a list of token ids, such as [[32000], [5, 7]]"),
-    "prompt_lookup_num_tokens": (None, _is_positive, "an integer > 0"),
-    "max_matching_ngram_size": (None, _is_positive, "an integer > 0"),
-    "num_assistant_tokens": (None, _is_positive, "an integer > 0"),
-    "assistant_confidence_threshold": (None, _is_fraction, "between 0 and 1"),
-    "temperature": (1, lambda value: _is_float(value, 1e-6), "a float > 0 (for greedy search, pass do_sample=False)"),
-    "top_k": (0, _is_positive, "an integer > 0, or 0 to switch it off"),
-    "top_p": (1, _is_fraction, "between 0 and 1"),
-    "min_p": (None, _is_fraction, "between 0 and 1"),
-    "typical_p": (1, _is_fraction, "between 0 and 1"),
-    "epsilon_cutoff": (0, _is_fraction, "between 0 and 1"),
-    "eta_cutoff": (0, _is_fraction, "between 0 and 1"),
-}
-# Settings that count, and are checked, only beside another one.
+# What a value should be, how to tell, and of which settings. Beyond the bounds of floats, scores could overflow.
+ALLOWED = [
+    ("an integer > 0", lambda value: is_whole(value, 1), "max_new_tokens num_beams num_return_sequences top_k"),
+    ("an integer > 0", lambda value: is_whole(value, 1), "no_repeat_ngram_size max_matching_ngram_size"),
+    ("an integer > 0", lambda value: is_whole(value, 1), "prompt_lookup_num_tokens num_assistant_tokens"),
+    ("an integer ≥ 0", is_whole, "min_new_tokens min_length"),
+    ("between 0 and 1", lambda value: is_number(value, 0, 1), "top_p min_p typical_p epsilon_cutoff eta_cutoff"),
+    ("between 0 and 1", lambda value: is_number(value, 0, 1), "assistant_confidence_threshold"),
+    ("a number of seconds", lambda value: is_number(value, 0), "max_time"),
+    ("a number from -10 to 10", lambda value: is_number(value, -10, 10), "length_penalty"),
+    ("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never", "early_stopping"),
+    ("a float > 0, such as 1.2", _is_float, "repetition_penalty"),
+    ("a float > 0 (for greedy search, pass do_sample=False)", _is_float, "temperature"),
+    ("a string or a list of strings, none of them empty", _are_strings, "stop_strings"),
+    ("a list of words, each a list of token ids, such as [[5], [2, 7]]", _are_words, "bad_words_ids"),
+]
+# Values besides None that switch a rule off.
+OFF = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "stop_strings": [], "temperature": 1, "top_k": 0}
+OFF |= {"top_p": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+# Settings that count only with do_sample, with more than one beam, and with return_dict_in_generate.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-OUTPUTS = ("output_scores", "output_logits")
+BEAMS = ("early_stopping", "length_penalty")
+OUTPUTS = ("scores", "logits", "attentions", "hidden_states")  # each with output_ before it
 
 
 def resolve(
@@ -267,12 +252,13 @@ def resolve(
     settings = replace(settings, **{name: value for name, value in given.items() if name in SETTINGS})
     for name, value in other.items():
         _refuse(name, value, also)
-    for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"):
+    for name in {*DEFAULTS} - {*SAMPLING, "repetition_penalty"}:  # None switches these off
         if getattr(settings, name) is None:
             setattr(settings, name, DEFAULTS[name])
-    for name, (_, fits, expected) in VALUES.items():
-        if (value := settings.active(name)) is not None and (settings.do_sample or name not in SAMPLING):
-            check(name, value, fits(value), expected)
+    for expected, fits, names in ALLOWED:
+        for name in names.split():
+            if (value := settings.active(name)) is not None and (settings.do_sample or name not in SAMPLING):
+                check(name, value, fits(value), expected)
     beams, copies = settings.num_beams, settings.num_return_sequences
     if beams == 1 < copies and not settings.do_sample:
         raise ValueError(f"num_return_sequences={copies}: greedy search has one answer; pass num_beams or do_sample")
@@ -305,8 +291,8 @@ def _warn_unused(settings: GenerationConfig, given: dict[str, Any]) -> None:
     """Some settings do nothing without another one, which the caller probably forgot."""
     for names, present, need in [
         (SAMPLING, settings.do_sample, "do_sample=True"),
-        (("early_stopping", "length_penalty"), settings.num_beams > 1, "num_beams above 1"),
-        (OUTPUTS, settings.return_dict_in_generate, "return_dict_in_generate=True"),
+        (BEAMS, settings.num_beams > 1, "num_beams above 1"),
+        ([f"output_{name}" for name in OUTPUTS], settings.return_dict_in_generate, "return_dict_in_generate=True"),
     ]:
         unused = [name for name in names if given.get(name) not in (None, 0, DEFAULTS.get(name))]
         if unused and not present:

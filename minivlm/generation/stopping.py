@@ -66,6 +66,6 @@ def ended(rules: Sequence[Stop], ids: Tensor, scores: tuple[Tensor, ...] | None 
     return done
 
 
-def finish_reasons(done: Tensor) -> list[str]:
-    """For each row: "stop" if it is in `done` (R,), that is, a rule ended it; else "length": cut at a limit."""
-    return ["stop" if ended else "length" for ended in done.tolist()]
+def finish_reasons(done: Tensor, limit: str) -> list[str]:
+    """For each row: "stop" if a rule ended it, done (R,); else the `limit` that cut it, "length" or "time"."""
+    return ["stop" if ended else limit for ended in done.tolist()]

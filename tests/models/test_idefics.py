@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minivlm import AutoModelForImageTextToText, IdeficsConfig, IdeficsForVisionText2Text
 from minivlm.checkpoint import hub
-from minivlm.checkpoint.loading import WEIGHTS, is_ignored, local_name
+from minivlm.checkpoint.names import WEIGHTS, is_ignored, local_name
 from minivlm.models.idefics import PRESETS
 from minivlm.modules.attention import Mask, attention
 
