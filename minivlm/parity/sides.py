@@ -199,7 +199,7 @@ def available(device: str | None) -> float | None:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return None
 
@@ -363,4 +363,5 @@ def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
     path = stage.blame or path_of(model, stage) or stage.ours
     around = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]
     known = [each for each in [*around, ""] if each in modules and type(modules[each]).__module__[:6] != "torch."]
-    return known[0] or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])
+    named = path if path in modules else known[0]
+    return named or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])

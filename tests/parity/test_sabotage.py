@@ -181,9 +181,9 @@ def kind_of(kind: Any, change: Callable[[Any], Any]) -> Fault:
 def mixed_up(owner: Any, change: Callable[..., Any]) -> Fault:
     """Attention of other queries, keys, values, mask or scale, in one file: change(q, k, v, mask, scale)."""
 
-    def other(original: Any, *tensors: Any, scale: float, backend: Any) -> Any:
+    def other(original: Any, *tensors: Any, scale: float, attn_implementation: Any) -> Any:
         *tensors, scale = change(*tensors, scale)
-        return original(*tensors, scale=scale, backend=backend)
+        return original(*tensors, scale=scale, attn_implementation=attn_implementation)
 
     return around(owner, "attention", other)
 
