@@ -24,7 +24,7 @@ from minivlm import fast_cpu as faster
 from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
-from minivlm.checkpoint.names import is_ignored, local_name
+from minivlm.checkpoint.names import is_ignored, local_name, tied
 from minivlm.checkpoint.saving import push_to_hub, save_pretrained  # noqa: F401  (for model classes)
 from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import open_weights, weight_files
@@ -117,6 +117,7 @@ def from_pretrained(
     with hub.blame(files.name):
         arrival = choose(files.json(hub.CONFIG).get("quantization_config"), asked)
         fill(model, shards, wanted, device, arrival, allowed, build)
+    model.tie_weights()
     _check_one_dtype(model, files.name, wanted, arrival)
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
@@ -278,7 +279,9 @@ def _names(model: nn.Module, readers: list[Any]) -> Places:
     stored = ((reader, name) for reader in readers for name in reader.keys())  # noqa: SIM118  (a reader is no dict)
     named = [(local_name(name, model.hub_prefixes), reader, name) for reader, name in stored]
     if root and any(name.startswith(root) for name, _, _ in named):  # the files of a whole model: its heads stay behind
-        named = [(name.removeprefix(root), *rest) for name, *rest in named if name.startswith(root)]
+        named = [(name.removeprefix(root), *rest) for name, *rest in named]
+        ours = {name.split(".")[0] for name, _ in model.named_parameters()}
+        named = [(name, *rest) for name, *rest in named if name.split(".")[0] in ours]
     found: Places = {}
     for name, reader, hub_name in named:
         found.setdefault(name, []).append((reader, hub_name))
@@ -304,7 +307,7 @@ def _check(
     new, left = set(), []
     for name, places in found.items():
         for number, (reader, hub_name) in enumerate(places):
-            if name not in shapes and is_ignored(hub_name, model):
+            if name not in shapes and (is_ignored(hub_name, model) or name in tied(model)):
                 continue
             part, wanted = reader.get_slice(hub_name), shapes.get(name)
             shape = tuple(part.get_shape())

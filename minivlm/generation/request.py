@@ -3,7 +3,6 @@
 B rows, n copies of each, P prompt ids, K prompt keys (P, or the length of `inputs_embeds`), N new tokens, V vocabulary.
 """
 
-import inspect
 import math
 import time
 import warnings
@@ -115,14 +114,7 @@ def prepare(
 
 def prompt_inputs(model: Any) -> Collection[str]:
     """The names of what enters a model with the prompt, and never later."""
-    if (declared := getattr(model, "prompt_inputs", None)) is not None:
-        return {*declared, "inputs_embeds"}
-    takes = set(inspect.signature(type(model.model).forward).parameters)
-    return (
-        takes
-        - {"self", "input_ids", "attention_mask", "position_ids", "past_key_values"}
-        - {"attn_implementation", "hidden_states", "last"}
-    )
+    return {*model.prompt_inputs, "inputs_embeds"}
 
 
 def vocab_size(model: Any) -> int:

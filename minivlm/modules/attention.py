@@ -8,7 +8,8 @@ B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys
     triton    on a GPU, our own kernels (kernels/README.md): no mask is ever built, keys outside a window are never read
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -166,6 +167,18 @@ def tapped(weights: Tensor, first: int = 0) -> Tensor:
         changed = tap(F.pad(weights, (first, 0)))
         weights = weights if changed is None else changed[..., first:]
     return weights
+
+
+@contextlib.contextmanager
+def weights_into(kept: list[Tensor] | None) -> Iterator[None]:
+    """Meanwhile every call adds its weights to `kept`; None: nothing happens."""
+    if kept is not None:
+        attention_taps.append(kept.append)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            attention_taps.remove(kept.append)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

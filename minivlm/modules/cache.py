@@ -4,15 +4,9 @@ L layers, B batch, K key/value heads, S slots, D head width.
 """
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids the two have in common at their beginnings: so much of one's cache serves the other."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class KVCache:
@@ -27,6 +21,7 @@ class KVCache:
     """
 
     filled: Tensor | None = None  # of a `StaticCache` only
+    grows: bool = False  # takes more slots when it is full, at least twice as many
 
     def __init__(
         self,
@@ -57,6 +52,8 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, K, T, D) behind the filled slots of `layer`; return views (B, K, length + T, D) of both."""
         end = self.length + k.shape[2]
+        if self.grows and end > self.slots:
+            self.data = self.expand(1, 2 * end).data
         if end > self.slots or k.shape[0] != self.batch:
             raise ValueError(
                 f"the cache holds {self.batch} rows of {self.slots} tokens; "
@@ -102,29 +99,3 @@ class KVCache:
         """Row i sees the pictures of row rows[i]."""
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.cross_seen = None if self.cross_seen is None else self.cross_seen[rows]
-
-
-class StaticCache:
-    """A KVCache as a decode step sees it that is captured in a CUDA graph, and so repeats what it did at its capture.
-
-    All slots are always in view, and where the new token goes is counted on the device: `filled` is `length` + 1 of the
-    cache behind it, as the models see it during the step. Attention looks at no slot that is not filled.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
-        self.data = cache.data
-        self.data[..., cache.length :, :] = 0  # where attention masks with weights of 0: 0 · NaN would be NaN
-        self.batch, self.length = cache.batch, cache.slots - 1  # to the host, the new token is always the last
-        self.cross, self.cross_seen = cache.cross, cache.cross_seen
-        self.filled = torch.tensor(cache.length + 1, dtype=torch.int32, device=cache.data.device)
-        self._slot = torch.tensor([cache.length], device=cache.data.device)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, 1, D) behind the filled slots of `layer`; return views (B, K, S, D) of all."""
-        keys, values = self.data[0, layer], self.data[1, layer]
-        return keys.index_copy_(2, self._slot, k), values.index_copy_(2, self._slot, v)
-
-    def advance(self, tokens: int) -> None:
-        """Count the new token as filled, on the device."""
-        self.filled += tokens
-        self._slot += tokens

@@ -25,7 +25,7 @@ def token_loss(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     """
     inputs = dict(inputs)
     labels = inputs.pop("labels")
-    states, _ = model.model(**inputs, attn_implementation=model.attn_implementation)  # (B, T, C)
+    states = model.model(**inputs, attn_implementation=model.attn_implementation).last_hidden_state  # (B, T, C)
     learned = labels[:, 1:] != IGNORED
     states, wanted = states[:, :-1][learned], labels[:, 1:][learned]  # (n, C), (n,)
     if torch.is_grad_enabled() and len(wanted):
