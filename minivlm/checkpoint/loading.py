@@ -243,7 +243,8 @@ def fill(
             for name, _ in list(model.named_parameters()):
                 tensor = drawn[name] if name in drawn else read(found, name)
                 wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                _assign(model, name, tensor.to(device, wanted))
+                # Beside quantised layers, a view of the file would keep what they were made of in memory
+                _assign(model, name, tensor.to(device, wanted, copy=arrival is not None and not arrival.stored))
                 progress.update()
             for name, layer in layers.items():
                 leaves = {leaf: f"{name}.{leaf}" for leaf in arrival.files(layer)}
