@@ -24,6 +24,8 @@ from minivlm.checkpoint import hub
 from minivlm.checkpoint.header import Entry, read_header
 from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError
 from minivlm.generation.settings import GenerationConfig
+from minivlm import parallel
+from minivlm.parallel import Share
 from minivlm.quantization import apply
 from minivlm.quantization.arrival import Arrival, choose
 
@@ -52,6 +54,7 @@ def from_pretrained(
     token: str | bool | None = None,
     low_cpu_mem_usage: bool | None = None,
     use_flash_attention_2: bool | None = None,
+    tp_plan: str | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a name that ships with the package, or a Hub id.
 
@@ -80,7 +83,12 @@ def from_pretrained(
     device = wanted_device(device_map)
     with hub.blame(files.name):
         arrival = choose(files.json("config.json").get("quantization_config"), quantization_config)
-        fill(model, shards, wanted, device, arrival)
+        shares = {}
+        if tp_plan is not None:
+            shares = parallel.cut(model, *parallel.start(), parallel.block_of(arrival and arrival.config.format))
+        fill(model, shards, wanted, device, arrival, shares)
+        if shares:
+            parallel.connect(model)
     found = {parameter.dtype for parameter in model.parameters()}
     if wanted is None and arrival is None and len(found) > 1:
         raise CheckpointError(
@@ -159,6 +167,7 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device,
     arrival: Arrival | None = None,
+    shares: dict[str, Share] | None = None,
 ) -> None:
     """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
 
@@ -167,16 +176,20 @@ def fill(
     """
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(_open(path)) for path in shards]
-        found, layers = _match(model, readers, shards, arrival)
+        shares = shares or {}
+        found, layers = _match(model, readers, shards, arrival, shares)
         with tqdm(total=len(found), desc="loading", delay=2, leave=False) as progress:
             for name, _ in list(model.named_parameters()):
-                tensor = _read(found, name)
+                tensor = _read(found, name, shares.get(name))
                 wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 _assign(model, name, tensor.to(device, wanted))
                 progress.update()
             for name, layer in layers.items():
-                tensors = {leaf: _read(found, f"{name}.{leaf}").to(device) for leaf in arrival.files(layer)}
-                arrival.take(name, layer, tensors, dtype)
+                share = shares.get(f"{name}.weight")
+                names = arrival.files(layer, share)
+                part = None if arrival.stored else share  # stored layers are cut once they are read
+                tensors = {leaf: _read(found, f"{name}.{leaf}", part).to(device) for leaf in names}
+                arrival.take(name, layer, tensors, dtype, share)
                 progress.update(len(tensors))
 
 
@@ -188,14 +201,21 @@ def _open(path: Path) -> Any:
 
 
 def _match(
-    model: nn.Module, readers: list[Any], shards: list[Path], arrival: Arrival | None
+    model: nn.Module,
+    readers: list[Any],
+    shards: list[Path],
+    arrival: Arrival | None,
+    shares: dict[str, Share] | None = None,
 ) -> tuple[Places, dict[str, nn.Module]]:
     """Where every tensor is, once all fit, and the layers by name that `arrival` has put in place of others."""
     found = _names(model, readers)
     layers = {} if arrival is None else arrival.replace(model, found)
+    shares = shares or {}
     shapes: Shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes |= {name: share.full for name, share in shares.items() if name in shapes}
     for name, layer in layers.items():
-        shapes |= {f"{name}.{leaf}": shape for leaf, shape in arrival.files(layer).items()}
+        files = arrival.files(layer, shares.get(f"{name}.weight"))
+        shapes |= {f"{name}.{leaf}": shape for leaf, shape in files.items()}
     _check(model, found, shapes, shards)
     return found, layers
 
@@ -209,9 +229,10 @@ def _names(model: nn.Module, readers: list[Any]) -> Places:
     return found
 
 
-def _read(found: Places, name: str) -> Tensor:
+def _read(found: Places, name: str, share: Share | None = None) -> Tensor:
+    """A tensor of the files, or the part of it that is this process's: nothing else is read."""
     reader, hub_name = found[name][0]
-    return reader.get_tensor(hub_name)
+    return reader.get_tensor(hub_name) if share is None else reader.get_slice(hub_name)[share.index]
 
 
 def _check(model: nn.Module, found: Places, shapes: Shapes, shards: list[Path]) -> None:
