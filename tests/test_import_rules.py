@@ -43,7 +43,7 @@ FILES = [path for top in ("minivlm", "kernels/minivlm_kernels") for path in sort
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts[1:] if parts[0] == "kernels" else parts
-    return ".".join(parts).removesuffix(".__init__")
+    return ".".join(parts).removesuffix(".__init__").replace("minivlm.__main__", "minivlm.app.__main__")
 
 
 def room(module: str) -> str:

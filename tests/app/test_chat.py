@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import minivlm
-from minivlm.app import cli
+from minivlm.app import cli, terminal
 from minivlm.app.chat import Chat
 
 NEW = 6
@@ -231,7 +231,7 @@ def test_a_piped_conversation(monkeypatch, capsys, folder, pair):
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stdout", shown)
     for answer in answers:
-        cli._print_pieces([answer])
+        terminal.print_pieces([answer])
     assert [line.rstrip() for line in out.splitlines()] == [line.rstrip() for line in shown.getvalue().splitlines()]
     assert (code, err) == (0, [])
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from PIL import Image
 
 import minivlm
-from minivlm.app import cli, inspection
+from minivlm.app import cli, inspection, options, terminal
 from minivlm.app.chat import incremental_text
+from minivlm.app.verbs import inspect as inspect_verb
 from minivlm.auto import PRESETS
 from minivlm.checkpoint import hub
 
@@ -125,7 +126,7 @@ def test_a_typed_image_token_is_plain_text(checkpoint, pictures, capsys):
 
 
 def test_ask_names_the_default_model_on_stderr(pictures, capsys, monkeypatch, checkpoint):
-    monkeypatch.setattr(cli, "DEFAULT_MODEL", checkpoint)
+    monkeypatch.setattr(options, "DEFAULT_MODEL", checkpoint)
     assert cli.main(["ask", pictures[0], "What is it?", "--max-new-tokens", "1"]) == 0
     assert f"no --model given, asking {checkpoint}" in capsys.readouterr().err
 
@@ -133,11 +134,12 @@ def test_ask_names_the_default_model_on_stderr(pictures, capsys, monkeypatch, ch
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: verb"),
-        (["sing"], "invalid choice: 'sing'"),
+        (["sing"], "there is no verb 'sing'"),
+        (["inspct", "x"], "did you mean 'inspect'?"),
+        (["ask", "RED", "q", "--max-new-token", "3", "--modle", "x"], "did you mean '--model'?"),
         (["ask"], "required: IMAGE… QUESTION"),
         (["ask", "RED", " "], "the question is empty"),
-        (["ask", "What is it?"], "no picture before the question 'What is it?'"),
+        (["ask", "What is it?"], "no image before the question 'What is it?'"),
         (["ask", "RED"], "the last argument is the question, but 'RED' is a file"),
         (["ask", "RED", "RED"], "the last argument is the question, but 'RED' is a file"),
         (["ask", "RED", "q", "--max-new-tokens", "0"], "expected a whole number above 0, found '0'"),
@@ -183,43 +185,74 @@ def test_a_prompt_too_long_for_the_model_exits_with_1(capsys, checkpoint, pictur
 
 
 def test_interrupts_exit_with_130(monkeypatch):
-    def interrupt(args, parser):
+    def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "inspect", (interrupt, cli._inspect_parser))
+    monkeypatch.setattr(inspect_verb, "run", interrupt)
     assert cli.main(["inspect", "x"]) == 130
 
 
 def test_running_out_of_memory_is_one_line_and_a_bug_is_a_traceback(monkeypatch, capsys):
-    def fail(args, parser):
-        raise RuntimeError("CUDA out of memory. Tried to allocate" if args.model == "big" else "a bug")
+    def fail(arguments):
+        raise RuntimeError("CUDA out of memory. Tried to allocate" if arguments.model == "big" else "a bug")
 
-    monkeypatch.setitem(cli.VERBS, "inspect", (fail, cli._inspect_parser))
+    monkeypatch.setattr(inspect_verb, "run", fail)
     assert "CUDA out of memory; try --dtype bfloat16" in fails(capsys, "inspect", "big")
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["inspect", "small"])
 
 
+def run_apart(*argv, **options):
+    """The program in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "minivlm", *argv], capture_output=True, text=True, **options)
+
+
 def test_help_and_version_need_no_torch():
-    """Also the only run of the module as a program."""
     code = """
 import sys
 from minivlm.app import cli
-try:
-    cli.main(["--version"])
-except SystemExit:
-    print("torch" in sys.modules)
+cli.main(["--version"])
+for verb in cli.VERBS:
+    try:
+        cli.main([verb, "--help"])
+    except SystemExit:
+        pass
+cli.main(["help"])
+print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == f"minivlm {minivlm.__version__}\nFalse\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "minivlm.app.cli", "ask", "--help"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("usage: minivlm ask IMAGE… QUESTION [options]")
+    assert done.stdout.startswith(f"minivlm {minivlm.__version__}\n")
+    assert done.stdout.endswith("\nFalse\n")
+    assert run_apart("ask", "--help").stdout.startswith("usage: minivlm ask IMAGE… QUESTION [options]")
+
+
+def test_help_says_what_each_verb_does(capsys):
+    assert cli.main(["--help"]) == cli.main(["help"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert cli.main([]) == 2
+    nothing, shown = capsys.readouterr()
+    assert not nothing
+    assert out == 2 * shown
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in shown
+    assert shown.count("minivlm ask ") == 1
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb_has_examples_and_defaults(verb, capsys):
+    for argv in ([verb, "--help"], ["help", verb]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(argv)
+    out = capsys.readouterr().out
+    assert out[: len(out) // 2] * 2 == out
+    assert out.count(f"  minivlm {verb} ") >= 4
+    if verb not in ("inspect",):
+        assert "default" in out
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint, pictures):
-    command = [sys.executable, "-m", "minivlm.app.cli", "ask", *pictures, "q", "--model", checkpoint, "--device", "cpu"]
+    command = [sys.executable, "-m", "minivlm", "ask", *pictures, "q", "--model", checkpoint, "--device", "cpu"]
     with subprocess.Popen(
         [*command, "--max-new-tokens", "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -265,7 +298,7 @@ def real_tokenizer(checkpoint):
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys):
-    cli._print_pieces(["  ", " \x1b[31mred", "\x07\nline\t", "\x9b2J🙂\u200d"])
+    terminal.print_pieces(["  ", " \x1b[31mred", "\x07\nline\t", "\x9b2J🙂\u200d"])
     assert capsys.readouterr().out == "[31mred\nline\t2J🙂\u200d\n"
 
 
