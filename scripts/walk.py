@@ -98,7 +98,9 @@ def rows(name: str) -> tuple[list[tuple[str, str, str]], str]:
     for general, what in STEPS.items():
         if general in seen:
             kind, *shapes = seen.pop(general)
-            times = f"{len(shapes)} layers, {shapes[0]} each" if "*" in general and len(set(shapes)) == 1 else shapes[-1]
+            times = (
+                f"{len(shapes)} layers, {shapes[0]} each" if "*" in general and len(set(shapes)) == 1 else shapes[-1]
+            )
             if "*" in general and len(set(shapes)) > 1:
                 times = f"{len(shapes)} layers, {shapes[0]}; the last one {shapes[-1]}"
             table.append((source(kind), what, times))

@@ -7,22 +7,35 @@ from pathlib import Path
 
 import pytest
 
+from minivlm.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 
 # room → rooms of ours that it may import from. A room is a module of `minivlm`, or a folder of them.
 MAY_IMPORT = {
     "minivlm_kernels": set(),
     "minivlm.modules": {"minivlm_kernels"},
-    "minivlm.quantization": {"minivlm.modules", "minivlm_kernels"},
+    "minivlm.families": {"minivlm.modules"},  # classes by reference, see `Family`
+    "minivlm.quantization": {"minivlm.modules", "minivlm.families", "minivlm_kernels"},
     "minivlm.generation": {"minivlm.modules", "minivlm.checkpoint"},
     "minivlm.checkpoint": {"minivlm.generation", "minivlm.modules", "minivlm.quantization"},
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.checkpoint"},
     "minivlm.text": {"minivlm.modules", "minivlm.checkpoint"},
     "minivlm.processing": {"minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
-    "minivlm.auto": {"minivlm.checkpoint", "minivlm.models", "minivlm.processing"},
+    "minivlm.auto": {"minivlm.checkpoint", "minivlm.families"},
+    "minivlm.inside": {"minivlm.modules", "minivlm.families"},
     "minivlm.parity": {
         "minivlm",  # its version
-        *("minivlm.auto", "minivlm.checkpoint", "minivlm.generation", "minivlm.modules", "minivlm.quantization"),
+        "minivlm.auto",
+        "minivlm.checkpoint",
+        "minivlm.families",
+        "minivlm.generation",
+        "minivlm.inside",
+        "minivlm.modules",
+        "minivlm.quantization",
+    },
+    "minivlm.training": {
+        *("minivlm.checkpoint", "minivlm.modules", "minivlm.processing", "minivlm.quantization", "minivlm.text"),
     },
     "minivlm.app": None,  # anything; and nothing imports it
 }
@@ -33,7 +46,7 @@ ONLY_IN = {
     "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.app"},
     "jinja2": {"minivlm.text"},
     "huggingface_hub": {"minivlm.checkpoint"},
-    "safetensors": {"minivlm.checkpoint", "minivlm.parity"},
+    "safetensors": {"minivlm.checkpoint", "minivlm.parity", "minivlm.training"},
     "matplotlib": {"minivlm.parity"},
     "triton": {"minivlm_kernels"},
 }
@@ -80,13 +93,12 @@ def test_direction(path: Path) -> None:
         assert top not in ONLY_IN or here in ONLY_IN[top], f"{here} may not import {top}"
 
 
-def test_models_do_not_know_each_other() -> None:
-    for folder in ("models", "processing"):
-        families = {"idefics", "idefics2", "llava_next"}
-        for path in (ROOT / "minivlm" / folder).glob("*.py"):
-            if path.stem in families:
-                others = {f"minivlm.{folder}.{name}" for name in families - {path.stem}}
-                assert not others & imports(path)
+def test_families_do_not_know_each_other() -> None:
+    """However many there are: no model and no processor imports that of another family."""
+    for part in ("model", "processor"):
+        modules = {getattr(family, part).split(":")[0] for family in FAMILIES.values()}
+        for module in modules:
+            assert not imports(ROOT / f"{module.replace('.', '/')}.py") & (modules - {module})
 
 
 def test_import_is_light() -> None:

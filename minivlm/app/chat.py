@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from minivlm.families import family
 from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
 from minivlm.modules.cache import KVCache, alike
@@ -71,6 +72,7 @@ class Chat:
                 "write the prompt yourself and call generate"
             )
         self.model, self.processor, self.system, self.settings = model, processor, system, settings
+        self._family = family(model.config.model_type, "the model")
         self._answer: Iterator[str] | None = None
         self.reset()
 
@@ -109,9 +111,9 @@ class Chat:
         prompt = self._render(messages)
         settings["max_new_tokens"] = new = self._new_tokens(settings, len(prompt.ids))
         kept = self._kept(prompt)
-        given = _new_pictures(prompt, kept)
+        given = self._new_images(prompt, kept)
         if given is None:
-            kept, given = 0, (0, _new_pictures(prompt, 0)[1])
+            kept, given = 0, (0, self._new_images(prompt, 0)[1])
         self._make_room(kept, len(prompt.ids) + new)
         self._ids, self._prompt = list(prompt.ids), replace(prompt, inputs={})  # pixels are large
         return self._read(messages, self._tokens(*given, settings))
@@ -122,10 +124,7 @@ class Chat:
         )
         pictures, ids = normalise(messages)[1], inputs["input_ids"][0].tolist()
         slots = [place for place, id in enumerate(ids) if id == self.processor.image_token_id]
-        if "image_sizes" in inputs:
-            counts = [self.processor.image_places(*size) for size in inputs["image_sizes"].tolist()]
-        else:
-            counts = [len(slots) // len(pictures)] * len(pictures) if pictures else []
+        counts = self._family.image_lengths(self.processor, inputs, len(slots), len(pictures))
         places, begin = [], 0
         for count in counts:
             places.append((slots[begin], slots[begin + count - 1] + 1))
@@ -183,6 +182,10 @@ class Chat:
             self._answer.close()
             self._answer = None
 
+    def _new_images(self, prompt: Prompt, kept: int) -> tuple[int, dict[str, Any]] | None:
+        """What `Family.new_images` says of the images after the first `kept` ids."""
+        return self._family.new_images(prompt.inputs, kept, prompt.pictures_in(kept), len(prompt.pictures))
+
     # ---- The cache. Its `length` says how many of `_ids` it holds: the last token of an answer was never run
 
     def _forget(self) -> None:
@@ -217,33 +220,6 @@ class Chat:
 def _message(role: str, text: str, pictures: Sequence[Any] = ()) -> dict[str, Any]:
     images = [{"type": "image", "image": picture} for picture in pictures]
     return {"role": role, "content": [*images, {"type": "text", "text": text}]}
-
-
-def _new_pictures(prompt: Prompt, kept: int) -> tuple[int, dict[str, Any]] | None:
-    """The model's inputs for the pictures behind the first `kept` ids, and how many ids are to be run before them."""
-    inputs, old = prompt.inputs, prompt.pictures_in(kept)
-    if "image_attention_mask" in inputs:
-        return _newly_seen(inputs["pixel_values"], inputs["image_attention_mask"], kept, old)
-    if old == len(prompt.pictures):
-        return 0, {}
-    if "image_sizes" in inputs:  # LLaVA-NeXT: (N, tiles, …)
-        return 0, {name: inputs[name][old:] for name in ("pixel_values", "image_sizes")}
-    crops = old * (inputs["pixel_values"].shape[1] // len(prompt.pictures))  # Idefics2: (1, N · crops, …)
-    return 0, {name: inputs[name][:, crops:] for name in ("pixel_values", "pixel_attention_mask")}
-
-
-def _newly_seen(pixels: torch.Tensor, mask: torch.Tensor, kept: int, old: int) -> tuple[int, dict[str, Any]] | None:
-    """IDEFICS, pixels (1, N, …), mask (1, P, N): tokens that see what the last kept one sees are run without pictures,
-    for they find it in the cache; those behind them with the new ones. None if they see something old: start anew."""
-    if not kept:
-        return 0, {"pixel_values": pixels, "image_attention_mask": mask}
-    other = (mask[0, kept:] != mask[0, kept - 1]).any(1).nonzero()  # places behind `kept`
-    if not len(other):
-        return 0, {}
-    blind = kept + int(other[0])
-    if old == mask.shape[2] or mask[0, blind:, :old].any():
-        return None
-    return blind, {"pixel_values": pixels[:, old:], "image_attention_mask": mask[:, blind:, old:]}
 
 
 # ---- Text as it comes ----

@@ -34,9 +34,9 @@ def describe(name: str) -> dict[str, Any]:
     else:
         files = hub.source(name)
         model_type = files.json("config.json").get("model_type")
-        config = loading.read_config(files, auto.family(model_type, name)[0].config_class)
+        config = loading.read_config(files, auto.family(model_type, name).model_class.config_class)
     with torch.device("meta"):
-        model = auto.family(model_type, name)[0](config)
+        model = auto.family(model_type, name).model_class(config)
     stored = None if files is None else files.json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
@@ -59,7 +59,7 @@ def describe(name: str) -> dict[str, Any]:
 def check(name: str) -> dict[str, int]:
     """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
     files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name)[0]
+    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
     with torch.device("meta"):
         model = model_class(loading.read_config(files, model_class.config_class))
     loading.read_generation_config(files)

@@ -10,6 +10,7 @@ and orders of candidates are those of the reference: a score that must not win g
 B prompts, n beams each, P prompt ids, N new tokens at most, V vocabulary, C candidates, R sequences returned.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class Beams:
     tokens: Tensor  # (B, m, N): new tokens, filler behind them
     scores: Tensor  # (B, m): sums of log-probabilities; in the pool divided by length ** length_penalty
     sources: Tensor  # (B, m, N) int32: the row out of B·n in which each token was found, −1 behind them
-    ends: Tensor  # (B, m) bool: whether the newest token ends it
+    ends: Tensor  # (B, m) bool: whether the newest token ends it, by a rule or because it is the last
+    done: Tensor  # (B, m) bool: whether a rule ends it
 
     def pick(self, index: Tensor) -> "Beams":
         """The continuations index (B, k) of each prompt."""
@@ -49,9 +51,10 @@ def beam_search(
     prompt: int,
     settings: GenerationConfig,
     stops: list[Stop],
+    deadline: float,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Follow n = `settings.num_beams` beams: ids (B·R, P + M), scores (B·R,), sources (B·R, M) of the best, best first.
+) -> tuple[Tensor, Beams]:
+    """Follow n = `settings.num_beams` beams: the best ids (B·R, P + M), best first, and the rest of their `Beams`.
 
     ids (B·n, P + N): every prompt n times, P = `prompt`; the beams' tokens are written behind. M is the longest
     answer; shorter ones are filled with the pad id (0 counts as none, as in the reference), or else the first eos id.
@@ -64,7 +67,8 @@ def beam_search(
     for step in range(N):
         scores = next_scores(step)
         candidates = _candidates(running, scores, step, settings, generator)
-        candidates.ends = _ends(candidates, ids[::n, :prompt], step, stops) | (step + 1 == N)
+        candidates.done = _done(candidates, ids[::n, :prompt], step, stops)
+        candidates.ends = candidates.done | (step + 1 == N) | (time.monotonic() > deadline)
         running = _next_beams(candidates, n)
         pool = _next_pool(pool, candidates, improvable, step, settings)
         improvable &= _may_improve(running, pool, step, N, settings)
@@ -75,8 +79,9 @@ def beam_search(
         ids[:, prompt : prompt + step + 1] = running.tokens[..., : step + 1].flatten(0, 1)
     best = Beams(*(part[:, : settings.num_return_sequences].flatten(0, 1) for part in vars(pool).values()))
     longest = int((best.sources >= 0).sum(-1).max())
+    best.sources = best.sources[:, :longest]
     prompts = ids[::n, :prompt].repeat_interleave(settings.num_return_sequences, 0)
-    return torch.cat([prompts, best.tokens[:, :longest]], 1), best.scores, best.sources[:, :longest]
+    return torch.cat([prompts, best.tokens[:, :longest]], 1), best
 
 
 def _start(ids: Tensor, prompt: int, settings: GenerationConfig) -> tuple[Beams, Beams]:
@@ -86,10 +91,10 @@ def _start(ids: Tensor, prompt: int, settings: GenerationConfig) -> tuple[Beams,
     tokens = ids.new_full((B, n, N), _filler(settings))
     sources = torch.full((B, n, N), -1, dtype=torch.int32, device=ids.device)
     scores = torch.full((B, n), NEVER, dtype=torch.float32, device=ids.device)
-    ends = torch.zeros(B, n, dtype=torch.bool, device=ids.device)
+    none = torch.zeros(B, n, dtype=torch.bool, device=ids.device)
     first = scores.clone()
     first[:, 0] = 0
-    return Beams(tokens, first, sources, ends), Beams(tokens, scores, sources, ends)
+    return Beams(tokens, first, sources, none, none), Beams(tokens, scores, sources, none, none)
 
 
 def _filler(settings: GenerationConfig) -> int:
@@ -108,7 +113,8 @@ def _candidates(
 ) -> Beams:
     """The C best (or as many drawn) out of n·V beams that are one token longer: enough for n that do not end."""
     B, n = running.scores.shape
-    V, C = scores.shape[-1], max(2, 1 + len(settings.eos_ids)) * n
+    V = scores.shape[-1]
+    C = min(max(2, 1 + len(settings.eos_ids)), V) * n
     sums = (scores.view(B, n, V) + running.scores[..., None]).flatten(1)  # (B, n·V)
     if not settings.do_sample:
         index = sums.topk(C).indices  # (B, C)
@@ -122,8 +128,8 @@ def _candidates(
     return candidates
 
 
-def _ends(candidates: Beams, prompts: Tensor, step: int, stops: list[Stop]) -> Tensor:
-    """Which candidates end with their newest token, (B, C) bool."""
+def _done(candidates: Beams, prompts: Tensor, step: int, stops: list[Stop]) -> Tensor:
+    """Which candidates a rule ends with their newest token, (B, C) bool."""
     B, C = candidates.scores.shape
     new = candidates.tokens[..., : step + 1].flatten(0, 1)
     return ended(stops, torch.cat([prompts.repeat_interleave(C, 0), new], 1)).view(B, C)
@@ -149,7 +155,7 @@ def _next_pool(pool: Beams, candidates: Beams, improvable: Tensor, step: int, se
     scores = candidates.scores / (step + 1) ** settings.length_penalty
     for excluded in (closed, ~improvable, ~ends):
         scores = scores + excluded.float() * NEVER
-    both = pool.beside(Beams(candidates.tokens, scores, candidates.sources, ends))
+    both = pool.beside(Beams(candidates.tokens, scores, candidates.sources, ends, candidates.done))
     return both.pick(both.scores.topk(n).indices)
 
 

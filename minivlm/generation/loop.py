@@ -13,6 +13,7 @@ the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The ru
 of `logits_rules`; they follow transformers 5.23, including its oddities.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.generation.beams import beam_search
+from minivlm.generation.beams import Beams, beam_search
 from minivlm.generation.cuda_graph import CapturedStep
 from minivlm.generation.diagnosis import explain
 from minivlm.generation.request import Run, positions, prepare
 from minivlm.generation.sampling import sample
-from minivlm.generation.stopping import ended
+from minivlm.generation.stopping import ended, finish_reasons
 from minivlm.modules.cache import KVCache
 
 # ---- The model's two steps ----
@@ -77,17 +78,37 @@ class GenerateOutput:
     sequences_scores: Tensor | None = None  # (B·R,), of beams
     beam_indices: Tensor | None = None  # (B·R, M): the row of `scores` in which each token was found, −1 after the end
     past_key_values: KVCache | None = None
+    finish_reasons: list[str] | None = None  # (B·R): "stop" by an eos id, a string or a rule; "length": cut at a limit
 
 
-def stream(model: Any, input_ids: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+class Stream(Iterator[Tensor]):
+    """The new tokens, (B·n,) a step; and why each row ended."""
+
+    def __init__(self, model: Any, run: Run) -> None:
+        self._run, self._steps = run, _steps(model, run)
+
+    def __next__(self) -> Tensor:
+        return next(self._steps)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """(B·n): "stop" by an eos id, a stop string or a rule of the caller's; "length": cut at a limit, or not yet."""
+        return finish_reasons(self._run.done)
+
+
+def stream(model: Any, input_ids: Tensor | None = None, **options: Any) -> Stream:
     """The new tokens as they come, (B·n,) a step; arguments and errors as in `generate`. The prompt is not repeated.
+
+        tokens = stream(model, **inputs, max_new_tokens=100)
+        for token in tokens: …
+        tokens.finish_reasons       # ["length"]: the answer was cut
 
     Raises ValueError for beams too: which of them a token belongs to is known at the end only.
     """
     run = prepare(model, input_ids, **options)
     if run.settings.num_beams > 1 or run.settings.return_dict_in_generate:
         raise ValueError("a stream knows neither num_beams nor return_dict_in_generate; call generate")
-    return _steps(model, run)
+    return Stream(model, run)
 
 
 def generate(
@@ -115,29 +136,31 @@ def generate(
     search = run.settings.num_beams > 1
     if search and streamer is not None:
         raise ValueError("a streamer cannot follow beams, which are chosen at the end; pass num_beams=1")
-    sequences, scores, indices = _search(model, run) if search else (_collect(model, run, streamer), None, None)
+    sequences, best = _search(model, run) if search else (_collect(model, run, streamer), None)
     if not run.settings.return_dict_in_generate:
         return sequences
     return GenerateOutput(
         sequences=sequences,
         scores=None if run.scores is None else tuple(run.scores),
         logits=None if run.logits is None else tuple(run.logits),
-        sequences_scores=None if run.scores is None else scores,
-        beam_indices=indices,
+        sequences_scores=None if run.scores is None or best is None else best.scores,
+        beam_indices=None if best is None else best.sources,
         past_key_values=run.cache,
+        finish_reasons=finish_reasons(run.done if best is None else best.done),
     )
 
 
 @torch.no_grad()
-def _search(model: Any, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences (B·R, P + M), their scores (B·R,) and beam indices (B·R, M)."""
+def _search(model: Any, run: Run) -> tuple[Tensor, Beams]:
+    """Sequences (B·R, P + M), with their scores (B·R,) and beam indices (B·R, M)."""
 
     def reorder(rows: Tensor) -> None:
         if run.cache is not None:
             run.cache.reorder(rows, shared=run.keys)
 
     next_scores = partial(_next_scores, model, run)
-    found = beam_search(next_scores, reorder, run.ids, run.prompt, run.settings, run.stops, run.generator)
+    limits = (run.stops, run.deadline, run.generator)
+    found = beam_search(next_scores, reorder, run.ids, run.prompt, run.settings, *limits)
     _check_finite(model, run, found[0].shape[1] - run.prompt - 1)
     return found
 
@@ -160,9 +183,8 @@ def _collect(model: Any, run: Run, streamer: Any) -> Tensor:
 @torch.no_grad()
 def _steps(model: Any, run: Run) -> Iterator[Tensor]:
     """Yield up to N tokens (B·n,), fewer once every row has ended."""
-    settings, ids = run.settings, run.ids
+    settings, ids, done = run.settings, run.ids, run.done
     fill = bool(settings.eos_ids)  # rows that end by other rules alone go on until all have, as in the reference
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for step in range(ids.shape[1] - run.prompt):
         end = run.prompt + step
         scores = _next_scores(model, run, step)
@@ -171,7 +193,8 @@ def _steps(model: Any, run: Run) -> Iterator[Tensor]:
             token = token.masked_fill(done, settings.pad_token_id)
         ids[:, end] = token
         done |= ended(run.stops, ids[:, : end + 1])
-        last = step + 1 == ids.shape[1] - run.prompt or bool(run.stops and done.all())
+        last = step + 1 == ids.shape[1] - run.prompt or time.monotonic() > run.deadline
+        last = last or bool(run.stops and done.all())
         if last or run.stops:  # where `done` has waited for the device, looking is free
             _check_finite(model, run, step)
         yield token

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from minivlm.generation.sampling import Rule, logits_rules
-from minivlm.generation.settings import GenerationConfig, check, is_whole, settings_of
-from minivlm.generation.stopping import Stop, stop_rules
+from minivlm.generation.settings import GenerationConfig, check, is_whole, settings_of, vocab_size
+from minivlm.generation.stopping import Stop, deadline, stop_rules
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
@@ -32,10 +32,12 @@ class Run:
     mask: Tensor | None  # (B·n, K + N) bool, True = real; None if the prompt has no pads
     positions: Tensor  # (B·n, K + N)
     finite: Tensor  # (B·n,) bool: all logits of the row have been finite so far
+    done: Tensor  # (B·n,) bool: the row has ended by one of `stops`
     inputs: dict[str, Any]  # images and the like of the B rows, for the prefill
     cache: KVCache | None  # of B rows until the prompt is in it, then of B·n; None: every step recomputes everything
     rules: list[Rule]
     stops: list[Stop]
+    deadline: float  # in `time.monotonic` seconds; the token that passes it is the last
     generator: torch.Generator | None
     scores: list[Tensor] | None  # of every step, if they are asked for
     logits: list[Tensor] | None
@@ -68,7 +70,7 @@ def prepare(
         check(name, value, fits, 'a tensor with numbers; processors make them with return_tensors="pt"')
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     cache, embeds = inputs.pop("past_key_values", None), inputs.get("inputs_embeds")
-    ids = _prompt(settings, input_ids, inputs, _vocab_size(model)).to(device, torch.long)
+    ids = _prompt(settings, input_ids, inputs, vocab_size(model)).to(device, torch.long)
     (B, P), n = ids.shape, settings.copies
     K = P if embeds is None else embeds.shape[1]
     mask = _mask(settings, attention_mask, ids, K).to(device)
@@ -76,7 +78,7 @@ def prepare(
     place = positions(mask) if place is None else place.expand(B, -1)
     N = _new_tokens(settings, K, int(place.max()) + 1, text_config(model.config).max_position_embeddings)
     if settings.eos_ids and B * n > 1:  # rows that have ended go on with pads
-        pad, V = settings.pad_token_id, _vocab_size(model)
+        pad, V = settings.pad_token_id, vocab_size(model)
         check("pad_token_id", pad, is_whole(pad) and pad < V, f"one of the {V} tokens of the vocabulary")
     cache = _cache(model, settings, cache, B, K, K + N if n == 1 else K, embeds is not None)
     ids, mask, place = (each.repeat_interleave(n, 0) for each in (ids, mask, place))
@@ -94,10 +96,12 @@ def prepare(
         mask=None if mask.all() else torch.cat([mask, mask.new_ones(len(ids), N)], 1),
         positions=torch.cat([place, after], 1),
         finite=torch.ones(len(ids), dtype=torch.bool, device=device),
+        done=torch.zeros(len(ids), dtype=torch.bool, device=device),
         inputs=inputs,
         cache=cache,
-        rules=logits_rules(settings, _vocab_size(model), padding, device, least and P + least, own_rules),
+        rules=logits_rules(settings, vocab_size(model), padding, device, least and P + least, own_rules),
         stops=stop_rules(settings, tokenizer, own_stops, scores, device),
+        deadline=deadline(settings),
         generator=_generator(generator, seed, device),
         scores=scores,
         logits=[] if settings.return_dict_in_generate and settings.output_logits else None,
@@ -111,9 +115,11 @@ def _prompt(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, An
         B = len(tensors[0]) if tensors else 1
         if "inputs_embeds" in inputs:
             return torch.zeros(len(inputs["inputs_embeds"]), 0, dtype=torch.long)
-        if settings.bos_token_id is None:
+        if (bos := settings.bos_token_id) is None:
             raise ValueError("nothing to continue: pass input_ids, inputs_embeds, or bos_token_id to start from")
-        return torch.full((B, 1), settings.bos_token_id)
+        fits = is_whole(bos) and bos < vocab_size
+        check("bos_token_id", bos, fits, f"one of the {vocab_size} tokens of the vocabulary")
+        return torch.full((B, 1), bos)
     if not isinstance(ids, Tensor):
         raise ValueError(f"input_ids should be a tensor (B, P), found {type(ids).__name__}; write generate(**inputs)")
     if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
@@ -187,6 +193,9 @@ def _cache(
     """The caller's cache if it leaves something to run, else a new one (None for use_cache=False)."""
     if cache is None:
         return _new_cache(model, B, slots) if settings.use_cache or embeds else None
+    if not isinstance(cache, KVCache):
+        found = f"{type(cache).__module__.split('.')[0]}'s {type(cache).__name__}"
+        raise ValueError(f"past_key_values should be a cache of minivlm's, model.new_cache(rows, slots), found {found}")
     if not cache.length < K:
         raise ValueError(f"past_key_values holds {cache.length} tokens, input_ids only {K}; pass all ids so far")
     if cache.batch != B:
@@ -215,9 +224,5 @@ def _generator(generator: torch.Generator | None, seed: int | None, device: torc
         return generator
     if generator is not None:
         raise ValueError("pass seed or generator, not both")
-    return torch.Generator(device).manual_seed(seed)
-
-
-def _vocab_size(model: Any) -> int:
-    # IDEFICS decouples its image tokens
-    return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    check("seed", seed, is_whole(seed, -(2**63)), "an integer")
+    return torch.Generator(device).manual_seed(int(seed))

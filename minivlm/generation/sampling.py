@@ -137,7 +137,7 @@ def logits_rules(
         words = [torch.tensor(word, device=device) for word in _bad_words(settings, vocab_size)]
         rules.append(lambda scores, ids: ban_words(scores, ids, words))
     if min_length and settings.eos_ids:
-        eos = torch.tensor([id for id in settings.eos_ids if 0 <= id < vocab_size], dtype=torch.long, device=device)
+        eos = torch.tensor(settings.eos_ids, device=device)
         rules.append(lambda scores, ids: ban_early_end(scores, ids, eos, min_length))
     rules += [partial(_own_rule, processor=processor) for processor in processors]
     return rules + _sampling_rules(settings) if settings.do_sample else rules

@@ -9,9 +9,11 @@ import inspect
 import json
 import warnings
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minivlm.checkpoint import hub
@@ -93,7 +95,7 @@ class GenerationConfig:
     def __init__(self, *, other: dict[str, Any] | None = None, **settings: Any) -> None:
         """Keywords are the fields above, or what else the reference takes. ValueError for a name unknown to both."""
         for name in SETTINGS:
-            setattr(self, name, settings.pop(name, None))
+            setattr(self, name, plain(settings.pop(name, None)))
         for name in settings:
             check_known(name)
         self.other = {**(other or {}), **settings}
@@ -132,7 +134,7 @@ class GenerationConfig:
 
     def to_hub(self) -> dict[str, Any]:
         """What generation_config.json would hold: everything that is set."""
-        return {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None} | self.other
+        return {name: plain(getattr(self, name)) for name in SETTINGS if getattr(self, name) is not None} | self.other
 
     def save_pretrained(self, folder: str | Path, config_file_name: str = FILE) -> None:
         """Write `to_hub()` into `folder`, which is made if need be."""
@@ -172,6 +174,9 @@ def settings_of(model: Any, config: GenerationConfig | None, kwargs: dict) -> tu
     other = settings.other | {name: value for name, value in kwargs.items() if name not in {*SETTINGS, *takes}}
     for name, value in other.items():
         _refuse(name, value, takes)
+    settings.eos_token_id = [id for id in settings.eos_ids if 0 <= id < vocab_size(model)]  # others are never chosen
+    if settings.pad_token_id == -1:  # in some files, this is how to say none
+        settings.pad_token_id = None
     if settings.pad_token_id is None and settings.eos_ids:
         settings.pad_token_id = settings.eos_ids[0]
     for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"):
@@ -188,11 +193,23 @@ def check(name: str, value: Any, fits: bool, expected: str) -> None:
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def vocab_size(model: Any) -> int:
+    """How many tokens have a logit: IDEFICS keeps its image tokens apart from the others."""
+    return hub_config.text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
+
+
+def plain(value: Any) -> Any:
+    """numpy's numbers and arrays as Python's own, inside lists and tuples too."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def check_known(name: str, also: set[str] = frozenset()) -> None:

@@ -1,9 +1,10 @@
-"""When a row ends: at an eos id, with a text, out of time, or by a rule of the caller's.
+"""When a row ends: at an eos id, with a text, or by a rule of the caller's; and when all are cut, out of time.
 
-R rows, S ids so far, the prompt's included. Each rule sees the ids (R, S) after every new token; a row that has ended
-stays so. The limit on the number of tokens is the loop's own.
+R rows, S ids so far, prompt included. Each rule is called with the ids (R, S) after every new token; a row that has
+ended stays ended. The loop itself counts tokens.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -53,7 +54,7 @@ def stop_rules(
     scores: list[Tensor] | None,
     device: Any,
 ) -> list[Stop]:
-    """The rules that `settings` switches on; the clock of `max_time` starts here.
+    """The rules that `settings` switches on.
 
     `criteria` are the caller's own, called as in the reference with the ids and a tuple of every step's scores, as far
     as the list `scores` keeps them (None: it does not). Raises ValueError for values that a rule cannot take.
@@ -68,11 +69,19 @@ def stop_rules(
         if not hasattr(tokenizer, "decode"):
             raise ValueError("stop_strings need the tokenizer to read the answer: pass tokenizer=processor.tokenizer")
         rules.append(partial(at_strings, strings=strings, decode=tokenizer.decode))
-    if (seconds := settings.max_time) is not None:
-        check("max_time", seconds, is_number(seconds) and seconds >= 0, "a number of seconds")
-        deadline = time.monotonic() + seconds
-        rules.append(lambda ids: time.monotonic() > deadline)
     return rules + [lambda ids, own=own: own(ids, None if scores is None else tuple(scores)) for own in criteria]
+
+
+def deadline(settings: GenerationConfig) -> float:
+    """When `max_time` is over, in seconds of `time.monotonic`, counted from now; infinity without a limit."""
+    seconds = math.inf if settings.max_time is None else settings.max_time
+    check("max_time", seconds, is_number(seconds) and seconds >= 0, "a number of seconds")
+    return time.monotonic() + seconds
+
+
+def finish_reasons(done: Tensor) -> list[str]:
+    """For each row: "stop" if it is in `done` (R,), that is, ended by a rule; else "length": cut at a limit."""
+    return ["stop" if ended else "length" for ended in done.tolist()]
 
 
 def ended(rules: list[Stop], ids: Tensor) -> Tensor:

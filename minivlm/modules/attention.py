@@ -9,6 +9,7 @@ B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys
     triton    on a GPU, our own kernels (kernels/README.md): no mask is ever built, keys outside a window are never read
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +23,10 @@ from minivlm.modules.layers import multiplies
 # Names that users know from the reference, and what serves them here; None: the best there is, which is the default.
 IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa", "triton": "triton", "flash_attention_2": None}
 BLOCK = 128  # queries at a time: their scores stay in the cache of a core
+
+# Functions that get the weights (B, H, T, S) of every call while they are in this list; what they return, if not None,
+# is used instead. Weights exist in the eager formula only, so then every call takes it.
+attention_taps: list[Callable[[Tensor], Tensor | None]] = []
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, back
 
     `backend` is one of IMPLEMENTATIONS or None for the best one here; ValueError for another name.
     """
-    chosen = choose_backend(backend, q, mask)
+    chosen = "eager" if attention_taps else choose_backend(backend, q, mask)
     if chosen == "triton":
         return _triton(q, k, v, mask, scale)
     if chosen == "blocked":
@@ -178,7 +183,16 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     scores = q @ k.transpose(2, 3) * scale  # (B, H, T, S)
     if mask.dense is not None:
         scores = scores.masked_fill(~mask.dense, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return tapped(weights, mask.first) @ v
+
+
+def tapped(weights: Tensor, first: int = 0) -> Tensor:
+    """weights (B, H, T, S − first) after all `attention_taps`, which get zeros for the keys that were dropped."""
+    for tap in attention_taps:
+        changed = tap(F.pad(weights, (first, 0)))
+        weights = weights if changed is None else changed[..., first:]
+    return weights
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

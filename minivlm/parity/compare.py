@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minivlm import auto
+from minivlm.families import Rows, Stage
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.findings import greedy_findings, input_findings, stage_finding
+from minivlm.parity.known import known_differences
 from minivlm.parity.question import Question
 from minivlm.parity.recording import FORMAT, Recording, Writer
 from minivlm.parity.report import Report
 from minivlm.parity.sides import Side
-from minivlm.parity.stages import Rows, Stage, rows_of, stages_of
+from minivlm.parity.stages import rows_of, stages_of
 
 TOKENS = 16  # greedy ones
 
@@ -253,11 +255,12 @@ def _words(identity: dict[str, str]) -> str:
 def _against(recording: Recording, side: Side, question: Question | None, progress: bool) -> Report:
     known, inputs = recording.metadata, recording.group("inputs")
     _check_family(recording, side)
-    config = auto.family(known["config"]["model_type"])[0].config_class.from_hub(known["config"])
+    config = auto.family(known["config"]["model_type"]).model_class.config_class.from_hub(known["config"])
     job = _Job.of(config, inputs, known["layers"], known["inside"], 0, progress)
     findings, stages = [], job.stages
     if question is not None and question.inputs is None:
-        findings += input_findings(inputs, question.encoded(side), side)
+        encoded = question.encoded(side)
+        findings += input_findings(inputs, encoded, side, known_differences(known["side"], side, inputs, encoded))
     model = sides.load(side)
     name = side.words(sides.backend(model))
     found, error = job.differences(model, recording, name)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from minivlm.families import Rows, Stage
 from minivlm.generation import loop
 from minivlm.parity import sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.recording import Recording
 from minivlm.parity.sides import INPUTS, Side
-from minivlm.parity.stages import Rows, Stage
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,18 @@ def _measured(name: str, shape: tuple[int, int], found: Difference, recording: R
     }
 
 
-def input_findings(a: dict[str, Any], b: dict[str, Any], side: Side) -> list[Finding]:
-    """What both sides' processors made of the question; `side` is b."""
+def input_findings(a: dict[str, Any], b: dict[str, Any], side: Side, known: dict[str, str]) -> list[Finding]:
+    """What both sides' processors made of the question; `side` is b.  known: see `known_differences`."""
     processor = sides.processor_of(side)
     findings = []
     for key in [key for key in INPUTS if key in a or key in b]:
         part = processor.image_processor if INPUTS[key] in ("pixels", "pixel mask", "image sizes") else processor
-        findings.append(_input_finding(key, a.get(key), b.get(key), sides.code_at(type(part))))
+        finding = _input_finding(key, a.get(key), b.get(key), sides.code_at(type(part)))
+        if key in known and finding.diverges:
+            finding = Finding(
+                finding.stage, finding.shape, finding.path, finding.code, note=f"known difference: {known[key]}"
+            )
+        findings.append(finding)
     return findings
 
 

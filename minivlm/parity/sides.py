@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import minivlm
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
+from minivlm.families import Family, Stage
 from minivlm.modules.attention import check_implementation
-from minivlm.parity.stages import Stage
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 
 Sink = Callable[[Stage, int, Tensor], None]
@@ -129,12 +129,13 @@ def config_of(side: Side) -> Any:
         config = side.model.config
         if side.code == "minivlm":
             return config
-        return _classes(config.model_type)[0].config_class.from_hub(config.to_dict())
+        return family(config.model_type).model_class.config_class.from_hub(config.to_dict())
     files = hub.source(side.model)
-    return loading.read_config(files, _classes(files.json("config.json").get("model_type"))[0].config_class)
+    return loading.read_config(files, family(files.json("config.json").get("model_type")).model_class.config_class)
 
 
-def _classes(model_type: Any) -> tuple[Any, Any]:
+def family(model_type: Any) -> Family:
+    """The record of a side's family. ValueError for one that is not ours."""
     return auto.family(model_type, "the model")
 
 
@@ -154,7 +155,7 @@ def load(side: Side) -> nn.Module:
         return side.model if side.model.dtype == wanted else copy.deepcopy(side.model).to(wanted)
     foresee(side)
     options = {"dtype": side.dtype or "auto", "attn_implementation": side.attn}
-    model_class = _classes(config_of(side).model_type)[0]
+    model_class = family(config_of(side).model_type).model_class
     if side.code == "minivlm":
         config = QUANTIZED[side.quantize][0] if side.quantize else None
         return model_class.from_pretrained(side.model, device_map=side.device, quantization_config=config, **options)
@@ -175,7 +176,7 @@ def foresee(side: Side) -> None:
         return
     config, stored = config_of(side), hub.source(side.model).json("config.json").get("quantization_config")
     with torch.device("meta"):
-        model = _classes(config.model_type)[0](config)
+        model = family(config.model_type).model_class(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
     quantize = side.quantize or (stored and ("int8" if stored.get("load_in_8bit") else "nf4"))  # or as small as that
@@ -242,14 +243,14 @@ def processor_of(side: Side) -> Any:
     return processor
 
 
-def _pillow(family: str) -> Any:
+def _pillow(model_type: str) -> Any:
     """transformers' image processor on Pillow: a class of its own since version 5, the plain one before."""
-    package = f"transformers.models.{family}.image_processing"
-    name = _classes(family)[1].__name__.removesuffix("Processor") + "ImageProcessor"
+    package = f"transformers.models.{model_type}.image_processing"
+    name = family(model_type).processor_class.__name__.removesuffix("Processor") + "ImageProcessor"
     try:
-        return getattr(importlib.import_module(f"{package}_pil_{family}"), f"{name}Pil")
+        return getattr(importlib.import_module(f"{package}_pil_{model_type}"), f"{name}Pil")
     except ImportError:
-        return getattr(importlib.import_module(f"{package}_{family}"), name)
+        return getattr(importlib.import_module(f"{package}_{model_type}"), name)
 
 
 def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
@@ -259,7 +260,7 @@ def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
     IDEFICS's processor in transformers takes no such text, so there it is written as the model's documentation does.
     """
     processor, options = processor_of(side), {"return_tensors": "pt"}
-    if config_of(side).model_type == "idefics":
+    if family(config_of(side).model_type).takes_items:
         found = processor(text=[["User:", *pictures, f"{prompt}\nAssistant:"]], **options)
     else:
         images = {"images": [pictures]} if pictures else {}

@@ -6,29 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minivlm import families
 from minivlm.quantization.linear import QuantizedLinear
 
-# Per family: the parts whose linear layers are quantised (all of them), and the linear layers that stay, with the
-# reason. Everything that is not an `nn.Linear` stays: embeddings, norms, gates, patch convolutions, latents.
-# It is what transformers' bitsandbytes integration converts of these models, vision tower included; to leave out more,
-# name it in `llm_int8_skip_modules` or `skip_modules`.
-TABLE = {
-    "idefics2": {
-        "quantised": ("model.vision_model.encoder", "model.connector", "model.text_model.layers"),
-        "kept": {"lm_head": "logits decide between near neighbours"},
-    },
-    "llava_next": {
-        "quantised": ("model.vision_tower.encoder", "model.multi_modal_projector", "model.language_model.layers"),
-        "kept": {"lm_head": "logits decide between near neighbours"},
-    },
-    "idefics": {
-        "quantised": (
-            *("model.vision_model.encoder", "model.perceiver_resampler"),
-            *("model.gated_cross_attn_layers", "model.text_model.layers"),
-        ),
-        "kept": {"lm_head": "logits decide between near neighbours", "additional_fc": "logits too, of added tokens"},
-    },
-}
+# Which linear layers: those of the parts that the family's record names (`minivlm.families`). Everything that is not an
+# `nn.Linear` stays: embeddings, norms, gates, patch convolutions, latents. To leave out more, name it in
+# `llm_int8_skip_modules` or `skip_modules`.
 
 
 def selected(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
@@ -36,15 +19,12 @@ def selected(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
 
     Raises ValueError for a name in `skip` that names nothing here.
     """
-    family = model.config.model_type
-    if family not in TABLE:
-        raise ValueError(f"no table says which layers of a {family!r} are quantised; known: {', '.join(TABLE)}")
-    parts, kept = TABLE[family]["quantised"], TABLE[family]["kept"]
+    record = families.family(model.config.model_type, "the model")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in set(skip) - set(present(model, skip)):
         raise ValueError(f"no module to skip is called {pattern!r}; names look like {', '.join(names[:3])}")
-    left = [name for name in names if name not in kept and not any(_inside(name, pattern) for pattern in skip)]
-    return [name for name in left if name.startswith(tuple(f"{part}." for part in parts))]
+    left = [name for name in names if name not in record.kept and not any(_inside(name, pattern) for pattern in skip)]
+    return [name for name in left if name.startswith(tuple(f"{part}." for part in record.quantised))]
 
 
 def present(model: nn.Module, patterns: Iterable[str]) -> list[str]:

@@ -82,7 +82,7 @@ def test_rope_scaling_survives_saving(config: Any, tmp_path: Path) -> None:
     """A null that we write is no default there: `truncate: null` once moved yarn's frequencies in transformers."""
     values = config.to_dict()
     values.get("text_config", values)["rope_parameters"] = YARN
-    ours = AutoModelForImageTextToText.from_config(family(config.model_type)[0].config_class.from_hub(values))
+    ours = AutoModelForImageTextToText.from_config(family(config.model_type).model_class.config_class.from_hub(values))
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert getattr(theirs, "text_config", theirs).rope_parameters == YARN

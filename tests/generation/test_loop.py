@@ -5,6 +5,7 @@ import functools
 import time
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -451,6 +452,44 @@ def test_own_functions_see_ids_and_scores(model):
     assert seen == [None] * 3
 
 
+SEARCHES = [{}, {"do_sample": True, "num_return_sequences": 3, "seed": 2}, {"num_beams": 3, "num_return_sequences": 3}]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_rows_know_why_they_ended(model, search):
+    """By an eos id, its last token; or cut at the limit, even if the text would have ended one token later."""
+    inputs, ends = batch(), list(range(10, 30))
+    output = model.generate(
+        **inputs, **search, max_new_tokens=6, eos_token_id=ends, pad_token_id=PAD, return_dict_in_generate=True
+    )
+    new = output.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = ["stop" if set(row) & set(ends) else "length" for row in new.tolist()]
+    assert output.finish_reasons == expected
+    assert set(expected) == {"stop", "length"}
+    if "num_beams" not in search:
+        steps = loop.stream(model, **inputs, **search, max_new_tokens=6, eos_token_id=ends, pad_token_id=PAD)
+        assert steps.finish_reasons == ["length"] * len(new)
+        assert torch.equal(torch.stack(list(steps), 1), new)
+        assert steps.finish_reasons == expected
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_time": 0}, "length"),
+        ({"max_length": 3}, "length"),
+        ({"max_new_tokens": 1, "eos_token_id": list(range(V))}, "stop"),  # at the limit, and ended all the same
+        ({"stopping_criteria": [lambda ids, scores: ids.shape[1] >= 4]}, "stop"),
+    ],
+    ids=["time", "length", "both", "own"],
+)
+def test_limits_cut_and_rules_end(model, search, limits, reason):
+    given = {"eos_token_id": None, "return_dict_in_generate": True, **limits}
+    output = model.generate(torch.tensor([[8, 9]]), **search, **given)
+    assert output.finish_reasons == [reason] * len(output.sequences)
+
+
 # ---- Twins: different ways to the same ids ----
 
 
@@ -630,6 +669,43 @@ def test_config_from_a_model_config_takes_the_text_ids_as_the_reference_does(mod
     assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (EOS, 1, PAD)
 
 
+def test_numbers_of_numpy_are_numbers(model, tmp_path):
+    """As settings of a call and of a config, one by one and in lists; written and read back."""
+    ids = torch.tensor([[8, 9], [8, 10]])
+    plain = {"max_new_tokens": 5, "repetition_penalty": 1.5, "bad_words_ids": [[3], [7, 9]], "eos_token_id": [5, 7]}
+    plain |= {"do_sample": True, "temperature": 0.5, "top_k": 7, "seed": 3, "num_return_sequences": 2}
+    ours = {name: np.asarray(value) if type(value) in (int, bool) else value for name, value in plain.items()}
+    ours |= {"max_new_tokens": np.int64(5), "repetition_penalty": np.float32(1.5), "temperature": np.float16(0.5)}
+    ours |= {"bad_words_ids": [[np.int32(3)], np.array([7, 9])], "eos_token_id": np.array([5, 7]), "seed": np.int64(3)}
+    expected = model.generate(ids, **plain)
+    assert torch.equal(model.generate(ids, **ours), expected)
+    seed, _ = ours.pop("seed"), plain.pop("seed")
+    config = GenerationConfig(**ours)
+    assert config == GenerationConfig(**plain)
+    assert torch.equal(model.generate(ids, generation_config=config, seed=seed), expected)
+    config.top_k = np.int64(7)  # set later
+    config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig(**plain)
+    with pytest.raises(ValueError, match="max_new_tokens should be an integer"):
+        model.generate(ids, max_new_tokens=np.bool_(True))
+
+
+def test_special_ids_outside_the_vocabulary_do_no_harm(model):
+    """They are never chosen; −1 is how some files say none. What would have to be embedded is an error."""
+    ids = torch.tensor([[8, 9], [8, 10]])
+    expected = model.generate(ids, eos_token_id=None, pad_token_id=None, max_new_tokens=6)
+    for eos in (V, [V + 1, -1], -1):
+        for search in ({}, {"min_new_tokens": 3}):
+            given = {"eos_token_id": eos, "pad_token_id": -1, "max_new_tokens": 6, **search}
+            assert torch.equal(model.generate(ids, **given), expected)
+    ends = {"eos_token_id": [int(expected[0, 4]), V], "max_new_tokens": 6, "num_beams": 2}
+    assert torch.equal(model.generate(ids, **ends, pad_token_id=-1), model.generate(ids, **ends, pad_token_id=None))
+    with pytest.raises(ValueError, match="pad_token_id should be one of the 99 tokens"):
+        model.generate(ids, pad_token_id=V)
+    with pytest.raises(ValueError, match="bos_token_id should be one of the 99 tokens"):
+        model.generate(bos_token_id=V)
+
+
 def test_precedence_is_call_then_argument_then_checkpoint(model, monkeypatch):
     monkeypatch.setattr(model, "generation_config", GenerationConfig(max_new_tokens=2, eos_token_id=None))
     ids, argument = torch.tensor([[8, 9]]), GenerationConfig(max_new_tokens=3)
@@ -792,6 +868,11 @@ def test_a_cache_without_room_or_news_is_an_error(model):
         model.generate(ids, past_key_values=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="past_key_values has 2 rows, the prompt 1"):
         model.generate(ids, past_key_values=model.new_cache(2, 9), max_new_tokens=2)
+
+
+def test_a_cache_of_transformers_is_refused_in_one_sentence(model):
+    with pytest.raises(ValueError, match=r"model\.new_cache\(rows, slots\), found transformers's DynamicCache"):
+        model.generate(torch.tensor([[8, 9]]), past_key_values=transformers.DynamicCache())
 
 
 def test_a_rule_that_returns_nothing_is_an_error(model):

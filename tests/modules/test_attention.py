@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from minivlm.modules.attention import Mask, _blocked, attention, choose_backend
+from minivlm.modules.attention import Mask, _blocked, attention, attention_taps, choose_backend
 from minivlm.modules.cache import KVCache
 
 
@@ -140,3 +140,23 @@ def test_slots_that_are_not_filled_are_not_seen(window: int | None, backend: str
         part = Mask(3, filled, causal=True, window=window, valid=valid[:, :filled])
         expected = attention(q, k[:, :, :filled], v[:, :, :filled], part, scale=0.3, backend=backend)
         torch.testing.assert_close(attention(q, k, v, whole, scale=0.3, backend=backend), expected)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_taps_get_all_weights_and_may_change_them(window: int | None) -> None:
+    """Rows sum to one over all keys, those outside a window included; other weights change the result."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = Mask(1, 9, causal=True, window=window)
+    expected = attention(q, k, v, mask, scale=0.4)
+    seen: list[torch.Tensor] = []
+    attention_taps.append(seen.append)
+    found = attention(q, k, v, mask, scale=0.4, backend="sdpa")
+    attention_taps[:] = [torch.zeros_like]
+    nothing = attention(q, k, v, mask, scale=0.4)
+    attention_taps.clear()
+    torch.testing.assert_close(found, expected)
+    assert not nothing.any()
+    (weights,) = seen
+    assert weights.shape == (2, 4, 1, 9)
+    torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), expected)

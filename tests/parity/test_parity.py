@@ -390,7 +390,7 @@ def test_a_release_has_its_stages(name: str) -> None:
     """Names are unique, every path exists in our model, and layers are all there."""
     config = next(preset for release, preset in PRESETS.items() if release.endswith(f"/{name}"))
     with torch.device("meta"):
-        model = family(config.model_type)[0](config)
+        model = family(config.model_type).model_class(config)
     stages = stages_of(config)
     assert len({stage.name for stage in stages}) == len(stages)
     for stage in stages:

@@ -26,7 +26,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def ours(config: Any) -> nn.Module:
-    model_class = family(config.model_type)[0]
+    model_class = family(config.model_type).model_class
     with torch.device("meta"):
         return model_class(model_class.config_class.from_hub(config.to_dict()))
 
@@ -37,7 +37,7 @@ def converted(config: Any, kept: list[str] | None) -> set[str]:
         reference = transformers.AutoModelForImageTextToText.from_config(config)
     kept = get_keys_to_not_convert(reference) if kept is None else kept
     reference = replace_with_bnb_linear(reference, kept, transformers.BitsAndBytesConfig(load_in_4bit=True))
-    prefixes = family(config.model_type)[0].hub_prefixes
+    prefixes = family(config.model_type).model_class.hub_prefixes
     names = [name for name, module in reference.named_modules() if type(module).__name__ == "Linear4bit"]
     return {local_name(f"{name}.", prefixes).rstrip(".") for name in names}
 
@@ -68,7 +68,7 @@ def test_every_linear_layer_is_either_quantised_or_kept_for_a_reason(name: str) 
         model = AutoModelForImageTextToText.from_config(PRESETS[name])
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     kept = linears - set(apply.selected(model))
-    assert kept == set(apply.TABLE[model.config.model_type]["kept"])
+    assert kept == set(family(model.config.model_type).kept)
 
 
 def test_skipping() -> None:
@@ -85,7 +85,7 @@ def test_skipping() -> None:
 def test_quantising_a_model_that_holds_its_weights() -> None:
     torch.manual_seed(0)
     config = oracle.idefics2_config()
-    model_class = family("idefics2")[0]
+    model_class = family("idefics2").model_class
     model = model_class(model_class.config_class.from_hub(config.to_dict()))
     weight = model.model.text_model.layers[0].mlp.up_proj.weight.detach().clone()
     apply.quantize(model, Int4Config(64))

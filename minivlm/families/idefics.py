@@ -1,0 +1,98 @@
+"""The record of IDEFICS."""
+
+from typing import Any
+
+import torch
+
+from minivlm.families.record import GATED_MLP, Family, Rows, Stage, decoder_layers, layers, vision_layers
+
+# Without `o_proj`: tokens that see no image may get anything there, which is set to 0 afterwards.
+CROSS = ("input_layernorm", "cross_attn.q_proj", "post_attention_layernorm", *GATED_MLP)
+
+
+def stages(config: Any) -> list[Stage]:
+    """In the order in which data flows. A resampler block is two stages, since its two halves are modules of their own,
+    and what each adds to the latents is their output."""
+    tower, text = "model.vision_model", "model.text_model"
+    woven: list[Stage] = []
+    for layer in decoder_layers(config.num_hidden_layers, text, "model"):
+        number, rest = divmod(layer.number, config.cross_layer_interval)
+        if rest == 0:
+            path = f"model.gated_cross_attn_layers.{number}"
+            attention = {"attention": "cross_attn", "heads": "cross_attn.o_proj"}
+            woven.append(Stage(f"gated block {number}", "tokens", path, number=number, parts=CROSS, **attention))
+        woven.append(layer)
+    return [
+        Stage("patch embedding", "patches", f"{tower}.embeddings"),
+        Stage("first norm", "patches", f"{tower}.pre_layrnorm"),
+        *vision_layers(config.vision_config.num_hidden_layers, tower),
+        *(_resampler(config.perceiver_config.resampler_depth) if config.use_resampler else []),
+        Stage("token embeddings", "tokens", "model.gated_cross_attn_layers.0", take="input", blame="model"),
+        *woven,
+        Stage("final norm", "tokens", f"{text}.norm", ("model.norm",)),
+        Stage("logits", "tokens", "", take="logits"),
+    ]
+
+
+def _resampler(depth: int) -> list[Stage]:
+    path = "model.perceiver_resampler"
+    attentions = layers(
+        depth,
+        "resampler attention {}",
+        "vectors",
+        f"{path}.blocks.{{}}.0",
+        parts=("latents_layer_norm", "q_proj", "output_proj"),
+        attention="",
+        heads="output_proj",
+    )
+    mlps = layers(depth, "resampler MLP {}", "vectors", f"{path}.blocks.{{}}.1", parts=("ln", "fc", "c_proj"))
+    pairs = [stage for pair in zip(attentions, mlps, strict=True) for stage in pair]
+    return [*pairs, Stage("resampler norm", "vectors", f"{path}.layer_norm", blame=path)]
+
+
+def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
+    """Ours are only those that a token sees."""
+    seen = inputs["image_attention_mask"].bool().any(1).flatten()  # (B·N,)
+    if not seen.any():
+        return {}
+    order = seen.nonzero()[:, 0]
+    select = {"minivlm": [torch.ones_like(order, dtype=torch.bool)], "transformers": [seen]}
+    return {
+        "patches": Rows(select, ("image", "place"), order),
+        "vectors": Rows(select, ("image", "vector"), order),
+    }
+
+
+def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]] | None:
+    """pixel_values (1, N, …), image_attention_mask (1, P, N). Tokens that see what the last kept one sees run without
+    images, since the cache holds it; those after them run with the new images. None if they see an old one."""
+    pixels, mask = inputs["pixel_values"], inputs["image_attention_mask"]
+    if not kept:
+        return 0, {"pixel_values": pixels, "image_attention_mask": mask}
+    other = (mask[0, kept:] != mask[0, kept - 1]).any(1).nonzero()  # positions after `kept`
+    if not len(other):
+        return 0, {}
+    blind = kept + int(other[0])
+    if old == mask.shape[2] or mask[0, blind:, :old].any():
+        return None
+    return blind, {"pixel_values": pixels[:, old:], "image_attention_mask": mask[:, blind:, old:]}
+
+
+# Quantised: what transformers' bitsandbytes integration converts, vision tower included.
+IDEFICS = Family(
+    model_type="idefics",
+    model="minivlm.models.idefics:IdeficsForVisionText2Text",
+    processor="minivlm.processing.idefics:IdeficsProcessor",
+    presets="minivlm.models.idefics:PRESETS",
+    quantised=(
+        "model.vision_model.encoder",
+        "model.perceiver_resampler",
+        "model.gated_cross_attn_layers",
+        "model.text_model.layers",
+    ),
+    kept={"lm_head": "logits decide between near neighbours", "additional_fc": "logits too, of added tokens"},
+    stages=stages,
+    image_rows=image_rows,
+    new_images=new_images,
+    takes_items=True,
+)

@@ -1,0 +1,89 @@
+"""The record of Idefics2."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlm.families.record import GATED, GATED_MLP, QKV, Family, Rows, Stage, decoder_layers, layers, vision_layers
+
+RESAMPLER = ("input_latents_norm", QKV[0], "self_attn.o_proj", "post_attention_layernorm", *GATED_MLP)
+
+
+def stages(config: Any) -> list[Stage]:
+    """In the order in which data flows."""
+    tower, connector, text = "model.vision_model", "model.connector", "model.text_model"
+    resampler = f"{connector}.perceiver_resampler"
+    resampling = layers(
+        config.perceiver_config.resampler_depth,
+        "resampler layer {}",
+        "vectors",
+        f"{resampler}.layers.{{}}",
+        parts=RESAMPLER,
+        attention="self_attn",
+        heads="self_attn.o_proj",
+    )
+    return [
+        Stage("patch embedding", "patches", f"{tower}.embeddings"),
+        *vision_layers(config.vision_config.num_hidden_layers, tower),
+        Stage("vision norm", "patches", f"{tower}.post_layernorm"),
+        Stage("projection", "patches", f"{connector}.modality_projection", parts=GATED),
+        *resampling,
+        Stage("resampler norm", "vectors", f"{resampler}.norm", blame=resampler),
+        Stage("merged embeddings", "tokens", f"{text}.layers.0", take="input", blame="model"),
+        *decoder_layers(config.text_config.num_hidden_layers, text),
+        Stage("final norm", "tokens", f"{text}.norm"),
+        Stage("logits", "tokens", "", take="logits"),
+    ]
+
+
+def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
+    """Ours run in groups of one size, in order of appearance; theirs are all real images at once, padded."""
+    masks = patch_masks(inputs, config.vision_config.patch_size)  # (B·N, h, w)
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for image, mask in enumerate(masks):
+        if mask.any():
+            groups[int(mask.any(1).sum()), int(mask.any(0).sum())].append(image)
+    order = torch.tensor([image for group in groups.values() for image in group])
+    if not len(order):
+        return {}
+    place = masks.flatten(1).any(1).cumsum(0) - 1  # of an image among the real ones
+    patches = torch.cat([F.pad(masks[n].flatten().nonzero(), (1, 0), value=int(n)) for n in order])  # (R, 2)
+    ours = [masks[group][:, :high, :wide].flatten(1) for (high, wide), group in groups.items()]
+    every = [torch.ones(len(group), dtype=torch.bool) for group in groups.values()]
+    theirs = place[patches[:, 0]], patches[:, 1]
+    return {
+        "patches": Rows({"minivlm": ours, "transformers": [theirs]}, ("image", "patch"), patches),
+        "vectors": Rows({"minivlm": every, "transformers": [place[order]]}, ("image", "vector"), order),
+    }
+
+
+def patch_masks(inputs: dict[str, Any], patch: int) -> Tensor:
+    """(B·N, h, w) bool: a patch counts if all of its pixels do. Without a mask, all of an image that is not 0."""
+    pixels, mask = inputs["pixel_values"].flatten(0, 1), inputs.get("pixel_attention_mask")
+    drawn = pixels.flatten(1).any(1)[:, None, None].expand(-1, *pixels.shape[2:])
+    mask = drawn if mask is None else mask.flatten(0, 1)
+    return F.max_pool2d(1.0 - mask.float()[:, None], patch)[:, 0] == 0
+
+
+def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]]:
+    """pixel_values (1, N, …): all images have equally many crops."""
+    if old == images:
+        return 0, {}
+    crops = old * (inputs["pixel_values"].shape[1] // images)
+    return 0, {name: inputs[name][:, crops:] for name in ("pixel_values", "pixel_attention_mask")}
+
+
+# Quantised: what transformers' bitsandbytes integration converts, vision tower included.
+IDEFICS2 = Family(
+    model_type="idefics2",
+    model="minivlm.models.idefics2:Idefics2ForConditionalGeneration",
+    processor="minivlm.processing.idefics2:Idefics2Processor",
+    presets="minivlm.models.idefics2:PRESETS",
+    quantised=("model.vision_model.encoder", "model.connector", "model.text_model.layers"),
+    stages=stages,
+    image_rows=image_rows,
+    new_images=new_images,
+)

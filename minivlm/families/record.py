@@ -1,0 +1,200 @@
+"""What the rest of minivlm has to know about one family of models: plain data, and functions of its inputs.
+
+A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records stand below every
+other room but `modules`, so they name classes by reference: "minivlm.models.idefics2:PRESETS".
+
+B rows of the batch, T tokens, N images (Idefics2: crops; LLaVA-NeXT: tiles), P patches, R rows of a stage, C its width.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# ---- Stages ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A point in the data flow of a model: the output (or input) of one module.
+
+    rows: what its rows are, a key of `Family.rows`.  ours, theirs: the module's path here and in transformers, where
+    there is one path for each way its versions spell it.  take: its "output", its "input", or a field of the whole
+    model's output.  blame: the module to name when the stage diverges, if it is another one.  number: of its layer.
+    parts: modules inside it, in the order in which data flows, that can be stages too: see `opened`.
+    attention: the attention module inside it, if it has one ("" = the stage's own module), whose weights and per-head
+    outputs can be watched.  heads: that module's output projection.
+    """
+
+    name: str
+    rows: str
+    ours: str
+    theirs: tuple[str, ...] = ()
+    take: str = "output"
+    blame: str | None = None
+    number: int | None = None
+    parts: tuple[str, ...] = ()
+    attention: str | None = None
+    heads: str = ""
+
+    def opened(self) -> list["Stage"]:
+        """Its parts as stages, then itself."""
+        found = [
+            Stage(
+                f"{self.name}, {part.rpartition('.')[2]}",
+                self.rows,
+                f"{self.ours}.{part}",
+                tuple(f"{path}.{part}" for path in self.theirs),
+                number=self.number,
+            )
+            for part in self.parts
+        ]
+        return [*found, self]
+
+    def paths(self, code: str) -> tuple[str, ...]:
+        """Where the module may be, in a model of "minivlm" or "transformers"."""
+        return (self.ours,) if code == "minivlm" or not self.theirs else self.theirs
+
+
+# Modules with the same name and the same rows on both sides, inside a block. Rotation, mask and softmax lie between the
+# projections of queries, keys and values and `o_proj`; the activation lies between `up_proj` and `down_proj`.
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+VISION = ("layer_norm1", *QKV, "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2")
+DECODER = ("input_layernorm", *QKV, "self_attn.o_proj", "post_attention_layernorm", *GATED_MLP)
+
+
+def layers(
+    count: int,
+    name: str,
+    rows: str,
+    ours: str,
+    *theirs: str,
+    parts: tuple[str, ...] = (),
+    attention: str | None = None,
+    heads: str = "",
+) -> list[Stage]:
+    """One stage a layer; `{}` in name and paths stands for its number."""
+    return [
+        Stage(
+            name.format(n),
+            rows,
+            ours.format(n),
+            tuple(path.format(n) for path in theirs),
+            number=n,
+            parts=parts,
+            attention=attention,
+            heads=heads,
+        )
+        for n in range(count)
+    ]
+
+
+def vision_layers(count: int, *towers: str) -> list[Stage]:
+    """The blocks of a vision tower at this path here, then at these in transformers, if spelled otherwise there."""
+    paths = (f"{tower}.encoder.layers.{{}}" for tower in towers)
+    options = {"parts": VISION, "attention": "self_attn", "heads": "self_attn.out_proj"}
+    return layers(count, "vision layer {}", "patches", *paths, **options)
+
+
+def decoder_layers(count: int, *texts: str) -> list[Stage]:
+    """The blocks of a text decoder, likewise."""
+    paths = (f"{text}.layers.{{}}" for text in texts)
+    options = {"parts": DECODER, "attention": "self_attn", "heads": "self_attn.o_proj"}
+    return layers(count, "decoder layer {}", "tokens", *paths, **options)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which vectors of a stage's output count: padding and images that no token sees may hold anything.
+
+    select: for each code, what picks the rows from the output of the 1st, 2nd, … time that the module runs.
+    names: of the two coordinates of a row.  places: (R, 2), these coordinates; or (N,), the first of them, where each
+    of N things has equally many rows.
+    """
+
+    select: dict[str, list[Any]]
+    names: tuple[str, str]
+    places: Tensor
+
+    def pick(self, code: str, call: int, output: Tensor) -> Tensor:
+        """The rows (R, C) of one call's output. Raises IndexError if it has another shape, or is one call too many.
+
+        An edit may send the images through as the other code does, all at once or group by group: that is no error.
+        """
+        other = next(each for each in self.select if each != code)
+        for name in (code, other):
+            with contextlib.suppress(IndexError):
+                return output[self.select[name][call]].flatten(0, -2)
+        raise IndexError(f"call {call + 1} gave {tuple(output.shape)}, which does not fit the inputs")
+
+    def place(self, row: int, rows: int) -> str:
+        """The name of one row of `rows` in all: "image 0, patch 17"."""
+        if self.places.ndim == 2:
+            first, second = self.places[row].tolist()
+        else:
+            each = max(1, rows // len(self.places))
+            first, second = int(self.places[min(row // each, len(self.places) - 1)]), row % each
+        return f"{self.names[0]} {first}, {self.names[1]} {second}"
+
+
+# ---- The record ------------------------------------------------------------------------------------------------------
+
+
+def no_images(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
+    """For a family whose vision part has no stages."""
+    return {}
+
+
+def equal_shares(processor: Any, inputs: dict[str, Any], image_tokens: int, images: int) -> list[int]:
+    """Every image takes as many tokens of the prompt as every other."""
+    return [image_tokens // images] * images if images else []
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models. Classes and tables that stand above this room are "module:name", resolved when used.
+
+    model_type: as in config.json.  model, processor: classes.  presets: configurations by Hub name.
+    quantised: the parts whose linear layers are quantised, all of them.  kept: linear layers that never are, and why.
+    stages: of a model with this configuration, in the order in which data flows.
+    image_rows: kinds of rows that stages have besides "tokens", for these inputs; {} if they hold no image.
+    image_lengths: (processor, inputs, image tokens of the prompt, images) → how many image tokens each image takes.
+    new_images: (inputs, kept, old, images) → how many ids to run before the new images, and the model inputs for the
+    images after the first `old`, where the first `kept` ids are in the cache; None = start again from the beginning.
+    takes_items: its processor takes a list of texts and images in transformers, not one text with image tokens.
+    """
+
+    model_type: str
+    model: str
+    processor: str
+    quantised: tuple[str, ...]
+    stages: Callable[[Any], list[Stage]]
+    new_images: Callable[[dict[str, Any], int, int, int], tuple[int, dict[str, Any]] | None]
+    kept: dict[str, str] = field(default_factory=lambda: {"lm_head": "logits decide between near neighbours"})
+    image_rows: Callable[[dict[str, Any], Any], dict[str, Rows]] = no_images
+    image_lengths: Callable[[Any, dict[str, Any], int, int], list[int]] = equal_shares
+    presets: str | None = None
+    takes_items: bool = False
+
+    @property
+    def model_class(self) -> Any:
+        return _resolved(self.model)
+
+    @property
+    def processor_class(self) -> Any:
+        return _resolved(self.processor)
+
+    @property
+    def released(self) -> dict[str, Any]:
+        """Configurations of the released checkpoints, by Hub name."""
+        return {} if self.presets is None else _resolved(self.presets)
+
+
+def _resolved(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,1 @@
+"""Fine-tuning: low-rank adapters, labels, the loop."""

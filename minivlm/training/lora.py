@@ -1,0 +1,281 @@
+"""Low-rank adapters: LoRA (Hu et al. 2021), rank-stabilised (Kalajdzievski 2023) and DoRA (Liu et al. 2024).
+
+    y = W x + s · B (A x)        A (r, in), B (out, r), s = alpha / r; W is frozen and may be quantised (QLoRA)
+
+`apply` takes a finished model and puts a `LoRALinear` in the place of each layer it targets, so model files stay plain.
+Names and arithmetic are PEFT's; what an adapter's folder holds is read and written by `adapters.py`.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivlm.quantization.linear import QuantizedLinear
+from minivlm.training import targets
+from minivlm.training.targets import LoraConfig
+
+
+class LoRALinear(nn.Module):
+    """A linear layer and its low-rank change. Stands where `base_layer`, quantised or not, stood."""
+
+    def __init__(self, base_layer: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        device = next(base_layer.buffers() if self.quantised else base_layer.parameters(), torch.empty(0)).device
+        options = {"device": device, "dtype": torch.float32}  # also over 16 bits, where small steps would be lost
+        self.lora_A = nn.Parameter(torch.empty(r, base_layer.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(base_layer.out_features, r, **options))
+        self.lora_magnitude_vector = None
+        if config.use_dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(base_layer.out_features, **options))
+
+    @property
+    def quantised(self) -> bool:
+        return isinstance(self.base_layer, QuantizedLinear)
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base_layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The changed weight (out, in), made anew at each call, in the dtype of the base's."""
+        return self.changed().to(self.base_layer.dtype if self.quantised else self.base_layer.weight.dtype)
+
+    @torch.no_grad()
+    def initialize(self, how: bool | str) -> None:
+        """Random A, and B zero; see `LoraConfig.init_lora_weights`."""
+        if how == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / len(self.lora_A))
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # ±1/sqrt(in)
+        nn.init.zeros_(self.lora_B)
+        if how is False:
+            nn.init.normal_(self.lora_B)
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self._row_norms())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out), same dtype. The change is computed in fp32, unless autocast says otherwise."""
+        y = self.base_layer(x)
+        if self.lora_magnitude_vector is not None:
+            return self._dora(x, y)
+        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (…, r)
+        if y.dtype == self.lora_B.dtype and h.dtype == y.dtype:  # one product that adds, for the sum below
+            added = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.lora_B.T, alpha=self.scaling)
+            return added.view_as(y)
+        change = F.linear(h, self.lora_B) * self.scaling
+        return y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
+
+    def _dora(self, x: Tensor, y: Tensor) -> Tensor:
+        """m / ‖W + s·BA‖ · (W + s·BA) x + bias; the norm is a constant for the gradient (their section 4.3)."""
+        dropped = self.dropout(x.to(self.lora_A.dtype))
+        scale = self.lora_magnitude_vector / self._row_norms()  # (out,)
+        if self.training and isinstance(self.dropout, nn.Dropout):
+            plain = F.linear(dropped, self._base_weight())
+        else:
+            plain = y if self.bias is None else y - self.bias
+        change = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scaling
+        return (y + (scale - 1) * plain + scale * change).to(y.dtype)
+
+    def _base_weight(self) -> Tensor:
+        if self.quantised:
+            return self.base_layer.dequantize(torch.float32)
+        return self.base_layer.weight.detach().float()
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """‖W + s·BA‖ of each output, (out,)."""
+        return torch.linalg.norm(self._base_weight() + self.scaling * (self.lora_B @ self.lora_A), dim=1)
+
+    @torch.no_grad()
+    def changed(self) -> Tensor:
+        """W + s·BA, for DoRA with rows of the trained lengths, (out, in) in fp32."""
+        weight = self._base_weight() + (self.lora_B.float() @ self.lora_A.float()) * self.scaling
+        if self.lora_magnitude_vector is None:
+            return weight
+        return weight * (self.lora_magnitude_vector / torch.linalg.norm(weight, dim=1))[:, None]
+
+
+class LoRAEmbedding(nn.Module):
+    """An embedding table (V, C) and its low-rank change, (B A)ᵀ · s with A (r, V) and B (C, r)."""
+
+    def __init__(self, base_layer: nn.Embedding, r: int, alpha: float, config: LoraConfig) -> None:
+        super().__init__()
+        if config.use_dora:
+            raise ValueError("DoRA of an embedding table is not supported; train it whole, as modules_to_save")
+        self.base_layer = base_layer
+        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        options = {"device": base_layer.weight.device, "dtype": torch.float32}
+        self.lora_embedding_A = nn.Parameter(torch.empty(r, base_layer.num_embeddings, **options))
+        self.lora_embedding_B = nn.Parameter(torch.empty(base_layer.embedding_dim, r, **options))
+
+    @property
+    def weight(self) -> Tensor:
+        """The changed table (V, C), made anew at each call, in the dtype of the base's."""
+        return self.changed().to(self.base_layer.weight.dtype)
+
+    @torch.no_grad()
+    def initialize(self, how: bool | str) -> None:
+        """Here A is zero and B random, as in PEFT."""
+        nn.init.zeros_(self.lora_embedding_A)
+        if how is False:
+            nn.init.normal_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (…) → (…, C)."""
+        y = self.base_layer(ids)
+        h = F.embedding(ids, self.lora_embedding_A.T)  # (…, r)
+        return (y + (h @ self.lora_embedding_B.T) * self.scaling).to(y.dtype)
+
+    @torch.no_grad()
+    def changed(self) -> Tensor:
+        change = (self.lora_embedding_B.float() @ self.lora_embedding_A.float()).T * self.scaling
+        return self.base_layer.weight.float() + change
+
+
+ADAPTED = (LoRALinear, LoRAEmbedding)
+
+
+def apply(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Freeze a model but for what `config` names, putting low-rank layers in place; names of the targeted layers.
+
+    ValueError if nothing matches, if a target can have no low-rank change, or if there is an adapter already.
+    """
+    if config.target_modules in targets.PRESETS:
+        config = replace(config, target_modules=targets.preset_pattern(model, config.target_modules))
+    names = spelling(model)
+    chosen = targeted(model, config, names)
+    if not chosen:
+        raise ValueError(
+            f"target_modules {config.target_modules!r:.200} matches no layer; names look like "
+            f"{', '.join([name for name in names if name.endswith('_proj')][:3])}"
+        )
+    layers = wrap(model, config, {theirs: names[theirs] for theirs in chosen})
+    for layer in layers.values():
+        layer.initialize(config.init_lora_weights)
+    set_trainable(model, config)
+    return list(layers)
+
+
+def spelling(model: nn.Module, generation: int = 0) -> dict[str, str]:
+    """transformers' name of every module → ours; generation 0 is its version 5."""
+    table = targets.generations(model)[generation]
+    return {targets.spelled(name, table): name for name, _ in model.named_modules() if name}
+
+
+def targeted(model: nn.Module, config: LoraConfig, names: dict[str, str]) -> list[str]:
+    """transformers' names of the layers that get low-rank matrices. ValueError for one that can have none, and for a
+    model that has an adapter."""
+    if getattr(model, "adapter_config", None) is not None:
+        raise ValueError("this model has an adapter already; merge it first (minivlm.training.lora.merge)")
+    leaves = {theirs: model.get_submodule(ours) for theirs, ours in names.items()}
+    leaves = {theirs: module for theirs, module in leaves.items() if not any(True for _ in module.children())}
+    linear = nn.Linear | QuantizedLinear
+    linears = [theirs for theirs, module in leaves.items() if isinstance(module, linear) and theirs != "lm_head"]
+    linears = [theirs for theirs in linears if theirs != "language_model.lm_head"]
+    chosen = targets.targeted(config, leaves, linears)
+    for theirs in chosen:
+        if not isinstance(leaves[theirs], linear | nn.Embedding):
+            kind = type(leaves[theirs]).__name__
+            raise ValueError(
+                f"target_modules matches {theirs}, a {kind}, which has no low-rank change here: linear layers and "
+                "embeddings do; write the targets more narrowly, or exclude it by exclude_modules"
+            )
+    return chosen
+
+
+def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[str, LoRALinear | LoRAEmbedding]:
+    """Put low-rank layers, their numbers not yet set, in the place of the `chosen` ones; by our names.
+
+    chosen: transformers' name → ours; rank and alpha patterns match the former.
+    """
+    ranks = targets.valued(config.rank_pattern, config.r, list(chosen))
+    alphas = targets.valued(config.alpha_pattern, config.lora_alpha, list(chosen))
+    layers = {}
+    for theirs, ours in chosen.items():
+        base = model.get_submodule(ours)
+        kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
+        layers[ours] = kind(base, ranks[theirs], alphas[theirs], config)
+        layers[ours].train(base.training)
+        model.set_submodule(ours, layers[ours])
+    model.adapter_config = config
+    return layers
+
+
+def whole(model: nn.Module, config: LoraConfig, generation: int = 0) -> dict[str, str]:
+    """The parameters of `modules_to_save`, transformers' names → ours. ValueError for an entry that names nothing."""
+    table = targets.generations(model)[generation]
+    ours = {targets.spelled(name, table): name for name, _ in model.named_parameters()}
+    modules = list(spelling(model, generation))
+    for entry in config.modules_to_save or ():
+        if not any(module.endswith(entry) for module in modules):
+            raise ValueError(f"modules_to_save names {entry!r:.80}, but no module's name ends so")
+    chosen = targets.saved_whole(config, modules, ours)
+    return {theirs: ours[theirs] for theirs in chosen}
+
+
+def set_trainable(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze everything but the adapter of this configuration."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, ADAPTED):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+            if config.bias == "lora_only" and isinstance(module, LoRALinear) and module.bias is not None:
+                module.bias.requires_grad_(True)
+    saved = set(whole(model, config).values())
+    for name, parameter in model.named_parameters():
+        if name in saved or (config.bias == "all" and name.rpartition(".")[2] == "bias"):
+            parameter.requires_grad_(True)
+
+
+def trained(model: nn.Module) -> dict[str, int]:
+    """How many numbers of each part ("text", "connector", "vision", "head") are trained."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[targets.part_of(model.config.model_type, name)] += parameter.numel()
+    return dict(counts)
+
+
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Add an adapter to the weights it changes, and take it off; in place.
+
+    A quantised base becomes plain weights first, of `dtype` (None: that the model computes in): to round the sum to
+    four bits again would lose most of the adapter. The sum is made in fp32 and rounded once.
+    """
+    dtype = dtype or model.dtype
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRAEmbedding) or (isinstance(module, LoRALinear) and not module.quantised):
+            weight = module.changed().to(module.base_layer.weight.dtype)
+            module.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            model.set_submodule(name, module.base_layer)
+        elif isinstance(module, LoRALinear):
+            model.set_submodule(name, _plain(module.changed(), module.bias, dtype))
+        elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
+            model.set_submodule(name, _plain(module.dequantize(torch.float32), module.bias, dtype))
+    model.adapter_config = model.quantization_config = None
+    return model
+
+
+def _plain(weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    linear.bias = bias
+    return linear.eval()
