@@ -12,13 +12,14 @@ reads back as other tokens than were generated costs these tokens once more, and
 P ids of the prompt, N pictures in it.
 """
 
-import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from minivlm.app.answer import Answer, finish_reason, settings_over
 from minivlm.families import family
 from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
@@ -60,7 +61,9 @@ class Chat:
     An answer has at most `max_new_tokens` (256 if nobody says), and fewer where positions end. The processor, but not
     the model, looks at all pictures in every turn.
 
-    messages: the conversation so far, in the form of `apply_chat_template`. A turn enters when its answer is complete.
+    messages: the conversation so far, in the form of `apply_chat_template`. A turn enters when its answer is complete,
+    or stopped by `stop`.
+    last: the latest answer, with why it ended (`last.finish_reason`), how many tokens and seconds it took; None before.
 
     Raises ValueError for a checkpoint without a chat template.
     """
@@ -73,6 +76,8 @@ class Chat:
             )
         self.model, self.processor, self.system, self.settings = model, processor, system, settings
         self._family = family(model.config.model_type, "the model")
+        self.last: Answer | None = None
+        self._begun = self._stopped = False  # of the answer that is being read
         self._answer: Iterator[str] | None = None
         self.reset()
 
@@ -104,10 +109,19 @@ class Chat:
         self._answer = self._turn(messages, {"tokenizer": self.processor.tokenizer, **self.settings, **settings})
         return self._answer
 
+    def stop(self) -> bool:
+        """End the answer that is being read after its next token and keep what there is of it.
+
+        Return False if it has not begun: then there is nothing to keep. Signal handlers may call it.
+        """
+        self._stopped = self._begun
+        return self._stopped
+
     # ---- One turn
 
     def _turn(self, messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[str]:
         """Errors in the conversation or its length are raised at once, all others while the answer is read."""
+        begin = time.perf_counter()
         prompt = self._render(messages)
         settings["max_new_tokens"] = new = self._new_tokens(settings, len(prompt.ids))
         kept = self._kept(prompt)
@@ -116,7 +130,7 @@ class Chat:
             kept, given = 0, (0, self._new_images(prompt, 0)[1])
         self._make_room(kept, len(prompt.ids) + new)
         self._ids, self._prompt = list(prompt.ids), replace(prompt, inputs={})  # pixels are large
-        return self._read(messages, self._tokens(*given, settings))
+        return self._read(messages, self._tokens(*given, settings), settings, begin)
 
     def _render(self, messages: list[dict[str, Any]]) -> Prompt:
         inputs = self.processor.apply_chat_template(
@@ -147,17 +161,39 @@ class Chat:
         check("max_new_tokens", wanted, is_whole(wanted, 1), "an integer > 0")
         return min(wanted, limit - length)
 
-    def _read(self, messages: list[dict[str, Any]], tokens: Iterator[int]) -> Iterator[str]:
+    def _read(
+        self, messages: list[dict[str, Any]], tokens: Iterator[int], settings: dict[str, Any], begin: float
+    ) -> Iterator[str]:
         """Decode the answer; at its end the turn enters the conversation."""
-        begin = len(self._ids)
+        prompt, cached, first = len(self._ids), self._cache.length, 0.0
+        self._begun = self._stopped = False
+
+        def timed() -> Iterator[int]:
+            nonlocal first
+            for token in tokens:
+                first = first or time.perf_counter() - begin
+                self._begun = True
+                yield token
+                if self._stopped:
+                    return
+
         try:
-            yield from incremental_text(self._decode, tokens)
+            yield from incremental_text(self._decode, timed())
         except GeneratorExit:  # between two tokens: the cache is whole
             raise
         except BaseException:  # perhaps in the middle of a forward pass
             self._forget()
             raise
-        self.messages = [*messages, _message("assistant", self._decode(self._ids[begin:]).strip())]
+        finally:
+            self._begun = False
+        new, limit = self._ids[prompt:], settings["max_new_tokens"]
+        config = settings_over(self.model, settings)
+        reason, _ = finish_reason(self._ids[:prompt], new, limit, config, self.processor.tokenizer.decode)
+        if self._stopped and reason != "stop" and len(new) < limit:
+            reason = "interrupted"
+        text, seconds = self._decode(new).strip(), time.perf_counter() - begin
+        self.last = Answer(text, reason, prompt, len(new), limit, seconds, first, cached)
+        self.messages = [*messages, _message("assistant", text)]
 
     def _decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
@@ -169,7 +205,13 @@ class Chat:
         if blind > self._cache.length:
             loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **pictures}
-        for token in loop.stream(self.model, ids, **inputs, **settings):
+        beams = settings_over(self.model, settings).num_beams or 1
+        if beams > 1:  # known at their end only; this cache keeps the prompt, beams go on in copies of it
+            found = loop.generate(self.model, ids, **inputs, **{**settings, "return_dict_in_generate": False})
+            steps = iter(found[:, ids.shape[1] :].T)
+        else:
+            steps = loop.stream(self.model, ids, **inputs, **settings)
+        for token in steps:
             if len(token) != 1:
                 raise ValueError(
                     f"a conversation goes on with one answer; pass num_return_sequences=1, not {len(token)}"
@@ -242,42 +284,3 @@ def incremental_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> 
     rest = decode(seen)[len(told) :]
     if rest:
         yield rest
-
-
-# ---- At the terminal ----
-
-
-def talk(
-    chat: Chat,
-    pictures: Iterable[Any],
-    lines: Iterable[str],
-    show: Callable[[Iterator[str]], None],
-    complain: Callable[[Exception], Any],
-) -> int:
-    """Answer line after line, the first one about `pictures`, until they end or one says /quit; how many have failed.
-
-    `/image PATH` adds a picture to the next question, `/reset` forgets everything. `show` prints the pieces of an
-    answer, `complain` an error, after which the conversation goes on as if the line had not been there.
-    """
-    failed, waiting = 0, list(pictures)
-    for line in map(str.strip, lines):
-        command, _, argument = line.partition(" ")
-        try:
-            if command == "/quit":
-                break
-            if command == "/reset":
-                chat.reset()
-                waiting = []
-            elif command == "/image":
-                waiting.append(fetch_picture(chat.processor, argument.strip()))
-            elif re.fullmatch(r"/\w*", line):
-                raise ValueError(f"{line} is no command; /image PATH, /reset and /quit are")
-            elif line:
-                show(chat.stream(line, waiting))
-                waiting = []
-        except BrokenPipeError:  # an OSError, but nobody is there to hear of it
-            raise
-        except ERRORS as error:
-            complain(error)
-            failed += 1
-    return failed

@@ -34,7 +34,7 @@ minivlm chat docs/shapes.png"""
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code; argparse itself exits with 2, or with 0 after `--help`."""
     argv = sys.argv[1:] if argv is None else argv
-    terminal.accept_any_text()
+    terminal.prepare()
     verb, *rest = argv or [""]
     if verb in ("-V", "--version"):
         print(f"minivlm {__version__}")

@@ -1,35 +1,51 @@
-"""Options that several verbs share, and the processor and model that they describe."""
+"""Options that several verbs share, and the processor, model and settings that they describe."""
 
 import argparse
+import difflib
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from minivlm.app import terminal
 
 DEFAULT_MODEL = "shapes-idefics2"
+FORMATS = ["nf4", "fp4", "int4", "int8"]
+# Settings that only make sense where tokens are drawn: any of them switches sampling on.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# They would change what `generate` returns, or are options of their own.
+NOT_HERE = {
+    "return_dict_in_generate": "the command line prints answers only",
+    "output_scores": "the command line prints answers only",
+    "output_logits": "the command line prints answers only",
+    "num_return_sequences": "a question has one answer here",
+    "max_length": "it counts the prompt too; use max_new_tokens",
+}
+WORDS = {"True": True, "False": False, "None": None}
 
 
 class UsageError(Exception):
     """Options that argparse takes but that make no sense together: one line and exit code 2."""
 
 
+# ---- The model
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options of every verb that runs a model."""
+    group = parser.add_argument_group("the model")
     weights = "of the weights; auto (default): the checkpoint's own on a CPU, bfloat16 on a GPU"
-    parser.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=weights)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    parser.add_argument(
-        "--attn", choices=["eager", "sdpa", "triton"], help="attention backend (default: best for both)"
+    attention = "attention backend (default: best for the device); triton needs a GPU"
+    group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=weights)
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help=attention)
+    group.add_argument("--quantize", choices=FORMATS, help="turn the weights into 4 or 8 bits as they are read")
+    group.add_argument("--no-split", action="store_true", help="send each image once, without its four quarters")
+    group.add_argument(
+        "--chat-template", metavar="NAME|FILE", help="of the prompt (default: the checkpoint's own); vicuna, mistral, …"
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="stop there")
-    parser.add_argument("--no-split", action="store_true", help="send each image once, without its four quarters")
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, for `type=`."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
 
 
 def model_name(arguments: argparse.Namespace) -> str:
@@ -39,10 +55,38 @@ def model_name(arguments: argparse.Namespace) -> str:
     return arguments.model or DEFAULT_MODEL
 
 
-def load_processor(name: str, arguments: argparse.Namespace) -> Any:
-    from minivlm import AutoProcessor
+def check_name(name: str) -> None:
+    """ValueError with a suggestion for a name without a slash that is neither a folder nor built in."""
+    from minivlm.auto import PRESETS
+    from minivlm.checkpoint import hub
 
-    processor = AutoProcessor.from_pretrained(name)
+    built_in = hub.built_in()
+    if "/" in name or name in built_in or Path(name).expanduser().exists():
+        return
+    ends = {release.rpartition("/")[2]: release for release in PRESETS}
+    close = difflib.get_close_matches(name, [*ends, *built_in], n=1)
+    meant = f"did you mean {ends.get(close[0], close[0])}?" if close else "a Hub id has the form owner/name"
+    raise ValueError(f"there is no folder {name} and no built-in model of that name ({', '.join(built_in)}); {meant}")
+
+
+def load_processor(name: str, arguments: argparse.Namespace) -> Any:
+    """The processor of a checkpoint. ValueError if it has no chat template and none is given."""
+    check_name(name)
+
+    from minivlm import AutoProcessor
+    from minivlm.text.chat_template import KNOWN
+
+    template = arguments.chat_template
+    if template is not None and template not in KNOWN and Path(template).is_file():
+        template = Path(template).read_text(encoding="utf-8")
+    elif template is not None and template not in KNOWN and "{" not in template:
+        raise ValueError(f"--chat-template: no file {template!r}, and the known names are {', '.join(KNOWN)}")
+    processor = AutoProcessor.from_pretrained(name, chat_template=template)
+    if processor.chat_template is None:
+        raise ValueError(
+            f"{name} has no chat template (it is not tuned for chat); --chat-template takes a file or one of "
+            f"{', '.join(KNOWN)}"
+        )
     if arguments.no_split:
         if not hasattr(processor.image_processor, "do_image_splitting"):
             raise ValueError(f"--no-split: {name} does not split images")
@@ -53,13 +97,30 @@ def load_processor(name: str, arguments: argparse.Namespace) -> Any:
 def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str | None) -> Any:
     from minivlm import AutoModelForImageTextToText
 
+    config = None if arguments.quantize is None else quantization(arguments.quantize)
     return AutoModelForImageTextToText.from_pretrained(
-        name, device_map=device, dtype=dtype, attn_implementation=arguments.attn
+        name, device_map=device, dtype=dtype, attn_implementation=arguments.attn, quantization_config=config
+    )
+
+
+def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None) -> Any:
+    """The configuration behind `--quantize` and `--format`.  skip: modules that stay as they are."""
+    from minivlm import BitsAndBytesConfig, Int4Config
+
+    if kind == "int4":
+        return Int4Config(group_size, skip or [])
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip or None)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=skip or None,
     )
 
 
 def device_and_dtype(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """Where to run, and in what; None keeps the checkpoint's own dtype. ValueError for a device that is not there."""
+    """Where to run, and in what; None keeps the checkpoint's own dtype. ValueError for a device that cannot be used."""
     import torch
 
     from minivlm.checkpoint.loading import wanted_device
@@ -67,6 +128,105 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[str, str | None]:
     device = wanted_device(arguments.device or "auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    check_attention(arguments.attn, device.type)
     if arguments.dtype != "auto":
         return str(device), arguments.dtype
     return str(device), "bfloat16" if device.type == "cuda" else None
+
+
+def check_attention(attn: str | None, device: str) -> None:
+    """ValueError for kernels that this kind of device cannot run."""
+    if attn == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("the triton kernels need a GPU, and this runs on cpu; use sdpa, or leave it out")
+
+
+# ---- Generation
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every verb that writes answers."""
+    group = parser.add_argument_group(
+        "the answer",
+        "Greedy unless one of --temperature, --top-p, --top-k, --min-p is given. The rules apply in this order: "
+        "repetition penalty, temperature, top-k (50 unless --top-k says otherwise; 0: off), top-p, min-p.",
+    )
+    group.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="cut the answer there")
+    group.add_argument("--temperature", type=float, metavar="T", help="above 1 more varied, below 1 less; 0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach P together")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest")
+    group.add_argument("--seed", type=int, metavar="N", help="of sampling: the same seed gives the same answer")
+    group.add_argument("--num-beams", type=positive, metavar="N", help="follow N continuations, keep the likeliest")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repeated words")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer with this text; may be repeated")
+    group.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another setting of generate; may be repeated",
+    )
+    group.add_argument("--verbose", action="store_true", help="tokens/s, time to the first token, memory; on stderr")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for `type=`."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def generation_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options as settings of `generate`, checked before any weight is read."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "num_beams", "repetition_penalty")
+    settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.stop:
+        settings["stop_strings"] = arguments.stop
+    for setting in arguments.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes NAME=VALUE, found {setting!r}")
+        settings[name.strip()] = parse_value(value.strip())
+    settings = with_sampling(settings)
+    check_settings(settings)
+    return settings
+
+
+def parse_value(text: str) -> Any:
+    """JSON, Python's True, False and None, or else the text itself."""
+    if text in WORDS:
+        return WORDS[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def with_sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with sampling switched on if one of them is about it; a temperature of 0 switches it off."""
+    if settings.get("temperature") == 0:
+        return {name: value for name, value in settings.items() if name not in SAMPLING} | {"do_sample": False}
+    if "do_sample" not in settings and any(name in settings for name in SAMPLING):
+        return settings | {"do_sample": True}
+    return settings
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """ValueError for what `generate` would refuse later, and for what the command line has no use for."""
+    from minivlm.generation.sampling import logits_rules
+    from minivlm.generation.settings import DEFAULTS, GenerationConfig, check, is_whole
+    from minivlm.generation.stopping import stop_rules
+
+    for name, why in NOT_HERE.items():
+        if name in settings:
+            raise ValueError(f"{name} is no setting here: {why}")
+    given = {name: value for name, value in settings.items() if name != "seed"}
+    config = GenerationConfig.from_hub(GenerationConfig(**given).to_hub())
+    if config.other:
+        raise ValueError(f"{min(config.other)} is not supported; GenerationConfig lists what is")
+    seed = settings.get("seed")
+    check("seed", seed, seed is None or is_whole(seed), "an integer ≥ 0")
+    config = config.over(GenerationConfig(**DEFAULTS))
+    logits_rules(config, 2**31, None, "cpu")
+    stop_rules(config, SimpleNamespace(decode=None), [], None, "cpu")

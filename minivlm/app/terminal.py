@@ -4,16 +4,20 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # what terminals obey (not tab and new line); surrogates
 
 
-def accept_any_text() -> None:
-    """From here on, no character ends the program because stdout or stderr cannot encode it (cp1252, ASCII)."""
+def prepare() -> None:
+    """From here on, no character ends the program because stdout or stderr cannot encode it (cp1252, ASCII), and a
+    warning is one line."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_, **__: f"minivlm: warning: {one_line(str(message))}\n"
 
 
 def close_stdout() -> None:
@@ -29,8 +33,27 @@ def fail(error: Exception | str) -> int:
 
 
 def note(text: str) -> None:
-    """Print a line for the person at the terminal, next to the answers."""
+    """Print a line about the run on stderr."""
     print("minivlm:", one_line(text), file=sys.stderr)
+
+
+def tell(text: str) -> None:
+    """Print what a command of a conversation replies, on stderr: stdout holds the answers alone."""
+    print(re.sub(CONTROL, "", text), file=sys.stderr)
+
+
+def took(answer: Any, device: Any) -> None:
+    """Print what an answer took (`--verbose`)."""
+    from minivlm.app.answer import peak_memory
+    from minivlm.app.inspection import memory
+
+    cached = f" ({answer.cached_tokens:,} of them kept)" if answer.cached_tokens else ""
+    peak = peak_memory(device)
+    note(
+        f"{answer.prompt_tokens:,} prompt tokens{cached}, first token after {answer.first_token:.2f} s; "
+        f"{answer.new_tokens:,} new tokens, {answer.tokens_per_second:.1f} tokens/s; {answer.finish_reason}"
+        + ("" if peak is None else f"; peak memory {memory(peak)}")
+    )
 
 
 def one_line(text: Exception | str) -> str:
@@ -41,8 +64,12 @@ def one_line(text: Exception | str) -> str:
 def print_pieces(pieces: Iterable[str]) -> None:
     """Print as they come, without leading blanks and control characters (a model may write escape sequences)."""
     begun = False
-    for piece in pieces:
-        piece = re.sub(CONTROL, "", piece if begun else piece.lstrip())
-        begun = begun or bool(piece)
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces:
+            piece = re.sub(CONTROL, "", piece if begun else piece.lstrip())
+            begun = begun or bool(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print()
+        raise
     print()

@@ -54,11 +54,15 @@ def read(path):
 
 
 def run(pair, prompts, out, batch_size=2, about=ABOUT):
-    return batch.run(*pair, prompts, out, batch_size=batch_size, about=about, max_new_tokens=NEW)
+    return batch.run(job(pair, batch_size), prompts.read_bytes(), out, about).failed
+
+
+def job(pair, batch_size=2, **settings):
+    return batch.Job(*pair, {"max_new_tokens": NEW, **settings}, batch_size)
 
 
 def alone(pair, line):
-    """The answer to one line by itself, from messages in the form of the library."""
+    """The answer to one line by itself and why it ended, from messages in the form of the library."""
     model, processor = pair
     pictures = [{"type": "image", "image": name} for name in line.get("images", [])]
     text = {"type": "text", "text": line.get("question", line.get("prompt"))}
@@ -67,13 +71,17 @@ def alone(pair, line):
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(ids, skip_special_tokens=True).strip()
+    ended = int(ids[-1]) in model.generation_config.eos_ids
+    return {
+        "answer": processor.decode(ids, skip_special_tokens=True).strip(),
+        "finish_reason": "stop" if ended else "length",
+    }
 
 
 def expected(pair, lines):
     ids = [{"id": line["id"]} if "id" in line else {} for line in lines]
     numbered = enumerate(zip(lines, ids, strict=True), 1)
-    return [{"line": number, **id, "answer": alone(pair, line)} for number, (line, id) in numbered]
+    return [{"line": number, **id, **alone(pair, line)} for number, (line, id) in numbered]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -97,7 +105,12 @@ def test_other_families(family, pictures, tmp_path, checkpoint, llava):
 def test_batches_are_of_like_length(pair, pictures, tmp_path, monkeypatch):
     """Most pictures first, then most text, so that little is padding and a lack of memory shows at once."""
     sizes = []
-    monkeypatch.setattr(batch, "_texts", lambda *args: sizes.append([len(row) for row in args[3]]) or args[2])
+
+    def noted(job, rows, images, summary):
+        sizes.append([len(row) for row in images])
+        return [("", "stop")] * len(rows)
+
+    monkeypatch.setattr(batch, "_texts", noted)
     run(pair, write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl")
     assert sizes == [[2, 2], [1, 1], [0, 0]]
 
@@ -111,7 +124,8 @@ BAD = [
     ({"messages": [], "images": []}, 'either "messages"'),
     ({"messages": []}, "a conversation is a list"),
     ({"question": 3}, "message 0"),
-    ({"question": "a", "images": "x.png"}, '"images" is a list'),
+    ({"question": "a", "images": 5}, '"images" is a list'),
+    ({"question": "a", "image": "x.png", "images": ["x.png"]}, 'either "messages"'),
     ({"question": "a", "images": ["nowhere.png"], "id": "gone"}, "no picture at 'nowhere.png'"),
     ({"question": "a", "images": [None]}, "NoneType"),
     ({"question": "very long " * 200}, "positions for 200"),
@@ -131,7 +145,7 @@ def test_bad_lines_say_why_and_the_others_are_answered(pair, pictures, tmp_path)
         assert message in record["error"]
         assert record.get("id") == (line.get("id") if isinstance(line, dict) and "picture" not in line else None)
     answers = [record["answer"] for record in found if "answer" in record]
-    assert answers == [alone(pair, line) for line in good]
+    assert answers == [alone(pair, line)["answer"] for line in good]
 
 
 # ---- Interruptions ----
@@ -164,7 +178,7 @@ def test_what_is_done_is_not_asked_again(pair, pictures, tmp_path, monkeypatch):
     def counted(*args):
         if len(asked) == 4:
             raise Cut
-        asked.extend(map(str, args[2]))
+        asked.extend(str(row.messages) for row in args[1])
         return texts(*args)
 
     monkeypatch.setattr(batch, "_texts", counted)
@@ -241,7 +255,11 @@ def test_the_command_survives_sigkill(pair, pictures, tmp_path, capsys):
     assert left.count(b"\n") == 4
     assert not left.endswith(b"\n")
     assert cli.main(argv) == 1
-    assert capsys.readouterr().err == f"minivlm: 1 of the lines failed; {out} says why\n"
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2  # what is wrong is told before the first answer
+    assert err[0].startswith("minivlm: line 7: no image at 'nowhere.png'")
+    assert err[1].startswith("minivlm: 6 answered, 1 failed, ")
+    assert err[1].endswith(f"tokens/s; {out}")
     found = read(out)
     assert found[:-1] == expected(pair, lines[:-1])
     assert "no picture at 'nowhere.png'" in found[-1]["error"]

@@ -98,7 +98,7 @@ def test_ask_streams_the_answer_of_the_library(checkpoint, pictures, capsys):
     out, err = capsys.readouterr()
     answer = expected(checkpoint, pictures, "What is it?")[2]
     assert out == answer.lstrip() + "\n"
-    assert err == ""
+    assert err == "minivlm: the answer was cut at 6 new tokens; --max-new-tokens allows more\n"
 
 
 def test_ask_prints_json_and_takes_options_anywhere(checkpoint, pictures, capsys):
@@ -107,7 +107,7 @@ def test_ask_prints_json_and_takes_options_anywhere(checkpoint, pictures, capsys
     found = json.loads(capsys.readouterr().out)
     prompt, ids, answer = expected(checkpoint, pictures[:1], "What is it?")
     assert found.pop("seconds") > 0
-    sizes = {"prompt_tokens": prompt, "new_tokens": len(ids)}
+    sizes = {"prompt_tokens": prompt, "new_tokens": len(ids), "finish_reason": "length"}
     assert found == {"answer": answer.strip(), "model": checkpoint, **sizes}
 
 
@@ -139,7 +139,10 @@ def test_ask_names_the_default_model_on_stderr(pictures, capsys, monkeypatch, ch
         (["ask", "RED", "q", "--max-new-token", "3", "--modle", "x"], "did you mean '--model'?"),
         (["ask"], "required: IMAGE… QUESTION"),
         (["ask", "RED", " "], "the question is empty"),
-        (["ask", "What is it?"], "no image before the question 'What is it?'"),
+        (["ask", "photo.jpg"], "'photo.jpg' looks like an image"),
+        (["ask", "RED", "q", "--set", "colour"], "--set takes NAME=VALUE"),
+        (["chat", "-"], "no image can"),
+        (["batch", "x.jsonl", "--out", "y", "--question", "what?"], "go together"),
         (["ask", "RED"], "the last argument is the question, but 'RED' is a file"),
         (["ask", "RED", "RED"], "the last argument is the question, but 'RED' is a file"),
         (["ask", "RED", "q", "--max-new-tokens", "0"], "expected a whole number above 0, found '0'"),
@@ -223,7 +226,7 @@ print("torch" in sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"minivlm {minivlm.__version__}\n")
     assert done.stdout.endswith("\nFalse\n")
-    assert run_apart("ask", "--help").stdout.startswith("usage: minivlm ask IMAGE… QUESTION [options]")
+    assert run_apart("ask", "--help").stdout.startswith("usage: minivlm ask [IMAGE…] QUESTION [options]")
 
 
 def test_help_says_what_each_verb_does(capsys):

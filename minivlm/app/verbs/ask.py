@@ -1,56 +1,66 @@
-"""Answer a question about images, word by word."""
+"""Answer a question, about images or without any, word by word."""
 
 import argparse
 import json
 import os
-import time
-from functools import partial
 
 from minivlm.app import options, terminal
 from minivlm.app.options import UsageError
 
-USAGE = "IMAGE… QUESTION [options]"
+USAGE = "[IMAGE…] QUESTION [options]"
 EXAMPLES = """\
 minivlm ask docs/shapes.png "What number is written?"
-minivlm ask a.jpg b.jpg "What differs?" --model HuggingFaceM4/idefics2-8b --json"""
+minivlm ask a.jpg b.jpg "What differs?" --model HuggingFaceM4/idefics2-8b --quantize int4 --verbose
+curl -s https://example.org/photo.jpg | minivlm ask - "Describe it." --temperature 0.7 --seed 1 --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="image files or URLs, then the question")
-    options.add_model_options(parser)
+    images = "image files, URLs, base64, or - for stdin; then the question"
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
     parser.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
+    options.add_model_options(parser)
+    options.add_generation_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Stream the answer to stdout, or print it as JSON. Images and prompt are checked before any weight is read."""
-    *images, question = arguments.words
-    if os.path.isfile(question):
-        raise UsageError(f"the last argument is the question, but {question!r} is a file")
-    if not images or not question.strip():
-        raise UsageError(f"no image before the question {question!r}" if question.strip() else "the question is empty")
+    """Stream the answer to stdout, or print it as JSON. Images and settings are checked before any weight is read."""
+    *names, question = arguments.words
+    _check_question(question)
+    settings = options.generation_settings(arguments)
     name = options.model_name(arguments)
 
-    from minivlm.app.chat import incremental_text
-    from minivlm.generation.loop import stream
+    from minivlm.app import images
+    from minivlm.app.answer import peak_memory
+    from minivlm.app.chat import Chat
     from minivlm.processing.common import fetch_picture
 
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    content = [{"type": "image", "image": fetch_picture(processor, image)} for image in images]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    model = options.load_model(name, arguments, device, dtype)
-
-    start = time.perf_counter()
-    tokens = stream(model, **inputs.to(device), max_new_tokens=arguments.max_new_tokens)
-    decode = partial(processor.decode, skip_special_tokens=True)
+    pictures = [fetch_picture(processor, images.source(each)) for each in names]
+    chat = Chat(options.load_model(name, arguments, device, dtype), processor, system=arguments.system, **settings)
     if not arguments.json:
-        terminal.print_pieces(incremental_text(decode, map(int, tokens)))
+        terminal.print_pieces(chat.stream(question, pictures))
+        if (cut := chat.last.cut()) is not None:
+            terminal.note(cut)
+        if arguments.verbose:
+            terminal.took(chat.last, device)
         return
-    ids = [int(token) for token in tokens]
-    answer = decode(ids).strip()
-    sizes = {"prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": len(ids)}
-    seconds = round(time.perf_counter() - start, 3)
-    print(json.dumps({"answer": answer, "model": name, **sizes, "seconds": seconds}))
+    answer = chat.ask(question, pictures)
+    found = {"answer": answer, "model": name, "finish_reason": chat.last.finish_reason}
+    found |= {"prompt_tokens": chat.last.prompt_tokens, "new_tokens": chat.last.new_tokens}
+    found |= {"seconds": round(chat.last.seconds, 3)}
+    if arguments.verbose:
+        found |= {"first_token_seconds": round(chat.last.first_token, 3)}
+        found |= {"tokens_per_second": round(chat.last.tokens_per_second, 2), "peak_memory_bytes": peak_memory(device)}
+    print(json.dumps(found))
+
+
+def _check_question(question: str) -> None:
+    from minivlm.app.images import looks_like_image
+
+    if os.path.isfile(question):
+        raise UsageError(f"the last argument is the question, but {question!r} is a file")
+    if question == "-" or looks_like_image(question):
+        raise UsageError(f"the last argument is the question, and {question!r} looks like an image")
+    if not question.strip():
+        raise UsageError("the question is empty")

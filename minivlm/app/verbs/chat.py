@@ -1,44 +1,50 @@
-"""Talk about images, a question a line."""
+"""Talk about images; later questions cost only their own tokens."""
 
 import argparse
 import sys
-from collections.abc import Iterator
 
 from minivlm.app import options, terminal
+from minivlm.app.options import UsageError
 
 USAGE = "[IMAGE…] [options]"
 EXAMPLES = """\
 minivlm chat docs/shapes.png
-minivlm chat photo.jpg --model HuggingFaceM4/idefics2-8b-chatty --system "Answer in one sentence." """
+minivlm chat photo.jpg --model HuggingFaceM4/idefics2-8b-chatty --system "Answer in one sentence."
+printf '%s\\n' "What is it?" "Which colour?" | minivlm chat docs/shapes.png"""
+ABOUT = """
+
+A question a line, from the terminal or from a pipe. /help lists the commands: /image PATH adds an image, /reset begins
+anew, /save and /load keep a conversation in a file. Ctrl-C stops an answer and keeps the conversation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description += " In it, /image PATH adds an image to the next question, /reset begins anew, /quit ends."
+    parser.description += ABOUT
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files or URLs, for the first question")
     options.add_model_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    options.add_generation_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer the lines of stdin. Return the number of failed lines; 0 at a terminal, where the user saw them."""
+    if "-" in arguments.images:
+        raise UsageError("the questions come from stdin, so no image can; name a file or URL")
+    settings = options.generation_settings(arguments)
     name = options.model_name(arguments)
 
-    from minivlm.app.chat import Chat, talk
+    from minivlm.app import images
+    from minivlm.app.chat import Chat
+    from minivlm.app.prompt import reader
+    from minivlm.app.talk import COMMANDS, Talk
     from minivlm.processing.common import fetch_picture
 
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    images = [fetch_picture(processor, image) for image in arguments.images]
+    pictures = [(fetch_picture(processor, images.source(each)), each) for each in arguments.images]
     model = options.load_model(name, arguments, device, dtype)
-    conversation = Chat(model, processor, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
+    chat = Chat(model, processor, system=arguments.system, **settings)
     watched = sys.stdin.isatty() and sys.stdout.isatty()
-    failed = talk(conversation, images, _lines("> " if watched else ""), terminal.print_pieces, terminal.fail)
+    talk = Talk(chat, pictures, terminal.print_pieces, watched=watched, verbose=arguments.verbose)
+    if watched:
+        terminal.tell(talk.banner(name, device, str(model.dtype).removeprefix("torch.")))
+    failed = talk.run(reader(watched, list(COMMANDS)))
     return 0 if watched else failed
-
-
-def _lines(prompt: str) -> Iterator[str]:
-    while True:
-        try:
-            yield input(prompt)
-        except EOFError:
-            return

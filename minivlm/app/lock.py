@@ -1,0 +1,108 @@
+"""One process at a time writes an output: a lock file beside it that names its owner.
+
+Where the system has `fcntl`, it also holds the file locked for as long as the owner lives, so a lock that a killed
+process left behind is taken over. Without `fcntl` (Windows), a lock is stale if its file can be removed while nobody
+has it open, or if this machine runs no process of that number.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+UNLOCKABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # a file system without locks
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` in this block. ValueError that names the owner if another process holds it."""
+    file = _taken(path)
+    try:
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        file.flush()
+        yield
+    finally:
+        if os.name == "nt":  # there an open file cannot be removed
+            file.close()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def _taken(path: Path) -> IO[str]:
+    """The lock file, open and ours."""
+    while fcntl is not None:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno in UNLOCKABLE:
+                break
+            raise _refusal(path) from error
+        with contextlib.suppress(FileNotFoundError):  # its last owner may have removed it since we opened it
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+    return _created(path)
+
+
+def _created(path: Path) -> IO[str]:
+    """As `_taken`, without the system's help."""
+    try:
+        return path.open("x+", encoding="utf-8")
+    except FileExistsError as error:
+        if not _is_stale(path):
+            raise _refusal(path) from error
+    path.unlink(missing_ok=True)
+    try:
+        return path.open("x+", encoding="utf-8")
+    except FileExistsError as error:
+        raise _refusal(path) from error
+
+
+def _is_stale(path: Path) -> bool:
+    if os.name == "nt":
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+            return True
+        return False
+    owner = _owner(path)
+    if owner.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and is somebody else's
+        return False
+    return False
+
+
+def _owner(path: Path) -> dict:
+    with contextlib.suppress(OSError, ValueError):
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(owner, dict) and isinstance(owner.get("pid"), int):
+            return owner
+    return {}
+
+
+def _refusal(path: Path) -> ValueError:
+    owner = _owner(path)
+    who = f"process {owner['pid']} on {owner.get('host')}" if owner else "another process"
+    target = path.name.removesuffix(".lock")
+    return ValueError(
+        f"{who} is writing {path.with_name(target)}; wait for it, or write to another file (if that process is gone, "
+        f"remove {path})"
+    )

@@ -1,0 +1,130 @@
+"""Questions from a file of JSON lines, from stdin, or one question about every image of a folder.
+
+Several spellings are read as one: "prompt" and "text" for "question", a single image without a list, "image" for
+"images", and LLaVA's {"question_id": …, "image": …, "text": …, "category": …}.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minivlm.app import images
+from minivlm.text.chat_template import normalise
+from minivlm.text.shown import short
+
+QUESTION, IMAGES, ID = ("question", "prompt", "text"), ("images", "image"), ("id", "question_id")
+KEYS = {"messages", "category", *QUESTION, *IMAGES, *ID}
+
+
+@dataclass
+class Row:
+    """One line of the questions."""
+
+    line: int  # from 1
+    named: dict[str, Any]  # "id" and "category", as far as it has them: they are copied into its answer
+    messages: list[dict[str, Any]]  # normalised, so without the images
+    sources: list[Any]  # where these are
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """What its length in tokens follows from, without opening an image: how many there are, and characters."""
+        texts = (item.get("text", "") for message in self.messages for item in message["content"])
+        return len(self.sources), sum(map(len, texts))
+
+
+def read_file(path: Path) -> bytes:
+    """The lines of a file, or of stdin for `-`."""
+    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+
+
+def about_folder(folder: Path, question: str) -> bytes:
+    """The same question about every image of a folder, in the order of their names, as lines of a file would say it.
+
+    Raises ValueError for a folder without images.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in images.SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} has no image ({', '.join(images.SUFFIXES)})")
+    rows = [{"id": path.name, "question": question, "images": [str(path)]} for path in paths]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def numbered(text: bytes) -> dict[int, bytes]:
+    """The lines that are not empty, by their number from 1."""
+    return {number: line for number, line in enumerate(text.split(b"\n"), 1) if line.strip()}
+
+
+def read_row(line: int, text: bytes, folder: Path | None = None) -> Row:
+    """One line of the questions. ValueError that says what is wrong with it.
+
+    folder: where relative image paths start (None: the current folder).
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"a line is a JSON object, found {text[:80].decode(errors='replace')}")
+    if unknown := values.keys() - KEYS:
+        raise ValueError(f"unknown key {min(unknown)!r}; a line has question, images and id, or messages")
+    questions = [name for name in ("messages", *QUESTION) if name in values]
+    given = [name for name in IMAGES if name in values]
+    if len(questions) != 1 or len(given) > 1 or (questions == ["messages"] and given):
+        raise ValueError('a line has either "messages", with the images in them, or "question" and "images"')
+    messages = values["messages"] if questions == ["messages"] else _message(values, questions[0], given)
+    id = next((values[name] for name in ID if values.get(name) is not None), None)
+    named = {name: value for name, value in (("id", id), ("category", values.get("category"))) if value is not None}
+    normal, sources = normalise(messages)
+    return Row(line, named, normal, [_located(source, folder) for source in sources])
+
+
+def _message(values: dict[str, Any], question: str, given: list[str]) -> list[dict[str, Any]]:
+    found = values[given[0]] if given else []
+    found = [found] if isinstance(found, str) else [] if found is None else found
+    if not isinstance(found, list):
+        raise ValueError(f'"{given[0]}" is a list of paths and URLs, found {short(found)}')
+    items = [{"type": "image", "image": image} for image in found]
+    return [{"role": "user", "content": [*items, {"type": "text", "text": values[question]}]}]
+
+
+def _located(source: Any, folder: Path | None) -> Any:
+    if not isinstance(source, str) or source == "-":
+        return source
+    found = images.decoded(source) or source
+    if folder is None or isinstance(found, bytes) or "://" in found or found.startswith("data:"):
+        return found
+    return os.path.join(folder, found)
+
+
+def bad_lines(text: bytes, folder: Path | None = None) -> dict[int, str]:
+    """What is wrong with lines that cannot be answered, by their number, as far as files need not be opened."""
+    found = {}
+    for number, line in numbered(text).items():
+        try:
+            why = _missing(read_row(number, line, folder))
+        except (ValueError, RecursionError) as error:
+            why = reason(error)
+        if why is not None:
+            found[number] = why
+    return found
+
+
+def _missing(row: Row) -> str | None:
+    """A local image of this row that is not there, in words."""
+    for source in row.sources:
+        if isinstance(source, str) and "://" not in source and not source.startswith("data:"):
+            try:
+                there = os.path.isfile(os.path.expanduser(source))
+            except ValueError:  # a NUL in it
+                there = False
+            if not there:
+                return f"no image at {source!r:.200}"
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, as on the terminal."""
+    return " ".join(str(error).split()) or type(error).__name__
