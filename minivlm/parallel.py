@@ -135,7 +135,7 @@ def _narrow(name: str, layer: nn.Linear, columns: bool, start: int, stop: int) -
 
 def connect(model: nn.Module, group: Any = None) -> nn.Module:
     """Add the collectives to a loaded model that `cut` has narrowed: sums of partial outputs, and whole logits."""
-    for name, layer in _connected(model):
+    for name, layer in connected(model):
         bias = getattr(layer, "bias", None)
         if bias is not None and dist.get_rank(group) > 0:
             with torch.no_grad():
@@ -147,7 +147,8 @@ def connect(model: nn.Module, group: Any = None) -> nn.Module:
     return model
 
 
-def _connected(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def connected(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers whose outputs are partial sums, by name."""
     for name, layer in model.named_modules():
         inside = any(part in f".{name}" for part in PARTS)
         if inside and "columns" in CUTS.get(name.rpartition(".")[2], ""):
