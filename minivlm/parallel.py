@@ -194,6 +194,13 @@ def start() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def share(model: nn.Module, plan: Any, format: Any) -> dict[str, Share]:
+    """Join the processes of torchrun and `cut` the model for this one. format: in which weights will be quantised."""
+    if plan != "auto":
+        raise ValueError(f'tp_plan={plan!r:.80} is not supported; pass "auto": parallel.CUTS says what is cut')
+    return cut(model, *start(), block_of(format))
+
+
 def common_seed(model: Any) -> int | None:
     """One seed for all ranks of a tensor-parallel model, rank 0's: else each would draw tokens of its own."""
     group = getattr(model, "process_group", None)

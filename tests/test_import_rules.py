@@ -17,13 +17,20 @@ MAY_IMPORT = {
     "minivlm.modules": {"minivlm_kernels"},
     "minivlm.families": {"minivlm.modules"},  # classes by reference, see `Family`
     "minivlm.quantization": {"minivlm.modules", "minivlm.families", "minivlm_kernels"},
+    "minivlm.fast_cpu": {"minivlm.modules", "minivlm_kernels"},
     "minivlm.generation": {"minivlm.modules", "minivlm.checkpoint"},
-    "minivlm.checkpoint": {"minivlm.generation", "minivlm.modules", "minivlm.quantization"},
+    "minivlm.checkpoint": {
+        "minivlm.families",
+        "minivlm.fast_cpu",
+        "minivlm.generation",
+        "minivlm.modules",
+        "minivlm.quantization",
+    },
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.checkpoint"},
     "minivlm.text": {"minivlm.modules", "minivlm.checkpoint"},
-    "minivlm.processing": {"minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
+    "minivlm.processing": {"minivlm.families", "minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
     "minivlm.auto": {"minivlm.checkpoint", "minivlm.families"},
-    "minivlm.inside": {"minivlm.modules", "minivlm.families"},
+    "minivlm.inside": {"minivlm.modules", "minivlm.families", "minivlm.processing"},
     "minivlm.parity": {
         "minivlm",  # its version
         "minivlm.auto",
@@ -35,7 +42,12 @@ MAY_IMPORT = {
         "minivlm.quantization",
     },
     "minivlm.training": {
-        *("minivlm.checkpoint", "minivlm.modules", "minivlm.processing", "minivlm.quantization", "minivlm.text"),
+        "minivlm.checkpoint",
+        "minivlm.families",
+        "minivlm.modules",
+        "minivlm.processing",
+        "minivlm.quantization",
+        "minivlm.text",
     },
     "minivlm.app": None,  # anything; and nothing imports it
 }

@@ -5,7 +5,6 @@ import difflib
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from minivlm.app import terminal
@@ -61,7 +60,7 @@ def check_name(name: str) -> None:
     from minivlm.checkpoint import hub
 
     built_in = hub.built_in()
-    if "/" in name or name in built_in or Path(name).expanduser().exists():
+    if not name or "/" in name or os.sep in name or name in built_in or Path(name).expanduser().exists():
         return
     ends = {release.rpartition("/")[2]: release for release in PRESETS}
     close = difflib.get_close_matches(name, [*ends, *built_in], n=1)
@@ -214,9 +213,7 @@ def with_sampling(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """ValueError for what `generate` would refuse later, and for what the command line has no use for."""
-    from minivlm.generation.sampling import logits_rules
-    from minivlm.generation.settings import DEFAULTS, GenerationConfig, check, is_whole
-    from minivlm.generation.stopping import stop_rules
+    from minivlm.generation.settings import GenerationConfig, check, is_whole, resolve
 
     for name, why in NOT_HERE.items():
         if name in settings:
@@ -227,6 +224,4 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"{min(config.other)} is not supported; GenerationConfig lists what is")
     seed = settings.get("seed")
     check("seed", seed, seed is None or is_whole(seed), "an integer ≥ 0")
-    config = config.over(GenerationConfig(**DEFAULTS))
-    logits_rules(config, 2**31, None, "cpu")
-    stop_rules(config, SimpleNamespace(decode=None), [], None, "cpu")
+    resolve(config, None, {})

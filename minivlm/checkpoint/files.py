@@ -1,10 +1,159 @@
-"""The small JSON files of a processor."""
+"""Writing files so that an interruption, a full disk or a refusal leaves what was there; and a processor's small files.
 
+    with saving() as save:                                 # all of them take their places at the end, or none does
+        save_file(tensors, save.file(folder / WEIGHTS))    # a path beside it, to be written to
+        save.json(folder / "config.json", values)
+        save.remove(folder / "older.safetensors")
+
+A `saving()` inside another joins it, so what is made of parts that can be saved alone is still saved as a whole.
+"""
+
+import contextlib
+import contextvars
+import errno
 import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from minivlm.checkpoint import hub
+
+
+class WriteError(OSError):
+    """A file could not be written. What it would have replaced is still there."""
+
+
+_current: contextvars.ContextVar["Save | None"] = contextvars.ContextVar("saving", default=None)
+
+
+class Save:
+    """Files that are written under other names first. Made by `saving`, which also ends it."""
+
+    def __init__(self) -> None:
+        self.mark = secrets.token_hex(4)
+        self.written: dict[Path, Path] = {}  # final path → where it is written, in the order of the renames
+        self.removed: list[Path] = []
+        self.failed = False  # inside a part of it, whatever became of that error
+
+    def file(self, path: str | Path) -> Path:
+        """The path to write to. Its folder is made if need be."""
+        path = Path(path)
+        self.written[path] = path.with_name(f".{path.name}.{self.mark}.new")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        return self.written[path]
+
+    def text(self, path: str | Path, text: str) -> None:
+        self.file(path).write_text(text, encoding="utf-8")
+
+    def json(self, path: str | Path, value: Any, sort_keys: bool = False) -> None:
+        """As transformers writes it, so that a saved folder can be compared with the released one line by line."""
+        self.text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+
+    def remove(self, path: str | Path) -> None:
+        """Remove a file, if it is there, after all others are in place."""
+        self.removed.append(Path(path))
+
+    def commit(self) -> None:
+        """Put every file in its place, in the order of the calls; if that fails, put the old ones back."""
+        if self.failed:
+            raise OSError("a part of it could not be written")
+        for temporary in self.written.values():
+            _flush(temporary)
+        kept: list[tuple[Path, Path | None]] = []  # path → where its old file is now
+        try:
+            for path, temporary in self.written.items():
+                kept.append((path, self._keep(path)))
+                os.replace(temporary, path)
+            for path in set(self.removed) - self.written.keys():
+                kept.append((path, self._keep(path)))
+                path.unlink(missing_ok=True)
+        except BaseException:
+            for path, old in reversed(kept):
+                with contextlib.suppress(OSError):
+                    _restore(path, old)
+            raise
+        for _, old in kept:
+            if old is not None:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+
+    def _keep(self, path: Path) -> Path | None:
+        """Give an old file a second name, or another one where the file system knows no links; None: there is none."""
+        if not os.path.lexists(path):
+            return None
+        old = path.with_name(f".{path.name}.{self.mark}.old")
+        try:
+            os.link(path, old, follow_symlinks=False)
+        except (OSError, NotImplementedError):
+            os.replace(path, old)
+        return old
+
+    def discard(self) -> None:
+        """Remove what has not taken its place."""
+        for temporary in self.written.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[Save]:
+    """Write several files as a whole; see the head of this module. Raises WriteError."""
+    outer = _current.get()
+    if outer is not None:
+        try:
+            yield outer
+        except BaseException:
+            outer.failed = True
+            raise
+        return
+    save = Save()
+    token = _current.set(save)
+    try:
+        with write_errors(lambda: next(reversed(save.written), None)):
+            yield save
+            save.commit()
+    finally:
+        _current.reset(token)
+        save.discard()
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write one file: the path to write to, which takes the place of `path` at the end."""
+    with saving() as save:
+        yield save.file(path)
+
+
+@contextlib.contextmanager
+def write_errors(path: Any) -> Iterator[None]:
+    """Turn what a failed write raises into a WriteError of one line, with the file and what to do.
+
+    path: of the file, or a function that returns it once a write has failed.
+    """
+    try:
+        yield
+    except (hub.CheckpointError, WriteError):
+        raise
+    except (OSError, SafetensorError) as error:
+        blamed = path() if callable(path) else path
+        reason = getattr(error, "strerror", None) or re.sub(r"^.*I/O error: | \(os error \d+\)", "", str(error))
+        raise WriteError(
+            f"{blamed} cannot be written: {reason}. Make room or get permission there, or write elsewhere; what was "
+            "saved before is unchanged"
+        ) from error
+
+
+def write_json(path: Path, value: dict[str, Any], sort_keys: bool = False) -> None:
+    """One JSON file, whole or not at all; see `Save.json`."""
+    with saving() as save:
+        save.json(path, value, sort_keys)
 
 
 def read_configs(source: hub.Source) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -14,7 +163,15 @@ def read_configs(source: hub.Source) -> tuple[dict[str, Any], dict[str, Any]]:
     return nested if isinstance(nested, dict) else source.json("preprocessor_config.json"), config
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """As transformers writes them, so that a saved folder can be compared with the released one line by line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _restore(path: Path, old: Path | None) -> None:
+    if old is None:
+        path.unlink(missing_ok=True)
+    else:
+        os.replace(old, path)
+        old.unlink(missing_ok=True)  # where both are links to one file, renaming one onto the other changes nothing
+
+
+def _flush(path: Path) -> None:
+    """Have a file reach the disk: some file systems say only then that it is full."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())

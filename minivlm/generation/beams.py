@@ -1,24 +1,21 @@
-"""Beam search and beam sampling: of every prompt several continuations are followed, the likeliest ones so far.
+"""Beam search and beam sampling: several continuations of every prompt, the likeliest ones so far.
 
-    scores (B·n, V) ──+ what each beam has──► C candidates a prompt ──► those that end ──► pool of the n best
-                                                       └── the n best of the others: the beams of the next step
+    scores (B·n, V) ──+ the sum of each beam──► C candidates a prompt ──► those that end ──► pool of the n best
+                                                         └── the n best of the others: the beams of the next step
 
-It knows neither models nor caches: `next_scores` gives the log-probabilities, `reorder` is told which beam took the
-place of which. What ends, what enters the pool and when all is done follow transformers 5.23 to the last tie, so sums
-and orders of candidates are those of the reference: a score that must not win gets −1e9, not −inf.
+What ends, what enters the pool and when the search stops follow transformers 5.23 to the last tie, so sums and orders
+of candidates are those of the reference: a score that must not win gets −1e9, not −inf.
 
 B prompts, n beams each, P prompt ids, N new tokens at most, V vocabulary, C candidates, R sequences returned.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.generation.settings import GenerationConfig
-from minivlm.generation.stopping import Stop, ended
 
 NEVER = -1e9
 
@@ -27,11 +24,11 @@ NEVER = -1e9
 class Beams:
     """m continuations of each prompt."""
 
-    tokens: Tensor  # (B, m, N): new tokens, filler behind them
+    tokens: Tensor  # (B, m, N): new tokens, then filler
     scores: Tensor  # (B, m): sums of log-probabilities; in the pool divided by length ** length_penalty
-    sources: Tensor  # (B, m, N) int32: the row out of B·n in which each token was found, −1 behind them
-    ends: Tensor  # (B, m) bool: whether the newest token ends it, by a rule or because it is the last
-    done: Tensor  # (B, m) bool: whether a rule ends it
+    sources: Tensor  # (B, m, N) int32: the row out of B·n in which each token was found, then −1
+    done: Tensor  # (B, m) bool: a rule has ended it
+    ends: Tensor  # (B, m) bool: the newest token is its last: by a rule, or at a limit
 
     def pick(self, index: Tensor) -> "Beams":
         """The continuations index (B, k) of each prompt."""
@@ -44,63 +41,58 @@ class Beams:
         return Beams(*(torch.cat(pair, 1) for pair in pairs))
 
 
-def beam_search(
-    next_scores: Callable[[int], Tensor],
-    reorder: Callable[[Tensor], None],
-    ids: Tensor,
-    prompt: int,
-    settings: GenerationConfig,
-    stops: list[Stop],
-    deadline: float,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Beams]:
-    """Follow n = `settings.num_beams` beams: the best ids (B·R, P + M), best first, and the rest of their `Beams`.
+@torch.no_grad()
+def beam_search(decoding: Any) -> tuple[Tensor, Beams]:
+    """Follow n = `num_beams` beams: the best sequences (B·R, P + M), best first, and what else is known of them.
 
-    ids (B·n, P + N): every prompt n times, P = `prompt`; the beams' tokens are written behind. M is the longest
-    answer; shorter ones are filled with the pad id (0 counts as none, as in the reference), or else the first eos id.
-    next_scores(step): processed log-probabilities (B·n, V) after ids[:, : P + step]. reorder(rows): row i of all that
-    these depend on, but for `ids`, becomes what row rows[i] was.
+    decoding: a `loop.Decoding`, whose rows are the beams. M is the longest answer; shorter ones are filled with the pad
+    id (0 counts as none, as in the reference), or else the first eos id.
     """
-    n, N = settings.num_beams, ids.shape[1] - prompt
-    running, pool = _start(ids, prompt, settings)
-    improvable = torch.ones(len(pool.scores), 1, dtype=torch.bool, device=ids.device)
-    for step in range(N):
-        scores = next_scores(step)
-        candidates = _candidates(running, scores, step, settings, generator)
-        candidates.done = _done(candidates, ids[::n, :prompt], step, stops)
-        candidates.ends = candidates.done | (step + 1 == N) | (time.monotonic() > deadline)
-        running = _next_beams(candidates, n)
+    settings, prompts = decoding.run.settings, decoding.run.ids[:: decoding.run.settings.num_beams]  # (B, P)
+    running, pool = _start(len(prompts), decoding.run.new_tokens, settings, prompts.device)
+    improvable = torch.ones(len(prompts), 1, dtype=torch.bool, device=prompts.device)
+    for step in range(decoding.run.new_tokens):
+        candidates = _candidates(running, decoding.next_scores(), step, settings, decoding.run.generator)
+        candidates.done = decoding.ended(_sequences(prompts, candidates, step + 1)).view_as(candidates.done)
+        candidates.ends = candidates.done | decoding.is_last_step()
+        running = _next_beams(candidates, settings.num_beams)
         pool = _next_pool(pool, candidates, improvable, step, settings)
-        improvable &= _may_improve(running, pool, step, N, settings)
+        improvable &= _may_improve(running, pool, step, decoding.run.new_tokens, settings)
         done = candidates.ends.all() | ~improvable.any()
         if done | (pool.ends.all() & (settings.early_stopping is True)):
             break
-        reorder(running.sources[..., step].flatten())
-        ids[:, prompt : prompt + step + 1] = running.tokens[..., : step + 1].flatten(0, 1)
-    best = Beams(*(part[:, : settings.num_return_sequences].flatten(0, 1) for part in vars(pool).values()))
+        decoding.append(running.tokens[..., step].flatten(), rows=running.sources[..., step].flatten())
+    decoding.check_finite(decoding.count)
+    best = pool.pick(torch.arange(settings.num_return_sequences, device=prompts.device).expand(len(prompts), -1))
     longest = int((best.sources >= 0).sum(-1).max())
+    sequences = _sequences(prompts, best, longest)
+    best = Beams(*(part.flatten(0, 1) for part in vars(best).values()))
     best.sources = best.sources[:, :longest]
-    prompts = ids[::n, :prompt].repeat_interleave(settings.num_return_sequences, 0)
-    return torch.cat([prompts, best.tokens[:, :longest]], 1), best
+    return sequences, best
 
 
-def _start(ids: Tensor, prompt: int, settings: GenerationConfig) -> tuple[Beams, Beams]:
-    """The beams before the first token, of which only the first counts, for they are all alike; an empty pool."""
-    n, N = settings.num_beams, ids.shape[1] - prompt
-    B = len(ids) // n
-    tokens = ids.new_full((B, n, N), _filler(settings))
-    sources = torch.full((B, n, N), -1, dtype=torch.int32, device=ids.device)
-    scores = torch.full((B, n), NEVER, dtype=torch.float32, device=ids.device)
-    none = torch.zeros(B, n, dtype=torch.bool, device=ids.device)
+def _sequences(prompts: Tensor, beams: Beams, length: int) -> Tensor:
+    """Prompts (B, P) with the first `length` new tokens of their beams, (B·m, P + length)."""
+    new = beams.tokens[..., :length].flatten(0, 1)
+    return torch.cat([prompts.repeat_interleave(beams.tokens.shape[1], 0), new], 1)
+
+
+def _start(B: int, N: int, settings: GenerationConfig, device: torch.device) -> tuple[Beams, Beams]:
+    """The beams before the first token, of which only the first counts because they are alike; an empty pool."""
+    n = settings.num_beams
+    tokens = torch.full((B, n, N), _filler(settings), device=device)
+    sources = torch.full((B, n, N), -1, dtype=torch.int32, device=device)
+    scores = torch.full((B, n), NEVER, device=device)
+    no = torch.zeros(B, n, dtype=torch.bool, device=device)
     first = scores.clone()
     first[:, 0] = 0
-    return Beams(tokens, first, sources, none, none), Beams(tokens, scores, sources, none, none)
+    return Beams(tokens, first, sources, no, no), Beams(tokens, scores, sources, no, no)
 
 
 def _filler(settings: GenerationConfig) -> int:
-    """What stands behind an answer: pad or the first eos. The reference tests `pad or …`, so a pad id of 0 is none.
+    """The id after the end of an answer: pad or the first eos. The reference tests `pad or …`, so pad 0 is none.
 
-    Without eos ids only stop strings and the like end a beam: then pad, or −1 if there is none (there always −1).
+    Without eos ids only stop strings and the like end a beam: then pad, or −1 if there is none (the reference: −1).
     """
     pad, eos = settings.pad_token_id, settings.eos_ids
     if eos:
@@ -111,7 +103,7 @@ def _filler(settings: GenerationConfig) -> int:
 def _candidates(
     running: Beams, scores: Tensor, step: int, settings: GenerationConfig, generator: torch.Generator | None
 ) -> Beams:
-    """The C best (or as many drawn) out of n·V beams that are one token longer: enough for n that do not end."""
+    """The C best (or as many drawn) of the n·V beams that are one token longer: enough for n that do not end."""
     B, n = running.scores.shape
     V = scores.shape[-1]
     C = min(max(2, 1 + len(settings.eos_ids)), V) * n
@@ -128,13 +120,6 @@ def _candidates(
     return candidates
 
 
-def _done(candidates: Beams, prompts: Tensor, step: int, stops: list[Stop]) -> Tensor:
-    """Which candidates a rule ends with their newest token, (B, C) bool."""
-    B, C = candidates.scores.shape
-    new = candidates.tokens[..., : step + 1].flatten(0, 1)
-    return ended(stops, torch.cat([prompts.repeat_interleave(C, 0), new], 1)).view(B, C)
-
-
 def _next_beams(candidates: Beams, n: int) -> Beams:
     """The n best candidates that do not end."""
     going = candidates.scores + candidates.ends.float() * NEVER
@@ -145,17 +130,17 @@ def _next_beams(candidates: Beams, n: int) -> Beams:
 
 
 def _next_pool(pool: Beams, candidates: Beams, improvable: Tensor, step: int, settings: GenerationConfig) -> Beams:
-    """The n best of the pool and of those that have just ended, if they are among the first n candidates.
+    """The n best of the pool and of the candidates that have just ended, if among the first n candidates.
 
     A prompt that cannot improve (or, with early_stopping, has a full pool) takes in nothing more.
     """
-    n, C = settings.num_beams, candidates.scores.shape[1]
+    n = settings.num_beams
     closed = pool.ends.all(1, keepdim=True) & (settings.early_stopping is True)
-    ends = candidates.ends & (torch.arange(C, device=closed.device) < n)
+    ends = candidates.ends & (torch.arange(candidates.ends.shape[1], device=closed.device) < n)
     scores = candidates.scores / (step + 1) ** settings.length_penalty
     for excluded in (closed, ~improvable, ~ends):
         scores = scores + excluded.float() * NEVER
-    both = pool.beside(Beams(candidates.tokens, scores, candidates.sources, ends, candidates.done))
+    both = pool.beside(replace(candidates, scores=scores, ends=ends))
     return both.pick(both.scores.topk(n).indices)
 
 
@@ -168,5 +153,5 @@ def _may_improve(running: Beams, pool: Beams, step: int, N: int, settings: Gener
     penalty = settings.length_penalty
     length = N if settings.early_stopping == "never" and penalty > 0 else step + 1
     hope = running.scores[:, :1] / length**penalty
-    worst = torch.where(pool.ends, pool.scores.amin(1, keepdim=True), NEVER)  # (B, n): an empty place is worst of all
+    worst = torch.where(pool.ends, pool.scores.amin(1, keepdim=True), NEVER)  # (B, n): an empty seat is the worst
     return (hope > worst).any(1, keepdim=True)

@@ -3,10 +3,11 @@
     ids (B, P) ──prefill──► logits (B, V) ──rules──► scores ──argmax or sample──► token (B,) ──decode_step──► logits …
                     └──────────── KVCache, P + N slots, allocated once ────────────┘
 
-Everything here is a plain function over a model; it knows token ids, not text or images: whatever else the model takes
-(`pixel_values`, …) goes to the prefill as it is, and never to a decode step, so that an image placeholder which the
-model writes itself is just a token. `generate` collects what `stream` yields, or hands over to `beams`. On CUDA,
-`CapturedStep` stands in for `decode_step`.
+The files in the order of a call: `generate` here → request.py checks the arguments and makes a `Run` → `Decoding` here
+runs the model → sampling.py turns scores into a token, stopping.py ends rows → `_tokens` here repeats that.
+beams.py follows several continuations instead. All of it knows token ids, not text or images: the model's other inputs
+(`pixel_values`, …) enter with the prefill and never with a decode step, so an image token that the model writes
+itself is just a token.
 
 B rows, n copies of each (beams, or samples) that differ from the first new token on, P prompt ids, K prompt keys (P, or
 the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The rules act on float32 scores in the order
@@ -14,19 +15,20 @@ of `logits_rules`; they follow transformers 5.23, including its oddities.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minivlm.generation.beams import Beams, beam_search
+from minivlm.generation.beams import beam_search
 from minivlm.generation.cuda_graph import CapturedStep
 from minivlm.generation.diagnosis import explain
 from minivlm.generation.request import Run, positions, prepare
 from minivlm.generation.sampling import sample
+from minivlm.generation.speculation import SpeculativeStep
 from minivlm.generation.stopping import ended, finish_reasons
 from minivlm.modules.cache import KVCache
 
@@ -39,11 +41,13 @@ def prefill(
     cache: KVCache | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    outputs: list | None = None,
     **inputs: Any,
 ) -> Tensor:
     """Run ids (B, T), and the images with them, into `cache`; the last position's logits, (B, V) float32.
 
     `attention_mask` (B, cached + T) is True at real tokens; None if there are no pads. `position_ids` is (B, T).
+    `outputs` is a list that receives all that the model returns.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)[:, 0 if cache is None else cache.length :]
@@ -55,60 +59,41 @@ def prefill(
         logits_to_keep=1,
         **inputs,
     )
+    if outputs is not None:
+        outputs.append(output)
     return output.logits[:, -1].float()
 
 
 def decode_step(
-    model: Any, token: Tensor, cache: KVCache, position: Tensor, attention_mask: Tensor | None = None
+    model: Any, token: Tensor, cache: KVCache, position: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> Tensor:
     """Run one more token (B,) at `position` (B,); the logits for the one after it, (B, V) float32."""
-    return prefill(model, token[:, None], cache, attention_mask, position[:, None])
+    return prefill(model, token[:, None], cache, attention_mask, position[:, None], **more)
 
 
-# ---- The loop ----
+# ---- What a user calls ----
 
 
 @dataclass
 class GenerateOutput:
-    """What `return_dict_in_generate` returns, in the reference's words; None where a call did not ask for it."""
+    """What `return_dict_in_generate` returns, in the reference's words; None where a call did not ask for it.
+
+    T is P (the tokens that were not cached) in the first step, then 1; all tokens so far without a cache.
+    """
 
     sequences: Tensor  # (B·R, P + M): R sequences for each row
     scores: tuple[Tensor, ...] | None = None  # for each step (B·n, V): what the tokens were chosen by
     logits: tuple[Tensor, ...] | None = None  # for each step (B·n, V)
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # for each step and block (B·n, H, T, keys)
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # for each step: embeddings, each block: (B·n, T, C)
     sequences_scores: Tensor | None = None  # (B·R,), of beams
     beam_indices: Tensor | None = None  # (B·R, M): the row of `scores` in which each token was found, −1 after the end
     past_key_values: KVCache | None = None
-    finish_reasons: list[str] | None = None  # (B·R): "stop" by an eos id, a string or a rule; "length": cut at a limit
+    finish_reasons: list[str] | None = None  # (B·R): "stop" by a rule (eos, string, criterion); cut: "length" or "time"
 
-
-class Stream(Iterator[Tensor]):
-    """The new tokens, (B·n,) a step; and why each row ended."""
-
-    def __init__(self, model: Any, run: Run) -> None:
-        self._run, self._steps = run, _steps(model, run)
-
-    def __next__(self) -> Tensor:
-        return next(self._steps)
-
-    @property
-    def finish_reasons(self) -> list[str]:
-        """(B·n): "stop" by an eos id, a stop string or a rule of the caller's; "length": cut at a limit, or not yet."""
-        return finish_reasons(self._run.done)
-
-
-def stream(model: Any, input_ids: Tensor | None = None, **options: Any) -> Stream:
-    """The new tokens as they come, (B·n,) a step; arguments and errors as in `generate`. The prompt is not repeated.
-
-        tokens = stream(model, **inputs, max_new_tokens=100)
-        for token in tokens: …
-        tokens.finish_reasons       # ["length"]: the answer was cut
-
-    Raises ValueError for beams too: which of them a token belongs to is known at the end only.
-    """
-    run = prepare(model, input_ids, **options)
-    if run.settings.num_beams > 1 or run.settings.return_dict_in_generate:
-        raise ValueError("a stream knows neither num_beams nor return_dict_in_generate; call generate")
-    return Stream(model, run)
+    def __getitem__(self, key: str | int) -> Any:
+        """`output["sequences"]`, and `output[0]`, as in a tuple of all that was asked for."""
+        return getattr(self, key) if isinstance(key, str) else [v for v in vars(self).values() if v is not None][key]
 
 
 def generate(
@@ -120,11 +105,14 @@ def generate(
     checkpoint's), the model's own inputs (`pixel_values`, `inputs_embeds`, …), and
 
     attention_mask: (B, P), 1 = real; rows of different lengths are padded on the left. Without it, pad ids are pads.
-    generator, seed: what sampling draws from; without either, from torch's own generator.
+    past_key_values: a cache from `model.new_cache`, empty or with the first ids in it; it is extended.
+    generator, seed: what sampling draws from; without either, torch's own generator.
     streamer: gets the prompt and then each step's tokens by `put`, and `end` at the end; not with beams.
     tokenizer: reads the answer for `stop_strings`.
     logits_processor: a list of functions (ids (B·n, S), scores (B·n, V)) → scores, called before the rules of sampling.
     stopping_criteria: a list of functions (ids (B·n, S), tuple of all scores or None) → which rows end, (B·n,) bool.
+    prefix_allowed_tokens_fn: a function (row, its ids (S,)) → the ids that may come next.
+    assistant_model: a smaller model with the same vocabulary that guesses tokens ahead: the same answer, sooner.
 
     With `inputs_embeds` and no ids only the new tokens come back; R is `num_return_sequences`. The images and the
     prompt are run once for each row, however many beams or samples continue it.
@@ -132,136 +120,224 @@ def generate(
     Raises ValueError for unknown, unsupported or impossible settings, for a prompt that does not fit the model, and
     for logits that are not finite.
     """
-    run = prepare(model, input_ids, **options)
-    search = run.settings.num_beams > 1
-    if search and streamer is not None:
-        raise ValueError("a streamer cannot follow beams, which are chosen at the end; pass num_beams=1")
-    sequences, best = _search(model, run) if search else (_collect(model, run, streamer), None)
-    if not run.settings.return_dict_in_generate:
+    decoding = Decoding(model, prepare(model, input_ids, **options))
+    settings, best = decoding.run.settings, None
+    if settings.num_beams > 1:
+        if streamer is not None:
+            raise ValueError("a streamer cannot follow beams, which are chosen at the end; pass num_beams=1")
+        sequences, best = beam_search(decoding)
+    else:
+        sequences = _collect(decoding, streamer)
+    if not settings.return_dict_in_generate:
         return sequences
     return GenerateOutput(
         sequences=sequences,
-        scores=None if run.scores is None else tuple(run.scores),
-        logits=None if run.logits is None else tuple(run.logits),
-        sequences_scores=None if run.scores is None or best is None else best.scores,
+        sequences_scores=best.scores if best is not None and "scores" in decoding.kept else None,
         beam_indices=None if best is None else best.sources,
-        past_key_values=run.cache,
-        finish_reasons=finish_reasons(run.done if best is None else best.done),
+        past_key_values=decoding.cache,
+        finish_reasons=finish_reasons(decoding.done if best is None else best.done, decoding.limit),
+        **{name: tuple(steps) for name, steps in decoding.kept.items()},
     )
 
 
-@torch.no_grad()
-def _search(model: Any, run: Run) -> tuple[Tensor, Beams]:
-    """Sequences (B·R, P + M), with their scores (B·R,) and beam indices (B·R, M)."""
+def stream(model: Any, input_ids: Tensor | None = None, **options: Any) -> "Decoding":
+    """An iterator of the new tokens, (B·n,) a step, without the prompt; arguments and errors as in `generate`.
 
-    def reorder(rows: Tensor) -> None:
-        if run.cache is not None:
-            run.cache.reorder(rows, shared=run.keys)
+        tokens = stream(model, **inputs, max_new_tokens=100)
+        for token in tokens: …
+        tokens.finish_reasons       # ["length"]: the answer was cut
 
-    next_scores = partial(_next_scores, model, run)
-    limits = (run.stops, run.deadline, run.generator)
-    found = beam_search(next_scores, reorder, run.ids, run.prompt, run.settings, *limits)
-    _check_finite(model, run, found[0].shape[1] - run.prompt - 1)
-    return found
+    Raises ValueError for beams too: which of them a token belongs to is known only at the end.
+    """
+    run = prepare(model, input_ids, **options)
+    if run.settings.num_beams > 1 or run.settings.return_dict_in_generate:
+        raise ValueError("a stream knows neither num_beams nor return_dict_in_generate; call generate")
+    return Decoding(model, run)
 
 
-def _collect(model: Any, run: Run, streamer: Any) -> Tensor:
+def _collect(decoding: "Decoding", streamer: Any) -> Tensor:
     """Sequences (B·n, P + M), handed to the streamer as they grow."""
-    prompts = run.ids[:, : run.prompt]
     if streamer is not None:
-        streamer.put(prompts.cpu())
-    tokens = []
-    for token in _steps(model, run):
-        tokens.append(token)
+        streamer.put(decoding.text.cpu())
+    for token in decoding:
         if streamer is not None:
             streamer.put(token.cpu())
     if streamer is not None:
         streamer.end()
-    return torch.cat([prompts, torch.stack(tokens, 1)], 1)
+    return decoding.text
 
 
-@torch.no_grad()
-def _steps(model: Any, run: Run) -> Iterator[Tensor]:
-    """Yield up to N tokens (B·n,), fewer once every row has ended."""
-    settings, ids, done = run.settings, run.ids, run.done
-    fill = bool(settings.eos_ids)  # rows that end by other rules alone go on until all have, as in the reference
-    for step in range(ids.shape[1] - run.prompt):
-        end = run.prompt + step
-        scores = _next_scores(model, run, step)
-        token = sample(scores, run.generator) if settings.do_sample else scores.argmax(-1)
-        if fill:
-            token = token.masked_fill(done, settings.pad_token_id)
-        ids[:, end] = token
-        done |= ended(run.stops, ids[:, : end + 1])
-        last = step + 1 == ids.shape[1] - run.prompt or time.monotonic() > run.deadline
-        last = last or bool(run.stops and done.all())
-        if last or run.stops:  # where `done` has waited for the device, looking is free
-            _check_finite(model, run, step)
-        yield token
-        if last:
+def compute_transition_scores(
+    model: Any,
+    sequences: Tensor,
+    scores: Sequence[Tensor],
+    beam_indices: Tensor | None = None,
+    normalize_logits: bool = False,
+) -> Tensor:
+    """The score of each chosen token, (B·R, M), from what `generate` returned; 0 after the end of a beam.
+
+    sequences: (B·R, P + M). scores: M of (B·n, V). normalize_logits: make log-probabilities of the scores first.
+    """
+    stacked = torch.stack(list(scores))  # (M, B·n, V)
+    if normalize_logits:
+        stacked = stacked.log_softmax(-1)
+    if beam_indices is None:  # each row was found in itself
+        beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(stacked))
+    M = int((beam_indices >= 0).sum(1).max())
+    rows, tokens = beam_indices[:, :M].long(), sequences[:, sequences.shape[1] - M :]
+    found = stacked[torch.arange(M, device=rows.device), rows.clamp(min=0), tokens]
+    return found.masked_fill(rows < 0, 0)
+
+
+# ---- The loop ----
+
+
+class Decoding(Iterator[Tensor]):
+    """A request at work: each `next` chooses one token for every row. All that changes from step to step is here."""
+
+    def __init__(self, model: Any, run: Run) -> None:
+        self.model, self.run = model, run
+        self.count, self.over = 0, False  # of new tokens
+        self.ids = torch.cat([run.ids, run.ids.new_zeros(len(run.ids), run.new_tokens)], 1)  # (B·n, P + N)
+        self.cache = run.cache  # of B rows until the prompt is in it, then of B·n
+        self.step: CapturedStep | SpeculativeStep | None = None  # stands in for `decode_step`
+        self.done = torch.zeros(len(run.ids), dtype=torch.bool, device=run.ids.device)  # a rule has ended the row
+        self.finite = ~self.done  # all logits of the row have been finite so far
+        self.limit = "length"  # cuts the other rows, or "time"
+        self.kept = {name: [] for name in run.outputs}  # of every step
+        self.seen: list[Any] = []  # what the model has returned in this step, if more than logits is wanted
+        self.wanted = {f"output_{name}": True for name in ("attentions", "hidden_states") if name in self.kept}
+        if self.wanted:
+            self.wanted["outputs"] = self.seen
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        """One more token (B·n,): at most N, fewer once every row has ended."""
+        if self.over:
+            raise StopIteration
+        scores, run = self.next_scores(), self.run
+        token = sample(scores, run.generator) if run.settings.do_sample else scores.argmax(-1)
+        if run.settings.eos_ids:  # without, rows that a rule has ended go on until all have, as in the reference
+            token = token.masked_fill(self.done, run.settings.pad_token_id)
+        self.over = self.is_last_step()
+        self.append(token)
+        self.done |= self.ended(self.text)
+        self.over = self.over or bool(run.stops and self.done.all())
+        if self.over or run.stops:  # the device has been waited for just now
+            self.check_finite(self.count - 1)
+        return token
+
+    @property
+    def text(self) -> Tensor:
+        """The ids so far, (B·n, S)."""
+        return self.ids[:, : self.run.ids.shape[1] + self.count]
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """(B·n): "stop" by an eos id, a stop string or a criterion; else the limit that cuts it, "length" or "time"."""
+        return finish_reasons(self.done, self.limit)
+
+    def append(self, token: Tensor, rows: Tensor | None = None) -> None:
+        """Every row goes on with its token (B·n,); before, with beams, row i becomes what row rows[i] was."""
+        if rows is not None:
+            self.text.copy_(self.text[rows])
+            if self.cache is not None:
+                self.cache.reorder(rows, shared=self.run.keys)
+        self.count += 1
+        self.text[:, -1] = token
+
+    def ended(self, ids: Tensor) -> Tensor:
+        """Which of the rows ids (R, S) a rule ends, (R,) bool."""
+        return ended(self.run.stops, ids, tuple(self.kept["scores"]) if "scores" in self.kept else None)
+
+    def is_last_step(self) -> bool:
+        """Whether a limit cuts all rows after the next token."""
+        if self.count + 1 < self.run.new_tokens and time.monotonic() > self.run.deadline:
+            self.limit = "time"
+        return self.count + 1 == self.run.new_tokens or self.limit == "time"
+
+    def next_scores(self) -> Tensor:
+        """Scores (B·n, V) to choose the next token by: logits (log-softmax for beams) after all rules."""
+        logits = self.next_logits()
+        if not self.run.settings.remove_invalid_values:
+            logits = self._watched(logits)
+        if "logits" in self.kept:
+            self.kept["logits"].append(logits.clone())  # a processor may write into what it is given
+        scores = logits.log_softmax(-1) if self.run.settings.num_beams > 1 else logits
+        for rule in self.run.rules:
+            scores = rule(scores, self.text)
+        if "scores" in self.kept:
+            self.kept["scores"].append(scores)
+        return scores
+
+    def next_logits(self) -> Tensor:
+        """The model's logits (B·n, V) after the ids so far."""
+        run, S = self.run, self.run.keys + self.count
+        if self.count and self.cache is not None:
+            self.step = self.step or self._fast_step()
+            if self.step is not None:
+                return self.step(self.text[:, -1], run.positions[:, S - 1])
+            mask = None if run.mask is None else run.mask[:, :S]
+            logits = decode_step(self.model, self.text[:, -1], self.cache, run.positions[:, S - 1], mask, **self.wanted)
+        else:
+            differing = range(run.copies if self.count else 1)  # before the first new token, copies of a row are alike
+            logits = self._rows([self._prefill(self.count, copy, self.cache, **self.wanted) for copy in differing])
+            if self.cache is not None and run.copies > 1:
+                self.cache = self.cache.expand(run.copies, run.positions.shape[1])
+        for name in self.kept.keys() & {"attentions", "hidden_states"}:
+            layers = zip(*(getattr(output, name) for output in self.seen), strict=True)
+            self.kept[name].append(tuple(self._rows(copies) for copies in layers))
+        self.seen.clear()
+        return logits
+
+    def _rows(self, copies: Sequence[Tensor]) -> Tensor:
+        """(B·n, …) of one tensor for all rows, or (B, …) for each copy of them, or for one that stands for all."""
+        x = torch.stack(list(copies), 1)
+        return x.repeat_interleave(len(self.ids) // x.shape[0] // x.shape[1], 1).flatten(0, 1)
+
+    def _prefill(self, count: int, copy: int, cache: KVCache | None, **wanted: Any) -> Tensor:
+        """Run all that is not in the cache, images too, for one copy of each row with `count` new tokens: (B, V)."""
+        run, rows, S = self.run, slice(copy, None, self.run.copies), self.run.keys + count
+        start = 0 if cache is None else cache.length  # ids that an earlier call has left in the cache
+        ids = None if "inputs_embeds" in run.inputs else self.ids[rows, start : run.ids.shape[1] + count]
+        mask = None if run.mask is None else run.mask[rows, :S]
+        return prefill(self.model, ids, cache, mask, run.positions[rows, start:S], **run.inputs, **wanted)
+
+    def _fast_step(self) -> CapturedStep | SpeculativeStep | None:
+        if self.run.guess is not None:
+            prompt = self.run.ids[0].tolist()
+            return SpeculativeStep(self.model, self.cache, self.run.guess, prompt, self.run.positions, self.run.mask)
+        return (
+            CapturedStep(self.model, self.cache, self.run.mask)
+            if _can_capture(self.cache, self.run) and not _is_hooked(self.model)
+            else None
+        )
+
+    def _watched(self, logits: Tensor) -> Tensor:
+        """The logits, once it is noted which rows are finite."""
+        # NaN wins both, so the two see NaN and either infinity; on a CPU `isfinite().all()` takes three times as long
+        self.finite &= logits.amin(-1).isfinite() & logits.amax(-1).isfinite()
+        if self.count == 0 or logits.device.type == "cpu":  # looking waits for the device: later, `__next__` does it
+            self.check_finite(self.count)
+            return logits
+        return logits.masked_fill(~self.finite[:, None], 0)  # drawing from NaN would bring the device down
+
+    def check_finite(self, count: int) -> None:
+        """Raise ValueError if a row's logits are not finite, up to those after `count` tokens: which row, and why."""
+        if self.finite.all():
             return
+        row = int((~self.finite).nonzero()[0])
+        raise ValueError(
+            f"the logits of row {row // self.run.copies} are not finite at new token {count + 1}: "
+            f"{explain(self.model, self.run.inputs, partial(self._prefill, count, row % self.run.copies, None))}"
+        )
 
 
-def _next_scores(model: Any, run: Run, step: int) -> Tensor:
-    """What the token after `step` new ones is chosen by, (B·n, V): logits (log-softmax for beams) after all rules."""
-    logits = _next_logits(model, run, step)
-    # NaN wins both, so the two see NaN and either infinity; on a CPU `isfinite().all()` takes three times as long
-    run.finite &= logits.amin(-1).isfinite() & logits.amax(-1).isfinite()
-    if step == 0 or logits.device.type == "cpu":  # looking waits for the device: elsewhere `_steps` does it later
-        _check_finite(model, run, step)
-    else:
-        logits = logits.masked_fill(~run.finite[:, None], 0)  # drawing from NaN would bring the device down
-    if run.logits is not None:
-        run.logits.append(logits.clone())  # a processor may write into what it is given
-    scores = logits.log_softmax(-1) if run.settings.num_beams > 1 else logits
-    for rule in run.rules:
-        scores = rule(scores, run.ids[:, : run.prompt + step])
-    if run.scores is not None:
-        run.scores.append(scores)
-    return scores
+def _can_capture(cache: KVCache, run: Run) -> bool:
+    keeps_more = "attentions" in run.outputs or "hidden_states" in run.outputs
+    return cache.data.is_cuda and not run.settings.disable_compile and not keeps_more
 
 
-def _next_logits(model: Any, run: Run, step: int) -> Tensor:
-    """Logits after the prompt and `step` new tokens, (B·n, V)."""
-    S = run.keys + step
-    if step and run.cache is not None:
-        return _decode(model, run, run.ids[:, run.prompt + step - 1], run.positions[:, S - 1], S)
-    differing = range(run.copies if step else 1)  # before the first new token all copies of a row are the same
-    logits = torch.stack([_read(model, run, step, copy) for copy in differing], 1)  # (B, n or 1, V)
-    if run.cache is not None and run.copies > 1:
-        run.cache = run.cache.expand(run.copies, run.positions.shape[1])
-    return logits.expand(-1, run.copies, -1).flatten(0, 1)
-
-
-def _decode(model: Any, run: Run, token: Tensor, position: Tensor, S: int) -> Tensor:
-    """Run one more token (B·n,) at `position` (B·n,), S keys in all: as a graph on CUDA, else by `decode_step`."""
-    if run.captured is None and _can_capture(run):
-        run.captured = CapturedStep(model, run.cache, run.mask)
-    if run.captured is not None:
-        return run.captured(token, position)
-    return decode_step(model, token, run.cache, position, None if run.mask is None else run.mask[:, :S])
-
-
-def _can_capture(run: Run) -> bool:
-    return run.cache.data.is_cuda and not run.settings.disable_compile
-
-
-def _read(model: Any, run: Run, step: int, copy: int) -> Tensor:
-    """Run everything that is not in the cache, images and all, for one copy of each row: its logits, (B, V)."""
-    rows, S = slice(copy, None, run.copies), run.keys + step
-    start = run.cache.length if run.cache is not None else 0  # ids that an earlier call has left in the cache
-    ids = None if "inputs_embeds" in run.inputs else run.ids[rows, start : run.prompt + step]
-    mask = None if run.mask is None else run.mask[rows, :S]
-    return prefill(model, ids, run.cache, mask, run.positions[rows, start:S], **run.inputs)
-
-
-def _check_finite(model: Any, run: Run, step: int) -> None:
-    """Raise ValueError if a row's logits have not been finite up to this step: which row, and why."""
-    if run.finite.all():
-        return
-    row = int((~run.finite).nonzero()[0])
-    again = partial(_read, model, replace(run, cache=None), step, row % run.copies)
-    raise ValueError(
-        f"the logits of row {row // run.copies} are not finite at new token {step + 1}: "
-        f"{explain(model, run.inputs, again)}"
-    )
+def _is_hooked(model: Any) -> bool:
+    """Hooks run when a graph is captured, and not when it is repeated: with them every step runs as it is written."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

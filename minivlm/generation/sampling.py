@@ -1,6 +1,6 @@
 """From scores to a token: the rules that scores go through, in their order, and the draw.
 
-B rows, S ids so far, V vocabulary. Scores (B, V) are float32; a token that may not come gets -inf. The rules follow
+B rows, S ids so far, V vocabulary. Scores (B, V) are float32; forbidden tokens get -inf. The rules follow
 transformers 5.23, including its oddities. Those for sampling leave at least `keep` tokens: 1, and with beams one more
 than there are eos ids, so that not every candidate ends.
 """
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.generation.settings import GenerationConfig, check, is_number, is_whole
+from minivlm.generation.settings import GenerationConfig
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # (scores (B, V), ids (B, S)) -> scores (B, V)
 
 
 def repetition_penalty(scores: Tensor, ids: Tensor, penalty: float, padding: Tensor | None = None) -> Tensor:
-    """Make every id seen so far, prompt included, less likely: negative scores × penalty, others ÷ penalty.
+    """Make every id so far, prompt included, less likely: negative scores × penalty, others ÷ penalty.
 
     The first `padding` (B,) ids of a row are left pads and do not count. CTRL (arXiv 1909.05858), section 4.1.
     """
@@ -29,7 +29,7 @@ def repetition_penalty(scores: Tensor, ids: Tensor, penalty: float, padding: Ten
 
 
 def no_repeat_ngram(scores: Tensor, ids: Tensor, n: int) -> Tensor:
-    """Ban every id that would complete n ids in a row which occur before, in the prompt (pads included) or since."""
+    """Ban every id that would repeat n ids in a row that have occurred before, in the prompt (with pads) or since."""
     S, V = ids.shape[1], scores.shape[-1]
     if n > S:
         return scores
@@ -39,7 +39,7 @@ def no_repeat_ngram(scores: Tensor, ids: Tensor, n: int) -> Tensor:
 
 
 def _among(ids: Tensor, V: int) -> Tensor:
-    """Which of the V tokens are among ids (B, S), (B, V) bool; ids from V on stand for none."""
+    """Which of the V tokens are among ids (B, S), (B, V) bool; ids ≥ V are ignored."""
     found = torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device)
     return found.scatter_(1, ids.clamp(max=V), True)[:, :V]
 
@@ -57,6 +57,30 @@ def ban_words(scores: Tensor, ids: Tensor, words: list[Tensor]) -> Tensor:
 def ban_early_end(scores: Tensor, ids: Tensor, eos: Tensor, length: int) -> Tensor:
     """Ban the eos ids while there are fewer than `length` ids."""
     return scores.index_fill(1, eos, -torch.inf) if ids.shape[1] < length else scores
+
+
+def allow_only(scores: Tensor, ids: Tensor, allowed: Callable[[int, Tensor], Sequence[int]], beams: int = 1) -> Tensor:
+    """Ban all ids but allowed(prompt number, ids (S,)); `beams` rows belong to one prompt (arXiv 2010.00904).
+
+    If nothing that is allowed to any beam of a prompt has a score above -inf, it gets 0, as in the reference.
+    """
+    banned = torch.ones_like(scores, dtype=torch.bool)
+    for row, row_ids in enumerate(ids):
+        few = torch.as_tensor(allowed(row // beams, row_ids), dtype=torch.long, device=scores.device)
+        if few.numel() == 0 or few.min() < 0 or few.max() >= scores.shape[-1]:
+            raise ValueError(
+                "prefix_allowed_tokens_fn should return some of the ids from 0 to "
+                f"{scores.shape[-1] - 1}, found {few.tolist()!r:.80} for prompt {row // beams}"
+            )
+        banned[row, few] = False
+    scores = scores.masked_fill(banned, -torch.inf)
+    stuck = scores.amax(-1).isneginf().view(-1, beams).all(-1).repeat_interleave(beams)  # (B,)
+    return scores.masked_fill(stuck[:, None] & ~banned, 0)
+
+
+def remove_invalid(scores: Tensor) -> Tensor:
+    """NaN becomes 0, and infinities the largest and smallest finite numbers."""
+    return scores.nan_to_num(0.0)
 
 
 def top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
@@ -118,20 +142,18 @@ def logits_rules(
     device: Any,
     min_length: int = 0,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    allowed: Callable[[int, Tensor], Sequence[int]] | None = None,
 ) -> list[Rule]:
     """The rules that `settings` switches on, in the order in which the reference applies them.
 
-    `padding` (B,) counts each row's left pads, no row ends with fewer than `min_length` ids, and `processors` are the
-    caller's own rules, called with (ids, scores) as in the reference. Raises ValueError for values that a rule cannot
-    take.
+    `padding` (B,) counts each row's left pads, no row ends with fewer than `min_length` ids, `processors` are rules of
+    the caller's, called with (ids, scores) as in the reference, `allowed` is its `prefix_allowed_tokens_fn`.
+    ValueError for bad words outside the vocabulary.
     """
     rules: list[Rule] = []
-    if (penalty := settings.repetition_penalty) not in (None, 1):
-        fits = isinstance(penalty, float) and 1e-6 <= penalty <= 1e6  # beyond, scores could overflow
-        check("repetition_penalty", penalty, fits, "a float > 0, such as 1.2")
+    if (penalty := settings.active("repetition_penalty")) is not None:
         rules.append(lambda scores, ids: repetition_penalty(scores, ids, penalty, padding))
-    if (n := settings.no_repeat_ngram_size) not in (None, 0):
-        check("no_repeat_ngram_size", n, is_whole(n, 1), "an integer > 0, or 0 to switch it off")
+    if (n := settings.active("no_repeat_ngram_size")) is not None:
         rules.append(lambda scores, ids: no_repeat_ngram(scores, ids, n))
     if settings.bad_words_ids is not None:
         words = [torch.tensor(word, device=device) for word in _bad_words(settings, vocab_size)]
@@ -139,12 +161,16 @@ def logits_rules(
     if min_length and settings.eos_ids:
         eos = torch.tensor(settings.eos_ids, device=device)
         rules.append(lambda scores, ids: ban_early_end(scores, ids, eos, min_length))
+    if allowed is not None:
+        rules.append(lambda scores, ids: allow_only(scores, ids, allowed, settings.num_beams))
+    if settings.remove_invalid_values:
+        rules.append(lambda scores, ids: remove_invalid(scores))
     rules += [partial(_own_rule, processor=processor) for processor in processors]
     return rules + _sampling_rules(settings) if settings.do_sample else rules
 
 
 def _own_rule(scores: Tensor, ids: Tensor, processor: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """A rule of the caller's, which takes its arguments the other way round and may have forgotten its return."""
+    """A rule of the caller's, whose arguments come the other way round; its `return` may be missing."""
     processed = processor(ids, scores)
     if not isinstance(processed, Tensor) or processed.shape != scores.shape:
         found = tuple(processed.shape) if isinstance(processed, Tensor) else processed
@@ -155,38 +181,21 @@ def _own_rule(scores: Tensor, ids: Tensor, processor: Callable[[Tensor, Tensor],
 def _sampling_rules(settings: GenerationConfig) -> list[Rule]:
     rules: list[Rule] = []
     keep = 1 if settings.num_beams in (None, 1) else max(2, len(settings.eos_ids) + 1)
-    if (temperature := settings.temperature) not in (None, 1):
-        fits = isinstance(temperature, float) and temperature >= 1e-6  # below, scores could overflow
-        check("temperature", temperature, fits, "a float > 0 (for greedy search, pass do_sample=False)")
+    if (temperature := settings.active("temperature")) is not None:
         rules.append(lambda scores, ids: scores / temperature)
-    if (k := settings.top_k) not in (None, 0):
-        check("top_k", k, is_whole(k, 1), "an integer > 0, or 0 to switch it off")
-        rules.append(lambda scores, ids: top_k(scores, k, keep))
-    # Fractions: (setting, its rule, the value that switches it off)
-    fractions = [
-        ("top_p", top_p, 1),
-        ("min_p", min_p, None),
-        ("typical_p", typical_p, 1),
-        ("epsilon_cutoff", epsilon_cutoff, 0),
-        ("eta_cutoff", eta_cutoff, 0),
-    ]
-    for name, rule, off in fractions:
-        if (value := getattr(settings, name)) not in (None, off):
-            check(name, value, is_number(value) and 0 <= value <= 1, "between 0 and 1")
-            rules.append(lambda scores, ids, rule=rule, value=value: rule(scores, value, keep))
+    cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
+    cuts |= {"epsilon_cutoff": epsilon_cutoff, "eta_cutoff": eta_cutoff}
+    for name, cut in cuts.items():
+        if (value := settings.active(name)) is not None:
+            rules.append(lambda scores, ids, cut=cut, value=value: cut(scores, value, keep))
     return rules
 
 
 def _bad_words(settings: GenerationConfig, vocab_size: int) -> list[list[int]]:
-    """The checked words, without those that are just an eos id (which would never let a row end)."""
-    words = settings.bad_words_ids
-    lists = isinstance(words, list | tuple) and len(words) > 0 and all(isinstance(word, list | tuple) for word in words)
-    ids = [id for word in words for id in word] if lists else []
-    fits = lists and all(words) and all(isinstance(id, int) and id >= 0 for id in ids)
-    check("bad_words_ids", words, fits, "a list of words, each a list of token ids, such as [[32000], [5, 7]]")
-    if max(ids) >= vocab_size:
-        raise ValueError(f"bad_words_ids has the id {max(ids)}, but the vocabulary has {vocab_size} tokens")
-    return [list(word) for word in words if not (len(word) == 1 and word[0] in settings.eos_ids)]
+    """The words, without those that are just an eos id (which would never let a row end)."""
+    if (highest := max(id for word in settings.bad_words_ids for id in word)) >= vocab_size:
+        raise ValueError(f"bad_words_ids has the id {highest}, but the vocabulary has {vocab_size} tokens")
+    return [list(word) for word in settings.bad_words_ids if not (len(word) == 1 and word[0] in settings.eos_ids)]
 
 
 def sample(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -1,13 +1,13 @@
-"""What `generate` can be told: the settings, their defaults, what is refused, and whose word counts.
+"""The settings of `generate`: their names, defaults and allowed values, and which source wins.
 
-The call's keywords win over its `generation_config`, that over the checkpoint's `generation_config.json`, and that over
-`DEFAULTS`, which are the reference's.
+A keyword of the call wins over its `generation_config`, that over the checkpoint's `generation_config.json`, and that
+over `DEFAULTS`, which are the reference's.
 """
 
 import difflib
-import inspect
-import json
+import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import write_json
 from minivlm.modules import config as hub_config
 
 FILE = "generation_config.json"
@@ -28,38 +29,41 @@ DEFAULTS = {
     "length_penalty": 1.0,
     "early_stopping": False,
     "temperature": 1.0,
-    "top_k": 50,  # on whenever sampling: 0 or None switches it off
+    "top_k": 50,  # active whenever sampling: 0 or None switches it off
     "top_p": 1.0,
     "typical_p": 1.0,
     "repetition_penalty": 1.0,
+    "num_assistant_tokens": 20,
+    "assistant_confidence_threshold": 0.4,
     "use_cache": True,
 }
 
-# What else transformers can be told. None and the value given here change nothing; any other value is an error.
+# Settings of transformers that are missing here, by the value that changes nothing; any other value is an error.
 UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(("guidance_scale", "encoder_repetition_penalty", "num_beam_groups"), 1),
-    **dict.fromkeys(("encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "remove_invalid_values"), False),
-    **dict.fromkeys(("renormalize_logits", "token_healing", "is_assistant", "use_mtp"), False),
-    **dict.fromkeys(("top_h", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id")),
-    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config", "constraints")),
-    **dict.fromkeys(("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask")),
-    **dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "speculation_type")),
-    **dict.fromkeys(("penalty_alpha", "dola_layers", "force_words_ids", "custom_generate")),
+    name: neutral
+    for neutral, names in [
+        (1, "guidance_scale encoder_repetition_penalty num_beam_groups"),
+        (0, "encoder_no_repeat_ngram_size diversity_penalty"),
+        (False, "renormalize_logits token_healing is_assistant use_mtp"),
+        (None, "top_h sequence_bias suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id"),
+        (None, "exponential_decay_length_penalty watermarking_config constraints custom_generate penalty_alpha"),
+        (None, "negative_prompt_ids negative_prompt_attention_mask assistant_early_exit speculation_type dola_layers"),
+        (None, "force_words_ids"),
+    ]
+    for name in names.split()
 }
-# These never change the ids of what is supported.
-HARMLESS = {
-    *("transformers_version", "_from_model_config", "_commit_hash", "decoder_start_token_id", "synced_gpus", "labels"),
-    *("cache_implementation", "cache_config", "max_cache_len", "low_memory", "compile_config"),
-    *("prefill_chunk_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-    *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
-    *("continuous_batching_config",),
-}
+# Settings of transformers that never change the ids of what is supported.
+HARMLESS = frozenset(
+    """transformers_version _from_model_config _commit_hash decoder_start_token_id synced_gpus labels
+    cache_implementation cache_config max_cache_len low_memory compile_config prefill_chunk_size
+    num_assistant_tokens_schedule assistant_lookbehind target_lookbehind assistant_ensemble_weight
+    continuous_batching_config""".split()  # noqa: SIM905
+)
 
 
 @dataclass(slots=True, init=False)
 class GenerationConfig:
-    """How to generate, in the Hub's words. None is not set: the checkpoint's value, else that of `DEFAULTS`."""
+    """How to generate, in the Hub's words. None means not set: the checkpoint's value, else that of `DEFAULTS`."""
 
     max_new_tokens: int | None  # wins over max_length
     max_length: int | None  # prompt and new tokens together
@@ -82,6 +86,11 @@ class GenerationConfig:
     repetition_penalty: float | None
     no_repeat_ngram_size: int | None
     bad_words_ids: list[list[int]] | None
+    remove_invalid_values: bool | None  # generate although logits are NaN or infinite: these count as 0 or the largest
+    prompt_lookup_num_tokens: int | None  # guess so many tokens ahead from the text so far; the answer is the same
+    max_matching_ngram_size: int | None  # by so many of the newest ids, or fewer; 2 if not set
+    num_assistant_tokens: int | None  # guess so many tokens ahead by `assistant_model`
+    assistant_confidence_threshold: float | None  # and no further after a guess less probable than this
     eos_token_id: int | list[int] | None
     pad_token_id: int | None  # fills rows that have ended; the first eos id if not set
     bos_token_id: int | None
@@ -90,10 +99,12 @@ class GenerationConfig:
     return_dict_in_generate: bool | None  # return a `GenerateOutput`
     output_scores: bool | None  # with the scores of each step in it
     output_logits: bool | None  # with the logits of each step in it
-    other: dict[str, Any]  # settings that we keep but do not know how to obey: `generate` refuses them
+    output_attentions: bool | None  # with the attention weights of each step and decoder block in it
+    output_hidden_states: bool | None  # with those of each step in it, the embeddings and each block's output
+    other: dict[str, Any]  # settings that are kept for the file; `generate` refuses those it cannot follow
 
     def __init__(self, *, other: dict[str, Any] | None = None, **settings: Any) -> None:
-        """Keywords are the fields above, or what else the reference takes. ValueError for a name unknown to both."""
+        """Keywords are the fields above, and others of the reference's. ValueError for a name that is neither."""
         for name in SETTINGS:
             setattr(self, name, plain(settings.pop(name, None)))
         for name in settings:
@@ -102,9 +113,9 @@ class GenerationConfig:
 
     @classmethod
     def from_hub(cls, values: dict[str, Any]) -> "GenerationConfig":
-        """From generation_config.json; what we do not know is kept in `other`, where `generate` refuses it.
+        """From generation_config.json; unknown entries are kept in `other`, where `generate` refuses them.
 
-        Raises ValueError for a setting of a wrong type, and for copies of a prompt that no checkpoint needs.
+        Raises ValueError for a setting of a wrong type, and for more copies of a prompt than any checkpoint needs.
         """
         known = {name: value for name, value in values.items() if name in SETTINGS}
         other = {name: value for name, value in values.items() if name not in SETTINGS}
@@ -133,19 +144,22 @@ class GenerationConfig:
         return cls(**ids)
 
     def to_hub(self) -> dict[str, Any]:
-        """What generation_config.json would hold: everything that is set."""
+        """The contents of generation_config.json: everything that is set."""
         return {name: plain(getattr(self, name)) for name in SETTINGS if getattr(self, name) is not None} | self.other
 
     def save_pretrained(self, folder: str | Path, config_file_name: str = FILE) -> None:
         """Write `to_hub()` into `folder`, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_hub(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / config_file_name).write_text(text, encoding="utf-8")
+        write_json(Path(folder) / config_file_name, self.to_hub(), sort_keys=True)
 
     def over(self, base: "GenerationConfig") -> "GenerationConfig":
         """This config where it is set, `base` elsewhere."""
         given = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
         return replace(base, **given, other=base.other | self.other)
+
+    def active(self, name: str) -> Any:
+        """The value of a setting; None also if it has the value that switches its rule off."""
+        value = getattr(self, name)
+        return None if name in OFF and value == OFF[name] else value
 
     @property
     def eos_ids(self) -> list[int]:
@@ -154,55 +168,25 @@ class GenerationConfig:
 
     @property
     def copies(self) -> int:
-        """How many sequences are continued for each prompt: its beams, or its samples."""
+        """How many sequences continue each prompt: its beams, or its samples."""
         return max(self.num_beams, self.num_return_sequences)
 
 
 SETTINGS = tuple(item.name for item in fields(GenerationConfig) if item.name != "other")
 
-
-def settings_of(model: Any, config: GenerationConfig | None, kwargs: dict) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Split `kwargs` into settings (laid over the call's config, the checkpoint's and `DEFAULTS`) and model inputs."""
-    settings = model.generation_config.over(GenerationConfig(**DEFAULTS))
-    settings.use_cache = True  # LLaVA 34B ships False, which gives the same ids and encodes the pictures at every token
-    if config is not None:
-        check("generation_config", config, isinstance(config, GenerationConfig), "a minivlm.GenerationConfig")
-        settings = config.over(settings)
-    takes = set(inspect.signature(type(model.model).forward).parameters) - {"self", "backend", "hidden_states", "last"}
-    inputs = {name: value for name, value in kwargs.items() if name in takes and value is not None}
-    settings = replace(settings, **{name: value for name, value in kwargs.items() if name in SETTINGS})
-    other = settings.other | {name: value for name, value in kwargs.items() if name not in {*SETTINGS, *takes}}
-    for name, value in other.items():
-        _refuse(name, value, takes)
-    settings.eos_token_id = [id for id in settings.eos_ids if 0 <= id < vocab_size(model)]  # others are never chosen
-    if settings.pad_token_id == -1:  # in some files, this is how to say none
-        settings.pad_token_id = None
-    if settings.pad_token_id is None and settings.eos_ids:
-        settings.pad_token_id = settings.eos_ids[0]
-    for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"):
-        if getattr(settings, name) is None:
-            setattr(settings, name, DEFAULTS[name])
-    _check_search(settings)
-    _warn_unused(settings, kwargs)
-    return settings, inputs
-
-
-def check(name: str, value: Any, fits: bool, expected: str) -> None:
-    if not fits:
-        raise ValueError(f"{name} should be {expected}, found {value!r:.80}")
+# ---- Allowed values ----
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
 
 
-def vocab_size(model: Any) -> int:
-    """How many tokens have a logit: IDEFICS keeps its image tokens apart from the others."""
-    return hub_config.text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float) and 1e-6 <= value <= 1e6
 
 
 def plain(value: Any) -> Any:
@@ -212,7 +196,79 @@ def plain(value: Any) -> Any:
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
-def check_known(name: str, also: set[str] = frozenset()) -> None:
+def check(name: str, value: Any, fits: bool, expected: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} should be {expected}, found {value!r:.80}")
+
+
+def _are_strings(value: Any) -> bool:
+    strings = [value] if isinstance(value, str) else value
+    return isinstance(strings, list | tuple) and all(isinstance(each, str) and each for each in strings)
+
+
+def _are_words(value: Any) -> bool:
+    lists = isinstance(value, list | tuple) and all(isinstance(word, list | tuple) and word for word in value)
+    return lists and len(value) > 0 and all(is_whole(id) for word in value for id in word)
+
+
+# What a value should be, how to tell, and of which settings. Beyond the bounds of floats, scores could overflow.
+ALLOWED = [
+    ("an integer > 0", lambda value: is_whole(value, 1), "max_new_tokens num_beams num_return_sequences top_k"),
+    ("an integer > 0", lambda value: is_whole(value, 1), "no_repeat_ngram_size max_matching_ngram_size"),
+    ("an integer > 0", lambda value: is_whole(value, 1), "prompt_lookup_num_tokens num_assistant_tokens"),
+    ("an integer ≥ 0", is_whole, "min_new_tokens min_length"),
+    ("between 0 and 1", lambda value: is_number(value, 0, 1), "top_p min_p typical_p epsilon_cutoff eta_cutoff"),
+    ("between 0 and 1", lambda value: is_number(value, 0, 1), "assistant_confidence_threshold"),
+    ("a number of seconds", lambda value: is_number(value, 0), "max_time"),
+    ("a number from -10 to 10", lambda value: is_number(value, -10, 10), "length_penalty"),
+    ("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never", "early_stopping"),
+    ("a float > 0, such as 1.2", _is_float, "repetition_penalty"),
+    ("a float > 0 (for greedy search, pass do_sample=False)", _is_float, "temperature"),
+    ("a string or a list of strings, none of them empty", _are_strings, "stop_strings"),
+    ("a list of words, each a list of token ids, such as [[5], [2, 7]]", _are_words, "bad_words_ids"),
+]
+# Values besides None that switch a rule off.
+OFF = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "stop_strings": [], "temperature": 1, "top_k": 0}
+OFF |= {"top_p": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+# Settings that count only with do_sample, with more than one beam, and with return_dict_in_generate.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("early_stopping", "length_penalty")
+OUTPUTS = ("scores", "logits", "attentions", "hidden_states")  # each with output_ before it
+
+
+def resolve(
+    stored: GenerationConfig, config: GenerationConfig | None, given: dict[str, Any], also: Collection[str] = ()
+) -> GenerationConfig:
+    """The settings of one call: keywords `given`, over its `config`, over the checkpoint's `stored`, over `DEFAULTS`.
+
+    Raises ValueError for unknown, unsupported and impossible settings. `also`: what else a misspelt name may mean.
+    """
+    settings = stored.over(GenerationConfig(**DEFAULTS))
+    settings.use_cache = True  # LLaVA 34B ships False: the same ids, but it would encode the images at every token
+    if config is not None:
+        check("generation_config", config, isinstance(config, GenerationConfig), "a minivlm.GenerationConfig")
+        settings = config.over(settings)
+    other = settings.other | {name: value for name, value in given.items() if name not in SETTINGS}
+    settings = replace(settings, **{name: value for name, value in given.items() if name in SETTINGS})
+    for name, value in other.items():
+        _refuse(name, value, also)
+    for name in {*DEFAULTS} - {*SAMPLING, "repetition_penalty"}:  # None switches these off
+        if getattr(settings, name) is None:
+            setattr(settings, name, DEFAULTS[name])
+    for expected, fits, names in ALLOWED:
+        for name in names.split():
+            if (value := settings.active(name)) is not None and (settings.do_sample or name not in SAMPLING):
+                check(name, value, fits(value), expected)
+    beams, copies = settings.num_beams, settings.num_return_sequences
+    if beams == 1 < copies and not settings.do_sample:
+        raise ValueError(f"num_return_sequences={copies}: greedy search has one answer; pass num_beams or do_sample")
+    if 1 < beams < copies:
+        raise ValueError(f"num_return_sequences={copies} is more than there are beams: num_beams={beams}")
+    _warn_unused(settings, given)
+    return settings
+
+
+def check_known(name: str, also: Collection[str] = ()) -> None:
     """Raise ValueError for a name that is neither a setting of the reference nor in `also`."""
     known = {*SETTINGS, *UNSUPPORTED, *HARMLESS, *also}
     if name not in known:
@@ -220,42 +276,24 @@ def check_known(name: str, also: set[str] = frozenset()) -> None:
         raise ValueError(f"unknown setting {name!r:.80}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
-def _refuse(name: str, value: Any, takes: set[str]) -> None:
-    """Raise unless leaving `name` out changes nothing."""
+def _refuse(name: str, value: Any, also: Collection[str]) -> None:
+    """Raise ValueError unless leaving `name` out changes nothing."""
     if value is None or name in HARMLESS:
         return
-    check_known(name, takes)
+    check_known(name, also)
     if value != (neutral := UNSUPPORTED[name]) and value != []:
         raise ValueError(
             f"{name}={value!r:.80} is not supported, leave it at {neutral!r}; GenerationConfig has what is"
         )
 
 
-def _check_search(settings: GenerationConfig) -> None:
-    beams, copies, early = settings.num_beams, settings.num_return_sequences, settings.early_stopping
-    check("num_beams", beams, is_whole(beams, 1), "an integer > 0")
-    check("num_return_sequences", copies, is_whole(copies, 1), "an integer > 0")
-    check("early_stopping", early, isinstance(early, bool) or early == "never", "True, False or 'never'")
-    penalty = settings.length_penalty
-    check("length_penalty", penalty, is_number(penalty) and abs(penalty) <= 10, "a number from -10 to 10")
-    if beams == 1 < copies and not settings.do_sample:
-        raise ValueError(f"num_return_sequences={copies}: greedy search has one answer; pass num_beams or do_sample")
-    if 1 < beams < copies:
-        raise ValueError(f"num_return_sequences={copies} is more than there are beams: num_beams={beams}")
-
-
-def _warn_unused(settings: GenerationConfig, kwargs: dict) -> None:
+def _warn_unused(settings: GenerationConfig, given: dict[str, Any]) -> None:
     """Some settings do nothing without another one, which the caller probably forgot."""
-    sampling = {"temperature": (1, 0), "top_k": (50, 0), "top_p": (1,), "min_p": (0,), "typical_p": (1,)}
-    sampling |= {"epsilon_cutoff": (0,), "eta_cutoff": (0,)}
-    beams = {"early_stopping": (False,), "length_penalty": (1,)}
-    outputs = {"output_scores": (False,), "output_logits": (False,)}
-    needs = [
-        (sampling, settings.do_sample, "do_sample=True"),
-        (beams, settings.num_beams > 1, "num_beams above 1"),
-        (outputs, settings.return_dict_in_generate, "return_dict_in_generate=True"),
-    ]
-    for group, given, need in needs:
-        unused = [name for name, neutral in group.items() if kwargs.get(name) not in (None, *neutral)]
-        if unused and not given:
+    for names, present, need in [
+        (SAMPLING, settings.do_sample, "do_sample=True"),
+        (BEAMS, settings.num_beams > 1, "num_beams above 1"),
+        ([f"output_{name}" for name in OUTPUTS], settings.return_dict_in_generate, "return_dict_in_generate=True"),
+    ]:
+        unused = [name for name in names if given.get(name) not in (None, 0, DEFAULTS.get(name))]
+        if unused and not present:
             warnings.warn(f"{', '.join(unused)} has no effect without {need}", stacklevel=5)

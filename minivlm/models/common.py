@@ -86,7 +86,7 @@ def forward(
     """
     states = [] if output_hidden_states else None
     wanted = {"hidden_states": states, "last": 0 if output_hidden_states else logits_to_keep}
-    x, vectors = self.model(*args, **inputs, backend=self.attn_implementation, **wanted)
+    x, vectors = self.model(*args, **inputs, attn_implementation=self.attn_implementation, **wanted)
     logits = self.head(x[:, -logits_to_keep:])  # (B, T or logits_to_keep, V)
     return Output(
         logits=logits,

@@ -24,11 +24,11 @@ from minivlm.checkpoint import loading
 from minivlm.generation import loop
 from minivlm.models import common
 from minivlm.modules import config as hub_config
-from minivlm.modules.attention import Mask, attention
+from minivlm.modules.attention import Mask, attention, tapped
 from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import GatedMLP, Linear, RMSNorm, initialize
+from minivlm.modules.layers import GatedMLP, RMSNorm, initialize
 from minivlm.modules.rope import RopeScaling, read_rope
 from minivlm.modules.siglip import VisionConfig
 
@@ -198,10 +198,10 @@ class PerceiverAttention(nn.Module):
         self.latents_layer_norm = nn.LayerNorm(width)
         norm = nn.LayerNorm if config.qk_layer_norms_perceiver else nn.Identity
         self.q_layer_norm, self.k_layer_norm = norm(self.head_dim), norm(self.head_dim)
-        self.q_proj = Linear(width, inner, bias=False)
-        self.k_proj = Linear(width, inner, bias=False)
-        self.v_proj = Linear(width, inner, bias=False)
-        self.output_proj = Linear(inner, width, bias=False)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.output_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
         """latents (n, Q, Cv), context (n, P, Cv) → (n, Q, Cv)."""
@@ -214,7 +214,7 @@ class PerceiverAttention(nn.Module):
         # Not `attention`, whose softmax is in fp32: the reference scales q first and stays in the model's dtype.
         scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (n, H, Q, P + Q)
         weights = (scores - scores.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1)
-        return self.output_proj((weights @ v).transpose(1, 2).flatten(2))
+        return self.output_proj((tapped(weights) @ v).transpose(1, 2).flatten(2))
 
 
 class PerceiverMLP(nn.Module):
@@ -223,8 +223,8 @@ class PerceiverMLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(width)
-        self.fc = Linear(width, 4 * width, bias=False)
-        self.c_proj = Linear(4 * width, width, bias=False)
+        self.fc = nn.Linear(width, 4 * width, bias=False)
+        self.c_proj = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.fc(self.ln(x)).relu())
@@ -261,10 +261,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         text, vision = config.hidden_size, config.vision_config.hidden_size
         self.head_dim = text // config.num_attention_heads
-        self.q_proj = Linear(text, text, bias=False)
-        self.k_proj = Linear(vision, text, bias=False)
-        self.v_proj = Linear(vision, text, bias=False)
-        self.o_proj = Linear(text, text, bias=False)
+        self.q_proj = nn.Linear(text, text, bias=False)
+        self.k_proj = nn.Linear(vision, text, bias=False)
+        self.v_proj = nn.Linear(vision, text, bias=False)
+        self.o_proj = nn.Linear(text, text, bias=False)
         norm = RMSNorm if config.qk_layer_norms else nn.Identity
         self.q_layer_norm = norm(self.head_dim, config.rms_norm_eps)
         self.k_layer_norm = norm(self.head_dim, config.rms_norm_eps)
@@ -275,9 +275,10 @@ class CrossAttention(nn.Module):
         v = self.v_proj(vectors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self.k_layer_norm(k), v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str | None) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        mixed = attention(self.q_layer_norm(q), k, v, mask, scale=self.head_dim**-0.5, backend=backend)
+        q, scale = self.q_layer_norm(q), self.head_dim**-0.5
+        mixed = attention(q, k, v, mask, scale=scale, attn_implementation=attn_implementation)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -296,9 +297,11 @@ class GatedBlock(nn.Module):
         self.alpha_cross_attn = _alpha(config)
         self.alpha_dense = _alpha(config)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Mask, blind: Tensor, backend: str | None) -> Tensor:
+    def forward(
+        self, x: Tensor, k: Tensor, v: Tensor, mask: Mask, blind: Tensor, attn_implementation: str | None
+    ) -> Tensor:
         """x (B, T, C), k and v (B, H, N·Q, D); blind (B, T, 1) bool marks the tokens that see no picture."""
-        found = self.cross_attn(self.input_layernorm(x), k, v, mask, backend)
+        found = self.cross_attn(self.input_layernorm(x), k, v, mask, attn_implementation)
         x = x + self.alpha_cross_attn.tanh() * found.masked_fill(blind, 0.0)
         return x + self.alpha_dense.tanh() * self.mlp(self.post_attention_layernorm(x))
 
@@ -343,7 +346,9 @@ class IdeficsModel(nn.Module):
         new = self.additional_embedding((input_ids - self.config.vocab_size).clamp(min=0))
         return torch.where(added[..., None], new, known)
 
-    def encode(self, name: str, pictures: Tensor, seen: Tensor, interpolate: bool, backend: str | None) -> Tensor:
+    def encode(
+        self, name: str, pictures: Tensor, seen: Tensor, interpolate: bool, attn_implementation: str | None
+    ) -> Tensor:
         """The pictures' vectors (B, N, Q, Cv), from what the argument of this name holds. seen: (B, T, N) bool.
 
         Pictures that no token sees, such as those that fill up rows with fewer, do not go through the tower: their
@@ -357,7 +362,7 @@ class IdeficsModel(nn.Module):
             return pictures.new_zeros(*wanted.shape, 1, self.config.vision_config.hidden_size)
         patches = pictures[wanted]  # (n, 3, height, width) or (n, P, Cv)
         if name == "pixel_values":  # all P hidden states of the last block, class token and all, not normalised
-            patches = self.vision_model(patches, backend=backend, interpolate=interpolate)[0]
+            patches = self.vision_model(patches, attn_implementation=attn_implementation, interpolate=interpolate)[0]
         vectors = patches if self.perceiver_resampler is None else self.perceiver_resampler(patches)  # (n, Q, Cv)
         everything = vectors.new_zeros(*wanted.shape, *vectors.shape[1:])
         everything[wanted] = vectors
@@ -395,7 +400,7 @@ class IdeficsModel(nn.Module):
         perceiver_embeddings: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        backend: str | None = None,
+        attn_implementation: str | None = None,
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
@@ -431,18 +436,20 @@ class IdeficsModel(nn.Module):
             "image_encoder_embeddings": image_encoder_embeddings,
             "perceiver_embeddings": perceiver_embeddings,
         }
-        vectors, cross, seen = self.look(given, image_attention_mask, x, cache, interpolate_pos_encoding, backend)
+        vectors, cross, seen = self.look(
+            given, image_attention_mask, x, cache, interpolate_pos_encoding, attn_implementation
+        )
         sight = _sight(seen, cross[0][0].shape[2])
 
         for index, block in enumerate(self.text_model.layers):
             number, rest = divmod(index, self.config.cross_layer_interval)
             if rest == 0:
-                x = self.gated_cross_attn_layers[number](x, *cross[number], *sight, backend)
+                x = self.gated_cross_attn_layers[number](x, *cross[number], *sight, attn_implementation)
             if index == 0 and hidden_states is not None:
                 hidden_states.append(x)
             if block is self.text_model.layers[-1]:
                 mask = mask.of_last(last)  # what the block would say of the other tokens, nobody reads
-            x = block(x, cos, sin, mask, cache, index, backend)
+            x = block(x, cos, sin, mask, cache, index, attn_implementation)
             if hidden_states is not None:
                 hidden_states.append(x)
         x = self.text_model.norm(x)
@@ -561,9 +568,9 @@ class IdeficsForVisionText2Text(nn.Module):
         super().__init__()
         common.prepare(self, config, attn_implementation)
         self.model = IdeficsModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         added = config.additional_vocab_size
-        self.additional_fc = Linear(config.hidden_size, added, bias=False) if added else None
+        self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
         initialize(self, config.initializer_range)
         if config.freeze_lm_head:
             _freeze(self.lm_head)

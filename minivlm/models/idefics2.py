@@ -26,7 +26,7 @@ from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import ACTIVATIONS, GatedMLP, Linear, RMSNorm, initialize
+from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm, initialize
 from minivlm.modules.siglip import SIGLIP, SiglipVisionTower, VisionConfig
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -142,17 +142,17 @@ class PerceiverAttention(nn.Module):
         self.head_dim = config.resampler_head_dim
         queries = config.resampler_n_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, latents: Tensor, context: Tensor, mask: Mask, backend: str | None) -> Tensor:
+    def forward(self, latents: Tensor, context: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
         everything = torch.cat([context, latents], dim=1)  # (N, P + Q, C): the mask counts in this order
         q = self.q_proj(latents).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (N, H, Q, D)
         k = self.k_proj(everything).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (N, K, P + Q, D)
         v = self.v_proj(everything).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, backend=backend)
+        mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, attn_implementation=attn_implementation)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -168,9 +168,9 @@ class PerceiverLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = GatedMLP(size, 4 * size, config.hidden_act)
 
-    def forward(self, latents: Tensor, context: Tensor, mask: Mask, backend: str | None) -> Tensor:
+    def forward(self, latents: Tensor, context: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
         normed = self.input_latents_norm(latents), self.input_context_norm(context)
-        latents = latents + self.self_attn(*normed, mask, backend)
+        latents = latents + self.self_attn(*normed, mask, attn_implementation)
         return latents + self.mlp(self.post_attention_layernorm(latents))
 
 
@@ -183,7 +183,7 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.resampler_depth))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, context: Tensor, patch_mask: Tensor | None, backend: str | None) -> Tensor:
+    def forward(self, context: Tensor, patch_mask: Tensor | None, attn_implementation: str | None) -> Tensor:
         """context (N, P, C), patch_mask (N, P) bool or None → (N, Q, C)."""
         images, patches, _ = context.shape
         latents = self.latents.expand(images, -1, -1)  # (N, Q, C)
@@ -192,7 +192,7 @@ class PerceiverResampler(nn.Module):
             patch_mask = torch.cat([patch_mask, patch_mask.new_ones(images, queries)], dim=1)
         mask = Mask(queries, patches + queries, valid=patch_mask)
         for layer in self.layers:
-            latents = layer(latents, context, mask, backend)
+            latents = layer(latents, context, mask, attn_implementation)
         return self.norm(latents)
 
 
@@ -208,9 +208,9 @@ class Connector(nn.Module):
         )
         self.perceiver_resampler = PerceiverResampler(config.perceiver_config)
 
-    def forward(self, patches: Tensor, patch_mask: Tensor | None, backend: str | None = None) -> Tensor:
+    def forward(self, patches: Tensor, patch_mask: Tensor | None, attn_implementation: str | None = None) -> Tensor:
         """patches (N, P, Cv), patch_mask (N, P) bool or None → (N, Q, C)."""
-        return self.perceiver_resampler(self.modality_projection(patches), patch_mask, backend)
+        return self.perceiver_resampler(self.modality_projection(patches), patch_mask, attn_implementation)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class Idefics2Model(nn.Module):
         self.text_model = Decoder(config.text_config)
 
     def get_image_features(
-        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, backend: str | None = None
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, attn_implementation: str | None = None
     ) -> Tensor:
         """pixel_values (B, N, 3, height, width), pixel_attention_mask (B, N, height, width) → (real pictures, Q, C).
 
@@ -252,8 +252,9 @@ class Idefics2Model(nn.Module):
             mask = masks[indices, :high, :wide]
             mask = None if mask.all() else mask
             area = pixels[indices, :, : high * patch, : wide * patch]
-            patches = self.vision_model(area, mask, backend)  # (n, P, Cv)
-            latents = self.connector(patches, None if mask is None else mask.flatten(1), backend)  # (n, Q, C)
+            patches = self.vision_model(area, mask, attn_implementation)  # (n, P, Cv)
+            patch_mask = None if mask is None else mask.flatten(1)
+            latents = self.connector(patches, patch_mask, attn_implementation)  # (n, Q, C)
             features.update(zip(indices, latents, strict=True))
         if not features:
             return pixels.new_zeros(0, *self.connector.perceiver_resampler.latents.shape)
@@ -290,7 +291,7 @@ class Idefics2Model(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
-        backend: str | None = None,
+        attn_implementation: str | None = None,
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
@@ -312,10 +313,10 @@ class Idefics2Model(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)  # (B, T, C)
         if pixel_values is not None:
-            image_hidden_states = self.get_image_features(pixel_values, pixel_attention_mask, backend)
+            image_hidden_states = self.get_image_features(pixel_values, pixel_attention_mask, attn_implementation)
         if image_hidden_states is not None:
             inputs_embeds = self.merge(input_ids, inputs_embeds, image_hidden_states)
-        decoding = (attention_mask, position_ids, past_key_values, backend, hidden_states, last)
+        decoding = (attention_mask, position_ids, past_key_values, attn_implementation, hidden_states, last)
         x = self.text_model(inputs_embeds, *decoding)
         return x, image_hidden_states
 
@@ -348,7 +349,7 @@ class Idefics2ForConditionalGeneration(nn.Module):
         super().__init__()
         common.prepare(self, config, attn_implementation)
         self.model = Idefics2Model(config)
-        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)
 
     @property

@@ -29,7 +29,7 @@ from minivlm.modules import config as hub_config
 from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipVisionTower
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import ACTIVATIONS, Linear, activation, initialize
+from minivlm.modules.layers import ACTIVATIONS, activation, initialize
 from minivlm.modules.siglip import VisionConfig
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ class Projector(nn.Module):
         super().__init__()
         vision = config.vision_config.hidden_size * len(config.feature_layers)
         text, bias = config.text_config.hidden_size, config.multimodal_projector_bias
-        self.linear_1 = Linear(vision, text, bias=bias)
-        self.linear_2 = Linear(text, text, bias=bias)
+        self.linear_1 = nn.Linear(vision, text, bias=bias)
+        self.linear_2 = nn.Linear(text, text, bias=bias)
         self.act = activation(config.projector_hidden_act)
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class LlavaNextModel(nn.Module):
         self,
         pixel_values: Tensor | Sequence[Tensor],
         image_sizes: Tensor,
-        backend: str | None = None,
+        attn_implementation: str | None = None,
         slots: Tensor | None = None,
     ) -> list[Tensor]:
         """Each picture's vectors, (its number of image tokens, C), for the N pictures of the batch in a flat row.
@@ -219,7 +219,7 @@ class LlavaNextModel(nn.Module):
         tiles = self._real_tiles(pixel_values, counts)  # (tiles of all pictures, 3, S, S)
         if slots is not None:
             self._check_places(slots, sizes)
-        states = self.vision_tower(tiles, self.config.feature_layers, backend)  # (tiles, 1 + P, Cv) each
+        states = self.vision_tower(tiles, self.config.feature_layers, attn_implementation)  # (tiles, 1 + P, Cv) each
         # The class token goes, by a view as in the reference: in bf16 a linear map rounds otherwise on a copy.
         patches = torch.cat(states, dim=-1)[:, 1:]  # (tiles, P, Cv · layers)
         projected = self.multi_modal_projector(patches).split(counts)  # (tiles, P, C) each
@@ -283,7 +283,7 @@ class LlavaNextModel(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
-        backend: str | None = None,
+        attn_implementation: str | None = None,
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
@@ -308,10 +308,10 @@ class LlavaNextModel(nn.Module):
             table, token = self.language_model.embed_tokens, self.config.image_token_index
             slots = common.image_slots(input_ids, inputs_embeds, table, token)  # (B, T)
             if pixel_values is not None:
-                features = self.get_image_features(pixel_values, image_sizes, backend, slots)
+                features = self.get_image_features(pixel_values, image_sizes, attn_implementation, slots)
                 image_hidden_states = torch.cat([inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]), *features])
             inputs_embeds = common.merge(slots, inputs_embeds, image_hidden_states, "its pictures")
-        decoding = (attention_mask, position_ids, past_key_values, backend, hidden_states, last)
+        decoding = (attention_mask, position_ids, past_key_values, attn_implementation, hidden_states, last)
         x = self.language_model(inputs_embeds, *decoding)
         return x, image_hidden_states
 
@@ -353,7 +353,7 @@ class LlavaNextForConditionalGeneration(nn.Module):
         super().__init__()
         common.prepare(self, config, attn_implementation)
         self.model = LlavaNextModel(config)
-        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         initialize(self, config.text_config.initializer_range)
 
     @property

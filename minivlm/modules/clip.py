@@ -70,7 +70,7 @@ class ClipVisionTower(nn.Module):
         self,
         pixel_values: Tensor,
         layers: Sequence[int] = (-1,),
-        backend: str | None = None,
+        attn_implementation: str | None = None,
         interpolate: bool = False,
     ) -> list[Tensor]:
         """pixel_values (N, 3, S, S) → the hidden states (N, 1 + P, C) of each of `layers`, class token first.
@@ -85,7 +85,7 @@ class ClipVisionTower(nn.Module):
         mask = Mask(x.shape[1], x.shape[1])
         states = {0: x}
         for index, block in enumerate(blocks[: max(wanted)], start=1):
-            x = block(x, mask, backend)
+            x = block(x, mask, attn_implementation)
             if index in wanted:
                 states[index] = x
         return [states[layer] for layer in wanted]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
-from minivlm.modules.layers import ACTIVATIONS, GatedMLP, Linear, RMSNorm
+from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm
 from minivlm.modules.rope import RopeScaling, read_rope, rotary_cos_sin, rotary_frequencies, rotate
 
 # Class defaults of the reference where they differ from `DecoderConfig`: real config files leave most fields out.
@@ -129,10 +129,10 @@ class DecoderAttention(nn.Module):
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -142,7 +142,7 @@ class DecoderAttention(nn.Module):
         mask: Mask,
         cache: KVCache | None,
         layer: int,
-        backend: str | None,
+        attn_implementation: str | None,
     ) -> Tensor:
         """x (B, T, C) → (B, T, C), or fewer of the last tokens if the mask has fewer queries."""
         asking = slice(x.shape[1] - mask.queries, None)
@@ -152,7 +152,8 @@ class DecoderAttention(nn.Module):
         q, k = rotate(q, cos[:, :, asking], sin[:, :, asking]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, K, S, D)
-        mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, backend=backend)  # (B, H, T, D)
+        scale = self.head_dim**-0.5
+        mixed = attention(q, k, v, mask, scale=scale, attn_implementation=attn_implementation)  # (B, H, T, D)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
-        backend: str | None = None,
+        attn_implementation: str | None = None,
         hidden_states: list[Tensor] | None = None,
         last: int = 0,
     ) -> Tensor:
@@ -217,7 +218,7 @@ class Decoder(nn.Module):
             mask = masks[self.windows[index]]
             if block is self.layers[-1]:
                 mask = mask.of_last(last)
-            x = block(x, cos, sin, mask, cache, index, backend)
+            x = block(x, cos, sin, mask, cache, index, attn_implementation)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)

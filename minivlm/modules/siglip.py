@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minivlm.modules import config as hub_config
 from minivlm.modules.attention import Mask, attention
-from minivlm.modules.layers import ACTIVATIONS, MLP, Linear
+from minivlm.modules.layers import ACTIVATIONS, MLP
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,17 @@ class SiglipAttention(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.head_dim = size // config.num_attention_heads
-        self.q_proj = Linear(size, size)
-        self.k_proj = Linear(size, size)
-        self.v_proj = Linear(size, size)
-        self.out_proj = Linear(size, size)
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
 
-    def forward(self, x: Tensor, mask: Mask, backend: str | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # (N, H, P, D)
         k = self.k_proj(x).view(heads).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, backend=backend)
+        mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, attn_implementation=attn_implementation)
         return self.out_proj(mixed.transpose(1, 2).reshape(x.shape))
 
 
@@ -121,8 +121,8 @@ class SiglipBlock(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x: Tensor, mask: Mask, backend: str | None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), mask, backend)
+    def forward(self, x: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask, attn_implementation)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -133,9 +133,9 @@ class SiglipEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(SiglipBlock(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, mask: Mask, backend: str | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
         for block in self.layers:
-            x = block(x, mask, backend)
+            x = block(x, mask, attn_implementation)
         return x
 
 
@@ -149,10 +149,12 @@ class SiglipVisionTower(nn.Module):
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor, patch_mask: Tensor | None = None, backend: str | None = None) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, patch_mask: Tensor | None = None, attn_implementation: str | None = None
+    ) -> Tensor:
         """pixel_values (N, 3, height, width); patch_mask (N, h, w) bool, None = all patches are real → (N, P, C)."""
         x = self.embeddings(pixel_values, patch_mask)
         patches = x.shape[1]
         valid = None if patch_mask is None else patch_mask.flatten(1)
-        x = self.encoder(x, Mask(patches, patches, valid=valid), backend)
+        x = self.encoder(x, Mask(patches, patches, valid=valid), attn_implementation)
         return self.post_layernorm(x)

@@ -10,6 +10,7 @@ reported, does not hide one between the models.
 """
 
 import json
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -68,7 +69,8 @@ def compare(
     a = a if isinstance(a, Side) else Side(a)
     for side in (a, b):  # before either has run for an hour
         sides.foresee(side)
-    with tempfile.TemporaryDirectory(prefix="minivlm-parity-") as folder:
+    # Windows keeps a file that is still mapped
+    with tempfile.TemporaryDirectory(prefix="minivlm-parity-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "a.safetensors"
         options = {"layers": layers, "inside": inside, "tokens": tokens, "other_dtype": b.dtype, "progress": progress}
         recording = record(a, path, question, **options)
@@ -175,7 +177,8 @@ def record(
     dtype = side.dtype or config.dtype
     about = {FORMAT: 1, "dtype": other_dtype or dtype, "config": _plain(config), "question": question.identity}
     about |= {"layers": layers, "inside": inside, "torch": torch.__version__}
-    unfinished = path.with_name(f".{path.name}.part")  # an interruption leaves what was there
+    # an interruption leaves what was there; two runs for one file do not meet
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
         writer = Writer(unfinished, room=(1 << 17) + 400 * calls)  # settings; each tensor and its yardstick

@@ -3,6 +3,7 @@
 The functions whose first argument is `cls` or `self` are methods, written into the classes as they are.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from minivlm.checkpoint.files import read_configs, write_json
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
 from minivlm.text import chat_template as chat
-from minivlm.text.tokenizer import Tokenizer, as_texts
+from minivlm.text.tokenizer import Prompt, Tokenizer, as_texts
 
 MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
@@ -123,24 +124,25 @@ def call(
         return self.image_processor(images, return_tensors)
     options = {"padding": padding, "truncation": truncation, "max_length": max_length}
     options |= {"return_tensors": return_tensors, "add_special_tokens": add_special_tokens}
-    return self.encode_prompts(as_texts(text), images, **options)
+    return self.encode_prompts([Prompt(each) for each in as_texts(text)], images, **options)
 
 
 def encode_prompts(
     self: Any,
-    prompts: list[str],
+    prompts: list[Prompt],
     images: Any = None,
     *,
-    guard: str | None = None,
     return_tensors: str | None = None,
     **options: Any,
 ) -> Inputs:
-    """What `call` and `apply_chat_template` share. With `guard`, see `Tokenizer.encode_guarded`, for every prompt.
+    """What `call` and `apply_chat_template` share. ValueError unless there is one image for every image token."""
+    rows = image_rows(images, [prompt.text.count(self.image_token) for prompt in prompts], self.image_token)
+    return self.encode(prompts, rows, **options).convert(return_tensors)
 
-    ValueError unless there is one picture for every image token.
-    """
-    rows = image_rows(images, [prompt.count(self.image_token) for prompt in prompts], self.image_token)
-    return self.encode(prompts, rows, guard, **options).convert(return_tensors)
+
+def call_options(self: Any) -> tuple[str, ...]:
+    """Names of the options of `call` that `apply_chat_template` passes on."""
+    return ("padding", "truncation", "max_length", "return_tensors", "add_special_tokens")
 
 
 def decode(self: Any, *args: Any, **kwargs: Any) -> str | list[str]:
@@ -185,8 +187,39 @@ def fetch_picture(processor: Any, source: Any) -> Any:
     return load_image(source, getattr(processor.image_processor, "background", None))
 
 
-def encode_all(tokenizer: Tokenizer, prompts: list[str], guard: str | None) -> list[list[int]]:
-    """Ids of each prompt, without bos; with `guard`, see `Tokenizer.encode_guarded`."""
-    if guard is None:
-        return [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    return [tokenizer.encode_guarded(prompt, guard) for prompt in prompts]
+def assemble(
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    image_token_id: int,
+    blocks: Iterator[list[int]],
+    border: int | None = None,
+    **options: Any,
+) -> Inputs:
+    """input_ids and attention_mask (B, T), with the next of `blocks` for every image token.
+
+    The ids are those of the text with the blocks written out. Where two `border` tokens meet, one is left. Prompts with
+    learned spans give assistant_masks as well.
+    """
+    bodies, learned = [], []
+    for prompt in prompts:
+        ids, marks = expand(*prompt.encode(tokenizer), image_token_id, blocks, border)
+        bodies.append(ids)
+        learned.append(marks)
+    keep = image_token_id if border is None else border
+    wanted = any(prompt.learned is not None for prompt in prompts)
+    return tokenizer.assemble(bodies, keep=keep, learned=learned if wanted else None, **options)
+
+
+def expand(
+    ids: list[int], marks: list[int], image_token_id: int, blocks: Iterator[list[int]], border: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Each image token replaced by the next block; the block's tokens get its mark. For `border` see `assemble`."""
+    new_ids: list[int] = []
+    new_marks: list[int] = []
+    for i, mark in zip(ids, marks, strict=True):
+        block = next(blocks) if i == image_token_id else [i]
+        if border is not None and new_ids[-1:] == [border] == block[:1]:
+            block = block[1:]
+        new_ids += block
+        new_marks += [mark] * len(block)
+    return new_ids, new_marks

@@ -10,6 +10,7 @@ them through cross-attention, each token at the latest picture before it, as `im
 Letters: B prompts, T tokens, N pictures of the fullest prompt (at least 1), S the side of the square.
 """
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from minivlm.families.record import Region
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
-from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, encode_all, pixel_table_of
+from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, pixel_table_of
 from minivlm.processing.images import load_image, nest_images, resize, write_pixels
 from minivlm.text import chat_template as chat
 from minivlm.text.shown import short
-from minivlm.text.tokenizer import Tokenizer
+from minivlm.text.tokenizer import Prompt, Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 PICTURES = (Image.Image, Path, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)  # in a prompt, beside URLs
@@ -84,6 +86,7 @@ class IdeficsImageProcessor:
 
         `transform`, for training, takes the place of all steps: it gets the upright RGB picture and returns a tensor.
         """
+        self.__post_init__()  # fields may have been set since
         pictures = self.fetch_images(images)
         if not pictures:
             raise ValueError("no image: pass at least one")
@@ -100,6 +103,13 @@ class IdeficsImageProcessor:
         for picture, out in zip(pictures, pixels, strict=True):
             write_pixels(picture, table, out)
         return Inputs(pixel_values=pixels).convert(return_tensors)["pixel_values"]
+
+    def regions(self, height: int, width: int, patch: int) -> list[Region]:
+        """Where the patch grid lies on an image of this size, which is stretched to a square."""
+        down, across = (self.image_size, self.image_size) if self.do_resize else (height, width)
+        rows, columns = down // patch, across // patch
+        high, wide = rows * patch * height / down, columns * patch * width / across
+        return [Region("whole image", (rows, columns), 0, 0, high, wide)]
 
     def fetch_images(self, images: Any) -> list[Image.Image]:
         """URLs, files and all else that `load_image` takes, as upright RGB pictures on white."""
@@ -145,7 +155,7 @@ class IdeficsProcessor:
 
     from_pretrained = classmethod(common.from_pretrained)
     save_pretrained = common.save_pretrained
-    apply_chat_template, encode_prompts = chat.apply, common.encode_prompts
+    apply_chat_template, encode_prompts, call_options = chat.apply, common.encode_prompts, common.call_options
     decode, batch_decode = common.decode, common.batch_decode
 
     def __call__(
@@ -177,7 +187,7 @@ class IdeficsProcessor:
         prompts = [write_prompt(p, separator, f"prompt {n}") for n, p in enumerate(read_prompts(images, text))]
         begin = self.tokenizer.bos_token or ""
         end = (self.tokenizer.eos_token or "") if add_eos_token else ""
-        bodies = encode_all(self.tokenizer, [begin + written + end for written, _ in prompts], None)
+        bodies = [self.tokenizer.encode(begin + text + end, add_special_tokens=False) for text, _ in prompts]
         options = {"padding": padding, "truncation": truncation, "max_length": max_length, "add_special_tokens": False}
         ids = self.tokenizer.assemble(bodies, keep=self.fake_token_id, **options)
         return self._with_pictures(ids, [pictures for _, pictures in prompts], transform).convert(return_tensors)
@@ -189,11 +199,13 @@ class IdeficsProcessor:
             raise ValueError(f"add_end_of_utterance_token: the tokenizer of this checkpoint has no {END_OF_UTTERANCE}")
         return END_OF_UTTERANCE if known and wanted is not False else ""
 
-    def encode(self, prompts: list[str], rows: list[list[Any]], guard: str | None, **options: Any) -> Inputs:
-        """For chat templates: prompts with an `<image>` for each picture of their row → Inputs."""
-        marked = [prompt.replace(IMAGE, FAKE + IMAGE + FAKE).replace(FAKE + FAKE, FAKE) for prompt in prompts]
-        ids = self.tokenizer.assemble(encode_all(self.tokenizer, marked, guard), keep=self.fake_token_id, **options)
-        return self._with_pictures(ids, rows)
+    def encode(self, prompts: list[Prompt], rows: list[list[Any]], **options: Any) -> Inputs:
+        """For chat templates: prompts with an `<image>` for each image of their row → Inputs."""
+        blocks = itertools.repeat([self.fake_token_id, self.image_token_id, self.fake_token_id])
+        inputs = common.assemble(
+            self.tokenizer, prompts, self.image_token_id, blocks, border=self.fake_token_id, **options
+        )
+        return self._with_pictures(inputs, rows)
 
     def _with_pictures(self, inputs: Inputs, rows: list[list[Any]], transform: Any = None) -> Inputs:
         """Add pixel_values and image_attention_mask; `keep` above needs only F: no cut takes an I and leaves its Fs."""

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from minivlm_kernels import cpu_int4
+from minivlm_kernels.processor import multiplies
 from torch import Tensor
 
-from minivlm.modules.layers import multiplies
 from minivlm.quantization.affine import Affine
 from minivlm.quantization.codebook import BLOCK, Codebook
 from minivlm.quantization.formats import Format, Shape, Tensors

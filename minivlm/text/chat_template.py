@@ -1,32 +1,38 @@
-"""Conversations to prompts: the checkpoint's own jinja template, run in a sandbox, with what users typed kept as text.
+"""Chat templates: where they are found, and `apply_chat_template`, which makes prompts and inputs of conversations."""
 
-A template turns messages into one string, and in that string a typed "<image>" looks like a real one. So, where ids
-are wanted, every character in a user's text with which a special token could begin is followed by a *guard*, a private
-character that occurs in no message. The template runs on the guarded texts; the prompt is cut at the special tokens
-that are whole, which only the template can have written; then the guards go, and what lies between is encoded as
-plain text. Ordinary conversations get exactly the ids of their rendered string.
-"""
-
+import difflib
+import inspect
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minivlm.checkpoint import hub
 from minivlm.modules.inputs import Inputs
+from minivlm.text.messages import normalise
+from minivlm.text.rendering import Rendered, learned_spans, render_conversation
 from minivlm.text.shown import short
-from minivlm.text.template_sandbox import render
+from minivlm.text.template_sandbox import mentioned
+from minivlm.text.tokenizer import Prompt
 
-ROLES = ("system", "user", "assistant")
-IMAGE_KEYS = ("image", "url", "path", "image_url")
 # By name, the prompts of the released checkpoints, for others that were trained like them and have lost their template:
 # vicuna, mistral, yi (34B), llama3, qwen (72B, 110B), idefics2.
 KNOWN = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 
 
 def named(template: str | None) -> str | None:
-    """The template of a name that is `KNOWN`; any other as it is."""
-    path = KNOWN.get(template) if isinstance(template, str) else None
-    return template if path is None else hub.read_text(path)
+    """The template of a name that is `KNOWN`; a template as it is. ValueError for what is neither."""
+    if isinstance(template, str) and template in KNOWN:
+        return hub.read_text(KNOWN[template])
+    if template is not None and not (isinstance(template, str) and re.search(r"\{[{%]", template)):
+        near = difflib.get_close_matches(str(template), KNOWN, n=1)
+        raise ValueError(
+            f"chat_template is a jinja template, which has {{{{ … }}}} in it, or one of the names {', '.join(KNOWN)}; "
+            f"found {short(template)}{f'; did you mean {near[0]!r}?' if near else ''}"
+        )
+    return template
 
 
 def find_template(source: hub.Source, processor_config: dict[str, Any], tokenizer_config: dict[str, Any]) -> str | None:
@@ -56,106 +62,113 @@ def save(template: str | None, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(named(template), encoding="utf-8")
 
 
-def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages in the one form that templates get, and the images in them (None where only a place is given).
-
-    A message is {"role": …, "content": …}; content is a list of {"type": "text", "text": …} and {"type": "image"}
-    items, the latter with the picture under "image", "url" or "path", or as {"type": "image_url", "image_url": {"url":
-    …}}. A plain string as content counts as one text item (Idefics2's template would drop it). Only these two keys of
-    a message reach the template.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError('a conversation is a list of {"role": …, "content": …}, found ' + short(messages))
-    normal, images = [], []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or "content" not in message:
-            raise ValueError(f'message {number} should be {{"role": …, "content": …}}, found {short(message)}')
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"message {number}: the role is one of {', '.join(ROLES)}, found {short(role)}")
-        content = message["content"]
-        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(items, list | tuple) or not items:
-            raise ValueError(f"message {number}: content is a string or a list of items, found {short(content)}")
-        normal.append({"role": role, "content": [_item(item, number, images) for item in items]})
-    return normal, images
-
-
-def _item(item: Any, number: int, images: list[Any]) -> dict[str, str]:
-    kind = item.get("type") if isinstance(item, dict) else None
-    kind = kind if isinstance(kind, str) else None
-    if kind == "text" and isinstance(item.get("text"), str):
-        return {"type": "text", "text": item["text"]}
-    if kind not in ("image", "image_url"):
-        raise ValueError(
-            f'message {number}: an item is {{"type": "text", "text": "…"}} or {{"type": "image"}}, found {short(item)}'
-        )
-    picture = next((item[key] for key in IMAGE_KEYS if item.get(key) is not None), None)
-    images.append(picture["url"] if isinstance(picture, dict) and "url" in picture else picture)
-    return {"type": "image"}
-
-
 def apply(
     processor: Any,
     conversation: Sequence[Any],
     *,
     chat_template: str | None = None,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
     tokenize: bool = False,
     return_dict: bool = False,
+    return_assistant_tokens_mask: bool = False,
     images: Any = None,
     **options: Any,
 ) -> str | list[str] | list[list[int]] | Inputs:
-    """`apply_chat_template` of every processor here; `options` are those of its call (padding, return_tensors, …).
+    """`apply_chat_template` of every processor here. One conversation or a list of them → prompts, ids or inputs.
 
-    One conversation or a list of them. Without `tokenize`, the prompt string(s), in which typed special tokens are not
-    told apart. With it, the ids, or with `return_dict` all inputs of the model, pictures in the messages included;
-    pictures may instead be passed as `images` when the messages only say where they go.
+    Without `tokenize`: the prompt string(s), in which typed special tokens cannot be told from the template's. With it:
+    the ids, or with `return_dict` all inputs of the model, images in the messages included; images may instead be
+    passed as `images` when the messages only say where they go.
+
+    continue_final_message: the prompt ends with the last message's text, without an end mark, for the model to go on.
+    return_assistant_tokens_mask: the inputs have assistant_masks (B, T) too, 1 for every token with a character of what
+    a model learns to write; see `learned_spans`.
+    options: those of the processor's call (padding, return_tensors, …), of use with `tokenize` only, and the template's
+    own variables (tools, documents, …): text, numbers, lists and dicts. TypeError for one that neither knows.
     """
     template = named(chat_template or processor.chat_template)
     if template is None:
         raise ValueError(
             "this checkpoint has no chat template (it is not tuned for chat); write the prompt yourself, with <image> "
-            f"where a picture goes, or pass chat_template=, a template or the name of one: {', '.join(KNOWN)}"
+            f"where an image goes, or pass chat_template=, a template or the name of one: {', '.join(KNOWN)}"
+        )
+    if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
+        raise ValueError(
+            "continue_final_message goes on with the last message, so add_generation_prompt, which begins another one, "
+            "and return_assistant_tokens_mask, for finished messages, do not go with it"
         )
     batched = isinstance(conversation, list | tuple) and any(isinstance(one, list | tuple) for one in conversation)
-    normal, pictures = zip(*(normalise(one) for one in (conversation if batched else [conversation])), strict=True)
-    tokenizer = processor.tokenizer
-    variables = tokenizer.special_tokens_map | {"add_generation_prompt": add_generation_prompt}
+    normal, given = zip(*(normalise(one) for one in (conversation if batched else [conversation])), strict=True)
+    call_options, variables = _sorted_options(processor, template, options)
+    variables["add_generation_prompt"] = add_generation_prompt
+    rendered = []
+    for messages in normal:
+        rendered.append(render_conversation(template, messages, processor.tokenizer, variables, continue_final_message))
+        _check_images(rendered[-1], messages, processor.image_token)
     if not tokenize:
-        prompts = [render(template, messages=messages, **variables) for messages in normal]
-        return prompts if batched else prompts[0]
-    guard = _unused_character(normal, template)
-    for message in (message for messages in normal for message in messages):
-        for item in message["content"]:
-            if item["type"] == "text":
-                item["text"] = tokenizer.guard(item["text"], guard)
-    prompts = [render(template, messages=messages, **variables) for messages in normal]
-    given = [picture for row in pictures for picture in row if picture is not None]
-    places = sum(len(row) for row in pictures)
-    if images is None and len(given) == places:
-        images = list(pictures)
-    elif given or images is None:
+        texts = [each.text for each in rendered]
+        return texts if batched else texts[0]
+    if any(each.guarded is None for each in rendered):
         raise ValueError(
-            f"the messages have {places} image items, {len(given)} of them with a picture"
-            f"{', and images= is given too' if images is not None else ''}; put every picture into its item "
-            '({"type": "image", "image": …}) or pass all of them as images='
+            "this chat template decides by the words of a text what it writes, so that typed special tokens cannot be "
+            "told from its own; leave out tokenize=True and pass the string that it writes to processor(text=…)"
         )
+    prompts = [Prompt(each.guarded, each.guard) for each in rendered]
+    if return_assistant_tokens_mask:
+        learned = [learned_spans(*pair, processor) for pair in zip(rendered, normal, strict=True)]
+        prompts = [replace(prompt, learned=spans) for prompt, spans in zip(prompts, learned, strict=True)]
     # a template that writes the bos token itself must not get a second one
-    add_bos = not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))
-    inputs = processor.encode_prompts(prompts, images, guard=guard, add_special_tokens=add_bos, **options)
+    bos = processor.tokenizer.bos_token
+    call_options.setdefault("add_special_tokens", not (bos and prompts[0].text.startswith(bos)))
+    inputs = processor.encode_prompts(prompts, _images(given, images), **call_options)
     return inputs if return_dict else inputs["input_ids"]
 
 
-def _unused_character(conversations: Sequence[list[dict[str, Any]]], template: str) -> str:
-    """A private-use character that occurs neither in the messages nor in the template."""
-    used = set(template)
-    for messages in conversations:
-        for message in messages:
-            for item in message["content"]:
-                used.update(item.get("text", ""))
-    # planes 15 and 16 hold 131,068 private characters
-    unused = next((c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used), None)
-    if unused is None:
-        raise ValueError("the messages use every private character of Unicode, so none is left to mark them with")
-    return unused
+def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the processor's call, and the template's variables. TypeError for what is neither."""
+    known = processor.call_options()
+    call_options = {name: value for name, value in options.items() if name in known}
+    variables = {name: value for name, value in options.items() if name not in known}
+    names = mentioned(template) - {"messages"}
+    for name, value in variables.items():
+        if name not in names and not (name in ("tools", "documents") and value is None):
+            near = difflib.get_close_matches(name, [*inspect.signature(apply).parameters, *known, *names], n=1)
+            raise TypeError(
+                f"apply_chat_template got an unknown option {name!r}: it is no option of this processor, and the chat "
+                f"template mentions no variable of that name{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
+    try:
+        plain = json.loads(json.dumps(variables))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"variables of a chat template are text, numbers, lists and dicts: {error}") from error
+    return call_options, {"tools": None, "documents": None} | plain
+
+
+def _check_images(rendered: Rendered, messages: list[dict[str, Any]], image_token: str) -> None:
+    """ValueError unless the template has written an image token for every image item."""
+    expected = sum(item["type"] == "image" for message in messages for item in message["content"])
+    typed = rendered.guarded is None and sum(
+        item["text"].count(image_token) for message in messages for item in message["content"] if item["type"] == "text"
+    )
+    found = (rendered.text if rendered.guarded is None else rendered.guarded).count(image_token) - typed
+    if found != expected:
+        raise ValueError(
+            f"the chat template writes {image_token} {found} times for {expected} image items; pass another "
+            "chat_template=, or leave out the images that it has no use for"
+        )
+
+
+def _images(given: Sequence[list[Any]], images: Any) -> Any:
+    """The images in the messages, or `images`. ValueError unless all of them come in one of the two ways."""
+    found = [image for row in given for image in row if image is not None]
+    items = sum(len(row) for row in given)
+    if images is None and len(found) == items:
+        return list(given)
+    if found or images is None:
+        raise ValueError(
+            f"the messages have {items} image items, {len(found)} of them with an image"
+            f"{', and images= is given too' if images is not None else ''}; put every image into its item "
+            '({"type": "image", "image": …}) or pass all of them as images='
+        )
+    return images

@@ -17,13 +17,13 @@ three units per character of a prompt and notice nothing.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import jinja2
-from jinja2 import nodes, pass_context
+from jinja2 import meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
@@ -45,21 +45,34 @@ MAX_NEEDLE = 64  # characters that `strip` and `rsplit` may look for: they try a
 DEAR = 4096  # whoever pays so much at once is shown the clock
 PRINTABLE = str | int | float | list | tuple | dict | Undefined | None
 VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+GENERATION = ("generation_begins", "generation_ends")  # variables that are written around {% generation %} blocks
 BUDGET_KEY = " budget"  # of the budget among a template's variables; with a blank, so that no template can name it
 
 
-def render(template: str, **variables: Any) -> str:
-    """What a template writes, by these variables. Raises ValueError for one that is broken, refuses or is refused."""
+def render(template: str, calls: Sequence[dict[str, Any]]) -> list[str]:
+    """What a template writes, for each set of variables. ValueError for one that is broken, refuses or is refused."""
+    compiled = _compiled(template)
     try:
-        compiled = _compile(template)
+        return ["".join(compiled.generate(variables | {BUDGET_KEY: _Budget()})) for variables in calls]
+    except Exception as error:  # a template can fail like any program
+        raise ValueError(f"the chat template fails on these messages: {_reason(error)}") from error
+
+
+@lru_cache(maxsize=16)
+def mentioned(template: str) -> frozenset[str]:
+    """Names of the variables that a template mentions and does not set itself."""
+    environment = _compiled(template).environment
+    names = meta.find_undeclared_variables(environment.parse(template))
+    return frozenset(names - environment.globals.keys() - {*GENERATION})
+
+
+def _compiled(template: str) -> jinja2.Template:
+    try:
+        return _compile(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid jinja: line {error.lineno}: {_reason(error)}") from error
     except Exception as error:
         raise ValueError(f"the chat template cannot be used: {_reason(error)}") from error
-    try:
-        return "".join(compiled.generate(variables | {BUDGET_KEY: _Budget()}))
-    except Exception as error:  # a template can fail like any program
-        raise ValueError(f"the chat template fails on these messages: {_reason(error)}") from error
 
 
 @lru_cache(maxsize=16)
@@ -233,13 +246,15 @@ def _concat(context: Context, *values: Any) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks an assistant's words for training; it prints what is inside."""
+    """`{% generation %}…{% endgeneration %}` marks an assistant's words for training: see GENERATION."""
 
     tags = frozenset({"generation"})
 
     def parse(self, parser: jinja2.parser.Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.Name(name, "load", lineno=line)], lineno=line) for name in GENERATION)
+        return [begin, *body, end]
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -9,7 +9,8 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ MAX_MISSING = 2**10  # tokens that only the files beside tokenizer.json have
 MAX_AROUND = 16  # special tokens that tokenizer.json puts around a text
 MAX_TEXT = 2**22  # characters; a hundred times what fills the longest context of the models here
 BROKEN = "this tokenizer.json cannot be followed"
+Span = tuple[int, int]  # (begin, end) of characters in a text
 
 
 def as_texts(text: Any) -> list[str]:
@@ -53,6 +55,25 @@ def _id_of(role: str) -> property:
         return found
 
     return property(find)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to be encoded: ready-made, or by a chat template with a guard in what was typed (see `rendering`)."""
+
+    text: str
+    guard: str | None = None
+    learned: list[Span] | None = None  # of characters of `text`, guards counted
+
+    def encode(self, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+        """Ids without bos and eos, and 1 for those of `learned` tokens."""
+        if self.guard is None:
+            ids = tokenizer.encode(self.text, add_special_tokens=False)
+        elif self.learned is not None:
+            return tokenizer.encode_learned(self.text, self.guard, self.learned)
+        else:
+            ids = tokenizer.encode_guarded(self.text, self.guard)
+        return ids, [0] * len(ids)
 
 
 class Tokenizer:
@@ -155,30 +176,52 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of one string. Special tokens that are written out in it become their ids."""
-        return _encode(self.backend, text, add_special_tokens)
+        return _encode(self.backend, text, add_special_tokens).ids
 
     def encode_guarded(self, text: str, guard: str) -> list[int]:
         """Ids of a prompt in which special tokens count only where `guard` has not been put inside them.
 
-        `guard` is a character that marks what a user typed (see `chat_template`). It is removed after the prompt has
-        been cut at its own special tokens; then nothing in the text between them can become special any more.
+        `guard` is a character that marks what a user typed (see `rendering`). It is removed after the prompt has been
+        cut at its own special tokens; then nothing in the text between them can become special any more.
         Between the same special tokens, the ids are those of `encode` on the text without guards.
         """
+        return [i for _, _, encoding in self._encode_pieces(text, guard) for i in encoding.ids]
+
+    def encode_learned(self, text: str, guard: str, learned: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """`encode_guarded`, and for each id 1 if a character of its token lies in one of the spans of `text`, else 0.
+
+        A blank that belongs to no token by the tokenizer's account counts to the token after it.
+        """
+        inside = bytearray(len(text))  # 1 for characters in a span
+        for begin, end in learned:
+            inside[begin:end] = b"\1" * len(inside[begin:end])
         ids: list[int] = []
+        marks: list[int] = []
+        for begin, end, encoding in self._encode_pieces(text, guard):
+            own = bytes(m for m, c in zip(inside[begin:end], text[begin:end], strict=True) if c != guard)
+            position = 0
+            for first, last in encoding.offsets:
+                marks.append(int(1 in own[min(first, position) : last]))
+                position = max(position, last)
+            ids += encoding.ids
+        return ids, marks
+
+    def _encode_pieces(self, text: str, guard: str) -> Iterator[tuple[int, int, tokenizers.Encoding]]:
+        """Runs of special tokens and what lies between them, each with where it begins and ends in `text`."""
         position = 0
         runs = self._special_runs.finditer(text) if self._special_runs else ()
         for match in [*runs, None]:
-            plain = text[position : match.start() if match else len(text)].replace(guard, "")
+            end = match.start() if match else len(text)
+            plain = text[position:end].replace(guard, "")
             if plain:
-                ids += _encode(self._plain[0 if position == 0 else 1], plain, False)
+                yield position, end, _encode(self._plain[0 if position == 0 else 1], plain, False)
             if match:
-                ids += self.encode(match.group(), add_special_tokens=False)
+                yield *match.span(), _encode(self.backend, match.group(), False)
                 position = match.end()
-        return ids
 
     def guard(self, text: str, guard: str) -> str:
         """Put `guard` after every character with which a special token could begin."""
-        for first in {token.content[0] for token in self._marks}:
+        for first in {token.content[0] for token in self.control_tokens}:
             text = text.replace(first, first + guard)
         return text
 
@@ -190,24 +233,28 @@ class Tokenizer:
         max_length: int | None = None,
         add_special_tokens: bool = True,
         keep: int | None = None,
+        learned: list[list[int]] | None = None,
     ) -> Inputs:
         """Ids of texts → rows: truncate the text, put bos/eos around it as tokenizer.json says, pad.
 
-        The options mean what they do in transformers, where `max_length` alone also truncates. ValueError if truncation
-        would remove an id `keep`: the places of an image cannot be cut.
+        The options mean what they do in transformers, where `max_length` alone also truncates. `learned` (a 0 or 1 for
+        each id) is treated as the ids are and comes back as assistant_masks. ValueError if truncation would remove an
+        id `keep`: the tokens of an image cannot be cut.
         """
         before, after = self._around if add_special_tokens else ([], [])
         limit = self._limit(padding, truncation, max_length)
-        rows = []
+        rows, marks = [], []
         for number, body in enumerate(bodies):
             room = len(body) if limit is None else max(0, limit - len(before) - len(after))
-            cut = body[max(0, len(body) - room) :] if self.truncation_side == "left" else body[:room]
-            if keep is not None and cut.count(keep) < body.count(keep):
+            kept = slice(max(0, len(body) - room), None) if self.truncation_side == "left" else slice(room)
+            if keep is not None and body[kept].count(keep) < body.count(keep):
                 raise ValueError(
                     f"prompt {number} has {len(before) + len(body) + len(after)} tokens with its images, and "
                     f"max_length={limit} would cut into an image; raise it, shorten the text or use fewer images"
                 )
-            rows.append([*before, *cut, *after])
+            rows.append([*before, *body[kept], *after])
+            if learned is not None:
+                marks.append([*([0] * len(before)), *learned[number][kept], *([0] * len(after))])
         masks = [[1] * len(row) for row in rows]
         length = self._padded_length(rows, padding, max_length)
         if length is not None and self.pad_token is None:
@@ -215,7 +262,9 @@ class Tokenizer:
         if length is not None:
             rows = [self._pad(row, self.pad_token_id, length) for row in rows]
             masks = [self._pad(mask, 0, length) for mask in masks]
-        return Inputs(input_ids=rows, attention_mask=masks)
+            marks = [self._pad(mark, 0, length) for mark in marks]
+        inputs = Inputs(input_ids=rows, attention_mask=masks)
+        return inputs if learned is None else Inputs(**inputs, assistant_masks=marks)
 
     def _limit(self, padding: bool | str, truncation: bool | str | None, max_length: int | None) -> int | None:
         """Tokens that a row may have at most, None for any number; checks the options."""
@@ -334,7 +383,7 @@ class Tokenizer:
         return self.convert_tokens_to_ids(self.additional_special_tokens)
 
     @property
-    def _marks(self) -> list[tokenizers.AddedToken]:
+    def control_tokens(self) -> list[tokenizers.AddedToken]:
         """What nobody may type: special tokens, and those that play a part though the file does not call them so."""
         parts = self.special_tokens_map.values()
         return [t for t in self.backend.get_added_tokens_decoder().values() if t.special or t.content in parts]
@@ -342,7 +391,7 @@ class Tokenizer:
     @cached_property
     def _special_runs(self) -> re.Pattern[str] | None:
         """Matches a run of special tokens, with the blanks that a token with lstrip or rstrip swallows."""
-        special = sorted(self._marks, key=lambda t: -len(t.content))  # the longest match wins, as in `tokenizers`
+        special = sorted(self.control_tokens, key=lambda t: -len(t.content))
         before = r"(?:(?<!\s)\s*+)?"  # blanks from their first on: begun anywhere, a long row of them costs its square
         each = [before * t.lstrip + re.escape(t.content) + r"\s*+" * t.rstrip for t in special]
         return re.compile(f"(?:{'|'.join(each)})+") if each else None
@@ -369,7 +418,7 @@ class Tokenizer:
         They differ only where Metaspace puts its "▁" on the first piece of a prompt alone (LLaVA's vicuna).
         """
         start = copy.deepcopy(self.backend)
-        start.add_special_tokens([t.content for t in self._marks if not t.special])
+        start.add_special_tokens([t.content for t in self.control_tokens if not t.special])
         start.encode_special_tokens = True
         spec = json.loads(start.to_str())
         if '"prepend_scheme": "first"' not in json.dumps([spec["pre_tokenizer"], spec["normalizer"]]):
@@ -380,13 +429,13 @@ class Tokenizer:
         return start, later
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
     if not isinstance(text, str):
         raise TypeError(f"text is a string, found {type(text).__name__}")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the text has {len(text):,} characters, far beyond any model's positions; shorten it")
     wrong = f"the text {text[:40]!r} cannot be encoded (a lone surrogate, for one, is no text)"
-    return attempt(wrong, backend.encode, text, add_special_tokens=add_special_tokens).ids
+    return attempt(wrong, backend.encode, text, add_special_tokens=add_special_tokens)
 
 
 def _to_lists(ids: Any) -> Any:

@@ -26,7 +26,7 @@ def token_loss(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     """
     inputs = dict(inputs)
     labels = inputs.pop("labels")
-    states, _ = model.model(**inputs, backend=model.attn_implementation)  # (B, T, C)
+    states, _ = model.model(**inputs, attn_implementation=model.attn_implementation)  # (B, T, C)
     learned = labels[:, 1:] != IGNORED
     states, wanted = states[:, :-1][learned], labels[:, 1:][learned]  # (n, C), (n,)
     rows = max(1, LOGITS // len(model.lm_head.weight))

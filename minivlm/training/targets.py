@@ -1,7 +1,7 @@
 """What an adapter changes: its configuration in PEFT's words, and PEFT's rules for names of modules.
 
-PEFT matches the module names of `transformers`, so names are compared in that spelling. Ours are those of version 5 for
-Idefics2 and LLaVA-NeXT; `GENERATIONS` lists what differs.
+PEFT matches the module names of `transformers`, so names are compared in that spelling. A family's record lists where
+ours differ from those of version 5 and of older ones (`spellings`).
 """
 
 import json
@@ -15,56 +15,16 @@ from typing import Any
 
 from torch import nn
 
+from minivlm.families import family
 from minivlm.quantization.linear import QuantizedLinear
 
-# Per family: prefixes of the modules that make up each part. What is in no part (the output head) is "head".
-PARTS = {
-    "idefics2": {
-        "text": ("model.text_model.",),
-        "connector": ("model.connector.",),
-        "vision": ("model.vision_model.",),
-    },
-    "llava_next": {
-        "text": ("model.language_model.",),
-        "connector": ("model.multi_modal_projector.", "model.image_newline"),
-        "vision": ("model.vision_tower.",),
-    },
-    "idefics": {
-        "text": ("model.text_model.", "model.additional_embedding."),
-        "connector": ("model.perceiver_resampler.", "model.gated_cross_attn_layers."),
-        "vision": ("model.vision_model.",),
-    },
-}
 PRESETS = {
     "text": ("text",),
     "text+connector": ("text", "connector"),
     "all": ("text", "connector", "vision"),
 }
 ALL_LINEAR = "all-linear"
-# Per family: prefixes of our names → those of transformers' modules, newest version first; {} where they are the same.
-GENERATIONS: dict[str, tuple[dict[str, str], ...]] = {
-    "idefics2": ({},),
-    "llava_next": (
-        {},
-        {"model.vision_tower.": "model.vision_tower.vision_model."},  # 4.52 to 4.57
-        {  # before 4.52
-            "model.language_model.": "language_model.model.",
-            "lm_head": "language_model.lm_head",
-            "model.multi_modal_projector": "multi_modal_projector",
-            "model.vision_tower.": "vision_tower.vision_model.",
-        },
-    ),
-    "idefics": (
-        {
-            "model.text_model.": "model.",
-            "model.additional_embedding": "model.embed_tokens.additional_embedding",
-            "additional_fc": "lm_head.additional_fc",
-        },
-    ),
-}
 SECONDS = 10  # for all regular expressions of one adapter; honest ones take milliseconds
-
-
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
@@ -140,7 +100,7 @@ class LoraConfig:
 
 def part_of(model_type: str, name: str) -> str:
     """The part that a module or parameter of this name belongs to: "text", "connector", "vision" or "head"."""
-    parts = PARTS[model_type].items()
+    parts = family(model_type).parts.items()
     return next((part for part, prefixes in parts if name.startswith(prefixes)), "head")
 
 
@@ -154,7 +114,7 @@ def spelled(name: str, generation: dict[str, str]) -> str:
 
 def generations(model: nn.Module) -> tuple[dict[str, str], ...]:
     """The spellings of a model's family, newest first."""
-    return GENERATIONS[model.config.model_type]
+    return family(model.config.model_type).spellings
 
 
 def preset_pattern(model: nn.Module, preset: str) -> str:
@@ -162,10 +122,10 @@ def preset_pattern(model: nn.Module, preset: str) -> str:
 
     It matches the linear layers of the preset's parts and nothing else.
     """
-    family, spelling = model.config.model_type, generations(model)[0]
+    kind, spelling = model.config.model_type, generations(model)[0]
     prefixes, leaves = set(), set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | QuantizedLinear) and part_of(family, name) in PRESETS[preset]:
+        if isinstance(module, nn.Linear | QuantizedLinear) and part_of(kind, name) in PRESETS[preset]:
             # The first word behind "model.", or with it where a part's modules lie deeper
             prefixes.add(spelled(name, spelling).split(".")[1])
             leaves.add(name.rpartition(".")[2])

@@ -65,6 +65,11 @@ def no_threes(ids, scores):
     return scores - 2.0 * (torch.arange(V) % 3 == 0)
 
 
+def few_allowed(prompt, ids):
+    """By the prompt, the newest id and how far the text is."""
+    return [7, 11, *range(20 + prompt, 60, 2 + int(ids[-1]) % 3)] if len(ids) % 4 else [30 + prompt, 5]
+
+
 def ends_in_five(ids, scores):
     return ids[:, -1] % 5 == 0
 
@@ -80,6 +85,8 @@ SETTINGS = {
     "least length": {"max_new_tokens": 12, "eos_token_id": MANY, "min_length": 20},
     "penalty": {"max_new_tokens": 12, "repetition_penalty": 1.4, "eos_token_id": MANY},
     "ngrams": {"max_new_tokens": 12, "no_repeat_ngram_size": 2, "bad_words_ids": [[98], [21], [30, 2], [7]]},
+    "prefix": {"max_new_tokens": 12, "prefix_allowed_tokens_fn": few_allowed, "num_return_sequences": 3},
+    "prefix, stuck": {"prefix_allowed_tokens_fn": few_allowed, "bad_words_ids": [[30], [31], [5], [32], [7, 11]]},
     "own rule": {"max_new_tokens": 12, "logits_processor": [no_threes]},
     "own end": {"max_new_tokens": 12, "stopping_criteria": [ends_in_five], "num_return_sequences": 3},
     "sample": {"max_new_tokens": 12, "do_sample": True, "num_return_sequences": 2},
@@ -194,6 +201,29 @@ def test_other_families_equal_the_reference(family, tmp_path):
         theirs, found = both(pair, inputs, **search, **kwargs)
         assert torch.equal(found, theirs)
     assert torch.equal(both(pair[1:], inputs, **search, **kwargs, use_cache=False)[0], found)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("name", ["defaults", "least", "sample hot"])
+def test_transition_scores_equal_the_reference(pair, name, normalize):
+    scores = []
+    for model, output in zip(
+        pair, both(pair, batch(), num_return_sequences=3, num_beams=3, **SETTINGS[name], **EVERYTHING), strict=True
+    ):
+        compute = getattr(model, "compute_transition_scores", functools.partial(loop.compute_transition_scores, model))
+        scores.append(compute(output.sequences, output.scores, output.beam_indices, normalize_logits=normalize))
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", ["hidden_states"])
+def test_what_layers_computed_equals_the_reference(pair, kept):
+    """Step by step, in the order in which the beams stood then."""
+    wanted = {"return_dict_in_generate": True, f"output_{kept}": True, "max_new_tokens": 4, "num_beams": 3}
+    theirs, ours = both(pair, batch((0, 0), (6, 6)), **wanted, eos_token_id=None)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for step, expected in zip(getattr(ours, kept), getattr(theirs, kept), strict=True):
+        largest = max(layer.abs().max().item() for layer in expected)
+        torch.testing.assert_close(step, expected, rtol=0, atol=1e-5 * largest)
 
 
 # ---- Twins: different ways to the same ids ----

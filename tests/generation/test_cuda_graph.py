@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minivlm.generation import loop
 from minivlm.generation.cuda_graph import CapturedStep
-from minivlm.generation.request import Run, prepare
+from minivlm.generation.loop import Decoding
+from minivlm.generation.request import prepare
 from minivlm.models.idefics import IdeficsForVisionText2Text
 from minivlm.models.idefics2 import Idefics2ForConditionalGeneration
 from minivlm.models.llava_next import LlavaNextForConditionalGeneration
@@ -59,15 +60,16 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Tensor]]:
 @pytest.fixture
 def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generation takes the step on fixed shapes on any device."""
-    monkeypatch.setattr(loop, "_can_capture", lambda run: True)
+    monkeypatch.setattr(loop, "_can_capture", lambda *_: True)
 
 
-def started(model: Any, inputs: dict[str, Tensor], **options: Any) -> Run:
-    """A run whose prompt is in its cache; what lies behind is NaN, as fresh memory may be."""
-    run = prepare(model, **inputs, max_new_tokens=N, eos_token_id=None, **options)
-    run.cache.data.fill_(torch.nan)
-    loop._next_logits(model, run, 0)
-    return run
+def started(model: Any, inputs: dict[str, Tensor]) -> Decoding:
+    """The prompt is in its cache, and a token waits to be run; the other slots hold NaN, as fresh memory may."""
+    decoding = loop.stream(model, **inputs, max_new_tokens=N, eos_token_id=None)
+    decoding.cache.data.fill_(torch.nan)
+    decoding.next_logits()
+    decoding.append(torch.full_like(decoding.ids[:, 0], 11))
+    return decoding
 
 
 def on(device: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,19 +83,20 @@ def on(device: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def assert_same_steps(model: Any, inputs: dict[str, Tensor], tolerance: float) -> None:
     """Logits and caches of N steps. Slots that are not filled add exact zeros to sums, in another order."""
     plain, fixed = started(model, inputs), started(model, inputs)
-    captured = CapturedStep(model, fixed.cache, fixed.mask)
+    captured = CapturedStep(model, fixed.cache, fixed.run.mask)
     for step in range(1, N):
-        plain.ids[:, plain.prompt + step - 1] = 10 + step
-        expected = loop._decode(model, plain, *newest(plain, step), plain.keys + step)
-        found = captured(*newest(plain, step))
+        expected = plain.next_logits()
+        found = captured(*newest(plain))
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
-    assert fixed.cache.length == plain.cache.length == fixed.keys + N - 1
+        plain.append(torch.full_like(plain.ids[:, 0], 11 + step))
+    assert fixed.cache.length == plain.cache.length == fixed.run.keys + N - 1
     filled = [run.cache.data[..., : run.cache.length, :].float() for run in (fixed, plain)]
     torch.testing.assert_close(*filled, rtol=0, atol=tolerance * filled[1].abs().max().item())
 
 
-def newest(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    return run.ids[:, run.prompt + step - 1], run.positions[:, run.keys + step - 1]
+def newest(decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """The token that waits to be run, and its position."""
+    return decoding.text[:, -1], decoding.run.positions[:, decoding.run.keys + decoding.count - 1]
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -107,11 +110,11 @@ def test_steps_equal_plain_ones(case: tuple[Any, dict[str, Tensor]], backend: st
 def test_the_kernel_is_told_on_the_device_how_much_is_filled(case: tuple[Any, dict[str, Tensor]]) -> None:
     model, inputs = case
     plain, fixed = started(model, inputs), started(model, inputs)
-    captured = CapturedStep(model, fixed.cache, fixed.mask)
-    expected = loop._decode(model, plain, *newest(plain, 1), plain.keys + 1)
+    captured = CapturedStep(model, fixed.cache, fixed.run.mask)
+    expected = plain.next_logits()
     model.attn_implementation = "triton"
     try:
-        found = captured(*newest(plain, 1))
+        found = captured(*newest(plain))
     finally:
         model.attn_implementation = None
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -225,8 +228,8 @@ def test_a_step_does_not_grow_and_does_not_wait(case: tuple[Any, dict[str, Tenso
 def test_generation_waits_once_a_token(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """For whether all rows have ended. On a CPU, where nothing waits, each step's logits are checked as well."""
     model, inputs = idefics2()
-    monkeypatch.setattr(loop, "_can_capture", lambda run: captured)
-    monkeypatch.setattr(loop, "_check_finite", lambda *_: None)
+    monkeypatch.setattr(loop, "_can_capture", lambda *_: captured)
+    monkeypatch.setattr(Decoding, "check_finite", lambda *_: None)
     reads = []
     for tokens in (4, 9):
         with Operations() as seen:
@@ -240,7 +243,7 @@ def test_a_graph_can_be_declined() -> None:
     model, inputs = idefics2()
     run = prepare(model, **inputs, disable_compile=True)
     run.cache.data = torch.empty(0, device="meta")
-    assert not loop._can_capture(run)
+    assert not loop._can_capture(run.cache, run)
 
 
 def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +266,7 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch: pytest.Monk
 def test_a_graph_equals_plain_steps(case: tuple[Any, dict[str, Tensor]], dtype: torch.dtype, monkeypatch: Any) -> None:
     """In bf16 another order of sums changes the last of 8 bits here and there, which a few layers carry on."""
     model, inputs = case
-    monkeypatch.setattr(loop, "_can_capture", lambda run: False)
+    monkeypatch.setattr(loop, "_can_capture", lambda *_: False)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     assert_same_steps(copy.deepcopy(model).to("cuda", dtype), on("cuda", inputs), tolerance)
 
@@ -282,11 +285,11 @@ def test_answers_of_a_graph_equal_plain_ones(case: tuple[Any, dict[str, Tensor]]
 @torch.no_grad()
 def test_a_step_is_captured_once() -> None:
     model, inputs = idefics2()
-    run = started(model.to("cuda"), on("cuda", inputs))
-    step = CapturedStep(model, run.cache, run.mask)
+    decoding = started(model.to("cuda"), on("cuda", inputs))
+    step = CapturedStep(model, decoding.cache, decoding.run.mask)
     graphs = []
-    for number in range(1, 5):
-        step(*newest(run, number))
+    for _ in range(1, 5):
+        step(*newest(decoding))
         graphs.append(step.graph)
     assert graphs[0] is None
     assert graphs[1] is not None

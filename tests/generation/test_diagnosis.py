@@ -8,8 +8,7 @@ import torch
 
 from minivlm import Idefics2Config, Idefics2ForConditionalGeneration
 from minivlm.generation.diagnosis import first_not_finite
-from minivlm.generation.loop import _check_finite
-from minivlm.generation.request import prepare
+from minivlm.generation.loop import stream
 
 IDS = torch.tensor([[1, 8, 9], [1, 5, 7]])
 
@@ -75,10 +74,10 @@ def test_a_later_token_of_one_row(model):
 
 def test_where_looking_waits_it_is_done_with_what_waits_anyway(model):
     """On a GPU, only the first step waits; what has gone wrong since is found when the ended rows are counted."""
-    run = prepare(model, IDS)
-    run.finite[1] = False
+    decoding = stream(model, IDS)
+    decoding.finite[1] = False
     with pytest.raises(ValueError, match="row 1 are not finite at new token 3: weights or activations overflow"):
-        _check_finite(model, run, 2)
+        decoding.check_finite(2)
 
 
 def test_nothing_is_left_behind(model):

@@ -285,6 +285,11 @@ def favour_sevens(ids, scores):
     return scores + 3 * (torch.arange(V) % 7 == 0) * (ids[:, -1:] % 2)
 
 
+def few_allowed(row, ids):
+    """By the row, the newest id and how far the text is."""
+    return [7, 11, *range(20 + row, 60, 2 + int(ids[-1]) % 3)] if len(ids) % 4 else [30 + row, 5]
+
+
 def ends_in_five(ids, scores):
     return ids[:, -1] % 5 == 0
 
@@ -307,6 +312,9 @@ SETTINGS = {
     "least length": {"max_new_tokens": 16, "min_length": 24, "eos_token_id": list(range(10, 60))},
     "both least": {"max_new_tokens": 9, "min_length": 50, "min_new_tokens": 2, "eos_token_id": list(range(10, 60))},
     "own rule": {"max_new_tokens": 16, "logits_processor": [favour_sevens], "repetition_penalty": 1.2},
+    "prefix": {"max_new_tokens": 16, "prefix_allowed_tokens_fn": few_allowed, "bad_words_ids": [[7], [21], [30], [5]]},
+    "prefix, samples": {"do_sample": True, "num_return_sequences": 2, "prefix_allowed_tokens_fn": few_allowed},
+    "no invalid": {"remove_invalid_values": True, "bad_words_ids": [[21], [30, 2]]},
     "own end": {"max_new_tokens": 16, "stopping_criteria": [ends_in_five]},
     "own end, no eos": {"max_new_tokens": 16, "stopping_criteria": [ends_in_five], "eos_token_id": None},
     "samples": {"max_new_tokens": 16, "do_sample": True, "num_return_sequences": 3, "repetition_penalty": 1.2},
@@ -405,6 +413,67 @@ def test_streamer_gets_what_the_reference_gives_it(pair):
     assert collected[1].pieces == collected[0].pieces
 
 
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 0}], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), NEGATIVE])
+def test_invalid_values_are_removed_as_by_the_reference(pair, monkeypatch, value, search):
+    for model in pair:
+        head = model.lm_head.forward
+        monkeypatch.setattr(
+            model.lm_head, "forward", lambda x, head=head: head(x).index_fill(-1, torch.tensor([9, 40]), value)
+        )
+    kept = {"return_dict_in_generate": True, "output_scores": True}
+    theirs, ours = both(pair, batch(), **search, **kept, remove_invalid_values=True, max_new_tokens=6)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for found, expected in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("search", [{}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_hidden_states_equal_the_reference(model_and_twin, search, use_cache):
+    """Of every step and layer, at real tokens: in a batch with images, for every sample."""
+    kept = {"return_dict_in_generate": True, "output_hidden_states": True, "max_new_tokens": 4, "eos_token_id": None}
+    inputs = batch() if use_cache else batch((0, 0), (9, 4))  # uncached, the reference sees no images
+    theirs, ours = both(model_and_twin, inputs, **search, **kept, use_cache=use_cache)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert ours.attentions is None
+    assert_same_layers(ours.hidden_states, theirs.hidden_states, inputs["attention_mask"])
+
+
+def assert_same_layers(found, expected, mask):
+    """1e-5 of the largest is what float32 sums in another order come to; what pads compute is nobody's business."""
+    assert len(found) == len(expected)
+    for step, theirs in zip(found, expected, strict=True):
+        assert len(step) == len(theirs)
+        for x, y in zip(step, theirs, strict=True):
+            assert x.shape == y.shape
+            real = torch.ones(x.shape[:2], dtype=torch.bool)
+            real[:, : mask.shape[1]] = mask.repeat_interleave(len(x) // len(mask), 0).bool() if x.shape[1] > 1 else True
+            torch.testing.assert_close(x[real], y[real], rtol=0, atol=1e-5 * y[real].abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def model_and_twin(tmp_path_factory):
+    return twins(oracle(None), tmp_path_factory.mktemp("layers"))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("name", ["greedy", "many eos", "samples", "sample everything"])
+def test_transition_scores_equal_the_reference(model_and_twin, name, normalize):
+    kept = {"return_dict_in_generate": True, "output_scores": True}
+    scores = []
+    for model, output in zip(model_and_twin, both(model_and_twin, batch(), **SETTINGS[name], **kept), strict=True):
+        compute = getattr(model, "compute_transition_scores", functools.partial(loop.compute_transition_scores, model))
+        scores.append(compute(output.sequences, output.scores, normalize_logits=normalize))
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-4)
+
+
+def test_an_output_is_also_a_tuple_and_a_dict(model):
+    output = model.generate(torch.tensor([[8, 9]]), return_dict_in_generate=True, output_scores=True)
+    assert output["sequences"] is output[0] is output.sequences
+    assert output["scores"] is output[1] is output.scores
+
+
 @pytest.mark.parametrize("name", ["greedy", "many eos", "samples", "sample everything", "own rule"])
 def test_outputs_equal_the_reference(pair, name):
     """With names for the parts; 1e-5 of the largest logit is what float32 sums in another order come to."""
@@ -477,7 +546,7 @@ def test_rows_know_why_they_ended(model, search):
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        ({"max_time": 0}, "length"),
+        ({"max_time": 0}, "time"),
         ({"max_length": 3}, "length"),
         ({"max_new_tokens": 1, "eos_token_id": list(range(V))}, "stop"),  # at the limit, and ended all the same
         ({"stopping_criteria": [lambda ids, scores: ids.shape[1] >= 4]}, "stop"),
@@ -814,7 +883,7 @@ ERRORS = [
     ({"logits_processor": favour_sevens}, "logits_processor should be a list of functions"),
     ({"stopping_criteria": [3]}, "stopping_criteria should be a list of functions"),
     ({"generation_config": {"top_k": 3}}, "generation_config should be a minivlm.GenerationConfig"),
-    ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
+    ({"suppress_tokens": [3]}, r"suppress_tokens=\[3\] is not supported"),
     ({"max_new_tokens": 0}, "max_new_tokens should be an integer > 0, found 0"),
     ({"max_new_tokens": 2.5}, "max_new_tokens should be an integer"),
     ({"max_length": 2}, "max_length=2 includes the prompt's 2 tokens"),
@@ -871,8 +940,14 @@ def test_a_cache_without_room_or_news_is_an_error(model):
 
 
 def test_a_cache_of_transformers_is_refused_in_one_sentence(model):
-    with pytest.raises(ValueError, match=r"model\.new_cache\(rows, slots\), found transformers's DynamicCache"):
+    with pytest.raises(ValueError, match=r"model\.new_cache\(rows, slots\), found a DynamicCache of transformers"):
         model.generate(torch.tensor([[8, 9]]), past_key_values=transformers.DynamicCache())
+
+
+@pytest.mark.parametrize("allowed", [[], [V], [-1]], ids=str)
+def test_allowed_tokens_that_are_none_are_an_error(model, allowed):
+    with pytest.raises(ValueError, match=r"prefix_allowed_tokens_fn should return .* for prompt 1"):
+        model.generate(torch.tensor([[8, 9], [8, 9]]), prefix_allowed_tokens_fn=lambda row, _: allowed if row else [3])
 
 
 def test_a_rule_that_returns_nothing_is_an_error(model):

@@ -178,7 +178,7 @@ MESSAGES = {
     "a text of None": ([user(text(None))], NOT_AN_ITEM),
     "a text of bytes": ([user(text(b"Hi"))], NOT_AN_ITEM),
     "a text of a number": ([user(text(7))], NOT_AN_ITEM),
-    "a picture of nothing": ([user({"type": "image"}, text("Hi"))], "have 1 image items, 0 of them with a picture"),
+    "a picture of nothing": ([user({"type": "image"}, text("Hi"))], "have 1 image items, 0 of them with an image"),
     "a picture of a number": ([user({"type": "image", "image": 7})], "a picture is a PIL.Image.*int"),
     "a picture in a list": ([user({"type": "image", "image": [RED]})], "(a picture is a PIL.Image.*list|mixes|.*list)"),
     "a picture that is not there": ([user({"type": "image", "path": "nowhere.png"})], "no picture at 'nowhere.png'"),

@@ -15,7 +15,7 @@ from guarded import Child
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minivlm.text import chat_template, template_sandbox
+from minivlm.text import rendering, template_sandbox
 from minivlm.text.template_sandbox import FILTERS_HERE, METHODS, TESTS_HERE, render
 
 ROOT = Path(__file__).parents[2]
@@ -214,7 +214,7 @@ def child():
 
 
 def run(template: str) -> str:
-    return render(template, messages=MESSAGES, bos_token="<s>")
+    return render(template, [{"messages": MESSAGES, "bos_token": "<s>"}])[0]
 
 
 def run_in(budget: int, template: str) -> str:
@@ -319,9 +319,9 @@ def test_good_templates_render_as_in_plain_jinja(name, add):
     variables = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": add}
     for messages in (turns, turns[1:], turns[1:2], turns[1:3] * 50):
         expected = plain.from_string(template).render(messages=messages, **variables)
-        assert render(template, messages=messages, **variables) == expected
+        assert render(template, [{"messages": messages, **variables}]) == [expected]
     assert jinja2.__version__ >= "3.1.6"
-    assert chat_template.render is render
+    assert rendering.render is render
 
 
 def test_a_long_conversation_is_well_within_the_budget():

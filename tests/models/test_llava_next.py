@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minivlm import AutoModelForImageTextToText, LlavaNextConfig, LlavaNextForConditionalGeneration
 from minivlm.checkpoint import hub
-from minivlm.checkpoint.loading import WEIGHTS, local_name
+from minivlm.checkpoint.names import WEIGHTS, local_name
 from minivlm.models.llava_next import PRESETS
 from minivlm.modules.anyres import image_token_count
 

@@ -41,11 +41,11 @@ def test_hidden_states(case: str, backend: str | None) -> None:
     side = CONFIGS[case]["image_size"]
     pixels = torch.randn(2, 3, side, side)
     eager, sdpa = oracle.both(reference, lambda model: model(pixels, output_hidden_states=True).hidden_states)
-    found = ours(pixels, layers=range(4), backend=backend)
+    found = ours(pixels, layers=range(4), attn_implementation=backend)
     for layer, states in enumerate(zip(found, eager, sdpa, strict=True)):
         oracle.assert_close(*states, f"state {layer}")
-    assert torch.equal(ours(pixels, backend=backend)[0], found[-1])
-    several = ours(pixels, layers=[-2, 0, -2], backend=backend)
+    assert torch.equal(ours(pixels, attn_implementation=backend)[0], found[-1])
+    several = ours(pixels, layers=[-2, 0, -2], attn_implementation=backend)
     assert [torch.equal(state, found[layer]) for state, layer in zip(several, [2, 0, 2], strict=True)] == [True] * 3
 
 

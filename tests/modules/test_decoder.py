@@ -64,7 +64,7 @@ def test_hidden_states(case: str, tokens: int) -> None:
     eager, sdpa = oracle.both(reference, lambda model: model(ids, **call).hidden_states)
     for backend in ("eager", "sdpa"):
         found: list[torch.Tensor] = []
-        ours(ours.embed_tokens(ids), mask, backend=backend, hidden_states=found)
+        ours(ours.embed_tokens(ids), mask, attn_implementation=backend, hidden_states=found)
         for layer, states in enumerate(zip(found, eager, sdpa, strict=True)):
             oracle.assert_close(*(state[mask.bool()] for state in states), f"layer {layer}, {backend}")
 

@@ -181,9 +181,9 @@ def kind_of(kind: Any, change: Callable[[Any], Any]) -> Fault:
 def mixed_up(owner: Any, change: Callable[..., Any]) -> Fault:
     """Attention of other queries, keys, values, mask or scale, in one file: change(q, k, v, mask, scale)."""
 
-    def other(original: Any, *tensors: Any, scale: float, backend: Any) -> Any:
+    def other(original: Any, *tensors: Any, scale: float, attn_implementation: Any) -> Any:
         *tensors, scale = change(*tensors, scale)
-        return original(*tensors, scale=scale, backend=backend)
+        return original(*tensors, scale=scale, attn_implementation=attn_implementation)
 
     return around(owner, "attention", other)
 
@@ -673,7 +673,7 @@ PROCESSING: dict[tuple[str, str], tuple[Fault, str]] = {
         "pixels",
     ),
     ("shapes-idefics2", "one place too few"): (
-        around(idefics2_processing, "expand_prompt", lambda f, text, places, splitting: f(text, places - 1, splitting)),
+        around(idefics2_processing, "image_block", lambda f, length, splitting: f(length - 1, splitting)),
         "token ids",
     ),
     ("shapes-idefics2", "a shifted vocabulary"): (around(Tokenizer, "encode", shifted), "token ids"),

@@ -16,7 +16,7 @@ from minivlm.processing.idefics2 import (
     Idefics2ImageProcessor,
     Idefics2Processor,
     crop_boxes,
-    expand_prompt,
+    image_block,
     resized_size,
 )
 from minivlm.text.tokenizer import Tokenizer
@@ -78,11 +78,46 @@ def test_geometry_equals_the_reference(height, width):
     assert [(bottom - top, right - left) for left, top, right, bottom in boxes] == [c.shape[1:] for c in crops]
 
 
-def test_expand_prompt():
-    assert expand_prompt("a<image>b", 2, False) == f"a{FAKE}{IMAGE * 2}{FAKE}b"
-    assert expand_prompt("<image><image>", 1, False) == f"{FAKE}{IMAGE}{FAKE}{IMAGE}{FAKE}"
-    assert expand_prompt("<image> <image>", 1, False) == f"{FAKE}{IMAGE}{FAKE} {FAKE}{IMAGE}{FAKE}"
-    assert expand_prompt("<image>", 1, True) == f"{FAKE}{IMAGE}" * 5 + FAKE
+@pytest.mark.parametrize("splitting", [False, True])
+@pytest.mark.parametrize(
+    "text", ["a<image>b", "<image><image>", "<image> <image>", "<image>", f"{FAKE}<image>{FAKE}x", "</s><image>\n"]
+)
+def test_image_tokens_are_those_of_the_expanded_text(processor, text, splitting):
+    """The reference writes every token of an image into the text, and encodes that."""
+    processor.image_processor.do_image_splitting, processor.image_seq_len = splitting, 2
+    image = f"{FAKE}{IMAGE * 2}{FAKE}" * (5 if splitting else 1)
+    written = text.replace(IMAGE, image).replace(FAKE + FAKE, FAKE)
+    ids = processor(text=text, images=[noise(9, 9)] * text.count(IMAGE)).input_ids[0]
+    assert ids == processor.tokenizer.encode(written)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", {"longest_edge": 64}),
+        ("size", 64),
+        ("do_image_splitting", "yes"),
+        ("image_mean", [0.5]),
+        ("resample", "bicubic"),
+    ],
+)
+def test_fields_set_later_are_checked_when_used(processor, name, value):
+    setattr(processor.image_processor, name, value)
+    for call in (lambda: processor(text=IMAGE, images=noise(9, 9)), lambda: processor.image_processor(noise(9, 9))):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            call()
+
+
+@pytest.mark.parametrize("length", [0, "64", 6.4, None])
+def test_image_seq_len_is_checked_when_used(processor, length):
+    processor.image_seq_len = length
+    with pytest.raises(ValueError, match="image_seq_len"):
+        processor(text=IMAGE, images=noise(9, 9))
+
+
+def test_image_block():
+    assert image_block(2, False) == [FAKE, IMAGE, IMAGE, FAKE]
+    assert image_block(1, True) == [FAKE, IMAGE] * 5 + [FAKE]
 
 
 # ---- recorded outputs

@@ -96,13 +96,11 @@ def test_a_new_template_takes_the_place_of_the_old(processor, tmp_path, caplog):
     processor = copy.deepcopy(processor)
     processor.save_pretrained(tmp_path)
     (tmp_path / "chat_template.json").write_text('{"chat_template": "old"}')
-    processor.chat_template = "new: {{ messages[0].role }}\n"
+    processor.chat_template = "new: {{ messages[0].content[0].text }}\n"
     processor.save_pretrained(tmp_path)
     assert Idefics2Processor.from_pretrained(tmp_path).chat_template == processor.chat_template
     theirs = AutoProcessor.from_pretrained(tmp_path)
-    assert (
-        theirs.apply_chat_template(CONVERSATIONS[0]) == "new: user" == processor.apply_chat_template(CONVERSATIONS[0])
-    )
+    assert theirs.apply_chat_template(CONVERSATIONS[0]) == "new: Hi" == processor.apply_chat_template(CONVERSATIONS[0])
     assert "chat_template" not in caplog.text
     processor.chat_template = None
     processor.save_pretrained(tmp_path)
@@ -145,9 +143,126 @@ def test_unclear_messages_are_refused(processor, messages, message):
             processor.apply_chat_template(messages, tokenize=tokenize)
 
 
-def test_unknown_options_are_refused(processor):
-    with pytest.raises(TypeError):
-        processor.apply_chat_template([user(text("Hi"))], tokenize=True, add_generation_promt=True)
+# ---- options
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ({"add_generation_promt": True}, "add_generation_prompt"),
+        ({"paddin": True}, "padding"),
+        ({"tokenise": True}, "tokenize"),
+        ({"continue_last_message": True}, "continue_final_message"),
+        ({"note": "red"}, "mentions no variable"),
+        ({"documents": []}, "mentions no variable"),
+        ({"tools": []}, "mentions no variable"),
+        ({"messages": []}, "mentions no variable"),
+    ],
+    ids=str,
+)
+def test_options_that_nobody_reads_are_refused(processor, tokenize, wrong, near):
+    with pytest.raises(TypeError, match=f"'{next(iter(wrong))}'.*{near}"):
+        processor.apply_chat_template([user(text("Hi"))], tokenize=tokenize, **wrong)
+
+
+def test_options_of_the_call_change_no_string(processor):
+    plain = processor.apply_chat_template([user(text("Hi"))])
+    options = {"padding": True, "max_length": 99, "return_tensors": "pt", "truncation": True, "tools": None}
+    assert processor.apply_chat_template([user(text("Hi"))], **options, return_dict=True) == plain
+
+
+VARIABLES = (
+    "{{ note }}{% for d in documents or [] %}[{{ d.title }}]{% endfor %}{{ tools | tojson if tools is not none }}|"
+    "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"note": "red"},
+        {"documents": [{"title": "é <s>", "n": 1}], "tools": None},
+        {"tools": [{"name": "f", "parameters": {"a": [1, 2.5, None, True]}}], "note": 7},
+    ],
+    ids=str,
+)
+def test_variables_reach_the_template(processor, reference, variables):
+    options = {"chat_template": VARIABLES, **variables}
+    ours = processor.apply_chat_template([user(text("Hi"))], **options)
+    assert ours == reference.apply_chat_template([user(text("Hi"))], **options)
+    ids = processor.apply_chat_template([user(text("Hi"))], tokenize=True, **options)[0]
+    assert processor.decode(ids[1:]) == ours
+    assert ids.count(1) == 1  # the <s> of a document stays text
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"a", Image.new("L", (1, 1)), print], ids=lambda v: type(v).__name__)
+def test_variables_are_plain_data(processor, value):
+    with pytest.raises(TypeError, match="text, numbers, lists"):
+        processor.apply_chat_template([user(text("Hi"))], chat_template=VARIABLES, note=value)
+
+
+@pytest.mark.parametrize("answer", ["A", " A cat", "A \n", "<s>A</s> "])
+@pytest.mark.parametrize("trim", [False, True])
+def test_continue_final_message(processor, reference, answer, trim):
+    template = processor.chat_template.replace("line['text']", "line['text'] | trim") if trim else None
+    messages = [user(IMAGE, text("What?")), {"role": "assistant", "content": [text("It is "), text(answer)]}]
+    options = {"continue_final_message": True, "chat_template": template}
+    ours = processor.apply_chat_template(messages, **options)
+    assert ours == reference.apply_chat_template(messages, **options)
+    assert ours.endswith(answer.strip() if trim else answer)
+    ids = processor.apply_chat_template(messages, tokenize=True, images=RED, **options)[0]
+    assert processor.decode(ids).endswith(ours[-3:])
+    assert 32002 not in ids[-3:]
+
+
+def test_continue_final_message_needs_words(processor):
+    for last in (user(IMAGE), user(text(" ")), user(text(""))):
+        with pytest.raises(ValueError, match="no words"):
+            processor.apply_chat_template([user(text("Hi")), last], continue_final_message=True)
+    for option in ("add_generation_prompt", "return_assistant_tokens_mask"):
+        with pytest.raises(ValueError, match="continue_final_message.*" + option):
+            processor.apply_chat_template([user(text("Hi"))], continue_final_message=True, **{option: True})
+
+
+# ---- whatever is handed in is in the prompt
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize(
+    ("template", "messages", "what"),
+    [
+        ("mistral", [user(text("Q")), {"role": "assistant", "content": [text("Q"), text("B")]}], "message 1, item 1"),
+        ("mistral", [{"role": "system", "content": [text("A"), text("A")]}, user(text("Q"))], "message 0, item 1"),
+        ("{{ messages[-1].content[0].text }}", [user(text("Hi")), user(text("Hi"))], "message 0, item 0 .*Hi"),
+        ("{{ messages[0].content[0].text[:3] }}", [user(text("Hello"))], "message 0, item 0"),
+        ("{{ messages[0].content[0].text }}", [user(text("Hi"), IMAGE)], "<image> 0 times for 1"),
+        ("{{ messages[0].content[0].text }}<image>", [user(text("Hi"))], "<image> 1 times for 0"),
+        ("{% if messages[0].content[0].text[0] == 'x' %}x{% endif %}", [user(text("xy"))], "message 0, item 0"),
+    ],
+)
+def test_what_a_template_leaves_out_is_an_error(processor, tokenize, template, messages, what):
+    """Found by where the template put it: the same words elsewhere do not count."""
+    with pytest.raises(ValueError, match=f"template (leaves out|writes) {what}"):
+        processor.apply_chat_template(messages, chat_template=template, tokenize=tokenize, images=RED)
+
+
+def test_templates_that_look_at_how_a_text_begins(processor, reference):
+    """Their string is as in transformers; ids would be a guess."""
+    template = "{% set t = messages[0].content[0].text %}{{ 'x' + t if t.startswith('H') else t }}"
+    messages = [user(text("Hi"))]
+    assert processor.apply_chat_template(messages, chat_template=template) == "xHi"
+    assert reference.apply_chat_template(messages, chat_template=template) == "xHi"
+    for options, message in (({"tokenize": True}, "decides by the words"), ({"continue_final_message": True}, "end")):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(messages, chat_template=template, **options)
+
+
+@pytest.mark.parametrize("template", ["nosuch", "vicunna", 7, {"default": "x"}], ids=str)
+def test_names_of_no_template(processor, template):
+    with pytest.raises(ValueError, match=r"chat_template is a jinja template.*vicuna"):
+        processor.apply_chat_template([user(text("Hi"))], chat_template=template)
 
 
 # ---- templates
@@ -157,7 +272,8 @@ def test_no_template(checkpoint):
     base = Idefics2Processor.from_pretrained(checkpoint("idefics2-8b-base"))
     with pytest.raises(ValueError, match=r"no chat template.* vicuna"):
         base.apply_chat_template([user(text("Hi"))])
-    assert base.apply_chat_template([user(text("Hi"))], chat_template="{{ messages[0].role }}") == "user"
+    template = "{{ messages[0].role + messages[0].content[0].text }}"
+    assert base.apply_chat_template([user(text("Hi"))], chat_template=template) == "userHi"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +304,7 @@ def test_what_templates_may_use(processor):
         "{%- for m in messages -%}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{{ bos_token }}"
         "{{ '-' * 3 }}{{ 7 % 4 }}{% endfor %}"
     )
-    out = processor.apply_chat_template([user(text("<é>"))] * 2, chat_template=template)
+    out = processor.apply_chat_template([user(text("<é>")), user(text(" "))], chat_template=template)
     assert out == '{"role": "user", "content": [{"type": "text", "text": "<é>"}]}<s>---3'
 
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from minivlm.app import options
+
 EXAMPLES = """\
 minivlm inspect HuggingFaceM4/idefics2-8b
 minivlm inspect shapes-idefics2 --check --image docs/shapes.png"""
@@ -25,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print parts, sizes, parameters and memory as a table or as JSON; `--check` fails for any file that is damaged."""
     from minivlm.app import inspection
 
+    options.check_name(arguments.model)
     found = inspection.describe(arguments.model)
     if arguments.check:
         found["checked"] = inspection.check(arguments.model)

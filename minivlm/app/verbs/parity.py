@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minivlm.app import options
 from minivlm.app.options import DEFAULT_MODEL, UsageError
 
 EXAMPLES = """\
@@ -108,4 +109,5 @@ def _side(arguments: argparse.Namespace, settings: list[str], dtype: str, code: 
         values[key] = value
     if values["dtype"] not in DTYPES:
         raise UsageError(f"dtype is one of {', '.join(DTYPES)}, found {values['dtype']!r}")
+    options.check_attention(values.get("attn"), (values["device"] or "cpu").partition(":")[0])
     return Side(**values)

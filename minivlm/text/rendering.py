@@ -1,0 +1,196 @@
+"""A conversation written out by its chat template, with a record of where every text went.
+
+A template turns messages into one string, and in that string nothing tells a typed "<image>" from the template's own,
+or an assistant's words from the frame around them. So the template runs twice, on the messages as they are and on
+*marked* ones:
+
+    {"text": " Is <b> a tag? "}   →   {"text": " MIs <Gb> a tag?M "}
+
+M and G stand for private characters of Unicode that occur in none of the texts. Each text has an M of its own, around
+its words (a template may strip the blanks outside). G, the *guard*, follows every character with which a special token
+could begin, so a special token that is whole in the result was written by the template. Without its marks and guards
+the second string must equal the first; then the marks say where each text is.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from minivlm.text.shown import short
+from minivlm.text.template_sandbox import GENERATION, render
+from minivlm.text.tokenizer import Span, Tokenizer
+
+TextKey = tuple[int, int]  # (message, item)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a template wrote for one conversation. Spans are (begin, end) characters of `guarded`."""
+
+    text: str
+    guarded: str | None  # `text` with a guard inside every special token that was typed; None if it cannot be known
+    guard: str
+    spans: dict[TextKey, list[Span]] = field(default_factory=dict)  # where each text is; none for a blank one
+    generation: list[Span] = field(default_factory=list)  # what stands in {% generation %} blocks
+
+
+def render_conversation(
+    template: str,
+    messages: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    variables: dict[str, Any],
+    continue_final_message: bool = False,
+) -> Rendered:
+    """Run a template on messages in the form of `normalise`.
+
+    `variables` are the caller's; the names of special tokens are added here. With `continue_final_message`, the prompt
+    ends where the last text of the last message does. Raises ValueError for a template that fails, and for one that
+    leaves out a text or a part of it.
+    """
+    texts = {
+        (number, place): item["text"]
+        for number, message in enumerate(messages)
+        for place, item in enumerate(message["content"])
+        if item["type"] == "text"
+    }
+    used = [template, *texts.values(), json.dumps(variables, ensure_ascii=False)]
+    guard, begin, end, *marks = _unused_characters(used, 3 + len(texts))
+    mark_of = dict(zip(texts, marks, strict=True))
+    names = tokenizer.special_tokens_map
+    tracked = names | _guarded(variables, guard, tokenizer) | dict(zip(GENERATION, (begin, end), strict=True))
+    tracked["messages"] = _marked_messages(messages, mark_of, guard, tokenizer)
+    text, written = render(template, [names | variables | {"messages": messages}, tracked])
+    all_marks = f"[{begin}{end}{''.join(marks)}]"
+    if re.sub(all_marks, "", written).replace(guard, "") != text:
+        return _untracked(text, texts, guard, continue_final_message)
+    if continue_final_message:
+        written = _cut(written, messages, mark_of, guard, tokenizer)
+    pieces = re.split(f"({all_marks})", written)  # text, mark, text, …, mark, text
+    positions: dict[str, list[int]] = {mark: [] for mark in (begin, end, *marks)}
+    position = 0
+    for piece, mark in zip(pieces[:-1:2], pieces[1::2], strict=True):
+        position += len(piece)
+        positions[mark].append(position)
+    guarded = "".join(pieces[::2])
+    spans = {}
+    for key, words in texts.items():
+        found = positions[mark_of[key]]
+        if words.strip() and (not found or len(found) % 2):
+            raise _left_out(key, words)
+        spans[key] = [_with_blanks(words, guarded, *pair) for pair in zip(found[::2], found[1::2], strict=True)]
+    generation = list(zip(positions[begin], positions[end], strict=False))
+    return Rendered(guarded.replace(guard, ""), guarded, guard, spans, generation)
+
+
+def learned_spans(rendered: Rendered, messages: list[dict[str, Any]], processor: Any) -> list[Span]:
+    """Where a prompt holds what a model learns to write: the assistant's words and the mark that ends them.
+
+    If the template has {% generation %} blocks, they are it. Otherwise each text of an assistant's message is, with the
+    special token directly after it (`<end_of_utterance>`, `</s>`, `<|im_end|>`), or with blanks and the eos token. Some
+    templates write no such token (LLaVA's for vicuna): then no end can be learned.
+    """
+    if rendered.generation:
+        return rendered.generation
+    tokenizer = processor.tokenizer
+    ends = {token.content for token in tokenizer.control_tokens} - {processor.image_token, tokenizer.bos_token}
+    patterns = [re.escape(token) for token in sorted(ends, key=len, reverse=True)]  # as in `tokenizers`
+    if tokenizer.eos_token:
+        patterns.append(r"\s+" + re.escape(tokenizer.eos_token))
+    end_mark = re.compile("|".join(patterns) or "(?!)")
+    learned = []
+    for (number, _), spans in rendered.spans.items():
+        for begin, end in spans if messages[number]["role"] == "assistant" else []:
+            mark = end_mark.match(rendered.guarded, end)
+            learned.append((begin, mark.end() if mark else end))
+    return learned
+
+
+# ---- Marks and guards
+
+
+def _unused_characters(texts: list[str], count: int) -> list[str]:
+    """Private-use characters that occur in none of the texts."""
+    used = set(re.findall("[\U000f0000-\U0010fffd]", "".join(texts)))
+    free = (character for character in map(chr, range(0xF0000, 0x10FFFE)) if character not in used)
+    found = list(islice(free, count))
+    if len(found) < count:
+        raise ValueError("the messages use every private character of Unicode, so none is left to mark them with")
+    return found
+
+
+def _marked_messages(
+    messages: list[dict[str, Any]], mark_of: dict[TextKey, str], guard: str, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    marked = []
+    for number, message in enumerate(messages):
+        content = []
+        for place, item in enumerate(message["content"]):
+            if item["type"] == "text":
+                lead, words, tail = (tokenizer.guard(part, guard) for part in _parts(item["text"]))
+                mark = mark_of[number, place] if words else ""
+                item = {"type": "text", "text": lead + mark + words + mark + tail}
+            content.append(item)
+        marked.append({"role": message["role"], "content": content})
+    return marked
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    """The blanks before a text's words, the words, the blanks after them."""
+    words = text.strip()
+    begin = text.index(words)
+    return text[:begin], words, text[begin + len(words) :]
+
+
+def _with_blanks(text: str, written: str, begin: int, end: int) -> Span:
+    """A text's words and, where the template has left them, the blanks around."""
+    lead, _, tail = _parts(text)
+    begins = begin - len(lead) if written[:begin].endswith(lead) else begin
+    return begins, end + len(tail) if written.startswith(tail, end) else end
+
+
+def _guarded(value: Any, guard: str, tokenizer: Tokenizer) -> Any:
+    """A variable with guards in all its strings: what stands in tools and documents is typed as well."""
+    if isinstance(value, dict):
+        return {key: _guarded(item, guard, tokenizer) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_guarded(item, guard, tokenizer) for item in value]
+    return tokenizer.guard(value, guard) if isinstance(value, str) else value
+
+
+def _cut(
+    written: str, messages: list[dict[str, Any]], mark_of: dict[TextKey, str], guard: str, tokenizer: Tokenizer
+) -> str:
+    """A marked prompt up to the end of the last text of the last message."""
+    key = max(mark_of, default=(-1, 0))
+    last = messages[-1]["content"][key[1]] if key[0] == len(messages) - 1 else {"text": ""}
+    if not last["text"].strip():
+        raise ValueError(
+            "continue_final_message: the last message has no words to go on from; for an answer from its beginning, "
+            "leave it out and set add_generation_prompt=True"
+        )
+    if (at := written.rfind(mark_of[key])) < 0:
+        raise _left_out(key, last["text"])
+    tail = tokenizer.guard(_parts(last["text"])[2], guard)
+    return written[: at + 1] + (tail if written.startswith(tail, at + 1) else "")
+
+
+# ---- Texts that do not arrive
+
+
+def _left_out(key: TextKey, text: str) -> ValueError:
+    return ValueError(
+        f"the chat template leaves out message {key[0]}, item {key[1]} ({short(text)}), or a part of it; put the "
+        "texts of a message into one item, or pass another chat_template="
+    )
+
+
+def _untracked(text: str, texts: dict[TextKey, str], guard: str, continue_final_message: bool) -> Rendered:
+    """The prompt of a template that writes something else for marked texts: it decides by how a text begins or ends."""
+    for key, words in texts.items():
+        if words.strip() not in text:
+            raise _left_out(key, words)
+    if continue_final_message:
+        raise ValueError("continue_final_message: this chat template changes its texts, so their end cannot be found")
+    return Rendered(text, None, guard)

@@ -1,0 +1,300 @@
+"""The training loop: rows in an order that follows from the seed, steps, a log, and a state to resume from.
+
+    for step in finetune(model, processor, rows, Recipe(lr=1e-4), out="runs/first"):
+        print(step.number, step.loss)
+
+Which rows a step takes is arithmetic on its number, so a resumed run replays nothing. The state holds everything else
+(parameters, the optimiser's means, random numbers): losses after a kill are bit for bit those of a run without one.
+Under `torchrun` each process takes its share of every step, and gradients are added up before they are divided.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from minivlm.checkpoint.files import replacing, saving
+from minivlm.training import adapters, data, memory
+from minivlm.training.data import Row
+from minivlm.training.loss import token_loss
+from minivlm.training.optimisation import SCHEDULES, Optimisation, adamw, scheduled, trained
+
+STATE, LOG = "state.pt", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. A step takes batch × accumulate rows in every process.
+
+    steps: how many; None: as many as `epochs` need. warmup: steps, or a share of all if below 1. clip: the norm that a
+    step's gradient has at most; None: any. checkpointing: see `memory.checkpoint_layers`. cache_bytes: of features of a
+    frozen vision tower. workers: processes that read images. eval_every, save_every: steps; 0: at the end only.
+    """
+
+    batch: int = 2
+    accumulate: int = 4
+    epochs: float = 3.0
+    steps: int | None = None
+    lr: float = 1e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    decay: float = 0.0
+    clip: float | None = 1.0
+    optimizer: str = "adamw"
+    shuffle: bool = True
+    seed: int = 42
+    checkpointing: bool = False
+    cache_bytes: int = 0
+    workers: int = 0
+    eval_every: int = 0
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "epochs", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} should be above 0, found {getattr(self, name)}")
+        for name in ("warmup", "decay", "cache_bytes", "workers", "eval_every", "save_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} should be 0 or more, found {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps should be above 0, found {self.steps}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip should be above 0, found {self.clip}; leave it out for no clipping")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}, found {self.schedule!r:.80}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step was like. number: from 1. loss: a learned token's, in the mean. tokens: all that went through,
+    padding and images included; learned: those that count. norm: of the gradient before clipping. memory: the most
+    bytes that this process has had. eval_loss: of the rows kept back, where this step measured it."""
+
+    number: int
+    epoch: float
+    loss: float
+    tokens: int
+    learned: int
+    lr: float
+    norm: float
+    seconds: float
+    tokens_per_second: float
+    memory: int
+    eval_loss: float | None = None
+
+
+def finetune(
+    model: Any,
+    processor: Any,
+    rows: list[Row],
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    eval_rows: list[Row] | None = None,
+    resume: bool = False,
+) -> Iterator[Step]:
+    """Train what requires gradients in a model: an adapter that `lora.apply` has put on, or all of it.
+
+    out: a folder for the state, log.jsonl and the result (an adapter in PEFT's form, or the whole checkpoint), written
+    every `save_every` steps and at the end. resume: go on from its state; the same call otherwise.
+    Raises ValueError for a state of other rows or settings, and at the first loss that is not finite.
+    """
+    run = _Run(model, data.for_training(processor), rows, recipe, None if out is None else Path(out))
+    run.begin(resume)
+    model.train()
+    for number, batches in run.batches():
+        step = run.step(number, batches)
+        last = number + 1 == run.steps
+        if eval_rows and (last or (recipe.eval_every and step.number % recipe.eval_every == 0)):
+            step = dataclasses.replace(step, eval_loss=evaluate(model, processor, eval_rows, recipe.batch))
+        run.log(step)
+        if last or (recipe.save_every and step.number % recipe.save_every == 0):
+            run.save(step.number, processor)
+        yield step
+    model.eval()
+
+
+@torch.no_grad()
+def evaluate(model: Any, processor: Any, rows: list[Row], batch: int = 2) -> float:
+    """The mean loss of a learned token of these rows, each process taking its share."""
+    rank, world = _rank()
+    processor, was, sums = data.for_training(processor), model.training, torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    own = rows[rank::world]
+    for begin in range(0, len(own), batch):
+        total, learned = token_loss(model, data.encode(processor, own[begin : begin + batch]).to(model.device))
+        sums += torch.tensor([total.item(), learned], dtype=torch.float64)
+    model.train(was)
+    if world > 1:
+        sums = sums.to(model.device)
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+def _rank() -> tuple[int, int]:
+    """(this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class _Run:
+    """One training run: its order of rows, its optimiser, its files."""
+
+    def __init__(self, model: Any, processor: Any, rows: list[Row], recipe: Recipe, out: Path | None) -> None:
+        self.model, self.processor, self.rows, self.recipe, self.out = model, processor, rows, recipe, out
+        self.rank, self.world = _rank()
+        self.per_step = recipe.batch * recipe.accumulate * self.world
+        self.per_epoch = math.ceil(len(rows) / self.per_step)
+        self.steps = recipe.steps or math.ceil(recipe.epochs * self.per_epoch)
+        share = recipe.warmup < 1
+        self.warmup = math.ceil(recipe.warmup * self.steps) if share else int(recipe.warmup)
+        make = adamw(model, recipe.lr, recipe.decay, recipe.optimizer)
+        self.optimisation = Optimisation(trained(model), make, recipe.clip)
+        self.first = 0
+        memory.freeze_tower(model, recipe.cache_bytes)
+        if recipe.checkpointing:
+            memory.checkpoint_layers(model)
+
+    # ---- Order
+
+    def indices(self, step: int) -> list[list[int]]:
+        """The rows of this process in a step, a list for each pass."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = torch.arange(len(self.rows))
+        if self.recipe.shuffle:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.recipe.seed + epoch))
+        taken = order[place * self.per_step : (place + 1) * self.per_step][self.rank :: self.world].tolist()
+        return [taken[begin : begin + self.recipe.batch] for begin in range(0, len(taken), self.recipe.batch)]
+
+    def batches(self) -> Iterator[tuple[int, Iterator[tuple[list[int], Any]]]]:
+        """The number of each step from `first` on, and its batches with the rows they are of, read when asked for."""
+        numbers = range(self.first, self.steps)
+        loader = DataLoader(
+            self.rows,
+            batch_sampler=[one for step in numbers for one in self.indices(step)],
+            collate_fn=partial(data.encode, self.processor),
+            num_workers=self.recipe.workers,
+            generator=torch.Generator(),  # or else it would draw from the numbers that dropout takes
+        )
+        stream = iter(loader)
+        for number in numbers:
+            yield number, ((indices, next(stream)) for indices in self.indices(number))
+
+    # ---- Steps
+
+    def step(self, number: int, batches: Iterator[tuple[list[int], Any]]) -> Step:
+        begun = time.perf_counter()
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, learned tokens, all tokens
+        for indices, inputs in batches:
+            inputs = inputs.to(self.model.device)
+            total, learned = token_loss(self.model, inputs)
+            sums += torch.tensor([total.item(), learned, inputs["input_ids"].numel()], dtype=torch.float64)
+            if not math.isfinite(total.item()):
+                raise ValueError(f"step {number + 1}: the loss is {total.item()} for {self._named(indices)}; {HINT}")
+            if learned:
+                total.backward()
+        factor = scheduled(self.recipe.schedule, number, self.steps, self.warmup)
+        norm, sums = self.optimisation.step(factor, sums)
+        if not math.isfinite(norm):
+            rows = self._named([index for some in self.indices(number) for index in some])
+            raise ValueError(f"step {number + 1}: the gradient's norm is {norm} for {rows}; {HINT}")
+        seconds = time.perf_counter() - begun
+        loss, learned, tokens = sums.tolist()
+        return Step(
+            number=number + 1,
+            epoch=round((number + 1) / self.per_epoch, 4),
+            loss=loss / max(1.0, learned),
+            tokens=int(tokens),
+            learned=int(learned),
+            lr=self.recipe.lr * factor,
+            norm=norm,
+            seconds=round(seconds, 4),
+            tokens_per_second=round(tokens / seconds, 1),
+            memory=memory.peak(self.model.device),
+        )
+
+    def _named(self, indices: list[int]) -> str:
+        return ", ".join(self.rows[index].where for index in indices)
+
+    # ---- Files
+
+    def begin(self, resume: bool) -> None:
+        """Seed, or go on from the state. ValueError if the folder holds a run already, or another one's state."""
+        torch.manual_seed(self.recipe.seed + self.rank)
+        if self.out is None:
+            return
+        state, log = self.out / STATE, self.out / LOG
+        if not resume and (state.exists() or log.exists()):
+            raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:
+            unfinished.unlink()  # what a kill has left while files were written
+        if state.exists():
+            self._restore(torch.load(state, weights_only=True, map_location="cpu"))
+        if self.rank == 0 and log.exists():  # steps after the state will be done again
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["number"] <= self.first]
+            with replacing(log) as path:
+                path.write_text("".join(kept))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, value in self._about().items():
+            if state["about"].get(name) != value:
+                raise ValueError(
+                    f"{self.out / STATE} was saved with {name} {state['about'].get(name)!r:.80}, not {value!r:.80}; "
+                    "go on as it was begun, or name another folder"
+                )
+        self.first = state["step"]
+        self.optimisation.restore(state["optimisation"])
+        cpu, cuda = state["random"][self.rank]
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    def _about(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one before."""
+        rows = hashlib.sha256(repr(self.rows).encode()).hexdigest()
+        free = ("workers", "eval_every", "save_every")  # these change no loss
+        recipe = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in free}
+        return {"rows": rows, "processes": self.world, **recipe}
+
+    def log(self, step: Step) -> None:
+        if self.out is not None and self.rank == 0:
+            values = {name: value for name, value in dataclasses.asdict(step).items() if value is not None}
+            with (self.out / LOG).open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def save(self, step: int, processor: Any) -> None:
+        """The state, and what the run has made so far."""
+        if self.out is None:
+            return
+        cuda = torch.cuda.get_rng_state() if self.model.device.type == "cuda" else None
+        random = [(torch.get_rng_state(), cuda)] * self.world
+        if self.world > 1:
+            dist.all_gather_object(random, random[0])
+        if self.rank == 0:
+            state = {"step": step, "about": self._about(), "random": random, "optimisation": self.optimisation.state()}
+            with saving() as written:
+                save_result(self.model, self.out, processor)
+                torch.save(state, written.file(self.out / STATE))
+
+
+HINT = "nothing was saved of this step. Try a lower learning rate, or bfloat16 or float32 for float16"
+
+
+def save_result(model: Any, folder: Path, processor: Any) -> None:
+    """The adapter, or the whole checkpoint if there is none, and the processor that goes with it."""
+    if getattr(model, "adapter_config", None) is not None:
+        adapters.save(model, folder)
+    else:
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)

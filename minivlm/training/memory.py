@@ -1,0 +1,189 @@
+"""What training needs memory for, less of it, and an estimate before anything is loaded.
+
+    weights, frozen or not      as they are loaded; a quarter of 16 bits for NF4
+    gradients                   4 bytes for each trained number
+    optimiser                   8 bytes (AdamW's two means) or 2 (8-bit); trained 16-bit weights: 4 for an fp32 copy
+    activations                 what the backward pass needs of every layer; with checkpointing, what enters it
+
+B batch, T tokens, P patches, C hidden width, F MLP width, H and K query and key heads of D numbers, L layers.
+"""
+
+import hashlib
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minivlm.families import family
+from minivlm.modules.config import text_config
+from minivlm.quantization import apply as quantise
+from minivlm.training import loss
+
+# ---- Activation checkpointing
+
+
+def layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of every stack in a model, towers and resamplers included; of pairs (IDEFICS) both halves."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            yield from (layer for layer in module if not isinstance(layer, nn.ModuleList))
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Let every layer keep its inputs alone; the backward pass runs it again for the rest. Takes about a third longer.
+
+    Put on from outside: a layer's `forward` is exchanged. Not reentrant, so gradients arrive wherever they are wanted,
+    in a tower above a frozen embedding too.
+    """
+    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    for layer in layers(model):
+        layer.forward = _checkpointed(layer.forward, dropout)
+
+
+def _checkpointed(forward: Callable[..., Any], dropout: bool) -> Callable[..., Any]:
+    def run(*args: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=dropout, **options)
+
+    return run
+
+
+# ---- Frozen towers
+
+
+def freeze_tower(model: nn.Module, cache_bytes: int = 0) -> None:
+    """Run the vision tower without gradients if nothing in it is trained, and keep up to so many bytes of its features.
+
+    ValueError if there is something to keep and the tower is trained.
+    """
+    for prefix in family(model.config.model_type).parts.get("vision", ()):
+        tower = model.get_submodule(prefix.rstrip("."))
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.forward = _Cached(tower.forward, cache_bytes) if cache_bytes else torch.no_grad()(tower.forward)
+        elif cache_bytes:
+            raise ValueError("the vision tower is trained, so its features change and cannot be kept")
+
+
+class _Cached:
+    """A tower's `forward` that remembers the features of images it has seen, by the pixels' hash.
+
+    Images go through one by one, whether kept or not, so a resumed run gets the same bits. The first ones are kept:
+    in an epoch every image comes once, so that of the newest ones none would be found again.
+    """
+
+    def __init__(self, forward: Callable[..., Any], most: int) -> None:
+        self.forward, self.left = forward, most
+        self.kept: dict[bytes, list[Tensor]] = {}
+        self.single = True  # whether the tower gives one tensor, and not a list of them
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, *args: Any, **options: Any) -> Any:
+        found = [
+            self._one(pixels[n : n + 1], [_row(value, n, pixels) for value in args], options)
+            for n in range(len(pixels))
+        ]
+        together = [torch.cat(parts).to(pixels.device) for parts in zip(*found, strict=True)]
+        return together[0] if self.single else together
+
+    def _one(self, pixels: Tensor, args: list[Any], options: dict[str, Any]) -> list[Tensor]:
+        digest = hashlib.blake2b(digest_size=16)
+        for value in (pixels, *args, *options.values()):
+            plain = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
+            digest.update(repr(value if plain is None else tuple(plain.shape)).encode())
+            digest.update(b"" if plain is None else plain.view(torch.uint8).numpy().tobytes())
+        key = digest.digest()
+        if key in self.kept:
+            return self.kept[key]
+        features = self.forward(pixels, *args, **options)
+        self.single = isinstance(features, Tensor)
+        features = [features] if self.single else features
+        size = sum(tensor.nbytes for tensor in features)
+        if size <= self.left:
+            self.left -= size
+            self.kept[key] = [tensor.cpu() for tensor in features]
+        return features
+
+
+def _row(value: Any, number: int, pixels: Tensor) -> Any:
+    per_image = isinstance(value, Tensor) and value.ndim and len(value) == len(pixels)
+    return value[number : number + 1] if per_image else value
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process has had: of the GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- An estimate
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for."""
+
+    weights: int
+    trained: int  # of adapters, and fp32 copies of trained 16-bit weights
+    gradients: int
+    optimiser: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def estimate(
+    model: nn.Module,
+    *,
+    tokens: int,
+    learned: int,
+    dtype: torch.dtype,
+    quantised: Any = None,
+    optimiser_bytes: int = 8,
+    checkpointing: bool = False,
+) -> Estimate:
+    """The memory of one pass of `tokens` tokens, `learned` of them, padding included.
+
+    model: on the meta device, with its adapter. dtype: of its weights. quantised: a quantisation config, or None.
+    Activations are those of the text decoder; a frozen tower keeps none. Images of a trained tower are not counted.
+    """
+    item = dtype.itemsize
+    weights = trained = numbers = 0
+    small = set() if quantised is None else {f"{name}.weight" for name in quantise.selected(model)}
+    for name, parameter in model.named_parameters():
+        adapter = "lora_" in name
+        if name in small:
+            weights += quantised.format.nbytes(tuple(parameter.shape))
+        else:
+            weights += 0 if adapter else parameter.numel() * item
+        if parameter.requires_grad:
+            numbers += parameter.numel()
+            trained += 4 * parameter.numel() if adapter or item < 4 else 0
+    config = text_config(model.config)
+    each, entering = _kept_of_a_layer(config, item), config.hidden_size * item
+    depth = config.num_hidden_layers
+    activations = tokens * (depth * entering + each if checkpointing else depth * each)
+    rows = min(learned, max(1, loss.LOGITS // config.vocab_size))
+    return Estimate(
+        weights, trained, 4 * numbers, optimiser_bytes * numbers, activations, 3 * 4 * rows * config.vocab_size
+    )
+
+
+def _kept_of_a_layer(config: Any, item: int) -> int:
+    """Bytes that the backward pass needs of one decoder layer for one token: what its norms, products, rotations, the
+    attention and the gate take in. A low-rank change takes its input in fp32, which 16-bit layers keep as a copy."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    kept = 4 * width + 4 * queries + 3 * keys + 4 * inner
+    copies = 0 if item == 4 else 4 * (2 * width + 5 * width + queries + inner)
+    return item * kept + copies
