@@ -18,10 +18,10 @@ H query heads, K key/value heads, D head width, F MLP width, V vocabulary, N ran
 
 import math
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ def _narrow(name: str, layer: nn.Linear, columns: bool, start: int, stop: int) -
 
 def connect(model: nn.Module, group: Any = None) -> nn.Module:
     """Add the collectives to a loaded model that `cut` has narrowed: sums of partial outputs, and whole logits."""
-    for name, layer in connected(model):
+    for _, layer in connected(model):
         bias = getattr(layer, "bias", None)
         if bias is not None and dist.get_rank(group) > 0:
             with torch.no_grad():
@@ -143,7 +143,7 @@ def connect(model: nn.Module, group: Any = None) -> nn.Module:
         layer.register_forward_hook(lambda layer, args, out: _summed(out, group))
     widths = [stop - start for start, stop in _pieces(model, group)]
     model.lm_head.register_forward_hook(lambda layer, args, out: _gathered(out, widths, group))
-    model.process_group = group if group is not None else dist.group.WORLD
+    model.agreed = partial(agreed, group=group)  # generation asks it about chance and clocks
     return model
 
 
@@ -201,14 +201,11 @@ def share(model: nn.Module, plan: Any, format: Any) -> dict[str, Share]:
     return cut(model, *start(), block_of(format))
 
 
-def common_seed(model: Any) -> int | None:
-    """One seed for all ranks of a tensor-parallel model, rank 0's: else each would draw tokens of its own."""
-    group = getattr(model, "process_group", None)
-    if group is None:
-        return None
-    seed = [random.SystemRandom().getrandbits(48)]
-    dist.broadcast_object_list(seed, group=group, group_src=0)
-    return seed[0]
+def agreed(value: Any, group: Any = None) -> Any:
+    """The first rank's value, on all ranks: what chance or a clock decides must not part them."""
+    found = [value]
+    dist.broadcast_object_list(found, group=group, group_src=0)
+    return found[0]
 
 
 def block_of(format: Any) -> int:

@@ -57,7 +57,7 @@ def join() -> None:
     rank, _ = parallel.start()
     group = dist.new_group(timeout=PATIENCE, backend="gloo")
     if rank:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.stdin = _SharedLines(sys.stdin, group, rank)
 
 

@@ -23,7 +23,7 @@ SUM = {1: 0.0, 2: 10e-6, 4: 12e-6, 8: 16e-6}  # seconds of one small sum by NVLi
 def plan(name: str, gpus: int, dtype: str, quantization: Any, context: int, rows: int) -> dict[str, Any]:
     """Bytes of each rank: weights and cache; and the shortest time of a token. ValueError if `gpus` does not fit.
 
-    quantization: a configuration as for `from_pretrained`, or None.  context, rows: tokens and rows that the cache holds.
+    quantization: a configuration as for `from_pretrained`, or None.  context, rows: of the cache, tokens and rows.
     """
     config, model_class = _config(name)
     parallel.check_size(config, gpus)

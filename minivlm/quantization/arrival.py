@@ -57,7 +57,14 @@ class Arrival:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def take(self, name: str, layer: QuantizedLinear, tensors: dict[str, Tensor], dtype: torch.dtype | None, share: Any = None) -> None:
+    def take(
+        self,
+        name: str,
+        layer: QuantizedLinear,
+        tensors: dict[str, Tensor],
+        dtype: torch.dtype | None,
+        share: Any = None,
+    ) -> None:
         """Give a layer its tensors, on the device where it is to live. dtype: the model's; None = the tensors' own."""
         if self.stored:
             layer.restore(self.read(name, layer, tensors, share), dtype or torch.float32)

@@ -1,43 +1,59 @@
-"""What every process of the tests runs: cases by name, results of rank 0 (and disagreements of others) in a file.
+"""What every process of the tests runs: all cases of a folder, the results of all processes in one file.
 
-    torchrun --nproc-per-node 2 tests/parallel/worker.py FOLDER CASE…
+    torchrun --nproc-per-node 2 tests/parallel/worker.py FOLDER
+
+A case is a folder with a checkpoint, `inputs.pt` and perhaps `options.json` (a quantisation's format).
 """
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 
 from minivlm import AutoModelForImageTextToText, parallel
+from minivlm.app.options import quantization
 
 torch.set_num_threads(1)
 
 
-def load(folder: Path, case: str, **options):
-    return AutoModelForImageTextToText.from_pretrained(folder / case, tp_plan="auto", **options)
+def answers(folder: Path) -> dict[str, Any]:
+    options = folder / "options.json"
+    config = quantization(json.loads(options.read_text())["format"]) if options.is_file() else None
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, tp_plan="auto", quantization_config=config)
+    except ValueError as error:
+        return {"error": str(error)}
+    inputs = torch.load(folder / "inputs.pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    found = {
+        "logits": logits,
+        "bytes": sum(p.nbytes for p in (*model.parameters(), *model.buffers())),
+        "greedy": model.generate(**inputs, max_new_tokens=5),
+        "beams": model.generate(**inputs, max_new_tokens=4, num_beams=3),
+        "sampled": model.generate(**inputs, max_new_tokens=4, do_sample=True),
+        "seeded": model.generate(**inputs, max_new_tokens=4, do_sample=True, seed=3),
+    }
+    try:
+        model(**inputs).logits.sum()
+    except RuntimeError as error:
+        found["training"] = str(error)
+    return found
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rank, size = parallel.start()
-    results = {}
-    for case in sys.argv[2:]:
-        inputs = torch.load(folder / case / "inputs.pt")
-        model = load(folder, case)
-        with torch.no_grad():
-            results[case, "logits"] = model(**inputs).logits
-        results[case, "greedy"] = model.generate(**inputs, max_new_tokens=6)
-        results[case, "beams"] = model.generate(**inputs, max_new_tokens=5, num_beams=3)
-        results[case, "sampled"] = model.generate(**inputs, max_new_tokens=5, do_sample=True)
-        results[case, "seeded"] = model.generate(**inputs, max_new_tokens=5, do_sample=True, seed=3)
-    everyone = [None] * size
+    _, size = parallel.start()
+    results = {case.name: answers(case) for case in sorted(folder.iterdir()) if case.is_dir()}
+    everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, results)
-    if rank == 0:
-        same = all(torch.equal(results[key], other[key]) for other in everyone for key in results)
-        torch.save({"results": results, "same": same, "size": size}, folder / f"results-{size}.pt")
+    if dist.get_rank() == 0:
+        torch.save(everyone, folder / f"results-{size}.pt")
     dist.destroy_process_group()
 
 
