@@ -9,6 +9,7 @@ its `hub_root`, what the names of a whole model begin with where its own begin.
 
 import contextlib
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def from_pretrained(
     ValueError, for a config or weights that do not fit: every missing, unexpected and misshapen tensor is named in one.
     All is checked before any data is read, but for the numbers themselves (see `checking.not_finite`).
     """
-    options.refuse_others(others, options.LOADING, from_pretrained.__kwdefaults__)
+    options.refuse_others(others, options.LOADING, inspect.signature(from_pretrained).parameters)
     attention = options.first(attn_implementation=attn_implementation, _attn_implementation=_attn_implementation)
     attention = attention or ("flash_attention_2" if use_flash_attention_2 else None)
     files = hub.source(

@@ -181,7 +181,7 @@ def record(
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
-        writer = Writer(unfinished, room=(1 << 17) + 400 * calls)  # settings; each tensor and its yardstick
+        writer = Writer(unfinished, (1 << 17) + 400 * calls, path)  # settings; each tensor and its yardstick
         model = sides.load(side)
         about["side"] = side.words(sides.backend(model))
         job.store(model, about["side"], writer)

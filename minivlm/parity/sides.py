@@ -363,4 +363,5 @@ def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
     path = stage.blame or path_of(model, stage) or stage.ours
     around = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]
     known = [each for each in [*around, ""] if each in modules and type(modules[each]).__module__[:6] != "torch."]
-    return known[0] or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])
+    named = path if path in modules else known[0]
+    return named or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])

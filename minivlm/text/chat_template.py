@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import saving
 from minivlm.modules.inputs import Inputs
 from minivlm.text.messages import normalise
 from minivlm.text.rendering import Rendered, learned_spans, render_conversation
@@ -56,10 +57,11 @@ def find_template(source: hub.Source, processor_config: dict[str, Any], tokenize
 
 def save(template: str | None, folder: Path) -> None:
     """Write chat_template.jinja, where everybody looks first; another template that lay in the folder goes."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        (folder / name).unlink(missing_ok=True)
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(named(template), encoding="utf-8")
+    with saving() as save:
+        if template is not None:
+            save.text(folder / "chat_template.jinja", named(template))
+        save.remove(folder / "chat_template.jinja")  # unless it was just written
+        save.remove(folder / "chat_template.json")
 
 
 def apply(

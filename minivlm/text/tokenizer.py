@@ -20,7 +20,7 @@ import tokenizers
 import torch
 
 from minivlm.checkpoint import hub
-from minivlm.checkpoint.files import write_json
+from minivlm.checkpoint.files import saving
 from minivlm.modules.inputs import Inputs
 from minivlm.text.shown import short
 from minivlm.text.tokenizer_file import attempt, listed_tokens, read_backend, token_text
@@ -139,8 +139,6 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
         special = {i: t for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
         roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
         others = [token.content for token in special.values() if token.content not in roles.values()]
@@ -151,8 +149,10 @@ class Tokenizer:
         }
         config = self.config | roles | {"padding_side": self.padding_side, "added_tokens_decoder": decoder}
         config |= {"additional_special_tokens": others, "model_max_length": self.model_max_length}
-        write_json(folder / "tokenizer_config.json", config)
-        write_json(folder / "special_tokens_map.json", roles | {"additional_special_tokens": others})
+        with saving() as save:
+            save.text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+            save.json(folder / "tokenizer_config.json", config)
+            save.json(folder / "special_tokens_map.json", roles | {"additional_special_tokens": others})
 
     # ---- text → ids
 
