@@ -57,7 +57,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         stored.save_pretrained(folder / f"idefics2 stored {kind}")
         torch.save(dict(inputs), folder / f"idefics2 stored {kind}" / "inputs.pt")
-    write_case(folder / "three heads", oracle.random_reference(oracle.idefics2_config(heads=(3, 3), text_width=48)), inputs)
+    three = oracle.idefics2_config(heads=(3, 3), text_width=48)
+    write_case(folder / "three heads", oracle.random_reference(three), inputs)
     return folder
 
 
