@@ -14,6 +14,7 @@ the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The ru
 of `logits_rules`; they follow transformers 5.23, including its oddities.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -252,8 +253,10 @@ class Decoding(Iterator[Tensor]):
 
     def is_last_step(self) -> bool:
         """Whether a limit cuts all rows after the next token."""
-        if self.count + 1 < self.run.new_tokens and time.monotonic() > self.run.deadline:
-            self.limit = "time"
+        if self.count + 1 < self.run.new_tokens and self.run.deadline < math.inf:
+            late = time.monotonic() > self.run.deadline
+            if self.model.agreed(late) if hasattr(self.model, "agreed") else late:  # processes have clocks of their own
+                self.limit = "time"
         return self.count + 1 == self.run.new_tokens or self.limit == "time"
 
     def next_scores(self) -> Tensor:
