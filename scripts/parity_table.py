@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from minivlm.checkpoint import hub
-from minivlm.checkpoint.loading import DTYPES, local_name
+from minivlm.checkpoint.loading import DTYPES
+from minivlm.checkpoint.names import local_name
 from minivlm.parity import Question, Side, against, drawn_picture, record
 from minivlm.parity.findings import Finding
 from minivlm.parity.sides import config_of, load

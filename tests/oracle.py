@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from minivlm.checkpoint.loading import local_name
+from minivlm.checkpoint.names import local_name
 
 IMAGE = 99  # image token of the tiny vocabularies
 LATENTS = 5

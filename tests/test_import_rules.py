@@ -15,15 +15,24 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "minivlm_kernels": set(),
     "minivlm.modules": {"minivlm_kernels"},
+    "minivlm.parallel": {"minivlm.modules"},
     "minivlm.families": {"minivlm.modules"},  # classes by reference, see `Family`
     "minivlm.quantization": {"minivlm.modules", "minivlm.families", "minivlm_kernels"},
+    "minivlm.fast_cpu": {"minivlm.modules", "minivlm_kernels"},
     "minivlm.generation": {"minivlm.modules", "minivlm.checkpoint"},
-    "minivlm.checkpoint": {"minivlm.generation", "minivlm.modules", "minivlm.quantization"},
+    "minivlm.checkpoint": {
+        "minivlm.parallel",
+        "minivlm.families",
+        "minivlm.fast_cpu",
+        "minivlm.generation",
+        "minivlm.modules",
+        "minivlm.quantization",
+    },
     "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.checkpoint"},
     "minivlm.text": {"minivlm.modules", "minivlm.checkpoint"},
-    "minivlm.processing": {"minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
+    "minivlm.processing": {"minivlm.families", "minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
     "minivlm.auto": {"minivlm.checkpoint", "minivlm.families"},
-    "minivlm.inside": {"minivlm.modules", "minivlm.families"},
+    "minivlm.inside": {"minivlm.modules", "minivlm.families", "minivlm.processing"},
     "minivlm.parity": {
         "minivlm",  # its version
         "minivlm.auto",

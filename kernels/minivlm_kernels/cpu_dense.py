@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minivlm_kernels import compiled
+from minivlm_kernels import addresses, compiled, processor
 
+SOURCE = Path(__file__).with_suffix(".c")
 # dtype → numbers in a weight from which on a product is worth its call; rows of x up to which it is faster than torch.
 WORTH = {torch.float32: (2**17, 1), torch.bfloat16: (2**13, 8)}
-MOST_NUMBERS = 2**18  # of x: the C has room for so many on its stack
+MOST_NUMBERS = 2**18  # of x: for more, torch's threads are worth their start
 
 
-def suits_dense(x: Tensor, weight: Tensor) -> bool:
-    """Whether `dense_rows` serves x (…, K) and a weight (N, K): few rows, a weight worth it, and what `suits` asks."""
-    if not suits(x, weight):
+def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `dense_rows` serves x (…, K), weight (N, K) and bias (N,): few rows, a weight worth it, and `suits`."""
+    if not suits(x, weight) or not (bias is None or (bias.dtype == x.dtype and addresses.addressable(bias))):
         return False
     if x.dtype == torch.float32 and _fast_in_torch():
         return False
@@ -31,19 +32,24 @@ def suits_dense(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def _fast_in_torch() -> bool:
     """MKL reads fp32 weights as fast as memory allows on the processors of its maker, at half that speed on others."""
-    return torch.backends.mkl.is_available() and "GenuineIntel" in compiled.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" in processor.description()
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the C may be given these: not much, on a CPU, of one dtype, in whole vectors; and no gradients wanted."""
+    """Whether the C may be given x (…, K) and a weight (…, K): not much, on a CPU, of one dtype, in whole vectors, and
+    their own (`addressable`); no gradients or other dtypes (autocast) wanted."""
     return (
-        0 < x.numel() <= MOST_NUMBERS
-        and x.device.type == "cpu"
+        not torch.is_grad_enabled()
+        and x.is_cpu
+        and weight.is_cpu
         and x.dtype == weight.dtype
         and x.dtype in WORTH
+        and not torch.is_autocast_enabled("cpu")
+        and addresses.addressable(x, weight)
+        and 0 < x.numel() <= MOST_NUMBERS
+        and x.shape[-1:] == weight.shape[-1:]
         and weight.shape[-1] % 32 == 0
         and weight.is_contiguous()
-        and not torch.is_grad_enabled()
         and available()
     )
 
@@ -54,7 +60,8 @@ def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
     pointers = (weight.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
     half = x.dtype == torch.bfloat16
-    _library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads())
+    if _library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads()):
+        raise MemoryError(f"no memory for {x.numel():,} numbers of x")
     return y
 
 
@@ -69,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    found = compiled.library(Path(__file__).with_suffix(".c"))
+    found = compiled.library(SOURCE)
     if found is not None:
         found.matvec_dense.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 5
         found.rms_norm.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 3 + (ctypes.c_double,)
@@ -79,8 +86,10 @@ def _library() -> ctypes.CDLL | None:
 @functools.cache
 def available() -> bool:
     """Whether there is a library, and it agrees with the formulas on small numbers."""
-    if _library() is None:
-        return False
+    return _library() is not None and compiled.agrees(SOURCE, _is_right)
+
+
+def _is_right() -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 64, generator=generator), torch.randn(3, 64, generator=generator)
     half = dense_rows(x.bfloat16(), weight.bfloat16()).float()

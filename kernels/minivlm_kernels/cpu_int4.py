@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minivlm_kernels import compiled
 
+SOURCE = Path(__file__).with_suffix(".c")
 LANES, WORD = 16, 8  # outputs in a tile, codes in a word
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
 HUGE_PAGE = 2**21
@@ -112,7 +113,8 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. What is read and looked up is multiplied with up to eight rows."""
     rows = x.float().contiguous()
     y = torch.empty(len(rows), len(weight.stream) * LANES)
-    _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape)
+    if _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape):
+        raise MemoryError(f"no memory for {len(rows):,} rows of {rows.shape[1]:,} numbers")
     return y[:, : weight.shape[0]]
 
 
@@ -155,27 +157,29 @@ def _described(weight: Tiles) -> _Weight:
     return _Weight(*pointers, float(offset), *sizes, weight.high_first, torch.get_num_threads())
 
 
-def _call(name: str, *arguments: object) -> None:
-    """A function of the library: tensors are passed as pointers, numbers as 64 bits."""
+def _call(name: str, *arguments: object) -> int:
+    """What a function of the library returns. Tensors are passed as pointers, numbers as 64 bits."""
     passed = []
     for value in arguments:
         if isinstance(value, Tensor):
             passed.append(ctypes.c_void_p(value.data_ptr()))
         else:
             passed.append(ctypes.c_int64(value) if isinstance(value, int) else value)
-    getattr(_library(), name)(*passed)
+    return getattr(_library(), name)(*passed)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return compiled.library(Path(__file__).with_suffix(".c"))
+    return compiled.library(SOURCE)
 
 
 @functools.cache
 def available() -> bool:
     """Whether there is a library, and it agrees with the formula on a small weight."""
-    if _library() is None:
-        return False
+    return _library() is not None and compiled.agrees(SOURCE, _is_right)
+
+
+def _is_right() -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (3, 128), dtype=torch.uint8, generator=generator)
     scales, table = torch.rand(3, 4, generator=generator), torch.randn(16, generator=generator)

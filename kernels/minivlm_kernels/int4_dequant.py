@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm_kernels.launching import DTYPES, Launch, check_device, check_one_device, jit, run
+from minivlm_kernels.launching import DTYPES, Launch, check_device, check_exact, check_one_device, jit, run
 
 try:
     import triton
@@ -305,6 +305,7 @@ def _check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *, flat: bool = False
 ) -> None:
     """`flat`: only the number of elements matters."""
+    check_exact(name, tensor)
     fits = tensor.numel() == math.prod(shape) if flat else tensor.shape == shape
     if not fits or tensor.dtype not in dtypes:
         wanted = f"{math.prod(shape)} elements" if flat else f"shape {shape}"

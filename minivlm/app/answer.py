@@ -3,14 +3,10 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from minivlm.generation.settings import SETTINGS, GenerationConfig
-from minivlm.generation.stopping import at_strings
 
 
 @dataclass(frozen=True)
@@ -47,41 +43,11 @@ class Answer:
         return sentences.get(self.finish_reason)
 
 
-def finish_reason(
-    prompt: Sequence[int],
-    new: Sequence[int],
-    limit: int,
-    settings: GenerationConfig,
-    decode: Callable[[list[int]], str] | None,
-) -> tuple[str, int]:
-    """Why a row ended, and how many of its new ids are its answer: what follows is filler.
-
-    limit: the most new tokens it could have.  settings: with the checkpoint's own.  decode: reads `stop_strings`.
-    """
-    end = next((n for n, id in enumerate(new, 1) if id in settings.eos_ids), None)
-    if end is not None:
-        return "stop", end
-    end = len(new)
-    if settings.pad_token_id is not None and settings.eos_ids:
-        while end and new[end - 1] == settings.pad_token_id:
-            end -= 1
-    strings = settings.stop_strings
-    if strings and decode is not None:
-        strings = [strings] if isinstance(strings, str) else strings
-        # without eos ids, a row goes on after its stop string until all rows of the batch have ended
-        for n in [end] if settings.eos_ids else range(1, end + 1):
-            if at_strings(torch.tensor([[*prompt, *new[:n]]]), strings, decode):
-                return "stop", n
-    if end >= limit:
-        return "length", end
-    return ("stop" if settings.max_time is None else "time"), end
-
-
-def settings_over(model: Any, settings: dict[str, Any]) -> GenerationConfig:
-    """The settings of a call over those of the checkpoint; what is no setting (seed, tokenizer, …) is left out."""
-    config = settings.get("generation_config") or GenerationConfig()
-    given = {name: value for name, value in settings.items() if name in SETTINGS}
-    return GenerationConfig(**given).over(config.over(model.generation_config))
+def setting_of(model: Any, settings: dict[str, Any], name: str) -> Any:
+    """A setting of a call, or else of its `generation_config`, or else of the checkpoint."""
+    configs = (settings.get("generation_config"), model.generation_config)
+    found = [settings.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in found if value is not None), None)
 
 
 def peak_memory(device: Any) -> int | None:

@@ -7,10 +7,8 @@ The part file's first line says what it belongs to, each other one is the whole 
 by one write; what a kill leaves of a line is cut off by the next run, which asks for everything that is not there.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +18,9 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from minivlm.app.answer import Clock, finish_reason, settings_over
+from minivlm.app.answer import Clock, setting_of
 from minivlm.app.questions import Row, numbered, read_row, reason
+from minivlm.checkpoint.files import replacing
 from minivlm.processing.common import fetch_picture
 
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
@@ -34,7 +33,7 @@ class Summary:
 
     answered: int = 0
     failed: int = 0
-    cut: int = 0  # of those answered, at max_new_tokens
+    cut: int = 0  # of those answered, at max_new_tokens or by max_time
     tokens: int = 0  # new ones
     seconds: float = 0.0
     first_tokens: list[float] = field(default_factory=list)  # seconds, one a batch
@@ -151,16 +150,8 @@ def _append(part: BinaryIO, records: Records) -> None:
 
 def _finish(out: Path, answers: Records) -> None:
     """Write `out` as a whole or not at all; killed in between, the next run does it again."""
-    ordered = out.with_name(out.name + ".tmp")
-    try:
-        with ordered.open("wb") as file:
-            _append(file, answers)
-            os.fsync(file.fileno())
-        ordered.replace(out)
-    except OSError:
-        with contextlib.suppress(OSError):
-            ordered.unlink()
-        raise
+    with replacing(out) as path, path.open("wb") as file:
+        _append(file, answers)
     part_of(out).unlink()
 
 
@@ -212,7 +203,7 @@ def _generated(job: Job, ready: list[tuple[Row, list[Any]]], summary: Summary) -
 
 def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary) -> list[tuple[str, str]]:
     """The answer to each row and why it ended."""
-    begin, processor, settings = time.perf_counter(), job.processor, dict(job.settings)
+    clock, processor, settings = Clock(), job.processor, dict(job.settings)
     tokenizer = processor.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     inputs = processor.apply_chat_template(
@@ -226,21 +217,26 @@ def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary)
     )
     if settings.get("seed") is not None:
         settings["seed"] += rows[0].line  # or every batch would draw the same numbers
-    config = settings_over(job.model, settings)
-    clock = Clock() if job.timed and (config.num_beams or 1) == 1 else None
-    ids = job.model.generate(**inputs.to(job.model.device), tokenizer=tokenizer, streamer=clock, **settings)
-    prompt = inputs["input_ids"].shape[1]
-    found = []
-    for row, mask in zip(ids.tolist(), inputs["attention_mask"].bool().cpu(), strict=True):
-        real = [id for id, kept in zip(row[:prompt], mask, strict=True) if kept]
-        why, count = finish_reason(real, row[prompt:], settings["max_new_tokens"], config, tokenizer.decode)
-        answer = processor.decode(row[prompt : prompt + count], skip_special_tokens=True).strip()
-        found.append((answer, why))
-        summary.tokens += count
-    summary.seconds += time.perf_counter() - begin
-    if clock is not None and clock.first is not None:
+    timed = job.timed and (setting_of(job.model, settings, "num_beams") or 1) == 1
+    inputs = inputs.to(job.model.device)
+    found = job.model.generate(
+        **inputs, tokenizer=tokenizer, streamer=clock if timed else None, return_dict_in_generate=True, **settings
+    )
+    new = found.sequences[:, inputs["input_ids"].shape[1] :]
+    eos = setting_of(job.model, settings, "eos_token_id")
+    summary.tokens += sum(_length(row, eos, tokenizer.pad_token_id) for row in new.tolist())
+    texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    summary.seconds += time.perf_counter() - clock.begin
+    if clock.first is not None:
         summary.first_tokens.append(clock.first)
-    return found
+    return list(zip(texts, found.finish_reasons, strict=True))
+
+
+def _length(new: list[int], eos: int | list[int] | None, pad: int | None) -> int:
+    """How many of a row's new ids it took, without the filler after its end."""
+    ends = [eos] if isinstance(eos, int) else eos or []
+    first = next((n for n, id in enumerate(new, 1) if id in ends), len(new))
+    return next((n for n in range(first, 0, -1) if new[n - 1] != pad or pad in ends), 0)
 
 
 def _with_system(messages: Records, system: str | None) -> Records:

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from minivlm.app.answer import Answer, finish_reason, settings_over
+from minivlm.app.answer import Answer, setting_of
 from minivlm.families import family
 from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
-from minivlm.modules.cache import KVCache, alike
+from minivlm.generation.speculation import alike
+from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 from minivlm.processing.common import fetch_picture
 from minivlm.text.chat_template import normalise
@@ -75,8 +76,8 @@ class Chat:
                 "write the prompt yourself and call generate"
             )
         self.model, self.processor, self.system, self.settings = model, processor, system, settings
-        self._family = family(model.config.model_type, "the model")
         self.last: Answer | None = None
+        self._family = family(model.config.model_type, "the model")
         self._begun = self._stopped = False  # of the answer that is being read
         self._answer: Iterator[str] | None = None
         self.reset()
@@ -186,13 +187,10 @@ class Chat:
             raise
         finally:
             self._begun = False
-        new, limit = self._ids[prompt:], settings["max_new_tokens"]
-        config = settings_over(self.model, settings)
-        reason, _ = finish_reason(self._ids[:prompt], new, limit, config, self.processor.tokenizer.decode)
-        if self._stopped and reason != "stop" and len(new) < limit:
-            reason = "interrupted"
-        text, seconds = self._decode(new).strip(), time.perf_counter() - begin
-        self.last = Answer(text, reason, prompt, len(new), limit, seconds, first, cached)
+        new, seconds = self._ids[prompt:], time.perf_counter() - begin
+        text, reason = self._decode(new).strip(), self._reason
+        reason = "interrupted" if self._stopped and reason != "stop" else reason
+        self.last = Answer(text, reason, prompt, len(new), settings["max_new_tokens"], seconds, first, cached)
         self.messages = [*messages, _message("assistant", text)]
 
     def _decode(self, ids: list[int]) -> str:
@@ -205,18 +203,19 @@ class Chat:
         if blind > self._cache.length:
             loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **pictures}
-        beams = settings_over(self.model, settings).num_beams or 1
-        if beams > 1:  # known at their end only; this cache keeps the prompt, beams go on in copies of it
-            found = loop.generate(self.model, ids, **inputs, **{**settings, "return_dict_in_generate": False})
-            steps = iter(found[:, ids.shape[1] :].T)
+        if (setting_of(self.model, settings, "num_beams") or 1) > 1:
+            # the answer is known at the end of the search; this cache keeps the prompt, beams go on in copies of it
+            found = loop.generate(self.model, ids, **inputs, **{**settings, "return_dict_in_generate": True})
+            steps, ended = iter(found.sequences[:, ids.shape[1] :].T), found
         else:
-            steps = loop.stream(self.model, ids, **inputs, **settings)
+            steps = ended = loop.stream(self.model, ids, **inputs, **settings)
         for token in steps:
             if len(token) != 1:
                 raise ValueError(
                     f"a conversation goes on with one answer; pass num_return_sequences=1, not {len(token)}"
                 )
             self._ids.append(int(token))
+            self._reason = ended.finish_reasons[0]
             yield self._ids[-1]
 
     def _end_answer(self) -> None:

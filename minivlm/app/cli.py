@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from minivlm import __version__
-from minivlm.app import terminal
+from minivlm.app import launch, terminal
 from minivlm.app.options import UsageError
 
 # verb → module; in the order of the help
@@ -33,8 +33,27 @@ minivlm chat docs/shapes.png"""
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code; argparse itself exits with 2, or with 0 after `--help`."""
-    argv = sys.argv[1:] if argv is None else argv
     terminal.prepare()
+    try:
+        failed = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader is gone, as in `minivlm ask … | head -c 1`
+        terminal.drop_stdout()
+        return 1
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        terminal.drop_stdout()
+        launch.leave()
+        return terminal.fail(error)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return terminal.fail(f"{str(error).split('. ')[0]}; try --dtype bfloat16, --no-split or --device cpu")
+    return int(failed)
+
+
+def _run(argv: list[str]) -> int | bool:
     verb, *rest = argv or [""]
     if verb in ("-V", "--version"):
         print(f"minivlm {__version__}")
@@ -47,7 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     module = _verb(verb)
     parser = parser_of(verb, module)
     arguments = parser.parse_intermixed_args(rest)  # options may stand between the images and the question
-    return _run(module, arguments, parser)
+    if hasattr(module, "RUNS_ON_GPUS") and launch.wanted(arguments):
+        return launch.start(arguments.gpus, argv)
+    launch.join(arguments)
+    try:
+        return bool(module.run(arguments))
+    except UsageError as error:
+        parser.error(str(error))
 
 
 def overview() -> str:
@@ -83,26 +108,6 @@ def _verb(name: str) -> ModuleType:
     if name not in VERBS:
         _Parser(prog="minivlm").error(f"there is no verb {name!r}{_suggestion(name, VERBS)}")
     return importlib.import_module(VERBS[name])
-
-
-def _run(module: ModuleType, arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    try:
-        failed = module.run(arguments)
-        sys.stdout.flush()
-    except UsageError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader is gone, as in `minivlm ask … | head -c 1`
-        terminal.close_stdout()
-        return 1
-    except (ValueError, TypeError, OSError, MemoryError) as error:
-        return terminal.fail(error)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        return terminal.fail(f"{str(error).split('. ')[0]}; try --dtype bfloat16, --no-split or --device cpu")
-    return 1 if failed else 0
 
 
 # ---- Help and errors

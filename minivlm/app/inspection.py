@@ -9,6 +9,7 @@ import torch
 
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
+from minivlm.checkpoint.checking import check_weights
 from minivlm.modules.config import text_config
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_picture
@@ -50,7 +51,7 @@ def describe(name: str) -> dict[str, Any]:
         "parameters": total,
         "bytes": {dtype: total * size for dtype, size in BYTES.items()},
         "quantised": _quantised(model, stored),
-        "tokens_per_image": config.image_tokens,
+        "tokens_per_image": auto.family(model_type, name).image_tokens(config),
         "max_position_embeddings": text.max_position_embeddings,
         "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
     }
@@ -68,7 +69,7 @@ def check(name: str) -> dict[str, int]:
     text = getattr(model.config, "text_config", model.config)
     with hub.blame(f"{name}: tokenizer.json"):
         tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
-    return {"tensors": loading.check_weights(model, files), "tokens": len(tokenizer)}
+    return {"tensors": check_weights(model, files), "tokens": len(tokenizer)}
 
 
 def prompt(processor: Any, pictures: list[Any]) -> Inputs:

@@ -42,34 +42,36 @@ def held(path: Path) -> Iterator[None]:
 
 def _taken(path: Path) -> IO[str]:
     """The lock file, open and ours."""
-    while fcntl is not None:
-        file = path.open("a+", encoding="utf-8")
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            if error.errno in UNLOCKABLE:
-                break
-            raise _refusal(path) from error
+            file, new = path.open("x+", encoding="utf-8"), True
+        except FileExistsError:
+            try:
+                file, new = path.open("r+", encoding="utf-8"), False
+            except FileNotFoundError:  # removed in this moment
+                continue
+        locked = _locked(file)
+        if locked is None and new:
+            return file
         with contextlib.suppress(FileNotFoundError):  # its last owner may have removed it since we opened it
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if locked and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
-    return _created(path)
+        if locked is False or (locked is None and not _is_stale(path)):
+            raise _refusal(path)
+        if locked is None:
+            path.unlink(missing_ok=True)
 
 
-def _created(path: Path) -> IO[str]:
-    """As `_taken`, without the system's help."""
+def _locked(file: IO[str]) -> bool | None:
+    """Whether the system gave us the lock on this file; None if it has no locks."""
+    if fcntl is None:
+        return None
     try:
-        return path.open("x+", encoding="utf-8")
-    except FileExistsError as error:
-        if not _is_stale(path):
-            raise _refusal(path) from error
-    path.unlink(missing_ok=True)
-    try:
-        return path.open("x+", encoding="utf-8")
-    except FileExistsError as error:
-        raise _refusal(path) from error
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return None if error.errno in UNLOCKABLE else False
+    return True
 
 
 def _is_stale(path: Path) -> bool:

@@ -20,15 +20,19 @@ def prepare() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"minivlm: warning: {one_line(str(message))}\n"
 
 
-def close_stdout() -> None:
-    """Nobody reads stdout any more, or it cannot be written: let what is still buffered vanish without a message."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop_stdout() -> None:
+    """If stdout cannot be written (nobody reads it, the disk is full), forget what is still buffered for it: Python
+    would try once more at its end, and print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(error: Exception | str) -> int:
     """Print an error in one line; the exit code 1."""
-    print("minivlm: error:", one_line(error), file=sys.stderr)
+    print("minivlm: error:", re.sub(r"^\[Errno \d+\] ", "", one_line(error)), file=sys.stderr)
     return 1
 
 

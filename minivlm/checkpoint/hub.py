@@ -3,13 +3,14 @@
 Only files that are asked for are downloaded, one by one, through `huggingface_hub` (its cache, its progress bars, its
 resumed downloads). Nothing here knows about models.
 
-Files are other people's: only regular files are opened (a named pipe would wait for ever), of a limited size, and in a
-folder a link leads no further than the folder itself. The one exception is the Hub's own cache, whose
-`snapshots/<commit>/` consist of links into the `blobs/` beside them.
+Files come from strangers: only regular files are opened, and links to such (a named pipe would wait for ever), and only
+up to a size that such a file can have.
 """
 
 import contextlib
+import difflib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from typing import Any
 BUILT_IN = Path(__file__).parents[1] / "builtin"
 MAX_JSON = 2**23  # bytes; parsed, they can take twenty times as much
 MAX_DEPTH = 16  # of objects and lists in each other; files need 4
+CONFIG = "config.json"
 MAX_MESSAGE = 2500  # characters of an error, which may show what a file says
-# What a file begins with if it is something else than what its name says → what it is then.
+# How a file begins that is not what its name says → what it is.
 NOT_THE_FILE = {
     b"version https://git-lfs": "a Git LFS pointer, which only names the file; run `git lfs pull`, or download it",
     b"<!doctype html": "a web page; download the file from …/resolve/main/, not from …/blob/main/",
@@ -31,23 +33,23 @@ NOT_THE_FILE = {
     b"\x89HDF": "an HDF5 file; convert it to safetensors first",
     b"GGUF": "a GGUF file, which is not supported; use the original safetensors checkpoint",
 }
-UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tmp")  # beside a file: still on its way
+UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download", ".tmp")  # ends of downloads under way
 
 
 class CheckpointError(ValueError):
-    """What is wrong with a checkpoint: every refusal to load one is of this type. Long messages are cut."""
+    """Every refusal to load a checkpoint is of this type; the message says what is wrong. Long messages are cut."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…")
 
 
 class CheckpointFileError(CheckpointError, OSError):
-    """A checkpoint's file is not there, cannot be fetched, is no file, or not the whole of it."""
+    """A checkpoint's file is missing, cannot be fetched, is incomplete, or is no regular file."""
 
 
 @contextlib.contextmanager
 def blame(where: str) -> Iterator[None]:
-    """Turns a ValueError into a CheckpointError whose message begins with `where`: what is in files was to blame."""
+    """Turn a ValueError into a CheckpointError whose message begins with `where`: a file's content is to blame."""
     try:
         yield
     except CheckpointError:
@@ -56,16 +58,26 @@ def blame(where: str) -> Iterator[None]:
         raise CheckpointError(f"{where}: {error}") from error
 
 
-# What a processor is made of.
+# The files of a processor.
 BESIDE_THE_WEIGHTS = (
-    *("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A named set of files. `folder` is set for local sources; otherwise `name` is a Hub id."""
+    """A named set of files. `folder` is set for local sources; otherwise `name` is a Hub id.
+
+    subfolder: where the files are inside the folder or repository.
+    """
 
     name: str
     folder: Path | None = None
@@ -73,15 +85,16 @@ class Source:
     cache_dir: str | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    subfolder: str = ""
 
     def file(self, filename: str, required: bool = True) -> Path | None:
         """Local path of one file, downloaded if need be; None if it is absent and not `required`.
 
-        Raises CheckpointFileError for what is not a regular file, or is a link that leaves the folder.
+        Raises CheckpointFileError for anything but a regular file, or a link to one.
         """
         if self.folder is None:
             return self._download(filename, required)
-        path = self.folder / filename
+        path = self.folder / self.subfolder / filename
         try:
             found = path.is_file()
         except OSError as error:  # a name too long, a folder that may not be entered
@@ -89,28 +102,34 @@ class Source:
                 f"{filename:.99} of {self.name:.99} cannot be opened: {error.strerror}"
             ) from error
         if found:
-            _check_link(path, self.folder)
             if path.with_name(path.name + ".aria2").exists():  # which fills the whole file with zeros first
-                raise CheckpointFileError(f"{self.name} has {filename}{self._on_its_way(filename)}; wait, or resume it")
+                raise CheckpointFileError(f"{self.name} has {filename}{_unfinished(path)}; wait, or resume it")
             return path
         if path.is_symlink():
             raise CheckpointFileError(f"{path} is a link to {path.readlink()}, where no file is; download it again")
         if path.exists():
             kind = "a folder" if path.is_dir() else "a pipe or device"
             raise CheckpointFileError(f"{path} should be a regular file, found {kind}")
-        if required:
-            found = _listing(self.folder)
-            raise CheckpointFileError(f"{self.name} has no {filename}{self._on_its_way(filename)}; found {found}")
-        return None
-
-    def _on_its_way(self, filename: str) -> str:
-        parts = [filename + end for end in UNFINISHED if (self.folder / (filename + end)).exists()]
-        return f" but {parts[0]}, so its download is not finished" if parts else ""
+        if not required:
+            return None
+        if filename == CONFIG:
+            self._refuse_adapter()
+        raise CheckpointFileError(f"{self.name} has no {filename}{_unfinished(path)}; found {_listing(path.parent)}")
 
     def json(self, filename: str, required: bool = True) -> dict | None:
         """One JSON file as a dict; None if absent and not `required`. CheckpointError if it is no JSON object."""
         path = self.file(filename, required)
         return None if path is None else read_json(path)
+
+    def _refuse_adapter(self) -> None:
+        """CheckpointFileError if there is an adapter where a model was expected."""
+        adapter = self.json(ADAPTER, required=False)
+        if adapter is not None:
+            base = adapter.get("base_model_name_or_path")
+            raise CheckpointFileError(
+                f"{self.name} holds an adapter ({ADAPTER}) and no model: load the model it was trained on"
+                f"{f' ({base:.200})' if isinstance(base, str) else ''} first, then put the adapter on it"
+            )
 
     def _download(self, filename: str, required: bool) -> Path | None:
         from huggingface_hub import hf_hub_download
@@ -125,26 +144,30 @@ class Source:
         )
 
         try:
+            offline = self.local_files_only or not _is_reachable()
             return Path(
                 hf_hub_download(
                     self.name,
                     filename,
+                    subfolder=self.subfolder or None,
                     revision=self.revision,
                     cache_dir=self.cache_dir,
                     token=self.token,
-                    local_files_only=self.local_files_only,
+                    local_files_only=offline,
                 )
             )
-        except LocalEntryNotFoundError as error:  # offline (or no connection) and not in the cache
+        except LocalEntryNotFoundError as error:
             if not required and self._cached_anything():
                 return None
             raise CheckpointFileError(
                 f"{filename} of {self.name!r} is not in the local cache and the Hub cannot be reached; "
-                f"connect once, or pass a local folder. {self._hint()}"
+                f"connect once, or pass a local folder. {suggestion(self.name) or _hint()}"
             ) from error
         except EntryNotFoundError as error:
             if not required:
                 return None
+            if filename == CONFIG:
+                self._refuse_adapter()
             raise CheckpointFileError(f"{self.name!r} on the Hub has no file {filename}") from error
         except GatedRepoError as error:
             raise CheckpointFileError(
@@ -157,21 +180,48 @@ class Source:
             raise CheckpointFileError(
                 f"{self.name!r} is neither a folder, nor a checkpoint that ships with minivlm "
                 f"({', '.join(built_in())}), nor a repository on the Hub that you may read (private ones need token=)"
+                f". {suggestion(self.name)}".rstrip(". ")
             ) from error
         except (HfHubHTTPError, OSError) as error:
             raise CheckpointFileError(
-                f"could not download {filename} of {self.name!r}: {error}. {self._hint()}"
+                f"could not download {filename} of {self.name!r}: {' '.join(str(error).split())}. {_hint()}"
             ) from error
 
     def _cached_anything(self) -> bool:
         """True if the config of this checkpoint is cached: then an absent optional file is simply absent."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.name, "config.json", cache_dir=self.cache_dir, revision=self.revision)
+        config = f"{self.subfolder}/{CONFIG}" if self.subfolder else CONFIG
+        found = try_to_load_from_cache(self.name, config, cache_dir=self.cache_dir, revision=self.revision)
         return isinstance(found, str)
 
-    def _hint(self) -> str:
-        return f"Checkpoints that need no connection: {', '.join(built_in())}." if built_in() else ""
+
+_answered: set[str] = set()  # addresses of the Hub that have answered this process
+
+
+def _is_reachable() -> bool:
+    """Whether the Hub answers at all. Asked once, because the Hub's client tries six times for every file."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.ENDPOINT not in _answered:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception:  # of several HTTP libraries, or that HF_HUB_OFFLINE is set
+            return False
+        _answered.add(constants.ENDPOINT)
+    return True
+
+
+def suggestion(name: str) -> str:
+    """A sentence that names the checkpoints that may have been meant by `name`; empty if none is close."""
+    from minivlm.families import FAMILIES
+
+    known = [*built_in(), *(released for family in FAMILIES.values() for released in family.released)]
+    by_end = {checkpoint.rpartition("/")[2].lower(): checkpoint for checkpoint in known}
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_end, n=2, cutoff=0.8)
+    found = [by_end[end] for end in close if by_end[end] != name]
+    return f"Did you mean {' or '.join(found)}?" if found else ""
 
 
 def source(
@@ -181,27 +231,64 @@ def source(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    subfolder: str = "",
 ) -> Source:
     """A folder on disk, the name of a checkpoint in this package (`shapes-idefics2`), or a Hub id, in this order.
 
-    Raises TypeError for anything but a string or path, CheckpointFileError for a path of no folder.
+    Raises TypeError for anything but a string or path, CheckpointFileError for a path where no folder is.
     """
     if not isinstance(name_or_folder, str | Path):
         raise TypeError(f"a checkpoint is named by a string or path, found {type(name_or_folder).__name__}")
     name = str(name_or_folder)
     if not name:
         raise CheckpointFileError("no such folder: the name of the checkpoint is empty")
+    if subfolder and not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", subfolder):
+        raise CheckpointFileError(f"subfolder should be a path inside the checkpoint, found {subfolder!r:.80}")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Source(name, folder)
+        return Source(name, folder, subfolder=subfolder)
     if folder.is_file():
         raise CheckpointFileError(f"{name} is a file; pass the folder that holds config.json and the safetensors files")
     if name in built_in():
-        return Source(name, BUILT_IN / name)
+        return Source(name, BUILT_IN / name, subfolder=subfolder)
     if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointFileError(f"no such folder: {name!r}")
     cache = None if cache_dir is None else str(cache_dir)
-    return Source(name, None, revision, cache, token, local_files_only)
+    return Source(name, None, revision, cache, token, local_files_only, subfolder)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> str:
+    """Upload a folder as one commit to a repository, which is made if need be; returns the commit's address.
+
+    Raises OSError where the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload with minivlm",
+            commit_description=commit_description,
+        )
+    except Exception as error:  # of several HTTP libraries
+        reason = " ".join(str(error).split())
+        raise OSError(f"{folder} could not be uploaded to {repo_id!r}: {reason:.400}. Are you logged in?") from error
+    return str(commit)
 
 
 def built_in() -> list[str]:
@@ -227,6 +314,8 @@ def read_text(path: Path) -> str:
 
 
 def _read(path: Path) -> bytes:
+    if not path.stat().st_size:  # nor do the kernel's files have a size, some of which wait for ever
+        check_start(path, b"")
     with path.open("rb") as file:
         content = file.read(MAX_JSON + 1)
     if len(content) > MAX_JSON:
@@ -273,18 +362,13 @@ def _deeper(value: Any, levels: int) -> bool:
     return bool(children) and (levels == 0 or any(_deeper(child, levels - 1) for child in children))
 
 
-def _check_link(path: Path, folder: Path) -> None:
-    """CheckpointFileError for a file that is reached by links and lies outside of the folder (or its Hub cache)."""
-    if not path.is_symlink():
-        return
-    home, real = folder.resolve(), path.resolve()
-    if real.is_relative_to(home):
-        return
-    if home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs"):
-        return
-    raise CheckpointFileError(
-        f"{path} is a link that leaves its folder, to {real}; a checkpoint's files lie in one folder: copy it there"
-    )
+def _unfinished(path: Path) -> str:
+    parts = [path.name + end for end in UNFINISHED if path.with_name(path.name + end).exists()]
+    return f" but {parts[0]}, so its download is not finished" if parts else ""
+
+
+def _hint() -> str:
+    return f"Checkpoints that need no connection: {', '.join(built_in())}." if built_in() else ""
 
 
 def _listing(folder: Path) -> str:

@@ -1,38 +1,43 @@
-"""From a folder of safetensors to a model and back: config, meta-device model, one tensor at a time to its final place.
+"""From a folder of safetensors to a model: config, meta-device model, one tensor at a time to its final place.
 
     source ─ config.json ─ model on the meta device ─ headers of all shards checked ─ tensors, one by one ─ model
 
 A tensor whose dtype and device are already right is never copied: it stays a view of the memory-mapped file.
-Knows no family: a model class brings its `config_class` and its table of Hub names.
+Knows no family: a model class brings its `config_class` and its table of Hub names (`hub_prefixes`,
+`hub_ignored`), and a bare model (one without head) its `hub_root`, with which the names of a whole model begin.
 """
 
 import contextlib
-import json
-import os
-import re
-import tempfile
+import fnmatch
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minivlm.checkpoint import hub
-from minivlm.checkpoint.header import Entry, read_header
-from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError
+from minivlm import fast_cpu as faster
+from minivlm import parallel
+from minivlm.checkpoint import hub, options
+from minivlm.checkpoint.fresh import random_values
+from minivlm.checkpoint.hub import CheckpointError
+from minivlm.checkpoint.names import is_ignored, local_name, tied
+from minivlm.checkpoint.saving import push_to_hub, save_pretrained  # noqa: F401  (for model classes)
+from minivlm.checkpoint.unread import unread
+from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.generation.settings import GenerationConfig
-from minivlm.quantization import apply
+from minivlm.modules.config import text_config
 from minivlm.quantization.arrival import Arrival, choose
+from minivlm.quantization.config import BitsAndBytesConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 Places = dict[str, list[tuple[Any, str]]]  # our name of a tensor → files that hold it, with its name there
 Shapes = dict[str, tuple[int, ...] | None]
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,55 +50,97 @@ def from_pretrained(
     torch_dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
+    load_in_4bit: bool | None = None,
+    load_in_8bit: bool | None = None,
     attn_implementation: str | None = None,
+    _attn_implementation: str | None = None,
+    use_flash_attention_2: bool | None = None,
+    config: Any = None,
+    new: str | Iterable[str] = (),
+    unused: str | Iterable[str] = (),
+    ignore_mismatched_sizes: bool = False,
+    generation_config: GenerationConfig | None = None,
+    fast_cpu: bool = True,
+    tp_plan: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
-    low_cpu_mem_usage: bool | None = None,
-    use_flash_attention_2: bool | None = None,
+    use_auth_token: str | bool | None = None,
+    subfolder: str = "",
+    **others: Any,
 ) -> Model:
-    """Load a checkpoint: a folder, a name that ships with the package, or a Hub id.
+    """Load a checkpoint: a folder, a name that ships with the package, or a Hub id. It comes back in eval mode.
 
     dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
     device_map: None, "auto" (the GPU if there is one) or one device; models here live on one device.
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
     that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) says so itself and needs none.
+    load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig of this alone.
     attn_implementation: "eager", "sdpa", "triton", or None for the best here, which "flash_attention_2" means too, and
     use_flash_attention_2=True.
-    low_cpu_mem_usage is accepted and always on. The model comes back in eval mode.
+    config: a config to build the model from instead of the checkpoint's own.
+    new: names of parameters, or patterns such as "model.connector.*", that the checkpoint may lack or have in another
+    shape; they get random values. unused: the same for stored tensors that the model has no place for. One warning
+    lists all of them; without these two every tensor must have its place. ignore_mismatched_sizes: any parameter of
+    another shape is new.
+    generation_config: instead of the checkpoint's own.
+    fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
+    tp_plan="auto": under torchrun, cut the model among all processes (`minivlm.parallel`); each reads its share alone.
+    revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
+    Other options of `transformers` are accepted where they change nothing here (`options.LOADING`).
 
     Raises CheckpointFileError, an OSError, for files that are missing or cannot be fetched, and CheckpointError, a
     ValueError, for a config or weights that do not fit: every missing, unexpected and misshapen tensor is named in one.
-    All is checked before any data is read, but for the numbers themselves (see `not_finite`).
+    All is checked before any data is read, but for the numbers themselves (see `checking.not_finite`).
     """
-    if use_flash_attention_2:
-        attn_implementation = attn_implementation or "flash_attention_2"
+    options.refuse_others(others, options.LOADING, inspect.signature(from_pretrained).parameters)
+    attention = options.first(attn_implementation=attn_implementation, _attn_implementation=_attn_implementation)
+    attention = attention or ("flash_attention_2" if use_flash_attention_2 else None)
     files = hub.source(
-        name_or_folder, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        name_or_folder,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=options.first(token=token, use_auth_token=use_auth_token),
+        local_files_only=local_files_only,
+        subfolder=subfolder,
     )
-    config = read_config(files, cls.config_class)
+    config = read_config(files, cls.config_class) if config is None else _checked(config, cls.config_class)
+
+    def build() -> Model:
+        return cls(config, attn_implementation=attention)
+
     with torch.device("meta"):
-        model = cls(config, attn_implementation=attn_implementation)
+        model = build()
     shards = weight_files(files)
-    wanted = wanted_dtype(dtype or torch_dtype, config.dtype)
+    wanted = wanted_dtype(options.first(dtype=dtype, torch_dtype=torch_dtype), config.dtype)
     device = wanted_device(device_map)
+    asked = quantization_config or _quantization(load_in_4bit, load_in_8bit)
+    allowed = Allowed(_patterns(new), _patterns(unused), ignore_mismatched_sizes)
     with hub.blame(files.name):
-        arrival = choose(files.json("config.json").get("quantization_config"), quantization_config)
-        fill(model, shards, wanted, device, arrival)
-    found = {parameter.dtype for parameter in model.parameters()}
-    if wanted is None and arrival is None and len(found) > 1:
-        raise CheckpointError(
-            f"{files.name} stores its weights in {' and '.join(sorted(map(str, found)))}, and config.json does not say "
-            "which it should be; pass dtype="
-        )
-    model.generation_config = read_generation_config(files) or model.generation_config
+        arrival = choose(files.json(hub.CONFIG).get("quantization_config"), asked)
+        shares = {} if tp_plan is None else parallel.share(model, tp_plan, arrival and arrival.config.format)
+        fill(model, shards, wanted, device, arrival, allowed, build, shares)
+    model.tie_weights()
+    _check_one_dtype(model, files.name, wanted, arrival)
+    model.generation_config = generation_config or read_generation_config(files) or model.generation_config
+    _warn_ids(model, files.name)
+    if fast_cpu and device.type == "cpu":
+        faster.apply(model)
+    if shares:
+        parallel.connect(model)
     return model.eval()
 
 
+# ---- Settings --------------------------------------------------------------------------------------------------------
+
+
 def read_config(files: hub.Source, config_class: Any) -> Any:
-    """The checkpoint's `config.json` as a `config_class`; ValueError if it is of another model type."""
-    values = files.json("config.json")
+    """The checkpoint's `config.json` as a `config_class`; CheckpointError if it is of another model type.
+
+    Its `unread` holds what minivlm does not read and `save_pretrained` writes again.
+    """
+    values = files.json(hub.CONFIG)
     expected = config_class.model_type
     if values.get("model_type") != expected:
         raise CheckpointError(
@@ -101,9 +148,17 @@ def read_config(files: hub.Source, config_class: Any) -> Any:
             "AutoModelForImageTextToText picks the class by itself"
         )
     try:
-        return config_class.from_hub(values)
+        config = config_class.from_hub(values)
+        object.__setattr__(config, "unread", unread(values, config))
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{files.name}: config.json describes no {expected} model: {error}") from error
+    return config
+
+
+def _checked(config: Any, config_class: type) -> Any:
+    if not isinstance(config, config_class):
+        raise ValueError(f"config should be of type {config_class.__name__}, found {type(config).__name__}")
+    return config
 
 
 def read_generation_config(files: hub.Source) -> GenerationConfig | None:
@@ -113,44 +168,63 @@ def read_generation_config(files: hub.Source) -> GenerationConfig | None:
         return None if settings is None else GenerationConfig.from_hub(settings)
 
 
-def weight_files(files: hub.Source) -> list[Path]:
-    """Local paths of all safetensors shards, their headers checked: the single file, or those that the index names."""
-    single = files.file(WEIGHTS, required=False)
-    if single is not None:
-        read_header(single)
-        return [single]
-    index = files.json(INDEX, required=False)
-    if index is None:
-        pickled = files.file("pytorch_model.bin.index.json", False) or files.file("pytorch_model.bin", False)
-        raise CheckpointFileError(
-            f"{files.name} holds only pickled weights ({pickled.name}), which can run code when read; "
-            "convert them to safetensors first"
-            if pickled
-            else f"{files.name} has neither {WEIGHTS} nor {INDEX}"
+def _warn_ids(model: nn.Module, where: str) -> None:
+    """Ids beyond the vocabulary never come, so nothing would end with them."""
+    text = text_config(model.config)
+    size = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name)
+        ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if wrong := [token for token in ids if token >= size]:
+            warnings.warn(
+                f"generation_config.json of {where} has {name} {wrong[0]}, but the vocabulary has {size:,} tokens; "
+                "is the file of another checkpoint?",
+                stacklevel=3,
+            )
+
+
+def _quantization(four: bool | None, eight: bool | None) -> BitsAndBytesConfig | None:
+    return BitsAndBytesConfig(load_in_4bit=bool(four), load_in_8bit=bool(eight)) if four or eight else None
+
+
+def _check_one_dtype(model: nn.Module, where: str, wanted: torch.dtype | None, arrival: Arrival | None) -> None:
+    found = {parameter.dtype for parameter in model.parameters()}
+    if wanted is None and arrival is None and len(found) > 1:
+        raise CheckpointError(
+            f"{where} stores its weights in {' and '.join(sorted(map(str, found)))}, and config.json does not say "
+            "which it should be; pass dtype="
         )
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{INDEX} of {files.name} should map tensor names to file names under 'weight_map'")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise CheckpointError(
-                f"{INDEX} of {files.name} names {shard!r:.80}, which is not a safetensors file of its folder"
-            )
-    paths = {shard: files.file(shard) for shard in shards}
-    _check_index(weight_map, {shard: read_header(path) for shard, path in paths.items()}, files.name)
-    return list(paths.values())
 
 
-def _check_index(weight_map: dict[str, str], headers: dict[str, dict[str, Entry]], where: str) -> None:
-    """Every tensor lies in the shard that the index says, or the files are not of one checkpoint: CheckpointError."""
-    for name, shard in weight_map.items():
-        if name not in headers[shard]:
-            found = next((f"it is in {other}" for other in headers if name in headers[other]), "it is in none")
-            raise CheckpointError(
-                f"{INDEX} of {where} says that {name!r:.120} is in {shard}, but {found}; "
-                "these files are not from one checkpoint: download them again"
-            )
+# ---- Tensors ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What need not fit, see `from_pretrained`: patterns, and whether any parameter may have another shape."""
+
+    new: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    mismatched: bool = False
+
+    def check(self, names: Collection[str]) -> None:
+        """ValueError for a pattern of new parameters that fits none of these names."""
+        for pattern in self.new:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"new={pattern!r}: no parameter has such a name; names look like {next(iter(names))}")
+
+    def is_new(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.new)
+
+    def may_differ(self, name: str) -> bool:
+        return self.mismatched or self.is_new(name)
+
+    def is_unused(self, *names: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.unused)
+
+
+def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def fill(
@@ -159,97 +233,132 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device,
     arrival: Arrival | None = None,
+    allowed: Allowed = Allowed(),
+    build: Callable[[], nn.Module] | None = None,
+    shares: dict[str, parallel.Share] | None = None,
 ) -> None:
     """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
 
     dtype None keeps each tensor's own. arrival: which layers are quantised, in the files or as they are read; then
-    only the weight at hand is in memory unquantised.
+    only the weight at hand is in memory unquantised. build: makes the model, for parameters that `allowed` lets be new.
+    shares: of parameters that the model holds in part; nothing else of them is read.
     """
     with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(_open(path)) for path in shards]
-        found, layers = _match(model, readers, shards, arrival)
-        with tqdm(total=len(found), desc="loading", delay=2, leave=False) as progress:
+        readers = [stack.enter_context(open_weights(path)) for path in shards]
+        found, layers, missing = match(model, readers, shards, arrival, allowed, shares := shares or {})
+        drawn = random_values(build, missing) if missing else {}
+        with tqdm(total=len(found), desc="loading", delay=2, leave=False, disable=None) as progress:
             for name, _ in list(model.named_parameters()):
-                tensor = _read(found, name)
+                tensor = drawn[name] if name in drawn else read(found, name, shares.get(name))
                 wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                _assign(model, name, tensor.to(device, wanted))
+                # Beside quantised layers, a view of the file would keep what they were made of in memory
+                _assign(model, name, tensor.to(device, wanted, copy=arrival is not None and not arrival.stored))
                 progress.update()
             for name, layer in layers.items():
-                tensors = {leaf: _read(found, f"{name}.{leaf}").to(device) for leaf in arrival.files(layer)}
-                arrival.take(name, layer, tensors, dtype)
+                share = shares.get(f"{name}.weight")
+                part = None if arrival.stored else share  # what is stored quantised is cut when it has been read
+                leaves = {leaf: f"{name}.{leaf}" for leaf in arrival.files(layer, share)}
+                tensors = {leaf: drawn[at] if at in drawn else read(found, at, part) for leaf, at in leaves.items()}
+                arrival.take(name, layer, {leaf: tensor.to(device) for leaf, tensor in tensors.items()}, dtype, share)
                 progress.update(len(tensors))
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:  # `read_header` has looked at the file before, and with better words
-        raise CheckpointFileError(f"{path} is no safetensors file ({error}); fetch it again") from error
-
-
-def _match(
-    model: nn.Module, readers: list[Any], shards: list[Path], arrival: Arrival | None
-) -> tuple[Places, dict[str, nn.Module]]:
-    """Where every tensor is, once all fit, and the layers by name that `arrival` has put in place of others."""
+def match(
+    model: nn.Module,
+    readers: list[Any],
+    shards: list[Path],
+    arrival: Arrival | None,
+    allowed: Allowed = Allowed(),
+    shares: dict[str, parallel.Share] | None = None,
+) -> tuple[Places, dict[str, nn.Module], set[str]]:
+    """Where every tensor is, once all fit; the layers by name that `arrival` has put in place of others; and the names
+    of new parameters."""
     found = _names(model, readers)
+    plain = [name for name, _ in model.named_parameters()]
+    allowed.check(plain)
     layers = {} if arrival is None else arrival.replace(model, found)
-    shapes: Shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    whole = {name: share.full for name, share in (shares or {}).items()}
+    shapes: Shapes = {name: whole.get(name, tuple(part.shape)) for name, part in model.named_parameters()}
     for name, layer in layers.items():
-        shapes |= {f"{name}.{leaf}": shape for leaf, shape in arrival.files(layer).items()}
-    _check(model, found, shapes, shards)
-    return found, layers
+        files = arrival.files(layer, (shares or {}).get(f"{name}.weight"))
+        shapes |= {f"{name}.{leaf}": shape for leaf, shape in files.items()}
+    missing = _check(model, found, shapes, shards, allowed, plain)
+    return found, layers, missing
 
 
 def _names(model: nn.Module, readers: list[Any]) -> Places:
     """Our name of every tensor in the files → (file, its name there), more than one if several have that name."""
+    root = getattr(model, "hub_root", "")
+    stored = ((reader, name) for reader in readers for name in reader.keys())  # noqa: SIM118  (a reader is no dict)
+    named = [(local_name(name, model.hub_prefixes), reader, name) for reader, name in stored]
+    if root and any(name.startswith(root) for name, _, _ in named):  # the files of a whole model: its heads stay behind
+        named = [(name.removeprefix(root), *rest) for name, *rest in named]
+        ours = {name.split(".")[0] for name, _ in model.named_parameters()}
+        named = [(name, *rest) for name, *rest in named if name.split(".")[0] in ours]
     found: Places = {}
-    for reader in readers:
-        for hub_name in reader.keys():  # noqa: SIM118  (a reader is no dict)
-            found.setdefault(local_name(hub_name, model.hub_prefixes), []).append((reader, hub_name))
+    for name, reader, hub_name in named:
+        found.setdefault(name, []).append((reader, hub_name))
     return found
 
 
-def _read(found: Places, name: str) -> Tensor:
+def read(found: Places, name: str, share: parallel.Share | None = None) -> Tensor:
+    """A tensor of the files, or a part of it."""
     reader, hub_name = found[name][0]
-    return reader.get_tensor(hub_name)
+    return reader.get_tensor(hub_name) if share is None else reader.get_slice(hub_name)[share.index]
 
 
-def _check(model: nn.Module, found: Places, shapes: Shapes, shards: list[Path]) -> None:
-    """One CheckpointError lists all that is missing, unexpected or does not fit. shapes: None fits anything."""
+def _check(
+    model: nn.Module, found: Places, shapes: Shapes, shards: list[Path], allowed: Allowed, plain: Collection[str]
+) -> set[str]:
+    """The parameters that are new. One CheckpointError lists all that is missing, unexpected or does not fit, and is
+    not `allowed`; what is allowed is taken out of `found`.
+
+    shapes: None fits anything. plain: the parameters of the model before any were quantised, for others are not drawn.
+    """
     parameters = dict(model.named_parameters())
-    unexpected, misshapen, unreal, doubled = [], [], [], []
+    unreal = f"that are not of {', '.join(FLOATS)}"
+    problems = {kind: [] for kind in ("missing", "unexpected", "of another shape", unreal, "given twice")}
+    new, left = set(), []
     for name, places in found.items():
         for number, (reader, hub_name) in enumerate(places):
-            if name not in shapes and is_ignored(hub_name, model):
+            if name not in shapes and (is_ignored(hub_name, model) or name in tied(model)):
                 continue
             part, wanted = reader.get_slice(hub_name), shapes.get(name)
             shape = tuple(part.get_shape())
-            if name not in shapes:
-                unexpected.append(f"{hub_name} {list(shape)}")
+            if name not in shapes and allowed.is_unused(name, hub_name):
+                left.append(f"{hub_name} {list(shape)}")
+            elif name not in shapes:
+                problems["unexpected"].append(f"{hub_name} {list(shape)}")
+            elif wanted is not None and shape != wanted and name in plain and allowed.may_differ(name):
+                new.add(name)
             elif wanted is not None and shape != wanted:
-                misshapen.append(f"{hub_name} {list(shape)}, expected {list(wanted)}")
+                problems["of another shape"].append(f"{hub_name} {list(shape)}, expected {list(wanted)}")
             elif name in parameters and part.get_dtype() not in FLOATS:
-                unreal.append(f"{hub_name} of {part.get_dtype()}")
+                problems[unreal].append(f"{hub_name} of {part.get_dtype()}")
             elif number:
-                doubled.append(hub_name)
-    missing = [f"{name} {list(shape or ())}" for name, shape in shapes.items() if name not in found]
-    problems = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": misshapen,
-        f"that are not of {', '.join(FLOATS)}": unreal,
-        "given twice": doubled,
-    }
+                problems["given twice"].append(hub_name)
+    for name, shape in shapes.items():
+        if name not in found and name in plain and allowed.is_new(name):
+            new.add(name)
+        elif name not in found:
+            problems["missing"].append(f"{name} {list(shape or ())}")
+    folder = shards[0].parent if shards else "the checkpoint"
     if any(problems.values()):
-        folder = shards[0].parent if shards else "the checkpoint"
         raise CheckpointError(
             f"the weights in {folder} do not fit the model:\n"
-            + "\n".join(_listed(problems))
+            + "\n".join(listed(problems))
             + "\n  are config.json and all safetensors files of one checkpoint, and of this revision?"
         )
+    if new or left:
+        told = {"new, with random values": sorted(new), "in the files and not used": left}
+        warnings.warn(f"of the weights in {folder}:\n" + "\n".join(listed(told, most=1000)), stacklevel=5)
+    for name in new:
+        found.pop(name, None)
+    return new
 
 
-def _listed(problems: dict[str, list[str]], most: int = 10) -> list[str]:
+def listed(problems: dict[str, list[str]], most: int = 10) -> list[str]:
+    """Lines that count the tensors of each kind and name the first ones."""
     lines = []
     for kind, names in problems.items():
         if names:
@@ -258,24 +367,14 @@ def _listed(problems: dict[str, list[str]], most: int = 10) -> list[str]:
     return lines
 
 
-def local_name(hub_name: str, prefixes: dict[str, str]) -> str:
-    """A tensor's name in our modules, given its name in a file: the first prefix that fits is exchanged."""
-    for theirs, ours in prefixes.items():
-        if hub_name.startswith(theirs):
-            return ours + hub_name.removeprefix(theirs)
-    return hub_name
-
-
-def is_ignored(hub_name: str, model: Any) -> bool:
-    """Whether a tensor of a file is one that the model class knows and does not need: its `hub_ignored` says why."""
-    return any(re.fullmatch(pattern, hub_name) for pattern in getattr(model, "hub_ignored", ()))
-
-
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     trainable = tensor.is_floating_point() and getattr(module, leaf).requires_grad  # a model can freeze its parts
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=trainable))
+
+
+# ---- dtype and device ------------------------------------------------------------------------------------------------
 
 
 def wanted_dtype(asked: torch.dtype | str | None, stored: str | None) -> torch.dtype | None:
@@ -309,118 +408,3 @@ def wanted_device(device_map: Any) -> torch.device:
             f"device_map={device_map!r} is not supported: a model lives on one device here; "
             'pass "auto", "cpu", "cuda" or "cuda:0"'
         ) from error
-
-
-def check_weights(model: nn.Module, files: hub.Source) -> int:
-    """How many tensors a checkpoint has, all of which fit the (meta-device) model and hold finite numbers.
-
-    Reads everything; errors as in `from_pretrained`, and CheckpointError that names tensors with NaN or infinity.
-    """
-    shards = weight_files(files)
-    with hub.blame(files.name), contextlib.ExitStack() as stack:
-        arrival = choose(files.json("config.json").get("quantization_config"), None)
-        found, layers = _match(model, [stack.enter_context(_open(path)) for path in shards], shards, arrival)
-        for name, layer in layers.items():
-            arrival.read(name, layer, {leaf: _read(found, f"{name}.{leaf}") for leaf in arrival.files(layer)})
-    if broken := not_finite(shards):
-        raise CheckpointError(
-            f"the weights of {files.name} are damaged:\n" + "\n".join(_listed({"with NaN or infinity": broken}))
-        )
-    return len(found)
-
-
-@torch.no_grad()
-def not_finite(shards: list[Path], chunk: int = 2**24) -> list[str]:
-    """Names of all tensors with NaN or infinity in them, each with how many; reads all data, a chunk at a time."""
-    found = []
-    for path in shards:
-        with _open(path) as reader:
-            for name in tqdm(reader.keys(), path.name, delay=2, leave=False):
-                parts = reader.get_tensor(name).flatten().split(chunk)
-                if wrong := sum(int((~part.isfinite()).sum()) for part in parts):
-                    found.append(f"{name} ({wrong:,} numbers)")
-    return found
-
-
-def save_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
-    """Write config, generation settings and weights under their Hub names, so that `transformers` loads the folder too.
-
-    Every file is written beside its final name and then renamed, so a folder can be saved onto itself and an
-    interruption leaves what was there. max_shard_size: bytes, or a string such as "5GB".
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_hub_name(name, model.hub_prefixes): value for name, value in apply.files(model).items()}
-    shards = _split(tensors, _bytes(max_shard_size))
-    names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
-    for name, shard in zip(names, shards, strict=True):
-        ready = {key: value.detach().contiguous() for key, value in shard.items()}
-        _write(folder / name, lambda path, ready=ready: save_file(ready, path, metadata={"format": "pt"}))
-    for stale in folder.glob("model*.safetensors"):
-        if stale.name not in names:
-            stale.unlink()
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(value.nbytes for value in tensors.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
-    dtype = str(model.dtype).removeprefix("torch.")
-    about = {**model.config.to_hub(), "dtype": dtype, "torch_dtype": dtype}
-    if getattr(model, "quantization_config", None) is not None:
-        about["quantization_config"] = model.quantization_config.to_hub(kept_modules(model))
-    _write_json(folder / "config.json", about)
-    _write_json(folder / "generation_config.json", model.generation_config.to_hub())
-
-
-def kept_modules(model: nn.Module) -> list[str]:
-    """The linear layers of a quantised model that are not quantised, by our names and by those on the Hub: the modules
-    of `transformers` have the one in some families and the other in others."""
-    ours = apply.kept(model)
-    return sorted({*ours, *(_hub_name(f"{name}.", model.hub_prefixes).rstrip(".") for name in ours)})
-
-
-def _hub_name(name: str, prefixes: dict[str, str]) -> str:
-    """The way back. Of several spellings in files, the table's first is the one that is written."""
-    return local_name(name, {ours: theirs for theirs, ours in reversed(prefixes.items())})
-
-
-def _split(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
-    """Consecutive groups of at most `most` bytes each (a larger tensor gets a file of its own)."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > most:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    return [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
-
-
-def _bytes(size: int | str) -> int:
-    found = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).upper())
-    if not found or not int(found[1]):
-        raise ValueError(f'max_shard_size should be a number of bytes or a string such as "5GB", found {size!r}')
-    return int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Any) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

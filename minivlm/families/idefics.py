@@ -3,8 +3,19 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from minivlm.families.record import GATED_MLP, Family, Rows, Stage, decoder_layers, layers, vision_layers
+from minivlm.families.record import (
+    GATED_MLP,
+    Family,
+    Places,
+    Rows,
+    Stage,
+    View,
+    decoder_layers,
+    layers,
+    vision_layers,
+)
 
 # Without `o_proj`: tokens that see no image may get anything there, which is set to 0 afterwards.
 CROSS = ("input_layernorm", "cross_attn.q_proj", "post_attention_layernorm", *GATED_MLP)
@@ -44,6 +55,7 @@ def _resampler(depth: int) -> list[Stage]:
         parts=("latents_layer_norm", "q_proj", "output_proj"),
         attention="",
         heads="output_proj",
+        layer="resampler layer {}",
     )
     mlps = layers(depth, "resampler MLP {}", "vectors", f"{path}.blocks.{{}}.1", parts=("ln", "fc", "c_proj"))
     pairs = [stage for pair in zip(attentions, mlps, strict=True) for stage in pair]
@@ -63,6 +75,21 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     }
 
 
+def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
+    """Image vectors are no tokens: which image a token attends to is in image_attention_mask, not here."""
+    pixels, patch = inputs["pixel_values"], config.vision_config.patch_size
+    grid = pixels.shape[3] // patch, pixels.shape[4] // patch
+    seen = inputs["image_attention_mask"].bool().any(1)  # (B, N)
+    views = [
+        [[View(grid, (row, n), row * seen.shape[1] + n, 1, grid[1])] for n in each.nonzero()[:, 0].tolist()]
+        for row, each in enumerate(seen)
+    ]
+    vectors = config.perceiver_config.resampler_n_latents if config.use_resampler else 0
+    tokens = torch.full((*ids.shape, 4), -1)
+    calls = ((seen.flatten().nonzero()[:, 0], None),)
+    return Places(tokens, views, vectors, crossed=True, calls=calls, sizes=(seen.numel(), 1 + grid[0] * grid[1]))
+
+
 def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]] | None:
     """pixel_values (1, N, …), image_attention_mask (1, P, N). Tokens that see what the last kept one sees run without
     images, since the cache holds it; those after them run with the new images. None if they see an old one."""
@@ -78,12 +105,18 @@ def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tupl
     return blind, {"pixel_values": pixels[:, old:], "image_attention_mask": mask[:, blind:, old:]}
 
 
+def image_tokens(config: Any) -> dict[str, int]:
+    """One in the prompt; what the decoder attends to are vectors outside of it."""
+    latents, patches = config.perceiver_config.resampler_n_latents, config.vision_config.grid**2 + 1
+    return {"in the prompt": 1, "looked at": latents if config.use_resampler else patches}
+
+
 # Quantised: what transformers' bitsandbytes integration converts, vision tower included.
 IDEFICS = Family(
     model_type="idefics",
     model="minivlm.models.idefics:IdeficsForVisionText2Text",
     processor="minivlm.processing.idefics:IdeficsProcessor",
-    presets="minivlm.models.idefics:PRESETS",
+    presets="minivlm.models.presets:IDEFICS",
     quantised=(
         "model.vision_model.encoder",
         "model.perceiver_resampler",
@@ -93,7 +126,9 @@ IDEFICS = Family(
     kept={"lm_head": "logits decide between near neighbours", "additional_fc": "logits too, of added tokens"},
     stages=stages,
     image_rows=image_rows,
+    places=places,
     new_images=new_images,
+    image_tokens=image_tokens,
     takes_items=True,
     parts={
         "text": ("model.text_model.", "model.additional_embedding."),

@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlm.families.record import GATED, GATED_MLP, QKV, Family, Rows, Stage, decoder_layers, layers, vision_layers
+from minivlm.families.record import (
+    GATED,
+    GATED_MLP,
+    QKV,
+    Family,
+    Places,
+    Rows,
+    Stage,
+    View,
+    decoder_layers,
+    layers,
+    vision_layers,
+)
 
 RESAMPLER = ("input_latents_norm", QKV[0], "self_attn.o_proj", "post_attention_layernorm", *GATED_MLP)
 
@@ -42,10 +54,7 @@ def stages(config: Any) -> list[Stage]:
 def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     """Ours run in groups of one size, in order of appearance; theirs are all real images at once, padded."""
     masks = patch_masks(inputs, config.vision_config.patch_size)  # (B·N, h, w)
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for image, mask in enumerate(masks):
-        if mask.any():
-            groups[int(mask.any(1).sum()), int(mask.any(0).sum())].append(image)
+    groups = same_size(masks)
     order = torch.tensor([image for group in groups.values() for image in group])
     if not len(order):
         return {}
@@ -58,6 +67,38 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
         "patches": Rows({"minivlm": ours, "transformers": [theirs]}, ("image", "patch"), patches),
         "vectors": Rows({"minivlm": every, "transformers": [place[order]]}, ("image", "vector"), order),
     }
+
+
+def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
+    """Every crop counts as an image of its own: the inputs do not tell which crops were one image."""
+    latents = config.perceiver_config.resampler_n_latents
+    number = (ids == config.image_token_id).long()
+    count = number.cumsum(1) - 1  # of the image token in its row
+    cells = torch.stack([count // latents, torch.zeros_like(count), -torch.ones_like(count), count % latents], dim=-1)
+    masks = patch_masks(inputs, config.vision_config.patch_size)  # (B·N, h, w)
+    _, high, wide = masks.shape
+    place = masks.flatten(1).any(1).long().cumsum(0) - 1
+    views: list[list[list[View]]] = [[] for _ in inputs["pixel_values"]]
+    calls = []
+    for (rows, columns), group in same_size(masks).items():
+        patches = torch.arange(high * wide).view(high, wide)[:rows, :columns].flatten()
+        calls.append((place[group], patches))
+    for image, mask in enumerate(masks):
+        if mask.any():
+            row, number_in_row = divmod(image, inputs["pixel_values"].shape[1])
+            grid = int(mask.any(1).sum()), int(mask.any(0).sum())
+            views[row].append([View(grid, (row, number_in_row), int(place[image]), 0, wide)])
+    tokens = cells.where(number[..., None] > 0, -1)
+    return Places(tokens, views, latents, calls=tuple(calls), sizes=(int(place[-1]) + 1, high * wide))
+
+
+def same_size(masks: Tensor) -> dict[tuple[int, int], list[int]]:
+    """Indices of the images by (rows, columns) of their real patches, in order of appearance; filling is in none."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for image, mask in enumerate(masks):
+        if mask.any():
+            groups[int(mask.any(1).sum()), int(mask.any(0).sum())].append(image)
+    return groups
 
 
 def patch_masks(inputs: dict[str, Any], patch: int) -> Tensor:
@@ -76,15 +117,23 @@ def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tupl
     return 0, {name: inputs[name][:, crops:] for name in ("pixel_values", "pixel_attention_mask")}
 
 
+def image_tokens(config: Any) -> dict[str, int]:
+    """Alone, and with its four quarters."""
+    latents = config.perceiver_config.resampler_n_latents
+    return {"whole": latents, "split": 5 * latents}
+
+
 # Quantised: what transformers' bitsandbytes integration converts, vision tower included.
 IDEFICS2 = Family(
     model_type="idefics2",
     model="minivlm.models.idefics2:Idefics2ForConditionalGeneration",
     processor="minivlm.processing.idefics2:Idefics2Processor",
-    presets="minivlm.models.idefics2:PRESETS",
+    presets="minivlm.models.presets:IDEFICS2",
     quantised=("model.vision_model.encoder", "model.connector", "model.text_model.layers"),
     stages=stages,
     image_rows=image_rows,
+    places=places,
     new_images=new_images,
+    image_tokens=image_tokens,
     parts={"text": ("model.text_model.",), "connector": ("model.connector.",), "vision": ("model.vision_model.",)},
 )

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from minivlm.families.record import Family, Rows, Stage, decoder_layers, vision_layers
-from minivlm.modules.anyres import tile_grid
+from minivlm.families.record import Family, Places, Rows, Stage, View, decoder_layers, vision_layers
+from minivlm.modules.anyres import tile_grid, unpadded_grid
 
 
 def stages(config: Any) -> list[Stage]:
@@ -39,6 +40,40 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     }
 
 
+def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
+    """View 0 of an image is the base, the others its tiles, row by row. A newline belongs to its image alone."""
+    tower, sizes = config.vision_config, inputs["image_sizes"].tolist()
+    side, grid = tower.image_size, tower.grid
+    images, views, tables, index = iter(enumerate(sizes)), [], [], 0
+    for row in ids:
+        slots = (row == config.image_token_index).nonzero()[:, 0]
+        table, found, begin = -torch.ones(len(row), 4, dtype=torch.long), [], 0
+        while begin < len(slots):
+            number, size = next(images)
+            tiles = tile_grid(tuple(size), config.image_grid_pinpoints, side)
+            cells = _cells(tuple(size), tiles, grid)  # (image tokens, 3)
+            mine = slots[begin : begin + len(cells)]
+            table[mine, 0], table[mine, 1:] = len(found), cells
+            count = 1 + tiles[0] * tiles[1]
+            found.append([View((grid, grid), (number, view), index + view, 1, grid) for view in range(count)])
+            index, begin = index + count, begin + len(cells)
+        views.append(found)
+        tables.append(table)
+    return Places(torch.stack(tables), views, sizes=(index, 1 + grid**2))
+
+
+def _cells(size: tuple[int, int], tiles: tuple[int, int], grid: int) -> Tensor:
+    """(view, row, column) of an image's tokens, in order: as `LlavaNextModel.pack` puts its vectors."""
+    across = torch.arange(grid)
+    base = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), across, across)
+    top, left, height, width = unpadded_grid(size, (tiles[0] * grid, tiles[1] * grid))
+    y, x = torch.meshgrid(torch.arange(top, top + height), torch.arange(left, left + width), indexing="ij")
+    view = 1 + y // grid * tiles[1] + x // grid
+    kept = torch.stack([view, y % grid, x % grid], dim=-1)  # (height, width, 3)
+    lines = torch.cat([kept, -torch.ones(height, 1, 3, dtype=torch.long)], dim=1)  # a newline after each row
+    return torch.cat([base, lines.flatten(0, 1)])
+
+
 def image_lengths(processor: Any, inputs: dict[str, Any], image_tokens: int, images: int) -> list[int]:
     """How many tokens an image takes follows from its size."""
     return [processor.image_places(*size) for size in inputs["image_sizes"].tolist()] if images else []
@@ -49,17 +84,24 @@ def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tupl
     return 0, {} if old == images else {name: inputs[name][old:] for name in ("pixel_values", "image_sizes")}
 
 
+def image_tokens(config: Any) -> dict[str, int]:
+    """Of images that fit a canvas exactly: {"height×width": tokens}."""
+    return {f"{size[0]}×{size[1]}": config.image_token_count(size) for size in config.image_grid_pinpoints}
+
+
 # Quantised: what transformers' bitsandbytes integration converts, vision tower included.
 LLAVA_NEXT = Family(
     model_type="llava_next",
     model="minivlm.models.llava_next:LlavaNextForConditionalGeneration",
     processor="minivlm.processing.llava_next:LlavaNextProcessor",
-    presets="minivlm.models.llava_next:PRESETS",
+    presets="minivlm.models.presets:LLAVA_NEXT",
     quantised=("model.vision_tower.encoder", "model.multi_modal_projector", "model.language_model.layers"),
     stages=stages,
     image_rows=image_rows,
+    places=places,
     image_lengths=image_lengths,
     new_images=new_images,
+    image_tokens=image_tokens,
     parts={
         "text": ("model.language_model.",),
         "connector": ("model.multi_modal_projector.", "model.image_newline"),

@@ -1,7 +1,7 @@
 """What the rest of minivlm has to know about one family of models: plain data, and functions of its inputs.
 
 A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records stand below every
-other room but `modules`, so they name classes by reference: "minivlm.models.idefics2:PRESETS".
+other room but `modules`, so they name classes by reference: "minivlm.models.presets:IDEFICS2".
 
 B rows of the batch, T tokens, N images (Idefics2: crops; LLaVA-NeXT: tiles), P patches, R rows of a stage, C its width.
 """
@@ -26,7 +26,8 @@ class Stage:
     model's output.  blame: the module to name when the stage diverges, if it is another one.  number: of its layer.
     parts: modules inside it, in the order in which data flows, that can be stages too: see `opened`.
     attention: the attention module inside it, if it has one ("" = the stage's own module), whose weights and per-head
-    outputs can be watched.  heads: that module's output projection.
+    outputs can be watched.  heads: that module's output projection.  layer: the name under which these are watched, if
+    it is not the stage's own.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Stage:
     parts: tuple[str, ...] = ()
     attention: str | None = None
     heads: str = ""
+    layer: str = ""
 
     def opened(self) -> list["Stage"]:
         """Its parts as stages, then itself."""
@@ -77,6 +79,7 @@ def layers(
     parts: tuple[str, ...] = (),
     attention: str | None = None,
     heads: str = "",
+    layer: str = "",
 ) -> list[Stage]:
     """One stage a layer; `{}` in name and paths stands for its number."""
     return [
@@ -89,6 +92,7 @@ def layers(
             parts=parts,
             attention=attention,
             heads=heads,
+            layer=layer.format(n),
         )
         for n in range(count)
     ]
@@ -142,6 +146,71 @@ class Rows:
         return f"{self.names[0]} {first}, {self.names[1]} {second}"
 
 
+# ---- Images --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where the patch grid of one view lies on the image as it came; it may reach beyond the image (padding).
+
+    A view is what the vision tower gets at once: the whole image, a crop, a tile. Made by `regions` of every image
+    processor: (height, width of the image, patch size of the tower) → the views in the order of pixel_values.
+
+    grid: (rows, columns) of patches.  top, left, height, width: of the grid, in pixels of the image, fractions too.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of an image, in the tensors of the model.
+
+    grid: (rows, columns) of patches.  pixels: its index in pixel_values.  tower: its index in the tensors of the vision
+    tower, (views, patches, C) in the reference's shape.  first: of its first patch there.  stride: patches from one
+    row to the next.
+    """
+
+    grid: tuple[int, int]
+    pixels: tuple[int, ...]
+    tower: int
+    first: int
+    stride: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """Its patches of values (views, patches, …) → (rows, columns, …)."""
+        rows, columns = self.grid
+        mine = values[self.tower, self.first : self.first + rows * self.stride]
+        whole = mine.new_zeros(rows * self.stride, *mine.shape[1:])
+        whole[: len(mine)] = mine  # the last row of the last view may be shorter than the stride
+        return whole.unflatten(0, (rows, self.stride))[:, :columns]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the images of some inputs are.
+
+    tokens: (B, T, 4) int64, for each position of the text the image of its row, the view of that image, and row and
+    column of the patch. −1 where it has none: text is −1 four times; a latent has its number in the place of a column.
+    views: for each row of the batch, for each of its images, its views.  vectors: latents of a view, 0 where each
+    image token is one patch.  crossed: image vectors are no tokens; the text attends to them from layers of its own.
+    calls: how the tower runs: for each call of it, which views, and which patches in the reference's padded order, get
+    its outputs; [] = all views at once, as in the reference.  sizes: (views, patches) of the reference.
+    """
+
+    tokens: Tensor
+    views: list[list[list[View]]]
+    vectors: int = 0
+    crossed: bool = False
+    calls: tuple[tuple[Tensor, Tensor | None], ...] = ()
+    sizes: tuple[int, int] = (0, 0)
+
+
 # ---- The record ------------------------------------------------------------------------------------------------------
 
 
@@ -163,11 +232,13 @@ class Family:
     quantised: the parts whose linear layers are quantised, all of them.  kept: linear layers that never are, and why.
     stages: of a model with this configuration, in the order in which data flows.
     image_rows: kinds of rows that stages have besides "tokens", for these inputs; {} if they hold no image.
+    places: (ids (B, T), inputs, config) → where the images of these inputs are; None = `inside` cannot tell.
     image_lengths: (processor, inputs, image tokens of the prompt, images) → how many image tokens each image takes.
     new_images: (inputs, kept, old, images) → how many ids to run before the new images, and the model inputs for the
     images after the first `old`, where the first `kept` ids are in the cache; None = start again from the beginning.
     takes_items: its processor takes a list of texts and images in transformers, not one text with image tokens.
     parts: prefixes of the modules that make up "text", "connector" and "vision"; the output head is in none of them.
+    image_tokens: config → {kind of image: how many tokens it takes in the prompt}, for `inspect`.
     spellings: prefixes of our module names → those of transformers' modules, where they differ, its newest version
     first. PEFT's adapters name modules so.
     """
@@ -181,8 +252,10 @@ class Family:
     kept: dict[str, str] = field(default_factory=lambda: {"lm_head": "logits decide between near neighbours"})
     image_rows: Callable[[dict[str, Any], Any], dict[str, Rows]] = no_images
     image_lengths: Callable[[Any, dict[str, Any], int, int], list[int]] = equal_shares
+    places: Callable[[Tensor, dict[str, Any], Any], Places] | None = None
     presets: str | None = None
     takes_items: bool = False
+    image_tokens: Callable[[Any], dict[str, int]] = lambda config: {}
     parts: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"text": ("model.",)})
     spellings: tuple[dict[str, str], ...] = ({},)
 

@@ -14,6 +14,7 @@ the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The ru
 of `logits_rules`; they follow transformers 5.23, including its oddities.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -252,8 +253,10 @@ class Decoding(Iterator[Tensor]):
 
     def is_last_step(self) -> bool:
         """Whether a limit cuts all rows after the next token."""
-        if self.count + 1 < self.run.new_tokens and time.monotonic() > self.run.deadline:
-            self.limit = "time"
+        if self.count + 1 < self.run.new_tokens and self.run.deadline < math.inf:
+            late = time.monotonic() > self.run.deadline
+            if self.model.agreed(late) if hasattr(self.model, "agreed") else late:  # processes have clocks of their own
+                self.limit = "time"
         return self.count + 1 == self.run.new_tokens or self.limit == "time"
 
     def next_scores(self) -> Tensor:
@@ -299,7 +302,7 @@ class Decoding(Iterator[Tensor]):
         if self.step is None and run.guess is not None:
             prompt = run.ids[0].tolist()
             self.step = SpeculativeStep(self.model, self.cache, run.guess, prompt, run.positions, run.mask)
-        if self.step is None and not self.wanted and _can_capture(self.cache, run):
+        if self.step is None and not self.wanted and _can_capture(self.cache, run) and not _is_hooked(self.model):
             self.step = CapturedStep(self.model, self.cache, run.mask)
         if self.step is not None:
             return self.step(token, position)
@@ -333,3 +336,8 @@ class Decoding(Iterator[Tensor]):
 
 def _can_capture(cache: KVCache, run: Run) -> bool:
     return cache.data.is_cuda and not run.settings.disable_compile
+
+
+def _is_hooked(model: Any) -> bool:
+    """Hooks run when a graph is captured, and not when it is repeated: with them every step runs as it is written."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

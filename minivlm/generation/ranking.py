@@ -22,7 +22,8 @@ from torch import Tensor
 from minivlm.generation.diagnosis import explain
 from minivlm.generation.loop import positions, prefill
 from minivlm.generation.settings import plain
-from minivlm.modules.cache import KVCache, alike
+from minivlm.generation.speculation import alike
+from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
 

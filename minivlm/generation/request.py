@@ -3,7 +3,6 @@
 B rows, n copies of each, P prompt ids, K prompt keys (P, or the length of `inputs_embeds`), N new tokens, V vocabulary.
 """
 
-import inspect
 import math
 import time
 import warnings
@@ -108,7 +107,7 @@ def prepare(
         rules=logits_rules(settings, V, padding, device, least and P + least, own_rules, allowed),
         stops=stop_rules(settings, tokenizer, own_stops, device),
         deadline=time.monotonic() + (math.inf if settings.max_time is None else settings.max_time),
-        generator=_generator(generator, seed, device),
+        generator=_generator(model, settings, generator, seed, device),
         guess=guess_rule(model, settings, assistant_model, cache, inputs, at, mask),
         outputs=outputs,
     )
@@ -116,14 +115,7 @@ def prepare(
 
 def prompt_inputs(model: Any) -> Collection[str]:
     """The names of what enters a model with the prompt, and never later."""
-    if (declared := getattr(model, "prompt_inputs", None)) is not None:
-        return {*declared, "inputs_embeds"}
-    takes = set(inspect.signature(type(model.model).forward).parameters)
-    return (
-        takes
-        - {"self", "input_ids", "attention_mask", "position_ids", "past_key_values"}
-        - {"backend", "hidden_states", "last"}
-    )
+    return {*model.prompt_inputs, "inputs_embeds"}
 
 
 def vocab_size(model: Any) -> int:
@@ -250,7 +242,12 @@ def _functions(name: str, given: list[Callable] | None) -> list[Callable]:
     return list(given)
 
 
-def _generator(generator: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:
+def _generator(
+    model: Any, settings: GenerationConfig, generator: torch.Generator | None, seed: int | None, device: torch.device
+) -> torch.Generator | None:
+    """What sampling draws from; None = torch's own. Processes that share a model draw alike (`minivlm.parallel`)."""
+    if seed is None and generator is None and settings.do_sample and hasattr(model, "agreed"):
+        seed = model.agreed(int(torch.randint(2**62, ())))
     if seed is None:
         return generator
     if generator is not None:

@@ -66,9 +66,18 @@ def placement(size: Pair, canvas: Pair) -> tuple[int, int, int, int]:
 
 
 def tile_grid(size: Pair, pinpoints: Sequence[Pair], tile: int) -> Pair:
-    """(rows, columns) of tiles of side `tile` on the canvas of a picture. ValueError for pinpoints that are no grid."""
+    """(rows, columns) of tiles of side `tile` on the canvas of an image. ValueError for a canvas that is no such grid.
+
+    transformers' own image processor has tiles of 224 and canvases of multiples of 336: it cuts the tiles at the edge
+    smaller, and then its model cannot arrange their features. Canvases that are a grid (672x672) work.
+    """
     check_pinpoints(pinpoints, tile)
     height, width = best_resolution(size, pinpoints)
+    if height % tile or width % tile:
+        raise ValueError(
+            f"an image of {size[0]}x{size[1]} goes on a canvas of {height}x{width} (image_grid_pinpoints), which is "
+            f"not made of whole tiles of {tile}, so their features make no grid; use multiples of {tile}"
+        )
     return height // tile, width // tile
 
 
@@ -103,7 +112,10 @@ def image_token_count(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"vision_feature_select_strategy is one of {', '.join(STRATEGIES)}, found {strategy!r:.80}")
-    rows, columns = tile_grid(size, pinpoints, tile)
+    check_pinpoints(pinpoints, tile)
+    rows, columns = (side // tile for side in best_resolution(size, pinpoints))  # rounded down, as in the reference
+    if not rows or not columns:
+        raise ValueError(f"image_grid_pinpoints has a canvas smaller than a tile of {tile}, for {size[0]}x{size[1]}")
     if type(patch) is not int or not 1 <= patch <= tile:
         raise ValueError(f"patch_size is a whole number from 1 to the tile's side of {tile}, found {patch!r:.80}")
     if type(class_tokens) is not int or not 0 <= class_tokens <= MAX_CLASS_TOKENS:
@@ -119,7 +131,7 @@ def image_token_count(
 
 
 def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:
-    """ValueError unless there are pinpoints, and every one of them is made of whole tiles of side `tile`."""
+    """ValueError unless there are pinpoints, and at least one of them is made of whole tiles of side `tile`."""
     if type(tile) is not int or not 1 <= tile <= MAX_PINPOINT:
         raise ValueError(f"the side of a tile is a whole number from 1 to {MAX_PINPOINT}, found {tile!r:.80}")
     if not isinstance(pinpoints, list | tuple) or not 1 <= len(pinpoints) <= MAX_PINPOINTS:
@@ -129,11 +141,16 @@ def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:
         )
     for pinpoint in pinpoints:
         pair = _is_pair(pinpoint)
-        if not pair or not all(1 <= side <= MAX_PINPOINT and side % tile == 0 for side in pinpoint):
+        if not pair or not all(1 <= side <= MAX_PINPOINT for side in pinpoint):
             raise ValueError(
                 f"image_grid_pinpoints are (height, width) in whole numbers from 1 to {MAX_PINPOINT}, multiples of "
                 f"the tile's side of {tile}; found {pinpoint!r:.80}"
             )
+    if not any(height % tile == width % tile == 0 for height, width in pinpoints):
+        found = ", ".join(map(str, pinpoints))
+        raise ValueError(
+            f"none of image_grid_pinpoints is made of multiples of the tile's side of {tile}; found {found:.80}"
+        )
 
 
 def _checked_size(size: Pair) -> Pair:

@@ -3,26 +3,24 @@
 B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D head width.
 
     eager     the formula, spelled out; the slow twin of the others
-    sdpa      torch's fused kernel; a mask is built only where a description does not suffice. One query: the heads that
-              share keys are the queries of one head, so that keys are never repeated
-    blocked   on a CPU in half precision, for several queries without a causal triangle: matmuls over blocks of queries
+    sdpa      torch's fused kernel; a mask is built only where a description does not suffice. For one query, the heads
+              that share keys become the queries of one head, so keys are never repeated
     triton    on a GPU, our own kernels (kernels/README.md): no mask is ever built, keys outside a window are never read
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from minivlm_kernels import has_triton
+from minivlm_kernels.addresses import addressable
 from torch import Tensor
-
-from minivlm.modules.layers import multiplies
 
 # Names that users know from the reference, and what serves them here; None: the best there is, which is the default.
 IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa", "triton": "triton", "flash_attention_2": None}
-BLOCK = 128  # queries at a time: their scores stay in the cache of a core
 
 # Functions that get the weights (B, H, T, S) of every call while they are in this list; what they return, if not None,
 # is used instead. Weights exist in the eager formula only, so then every call takes it.
@@ -39,7 +37,7 @@ class Mask:
     queries are the last; None: all S do.
     valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
 
-    What a query gets that sees no slot, such as padding, is up to the backend: 0 from triton, itself from the others.
+    A query that sees no slot (padding) gets 0 from triton; the other implementations let it see its own slot.
     """
 
     queries: int
@@ -72,19 +70,6 @@ class Mask:
         return self.valid is None and self.filled is None and (not self.causal or self.queries == 1)
 
     @cached_property
-    def blocks(self) -> list[tuple[slice, "Mask"]]:
-        """The queries in runs of BLOCK, each with its own mask over the keys up to its last query."""
-        parts = []
-        for start in range(0, self.queries, BLOCK):
-            stop = min(start + BLOCK, self.queries)
-            keys = self.keys - self.queries + stop if self.causal else self.keys
-            valid = self.valid
-            if valid is not None:
-                valid = valid[:, :keys] if valid.ndim == 2 else valid[:, start:stop, :keys]
-            parts.append((slice(start, stop), replace(self, queries=stop - start, keys=keys, valid=valid)))
-        return parts
-
-    @cached_property
     def allowed(self) -> Tensor | None:
         """`valid` as bool and, for a single query, (B, S): converted once for all layers."""
         if self.valid is None:
@@ -113,45 +98,35 @@ class Mask:
             seen &= slots > query_slots - self.window
         if valid is None:
             return seen[None, None]
-        # A padding query sees its own slot, so that no row is empty and no backend makes NaN of it.
+        # A padding query sees its own slot, so that no row is empty and no softmax makes NaN of it.
         return (seen & valid) | (slots == query_slots)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, backend: str | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float, attn_implementation: str | None = None
+) -> Tensor:
     """softmax(q·kᵀ·scale + mask)·v. q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D).
 
-    `backend` is one of IMPLEMENTATIONS or None for the best one here; ValueError for another name.
+    `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here; ValueError for another name.
     """
-    chosen = "eager" if attention_taps else choose_backend(backend, q, mask)
-    if chosen == "triton":
+    chosen = "eager" if attention_taps else choose_implementation(attn_implementation, q)
+    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled):
         return _triton(q, k, v, mask, scale)
-    if chosen == "blocked":
-        return _blocked(q, k, v, mask, scale)
     if mask.first:
         k, v = k[:, :, mask.first :], v[:, :, mask.first :]
     return _eager(q, k, v, mask, scale) if chosen == "eager" else _sdpa(q, k, v, mask, scale)
 
 
-def choose_backend(requested: str | None, q: Tensor, mask: Mask) -> str:
-    """The path of a call: what was asked for, or the best here. On a GPU that is triton, in half precision: its fp32 is
-    exact, and so does without tensor cores. On a CPU, None and `sdpa` leave room for `blocked` where that is faster.
-
-    Measured on 2 cores: over pictures torch's kernel runs at 60 % of the blocks' rate in bf16, but above it in fp32;
-    over a causal triangle, which it knows how to halve, at the same rate and with less memory. Where the processor has
-    no products in bf16, torch's kernel is twice as fast. Under autograd the blocks would keep all their weights.
-    """
-    backend = None if requested is None else check_implementation(requested)
-    if backend is None:
-        backend = "triton" if _suits_triton(q) else "sdpa"
-    if backend == "sdpa" and q.device.type == "cpu":
-        half = q.dtype != torch.float32 and multiplies(q.dtype) and not torch.is_grad_enabled()
-        return "blocked" if half and mask.queries > 1 and not mask.is_plain_causal else backend
-    return backend
+def choose_implementation(requested: str | None, q: Tensor) -> str:
+    """What serves a call: the implementation that was asked for, or the best here. That is triton on a GPU in half
+    precision (its fp32 products are exact, so they do without tensor cores), else sdpa."""
+    known = None if requested is None else check_implementation(requested)
+    return known or ("triton" if _suits_triton(q) else "sdpa")
 
 
 def check_implementation(name: str) -> str | None:
-    """The backend behind a value of `attn_implementation`, None = the best. Raises ValueError for unknown names."""
-    if name not in IMPLEMENTATIONS:
+    """What a value of `attn_implementation` means here, None = the best. Raises ValueError for unknown names."""
+    if not isinstance(name, str) or name not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation={name!r} is not supported; known: {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]
 
@@ -195,36 +170,23 @@ def tapped(weights: Tensor, first: int = 0) -> Tensor:
     return weights
 
 
+@contextlib.contextmanager
+def weights_into(kept: list[Tensor] | None) -> Iterator[None]:
+    """Meanwhile every call adds its weights to `kept`; None: nothing happens."""
+    if kept is not None:
+        attention_taps.append(kept.append)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            attention_taps.remove(kept.append)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    if mask.queries == 1:  # heads that share keys as the queries of one head: no key is read twice
-        return F.scaled_dot_product_attention(_rows(q, k), k, v, mask.dense, scale=scale).view(q.shape)
+    if mask.queries == 1:  # heads that share keys as the queries of one head: no key is copied or read twice
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D)
+        return F.scaled_dot_product_attention(grouped, k, v, mask.dense, scale=scale).view(q.shape)
     causal = mask.is_plain_causal
     dense = None if causal else mask.dense
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, dense, is_causal=causal, scale=scale, enable_gqa=grouped)
-
-
-def _rows(q: Tensor, k: Tensor) -> Tensor:
-    """(B, K, H/K·T, D): heads that share keys stand below each other."""
-    return q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-
-
-def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    if mask.queries <= BLOCK:
-        return _grouped(q, k[:, :, mask.first :], v[:, :, mask.first :], mask.dense, scale)
-    k, v = k.contiguous(), v.contiguous()  # every block reads all of them
-    blocks = []
-    for queries, part in mask.blocks:
-        keys = slice(part.first, part.keys)
-        blocks.append(_grouped(q[:, :, queries], k[:, :, keys], v[:, :, keys], part.dense, scale))
-    return torch.cat(blocks, dim=2)
-
-
-def _grouped(q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None, scale: float) -> Tensor:
-    batch, heads, queries, width = q.shape
-    scores = _rows(q, k) @ k.transpose(2, 3) * scale  # (B, K, H/K·T, S)
-    if dense is not None:
-        split = scores.view(batch, k.shape[1], -1, queries, k.shape[2])  # (B, K, H/K, T, S)
-        split.masked_fill_(~dense[:, :, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v).view(batch, heads, queries, width)

@@ -4,15 +4,9 @@ L layers, B batch, K key/value heads, S slots, D head width.
 """
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two texts share at their beginning: the cache of one serves the other so far."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class KVCache:
@@ -27,6 +21,7 @@ class KVCache:
     """
 
     filled: Tensor | None = None  # of a `StaticCache` only
+    grows: bool = False  # takes more slots when it is full, at least twice as many
 
     def __init__(
         self,
@@ -60,6 +55,8 @@ class KVCache:
         Raises ValueError if they do not fit.
         """
         end = self.length + k.shape[2]
+        if self.grows and end > self.slots:
+            self.data = self.expand(1, 2 * end).data
         if end > self.slots or k.shape[0] != self.batch:
             raise ValueError(
                 f"the cache holds {self.batch} rows of {self.slots} tokens; "
@@ -105,29 +102,3 @@ class KVCache:
         """Row i gets the images of row rows[i]."""
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.cross_seen = None if self.cross_seen is None else self.cross_seen[rows]
-
-
-class StaticCache:
-    """The view of a KVCache that a captured decode step uses: a CUDA graph repeats exactly what it did at capture.
-
-    All slots are always in view, and the slot of the new token is counted on the device: during the step `filled` is
-    `length` + 1 of the cache it was made from. Attention masks every slot that is not filled.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
-        self.data = cache.data
-        self.data[..., cache.length :, :] = 0  # masked slots have weights of 0, but 0 · NaN would be NaN
-        self.batch, self.length = cache.batch, cache.slots - 1  # for the host, the new token is always the last
-        self.cross, self.cross_seen = cache.cross, cache.cross_seen
-        self.filled = torch.tensor(cache.length + 1, dtype=torch.int32, device=cache.data.device)
-        self._slot = torch.tensor([cache.length], device=cache.data.device)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, 1, D) after the filled slots of `layer`; return views (B, K, S, D) of all slots."""
-        keys, values = self.data[0, layer], self.data[1, layer]
-        return keys.index_copy_(2, self._slot, k), values.index_copy_(2, self._slot, v)
-
-    def advance(self, tokens: int) -> None:
-        """Count the new token as filled, on the device."""
-        self.filled += tokens
-        self._slot += tokens

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minivlm.checkpoint import hub
-from minivlm.checkpoint.files import read_configs, write_json
+from minivlm.checkpoint.files import read_configs, saving, write_json
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
 from minivlm.text import chat_template as chat
@@ -98,12 +98,13 @@ def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, A
 
 def save_pretrained(self: Any, folder: str | Path) -> None:
     """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
-    self.image_processor.save_pretrained(folder)
-    self.tokenizer.save_pretrained(folder)
     config = {name: getattr(self, name) for name in self.SETTINGS} | {"processor_class": type(self).__name__}
     known = {name: value for name, value in sorted(config.items()) if value is not None}
-    write_json(Path(folder) / "processor_config.json", known)
-    chat.save(self.chat_template, Path(folder))
+    with saving() as save:
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save.json(Path(folder) / "processor_config.json", known)
+        chat.save(self.chat_template, Path(folder))
 
 
 def call(
@@ -207,13 +208,15 @@ def assemble(
         learned.append(marks)
     keep = image_token_id if border is None else border
     wanted = any(prompt.learned is not None for prompt in prompts)
-    return tokenizer.assemble(bodies, keep=keep, learned=learned if wanted else None, **options)
+    return tokenizer.assemble(bodies, keep=keep, beside={"assistant_masks": (learned, 0)} if wanted else {}, **options)
 
 
 def expand(
     ids: list[int], marks: list[int], image_token_id: int, blocks: Iterator[list[int]], border: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Each image token replaced by the next block; the block's tokens get its mark. For `border` see `assemble`."""
+    if image_token_id not in ids and border not in ids:
+        return ids, marks
     new_ids: list[int] = []
     new_marks: list[int] = []
     for i, mark in zip(ids, marks, strict=True):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from minivlm.families.record import Region
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
 from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, pixel_table_of
@@ -85,6 +86,7 @@ class IdeficsImageProcessor:
 
         `transform`, for training, takes the place of all steps: it gets the upright RGB picture and returns a tensor.
         """
+        self.__post_init__()  # fields may have been set since
         pictures = self.fetch_images(images)
         if not pictures:
             raise ValueError("no image: pass at least one")
@@ -101,6 +103,13 @@ class IdeficsImageProcessor:
         for picture, out in zip(pictures, pixels, strict=True):
             write_pixels(picture, table, out)
         return Inputs(pixel_values=pixels).convert(return_tensors)["pixel_values"]
+
+    def regions(self, height: int, width: int, patch: int) -> list[Region]:
+        """Where the patch grid lies on an image of this size, which is stretched to a square."""
+        down, across = (self.image_size, self.image_size) if self.do_resize else (height, width)
+        rows, columns = down // patch, across // patch
+        high, wide = rows * patch * height / down, columns * patch * width / across
+        return [Region("whole image", (rows, columns), 0, 0, high, wide)]
 
     def fetch_images(self, images: Any) -> list[Image.Image]:
         """URLs, files and all else that `load_image` takes, as upright RGB pictures on white."""

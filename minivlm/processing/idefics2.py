@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from minivlm.families.record import Region
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
 from minivlm.processing.common import MAX_EDGE, check_pixel_options, pixel_table_of
@@ -44,6 +45,8 @@ def crop_boxes(height: int, width: int) -> list[tuple[int, int, int, int]]:
 
 def image_block(image_seq_len: int, splitting: bool) -> list[str]:
     """The tokens that an `<image>` of a prompt stands for. Adjacent images share one mark between them."""
+    if type(image_seq_len) is not int or not 1 <= image_seq_len <= 2**13:
+        raise ValueError(f"image_seq_len is the number of image tokens per image or crop, found {image_seq_len!r:.80}")
     return [FAKE, *[IMAGE] * image_seq_len] * (5 if splitting else 1) + [FAKE]
 
 
@@ -84,6 +87,7 @@ class Idefics2ImageProcessor:
         """One image, a flat list (one prompt's) or a list per prompt → pixel_values (B, N, 3, H, W) float32,
         pixel_attention_mask (B, N, H, W) int64, 1 on the picture. Padding, right and below, is exactly 0.0.
         """
+        self.__post_init__()  # fields may have been set since
         rows = [[part for image in row for part in self.parts(load_image(image))] for row in nest_images(images)]
         sizes = [part.size for row in rows for part in row]
         if not sizes:
@@ -122,6 +126,20 @@ class Idefics2ImageProcessor:
         sizes = [resized_size(part.height, part.width, *edges) for part in parts]
         return [resize(part, *size, self.resample) for part, size in zip(parts, sizes, strict=True)]
 
+    def regions(self, height: int, width: int, patch: int) -> list[Region]:
+        """Where the patch grid of each part lies on an image of this size; `parts` in numbers."""
+        edges = self.size["shortest_edge"], self.size["longest_edge"]
+        boxes = crop_boxes(height, width) if self.do_image_splitting else []
+        names = [f"quarter {number}" for number in range(1, len(boxes) + 1)] + ["whole image"]
+        found = []
+        for name, (left, top, right, bottom) in zip(names, [*boxes, (0, 0, width, height)], strict=True):
+            size = bottom - top, right - left
+            down, across = resized_size(*size, *edges) if self.do_resize else size
+            rows, columns = down // patch, across // patch  # what fills no patch falls away
+            high, wide = rows * patch * size[0] / down, columns * patch * size[1] / across
+            found.append(Region(name, (rows, columns), top, left, high, wide))
+        return found
+
 
 class Idefics2Processor:
     """Prompts and pictures → everything that the model takes; ids → text.
@@ -140,8 +158,7 @@ class Idefics2Processor:
         image_seq_len: int = 64,
         chat_template: str | None = None,
     ) -> None:
-        if type(image_seq_len) is not int or not 1 <= image_seq_len <= 2**13:
-            raise ValueError(f"image_seq_len is the number of places per picture, found {image_seq_len!r:.80}")
+        image_block(image_seq_len, False)  # a bad setting is found here, not at the first image
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_len, self.chat_template = image_seq_len, chat_template
         tokenizer.add_tokens([FAKE, IMAGE, END_OF_UTTERANCE], special=True)

@@ -37,7 +37,8 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 def load_image(source: Any, background: str | None = None) -> Image.Image:
     """An upright RGB picture from a `PIL.Image`, a path, an http(s) or data URL, bytes, an array or a tensor.
 
-    Arrays and tensors hold uint8, or floats in [0, 1], as (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: whole numbers in 0..255, or floats in
+    [0, 1] or, if one is above 1, in 0..255.
     Transparent parts show the colours under them, or `background`, if a colour is named there.
     Raises TypeError for anything else, OSError for missing, unreachable or damaged files, ValueError for data that is
     no picture, is ambiguous, or is above one of the limits of this file (checked before decoding).
@@ -211,7 +212,7 @@ def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _array_to_uint8(array: np.ndarray) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W), uint8 or float in [0, 1] → uint8 (H, W), (H, W, 3) or (H, W, 4)."""
+    """(H, W), (H, W, C) or (C, H, W), by the rules of `load_image` → uint8 (H, W), (H, W, 3) or (H, W, 4)."""
     if isinstance(array, np.ma.MaskedArray):
         raise ValueError("a masked array has holes, which a picture cannot have; pass array.filled(…)")
     if array.ndim not in (2, 3):
@@ -228,14 +229,16 @@ def _array_to_uint8(array: np.ndarray) -> np.ndarray:
     check_pixel_count(array.shape[1], array.shape[0], "the array")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"pixels are uint8, or floats in [0, 1]; found {array.dtype}: cast or scale them first")
+    floating = np.issubdtype(array.dtype, np.floating)
+    if not floating and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"pixels are whole numbers in 0..255, or floats; found {array.dtype}: cast or scale them")
     low, high = array.min(), array.max()
-    if not (low >= 0 and high <= 1):  # this way round NaN fails too
-        rounded = "clip them" if low > -0.01 and high < 1.01 else "undo the normalisation first"
-        advice = "call .astype('uint8')" if 1.01 <= high <= 255 and low >= 0 else rounded
-        raise ValueError(f"float pixels must lie in [0, 1], found {low:.4g} to {high:.4g}; {advice}")
-    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if not (low >= 0 and high <= 255):  # this way round NaN fails too
+        advice = "undo the normalisation first" if low <= -0.01 else "clip them" if high < 256 else "scale them"
+        raise ValueError(f"pixels lie in 0..255, or are floats in [0, 1]; found {low:.4g} to {high:.4g}; {advice}")
+    if 1 < high < 1.01:  # overshoot of a resize rather than the brightest of 255 levels
+        raise ValueError(f"float pixels lie in [0, 1] or in 0..255, found {low:.4g} to {high:.4g}; clip them")
+    return np.rint(array.astype(np.float32) * 255 if floating and high <= 1 else array).astype(np.uint8)
 
 
 def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:

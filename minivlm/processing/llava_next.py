@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement, tile_grid
+from minivlm.families.record import Region
+from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement
 from minivlm.modules.inputs import Inputs
 from minivlm.processing import common
 from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, pixel_table_of
@@ -53,6 +54,12 @@ class LlavaNextImageProcessor:
         if edge != tile and not self.do_center_crop:
             raise ValueError(f"squares of {edge} (size) are no tiles of {tile} (crop_size); set do_center_crop=True")
         check_pinpoints(self.image_grid_pinpoints, tile)
+        whole = all(side % tile == 0 for pinpoint in self.image_grid_pinpoints for side in pinpoint)
+        if not whole and not self.do_center_crop:
+            raise ValueError(
+                f"image_grid_pinpoints are no multiples of {tile} (crop_size), so tiles at the edge are cut to that "
+                f"size; set do_center_crop=True; found {self.image_grid_pinpoints!r:.80}"
+            )
         check_pixel_options(self)
 
     @property
@@ -77,14 +84,14 @@ class LlavaNextImageProcessor:
         """Images, flat or in lists → pixel_values (N, T, 3, S, S) float32, the base first, then the tiles row by row,
         and image_sizes (N, 2) int64, the (height, width) of the pictures as they came. Missing tiles are exactly 0.0.
         """
+        self.__post_init__()  # fields may have been set since
         pictures = [load_image(image) for row in nest_images(images) for image in row]
         if not pictures:
             raise ValueError("no image: pass at least one, or leave images out for a prompt of text alone")
         sizes = [(picture.height, picture.width) for picture in pictures]
-        grids = [tile_grid(size, self.image_grid_pinpoints, self.tile) for size in sizes]
-        counts = [1 + rows * columns for rows, columns in grids]
+        counts = [1 + len(self._corners(best_resolution(size, self.image_grid_pinpoints))) for size in sizes]
         if not self.do_pad and len(set(counts)) > 1:
-            raise ValueError(f"pictures of {sorted(set(counts))} squares are not one tensor; set do_pad=True")
+            raise ValueError(f"images of {sorted(set(counts))} tiles are not one tensor; set do_pad=True")
         pixels = np.zeros((len(pictures), max(counts), 3, self.tile, self.tile), np.float32)
         table = pixel_table_of(self)
         for n, picture in enumerate(pictures):
@@ -101,17 +108,46 @@ class LlavaNextImageProcessor:
         top, left, height, width = placement(size, (canvas_height, canvas_width))
         canvas = Image.new("RGB", (canvas_width, canvas_height))
         canvas.paste(resize(picture, height, width, self.resample), (left, top))
-        for y in range(0, canvas_height, tile):
-            for x in range(0, canvas_width, tile):
-                square = canvas.crop((x, y, x + tile, y + tile))
-                yield self._centre(resize(square, edge, edge, self.resample) if self.do_resize else square)
+        for y, x in self._corners((canvas_height, canvas_width)):
+            part = canvas.crop((x, y, min(x + tile, canvas_width), min(y + tile, canvas_height)))
+            yield self._centre(self._resized(part) if self.do_resize else part)
 
-    def _centre(self, square: Image.Image) -> Image.Image:
+    def regions(self, height: int, width: int, patch: int) -> list[Region]:
+        """Where the patch grid of the base and of each tile lies on an image of this size; `squares` in numbers."""
+        edge, tile = _side("size", self.size), self.tile
+        grid, start = tile // patch, (edge - tile) // 2  # `start` pixels are cut off (or are black) at either end
+        high, wide = height / edge, width / edge  # of a pixel of the base, on the image
+        base = Region("whole image", (grid, grid), start * high, start * wide, grid * patch * high, grid * patch * wide)
+        canvas = best_resolution((height, width), self.image_grid_pinpoints)
+        top, left, down, across = placement((height, width), canvas)
+        shrink, start = (tile / edge, start) if self.do_resize else (1.0, 0)
+        side = grid * patch * shrink
+        found = [base]
+        for number, (y, x) in enumerate(self._corners(canvas), 1):
+            at = (y + start * shrink - top) * height / down, (x + start * shrink - left) * width / across
+            found.append(Region(f"tile {number}", (grid, grid), *at, side * height / down, side * width / across))
+        return found
+
+    def _corners(self, canvas: tuple[int, int]) -> list[tuple[int, int]]:
+        """(top, left) of every tile. Where the canvas is no multiple of the tile, those at the edge are smaller."""
+        return [(y, x) for y in range(0, canvas[0], self.tile) for x in range(0, canvas[1], self.tile)]
+
+    def _resized(self, part: Image.Image) -> Image.Image:
+        """To `size`: a square, or with "shortest_edge" the same aspect ratio, which only tiles at an edge notice."""
+        edge = _side("size", self.size)
+        if isinstance(self.size, dict) and self.size.get("height") is not None:
+            return resize(part, edge, edge, self.resample)
+        short, long = sorted(part.size)
+        long = int(edge * long / short)
+        height, width = (long, edge) if part.width <= part.height else (edge, long)
+        return resize(part, height, width, self.resample)
+
+    def _centre(self, part: Image.Image) -> Image.Image:
         """Its middle of side S, with black around it where it is smaller; nothing to do in the released settings."""
-        if not self.do_center_crop or square.width == self.tile:
-            return square
-        start = (square.width - self.tile) // 2
-        return square.crop((start, start, start + self.tile, start + self.tile))
+        if not self.do_center_crop or part.size == (self.tile, self.tile):
+            return part
+        top, left = (part.height - self.tile) // 2, (part.width - self.tile) // 2
+        return part.crop((left, top, left + self.tile, top + self.tile))
 
 
 class LlavaNextProcessor:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from minivlm_kernels import cpu_int4
+from minivlm_kernels.addresses import addressable
 from torch import Tensor
 
 from minivlm.quantization.formats import Shape, Tensors, check, chunk
@@ -66,7 +67,7 @@ def quantize(weight: Tensor, kind: str, dtype: torch.dtype | None = None) -> tup
     flat = weight.detach().reshape(-1)
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=flat.device)
     scales = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
-    compiled = flat.device.type == "cpu" and cpu_int4.available()
+    compiled = flat.is_cpu and addressable(flat) and cpu_int4.available()
     size = COMPILED_CHUNK if compiled else chunk(flat)
     for start in range(0, len(flat), size):
         part = flat[start : start + size]

@@ -8,8 +8,6 @@ did; `fit` finds out which of its versions that was.
 """
 
 import dataclasses
-import json
-import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import saving
 from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError
 from minivlm.quantization.linear import QuantizedLinear
 from minivlm.training import lora, targets
@@ -254,11 +253,10 @@ def save(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
             # A spelled prefix may end at the module's name, so the module is spelled, not the parameter
             theirs = f"{targets.spelled(f'{owner}.', table)}{LEAVES.get(leaf, leaf)}"
             tensors[f"{PREFIX}{theirs}"] = parameter.detach().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    about = _about(config, base or getattr(model, "name_or_path", None))
-    text = json.dumps(about, indent=2, sort_keys=True) + "\n"
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    with saving() as written:
+        save_file(tensors, written.file(folder / WEIGHTS), metadata={"format": "pt"})
+        about = _about(config, base or getattr(model, "name_or_path", None))
+        written.json(folder / CONFIG, about, sort_keys=True)
 
 
 def _about(config: LoraConfig, base: str | None) -> dict[str, Any]:
@@ -274,13 +272,3 @@ def _about(config: LoraConfig, base: str | None) -> dict[str, Any]:
         "base_model_name_or_path": str(Path(base).expanduser().resolve()) if local else base,
         "inference_mode": True,
     }
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Let `write` fill a file beside `path`, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

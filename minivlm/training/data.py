@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from minivlm.modules.inputs import Inputs
+from minivlm.text.messages import normalise
 from minivlm.training.loss import IGNORED, count
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -132,30 +133,21 @@ def _messages(values: Any, folder: Path | None) -> list[dict[str, Any]]:
     """A row's messages, with an image in every image item."""
     if not isinstance(values, dict) or ("messages" in values) == ("conversations" in values):
         raise ValueError('a row is a JSON object with "messages" or "conversations"')
-    images = values.get("images", values.get("image", []))
-    images = [_source(image, folder) for image in (images if isinstance(images, list) else [images])]
-    if "conversations" in values:
-        messages = [_from_llava(turn) for turn in values["conversations"]]
-    else:
-        messages = [{"role": message["role"], "content": _items(message["content"])} for message in values["messages"]]
-    items = [item for message in messages for item in message["content"] if item.get("type") in ("image", "image_url")]
-    empty = [item for item in items if set(item) == {"type"} or item.get("image", ...) is None]
-    if images and not items:  # nothing says where they go: before the first question, as everybody does it
+    beside = values.get("images", values.get("image", []))
+    beside = beside if isinstance(beside, list) else [beside]
+    turns = values.get("messages") or [_from_llava(turn) for turn in values["conversations"]]
+    messages, images = normalise(turns)
+    places = [item for message in messages for item in message["content"] if item["type"] == "image"]
+    if beside and not places:  # nothing says where they go: before the first question
+        places = [{"type": "image"} for _ in beside]
         first = next((message for message in messages if message["role"] == "user"), messages[0])
-        first["content"][:0] = [{"type": "image", "image": image} for image in images]
-    elif len(images) != len(empty):
-        raise ValueError(f"{len(empty)} places for images and {len(images)} images beside the messages")
-    else:
-        for item, image in zip(empty, images, strict=True):
-            item["image"] = image
-    for item in items:
-        if isinstance(item.get("image"), str | dict):
-            item["image"] = _source(item["image"], folder)
+        first["content"][:0], images = places, [None] * len(beside)
+    if images.count(None) != len(beside):
+        raise ValueError(f"{images.count(None)} places for images and {len(beside)} images beside the messages")
+    left = iter(beside)
+    for place, image in zip(places, images, strict=True):
+        place["image"] = _source(next(left) if image is None else image, folder)
     return messages
-
-
-def _items(content: Any) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else [dict(item) for item in content]
 
 
 def _from_llava(turn: dict[str, str]) -> dict[str, Any]:

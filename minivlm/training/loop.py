@@ -12,9 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from minivlm.checkpoint.files import replacing, saving
 from minivlm.training import adapters, data, memory
 from minivlm.training.data import Row
 from minivlm.training.loss import token_loss
@@ -177,8 +175,8 @@ class _Run:
         taken = order[place * self.per_step : (place + 1) * self.per_step][self.rank :: self.world].tolist()
         return [taken[begin : begin + self.recipe.batch] for begin in range(0, len(taken), self.recipe.batch)]
 
-    def batches(self) -> Iterator[tuple[int, list[Any]]]:
-        """The number of each step from `first` on, and its batches, one by one, as it asks for them."""
+    def batches(self) -> Iterator[tuple[int, Iterator[tuple[list[int], Any]]]]:
+        """The number of each step from `first` on, and its batches with the rows they are of, read when asked for."""
         numbers = range(self.first, self.steps)
         loader = DataLoader(
             self.rows,
@@ -189,15 +187,15 @@ class _Run:
         )
         stream = iter(loader)
         for number in numbers:
-            yield number, [(indices, stream) for indices in self.indices(number)]
+            yield number, ((indices, next(stream)) for indices in self.indices(number))
 
     # ---- Steps
 
-    def step(self, number: int, batches: list[Any]) -> Step:
+    def step(self, number: int, batches: Iterator[tuple[list[int], Any]]) -> Step:
         begun = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, learned tokens, all tokens
-        for indices, stream in batches:
-            inputs = next(stream).to(self.model.device)
+        for indices, inputs in batches:
+            inputs = inputs.to(self.model.device)
             total, learned = token_loss(self.model, inputs)
             sums += torch.tensor([total.item(), learned, inputs["input_ids"].numel()], dtype=torch.float64)
             if not math.isfinite(total.item()):
@@ -207,8 +205,8 @@ class _Run:
         factor = scheduled(self.recipe.schedule, number, self.steps, self.warmup)
         norm, sums = self.optimisation.step(factor, sums)
         if not math.isfinite(norm):
-            rows = [index for indices, _ in batches for index in indices]
-            raise ValueError(f"step {number + 1}: the gradient's norm is {norm} for {self._named(rows)}; {HINT}")
+            rows = self._named([index for some in self.indices(number) for index in some])
+            raise ValueError(f"step {number + 1}: the gradient's norm is {norm} for {rows}; {HINT}")
         seconds = time.perf_counter() - begun
         loss, learned, tokens = sums.tolist()
         return Step(
@@ -221,7 +219,7 @@ class _Run:
             norm=norm,
             seconds=round(seconds, 4),
             tokens_per_second=round(tokens / seconds, 1),
-            memory=peak_memory(self.model.device),
+            memory=memory.peak(self.model.device),
         )
 
     def _named(self, indices: list[int]) -> str:
@@ -238,12 +236,15 @@ class _Run:
         if not resume and (state.exists() or log.exists()):
             raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
+        for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:
+            unfinished.unlink()  # what a kill has left while files were written
         if state.exists():
             self._restore(torch.load(state, weights_only=True, map_location="cpu"))
         if self.rank == 0 and log.exists():  # steps after the state will be done again
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["number"] <= self.first]
-            _replace(log, lambda path: path.write_text("".join(kept)))
+            with replacing(log) as path:
+                path.write_text("".join(kept))
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():
@@ -282,8 +283,9 @@ class _Run:
             dist.all_gather_object(random, random[0])
         if self.rank == 0:
             state = {"step": step, "about": self._about(), "random": random, "optimisation": self.optimisation.state()}
-            _replace(self.out / STATE, lambda path: torch.save(state, path))
-            save_result(self.model, self.out, processor)
+            with saving() as written:
+                save_result(self.model, self.out, processor)
+                torch.save(state, written.file(self.out / STATE))
 
 
 HINT = "nothing was saved of this step. Try a lower learning rate, or bfloat16 or float32 for float16"
@@ -296,19 +298,3 @@ def save_result(model: Any, folder: Path, processor: Any) -> None:
     else:
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had: of the GPU, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Let `write` fill a file beside `path`, then put it in place in one step, on the disk and not only in a buffer."""
-    temporary = path.with_name(f".{path.name}.new")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,16 +1,23 @@
 """Files of questions: every line answered once, in order, whatever is wrong with it and whenever the run is killed."""
 
+import base64
+import dataclasses
+import errno
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_chat
 from PIL import Image
 
-from minivlm.app import batch, cli
+from minivlm.app import batch, cli, lock, options, questions
 
+ROOT = Path(__file__).parents[2]
 NEW = 4
 ABOUT = {"model": "tiny"}
 
@@ -148,6 +155,81 @@ def test_bad_lines_say_why_and_the_others_are_answered(pair, pictures, tmp_path)
     assert answers == [alone(pair, line)["answer"] for line in good]
 
 
+# ---- Forms of questions ----
+
+
+def test_near_misses_are_read_as_they_were_meant(pair, pictures, tmp_path):
+    red, blue = pictures
+    inline = base64.b64encode(Path(blue).read_bytes()).decode()
+    same = [
+        {"question": "What?", "images": [red, blue]},
+        {"prompt": "What?", "image": [red, blue]},
+        {"text": "What?", "images": [red, inline], "question_id": 5, "category": "conv"},
+    ]
+    single = [
+        {"question": "And?", "images": [red]},
+        {"question": "And?", "images": red},
+        {"text": "And?", "image": red, "id": "x"},
+    ]
+    prompts, out = write(tmp_path / "prompts.jsonl", same + single), tmp_path / "answers.jsonl"
+    assert run(pair, prompts, out) == 0
+    found = read(out)
+    for group, line in ((found[:3], same[0]), (found[3:], single[0])):
+        assert {record["answer"] for record in group} == {alone(pair, line)["answer"]}
+    assert [record.get("id") for record in found] == [None, None, 5, None, None, "x"]
+    assert found[2]["category"] == "conv"
+
+
+def test_a_folder_of_images_and_one_question(pair, pictures, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    text = questions.about_folder(tmp_path, "What is it?")
+    out = tmp_path / "answers.jsonl"
+    assert batch.run(job(pair), text, out, ABOUT).failed == 0
+    found = read(out)
+    assert [record["id"] for record in found] == ["blue.png", "red.png"]
+    assert found[1]["answer"] == alone(pair, {"question": "What is it?", "images": [pictures[0]]})["answer"]
+    with pytest.raises(ValueError, match="has no image"):
+        questions.about_folder(Path(__file__).parent, "What is it?")
+
+
+def test_images_start_from_the_folder_that_is_named(pictures, tmp_path):
+    lines = write(tmp_path / "q.jsonl", [{"question": "a", "image": "red.png"}, {"question": "a", "image": "x.png"}])
+    assert list(questions.bad_lines(lines.read_bytes(), tmp_path)) == [2]
+    assert list(questions.bad_lines(lines.read_bytes(), tmp_path / "nowhere")) == [1, 2]
+
+
+def test_into_a_pipe_in_order(pair, pictures, tmp_path):
+    lines = [*lines_of(pictures), {"question": "Gone?", "images": ["nowhere.png"]}]
+    text, written = write(tmp_path / "prompts.jsonl", lines).read_bytes(), []
+    summary = batch.run_to(job(pair), text, written.append)
+    found = [json.loads(line) for line in written]
+    assert found[:-1] == expected(pair, lines[:-1])
+    assert "error" in found[-1]
+    assert (summary.answered, summary.failed) == (6, 1)
+    assert summary.cut == sum(record.get("finish_reason") == "length" for record in found)
+
+
+def test_a_system_message_is_told_first_where_there_is_none(pair, tmp_path):
+    lines = [
+        {"question": "Hi"},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}]},
+    ]
+    prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    batch.run(dataclasses.replace(job(pair), system="Be brief."), prompts.read_bytes(), out, ABOUT)
+    answers = [record["answer"] for record in read(out)]
+    assert answers == [alone(pair, line)["answer"] for line in (lines[1], lines[1], lines[2])]
+
+
+def test_sampling_repeats_with_its_seed_and_beams_are_followed(pair, pictures, tmp_path):
+    text, found = write(tmp_path / "prompts.jsonl", lines_of(pictures)).read_bytes(), []
+    for number, settings in enumerate(2 * [{"do_sample": True, "seed": 1}] + [{"num_beams": 2}]):
+        batch.run(job(pair, **settings), text, tmp_path / f"{number}.jsonl", ABOUT)
+        found.append([record["answer"] for record in read(tmp_path / f"{number}.jsonl")])
+    assert found[0] == found[1]
+    assert len(found[2]) == 6
+
+
 # ---- Interruptions ----
 
 
@@ -193,15 +275,41 @@ def test_what_is_done_is_not_asked_again(pair, pictures, tmp_path, monkeypatch):
 
 def test_a_run_cut_while_it_finishes_finishes(pair, pictures, tmp_path, monkeypatch):
     prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
-    for owner, name in [(batch.os, "fsync"), (batch.Path, "replace"), (batch.Path, "unlink")]:
+    for owner, name in [(os, "fsync"), (os, "replace"), (batch.Path, "unlink")]:
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(Cut))
+            patch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(Cut))
             with pytest.raises(Cut):
                 run(pair, prompts, out)
         assert run(pair, prompts, out) == 0
         assert [record["line"] for record in read(out)] == [1, 2, 3, 4, 5, 6]
         assert {path.name for path in tmp_path.glob("answers*")} == {"answers.jsonl"}
         out.unlink()
+
+
+def test_a_write_that_fails_loses_nothing(pair, pictures, tmp_path, monkeypatch):
+    """The k-th of all writes fails, for every k: no answers, or all; and what is done is not asked again."""
+    text, append = write(tmp_path / "prompts.jsonl", lines_of(pictures)).read_bytes(), batch._append
+    batch.run(job(pair), text, tmp_path / "whole.jsonl", ABOUT)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for k in range(1, 6):  # header, three batches, all in order
+        out, calls = tmp_path / f"{k}.jsonl", []
+
+        def failing(file, records, calls=calls, k=k):
+            calls.append(records)
+            if len(calls) == k:
+                file.write(b'{"line": 1, "ans')
+                file.flush()
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(file, records)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "_append", failing)
+            with pytest.raises(OSError, match="No space left"):
+                batch.run(job(pair), text, out, ABOUT)
+        assert len(calls) == k
+        assert {path.name for path in tmp_path.glob(f"{k}.*")} == {f"{k}.jsonl.part"}
+        assert batch.run(job(pair), text, out, ABOUT).failed == 0
+        assert out.read_bytes() == whole
 
 
 def test_answers_are_never_overwritten_nor_mixed(pair, pictures, tmp_path):
@@ -266,6 +374,53 @@ def test_the_command_survives_sigkill(pair, pictures, tmp_path, capsys):
     assert all(line in out.read_bytes().splitlines() for line in left.splitlines()[1:-1])
     assert cli.main(argv) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_second_job_on_the_same_file_is_refused_before_any_weight_is_read(tmp_path, capsys, monkeypatch):
+    prompts, out = write(tmp_path / "prompts.jsonl", [{"question": "Hi"}]), tmp_path / "answers.jsonl"
+    monkeypatch.setattr(options, "load_processor", None)
+    argv = ["batch", str(prompts), "--out", str(out), "--model", "shapes-idefics2", "--device", "cpu"]
+    with lock.held(tmp_path / "answers.jsonl.lock"):
+        assert cli.main(argv) == 1
+        err = capsys.readouterr().err
+        assert f"process {os.getpid()} on {socket.gethostname()}" in err
+        assert "answers.jsonl" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl"}
+
+
+def test_a_whole_run_through_pipes(pictures):
+    question = {"question": "What number is written?", "image": "docs/shapes.png"}
+    text = f"{json.dumps(question)}\nnonsense\n"
+    argv = ["batch", "-", "--out", "-", "--device", "cpu", "--verbose"]
+    done = subprocess.run(
+        [sys.executable, "-m", "minivlm", *argv], input=text, capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert found[0] == {"line": 1, "answer": "47.", "finish_reason": "stop"}
+    assert "no JSON" in found[1]["error"]
+    assert "line 2: no JSON" in done.stderr
+    assert "1 answered, 1 failed, 0 cut" in done.stderr
+    assert "first token after" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(pictures, tmp_path):
+    """Every write in turn fails: what is there is nothing, or whole lines that the next run keeps."""
+    rows = [{"question": "What number is written?", "images": [name], "id": "x" * 400} for name in pictures]
+    prompts, out = write(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
+    argv = ["batch", str(prompts), "--out", str(out), "--model", "shapes-idefics2", "--device", "cpu"]
+    argv += ["--batch-size", "1"]
+    for limit in (0, 100, 500, 900):
+        code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        code += "from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1, done.stderr
+        assert "minivlm: error: File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not out.exists()
+        assert {path.name for path in tmp_path.glob("answers*")} <= {"answers.jsonl.part"}
+    assert cli.main(argv) == 0
+    assert [record["line"] for record in read(out)] == [1, 2]
 
 
 def test_no_prompts_no_model_is_read(tmp_path, capsys):

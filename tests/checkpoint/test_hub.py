@@ -28,6 +28,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         server: Any = self.server
+        if self.path.count("/") < 5:  # whether the Hub answers at all
+            self.send_response(200)
+            self.end_headers()
+            return
         _, org, _, _, revision, name = self.path.split("?")[0].split("/", 5)
         path = server.folder / name
         refusal = {"gated": (403, "GatedRepo"), "unknown": (401, "RepoNotFound")}.get(org)

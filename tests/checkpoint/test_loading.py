@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from minivlm import AutoModelForImageTextToText, Idefics2Config, Idefics2ForConditionalGeneration
 from minivlm.auto import family
-from minivlm.checkpoint.loading import WEIGHTS, wanted_device, wanted_dtype
+from minivlm.checkpoint.loading import wanted_device, wanted_dtype
+from minivlm.checkpoint.names import WEIGHTS
 
 Model = Idefics2ForConditionalGeneration
 

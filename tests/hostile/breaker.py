@@ -338,13 +338,6 @@ FILES = _cases(
             "a link to gone, where",
         ),
         "config is a link to itself": (instead("config.json", lambda p: p.symlink_to(p.name)), "where no file is"),
-        "config lies outside": (linked("config.json"), "is a link that leaves its folder"),
-        "tokenizer lies outside": (linked("tokenizer.json"), "is a link that leaves its folder"),
-        "weights lie outside": (linked(WEIGHTS), "is a link that leaves its folder"),
-        "config of the machine": (
-            instead("config.json", lambda p: p.symlink_to("/etc/passwd")),
-            "leaves its folder, to /etc/passwd",
-        ),
         "weights are a folder": (instead(WEIGHTS, Path.mkdir), "a regular file, found a folder"),
         "weights are a pipe": (instead(WEIGHTS, os.mkfifo), "found a pipe or device"),
         "no weights": (without(WEIGHTS), "neither model.safetensors nor model.safetensors.index.json"),
@@ -381,17 +374,9 @@ FILES = _cases(
             sharded(lambda weight_map, _: weight_map.update(x="a" * 5000 + ".safetensors")),
             "aaaa of .* cannot be opened: File name too long",
         ),
-        "weights of a link through a folder": (
-            several(
-                lambda folder: (folder / "up").symlink_to(folder.parent),
-                lambda folder: shutil.move(folder / WEIGHTS, folder.parent / "w.safetensors"),
-                lambda folder: (folder / WEIGHTS).symlink_to("up/w.safetensors"),
-            ),
-            "is a link that leaves its folder",
-        ),
         "weights of the machine's memory": (
             instead(WEIGHTS, lambda p: p.symlink_to("/proc/self/mem")),
-            "leaves its folder, to /proc|where no file",
+            "is empty|where no file",
         ),
         "settings are a pipe": (instead("generation_config.json", os.mkfifo), "found a pipe or device"),
         "weights are a message": (content(WEIGHTS, b'{"error": "restricted"}'), "not a complete safetensors file"),
@@ -412,7 +397,6 @@ FILES = _cases(
             several(sharded(), cut("b.safetensors", lambda size: size // 2)),
             "b.safetensors is not a complete safetensors file",
         ),
-        "a shard lies outside": (several(sharded(), linked("b.safetensors")), "is a link that leaves its folder"),
         "a shard is a Git LFS pointer": (
             several(sharded(), content("a.safetensors", LFS)),
             "a.safetensors is a Git LFS",
@@ -424,6 +408,7 @@ JSON = _cases(
     "idefics2",
     "content",
     {
+        "config of the machine": (instead("config.json", lambda p: p.symlink_to("/etc/passwd")), "not valid JSON"),
         "config cut in half": (
             cut("config.json", lambda size: size // 2),
             "config.json is not valid JSON .*download it",
@@ -469,6 +454,7 @@ JSON = _cases(
     },
 )
 
+INVALID = "is no valid safetensors file"  # and then what `safetensors` says
 HEADERS = _cases(
     "idefics2",
     "content",
@@ -478,7 +464,7 @@ HEADERS = _cases(
         "header of 64 MB": (sparse, "the header has 67,108,864 bytes, expected 2 to"),
         "a byte behind the data": (
             lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + b"x"),
-            "has 1 bytes behind its last tensor",
+            INVALID,
         ),
         "header is no JSON": (header(lambda values: b"{'a'}"), "the header of .* is not valid JSON"),
         "header is a list": (header(lambda values: b"[]"), "the header of .* JSON object, found list"),
@@ -502,7 +488,7 @@ HEADERS = _cases(
         ),
         "zeros behind the JSON": (header(lambda values: json.dumps(values).encode() + bytes(8)), "not valid JSON"),
         "header in UTF-16": (header(lambda values: json.dumps(values).encode("utf-16")), "not valid JSON"),
-        "shape whose size overflows to the right one": (tensor(shape=[2**61, 8, 1632]), "of shape .* needs"),
+        "shape whose size overflows to the right one": (tensor(shape=[2**61, 8, 1632]), INVALID),
         "100,000 empty tensors": (
             header(
                 lambda values: values.update(
@@ -513,46 +499,46 @@ HEADERS = _cases(
         ),
         "tensor is a list": (
             header(lambda values: values.update(x=[1])),
-            "'x' should be described by dtype, shape and",
+            INVALID,
         ),
         "tensor without dtype": (
             header(lambda v: v["lm_head.weight"].pop("dtype")),
-            "'lm_head.weight' should be described",
+            INVALID,
         ),
         "tensor with more to it": (tensor(run="me"), "'lm_head.weight' should be described by"),
         "unknown dtype": (
             tensor(dtype="F12"),
-            "'lm_head.weight' is of dtype 'F12', which is not supported; known: F64",
+            INVALID,
         ),
-        "dtype is a number": (tensor(dtype=32), "is of dtype 'int', which is not supported"),
-        "dtype is a list": (tensor(dtype=["F32"]), "is of dtype 'list'"),
-        "dtype of 8 bits": (tensor(dtype="F8_E4M3"), "dtype 'F8_E4M3', which is not supported"),
-        "dtype of half the bytes": (tensor(dtype="F16"), r"has 6,528 bytes, but F16 of shape \[102, 16\] needs 3,264"),
+        "dtype is a number": (tensor(dtype=32), INVALID),
+        "dtype is a list": (tensor(dtype=["F32"]), INVALID),
+        "dtype of 8 bits": (tensor(dtype="F8_E4M3"), INVALID),
+        "dtype of half the bytes": (tensor(dtype="F16"), INVALID),
         "whole numbers as weights": (tensor(dtype="I32"), "tensors that are not of F64.*\n *lm_head.weight of I32"),
-        "negative shape": (tensor(shape=[-102, -16]), "should have a shape of up to 8 whole numbers from 0"),
-        "shape of fractions": (tensor(shape=[102.0, 16]), "should have a shape of up to 8 whole numbers"),
-        "shape of strings": (tensor(shape=["102", 16]), "should have a shape of up to 8 whole numbers"),
-        "shape of truth": (tensor(shape=[True, 1632]), "should have a shape of up to 8 whole numbers"),
-        "shape is null": (tensor(shape=None), "should have a shape of up to 8 whole numbers"),
-        "shape beyond 64 bits": (tensor(shape=[2**62, 2**62]), "of shape .* needs"),
-        "shape of a number beyond all": (tensor(shape=[10**30, 0]), "should have a shape of up to 8 whole numbers"),
-        "shape of 9 dimensions": (tensor(shape=[1] * 7 + [102, 16]), "should have a shape of up to 8"),
-        "shape of more numbers": (tensor(shape=[103, 16]), "has 6,528 bytes, but F32 .* needs 6,592"),
+        "negative shape": (tensor(shape=[-102, -16]), INVALID),
+        "shape of fractions": (tensor(shape=[102.0, 16]), INVALID),
+        "shape of strings": (tensor(shape=["102", 16]), INVALID),
+        "shape of truth": (tensor(shape=[True, 1632]), INVALID),
+        "shape is null": (tensor(shape=None), INVALID),
+        "shape beyond 64 bits": (tensor(shape=[2**62, 2**62]), INVALID),
+        "shape of a number beyond all": (tensor(shape=[10**30, 0]), INVALID),
+        "shape of 9 dimensions": (tensor(shape=[1] * 7 + [102, 16]), "of another shape"),
+        "shape of more numbers": (tensor(shape=[103, 16]), INVALID),
         "shape turned": (tensor(shape=[16, 102]), r"lm_head.weight \[16, 102\], expected \[102, 16\]"),
         "negative offsets": (
             offsets(lambda begin, end: [-8, end]),
-            "should have data_offsets .begin, end., whole numbers",
+            INVALID,
         ),
-        "offsets the other way round": (offsets(lambda begin, end: [end, begin]), "should have data_offsets"),
-        "three offsets": (offsets(lambda begin, end: [begin, end, end]), "should have data_offsets"),
-        "offsets as strings": (offsets(lambda begin, end: [str(begin), end]), "should have data_offsets"),
+        "offsets the other way round": (offsets(lambda begin, end: [end, begin]), INVALID),
+        "three offsets": (offsets(lambda begin, end: [begin, end, end]), INVALID),
+        "offsets as strings": (offsets(lambda begin, end: [str(begin), end]), INVALID),
         "tensors that overlap": (
             offsets(lambda begin, end: [begin + 64, end + 64]),
-            "begins at .* and (overlaps|leaves)",
+            INVALID,
         ),
         "a gap between tensors": (
             header(lambda values: values.pop("lm_head.weight")),
-            "begins at .* leaves a gap|bytes behind",
+            INVALID,
         ),
         "control characters in a name": (
             header(lambda values: values.update({"\x1b[2Jx": values.pop("lm_head.weight")})),
@@ -560,7 +546,7 @@ HEADERS = _cases(
         ),
         "a name of a million letters": (
             header(lambda values: values.update({"a" * 10**6: values.pop("lm_head.weight")})),
-            "a name that is not made of up to 256",
+            "up to 256 printable",
         ),
         "weights of two kinds": (
             several(tensors(half_of_them), entry("config.json", "dtype", GONE)),
@@ -568,13 +554,13 @@ HEADERS = _cases(
         ),
         "half a character in a name": (
             header(lambda values: values.update({"\ud800": values.pop("lm_head.weight")})),
-            "printable characters",
+            INVALID,
         ),
         "metadata is a list": (
             header(lambda values: values.update(__metadata__=[])),
-            "__metadata__ should be a JSON object",
+            INVALID,
         ),
-        "metadata of numbers": (header(lambda values: values.update(__metadata__={"a": 1})), "object of strings"),
+        "metadata of numbers": (header(lambda values: values.update(__metadata__={"a": 1})), INVALID),
         "missing tensor": (tensors(lambda parts: parts.pop("lm_head.weight")), r"1 tensors missing:\n +lm_head"),
         "unexpected tensor": (
             tensors(lambda parts: parts.update(x=("F32", [2], bytes(8)))),
@@ -585,7 +571,7 @@ HEADERS = _cases(
             "missing:\n +lm_head.weight(.|\n)*unexpected:\n +head",
         ),
         "no tensors": (tensors(dict.clear), "tensors missing:(.|\n)* more"),
-        "empty tensors": (tensor(shape=[0, 16]), "has 6,528 bytes, but"),
+        "empty tensors": (tensor(shape=[0, 16]), INVALID),
         "many missing tensors": (
             tensors(lambda parts: [parts.pop(name) for name in list(parts) if "vision" in name]),
             r"tensors missing:(.|\n)*and \d+ more",
@@ -736,7 +722,7 @@ SIZES = [
     ("vision_config.image_size", 7, "image_size 7 is smaller than one patch of 14"),
     ("vision_config.patch_size", 0, "patch_size must be positive"),
     ("vision_config.patch_size", 7, "of another shape"),
-    ("vision_config.num_channels", 4, "num_channels must be 3, for pictures are RGB; found 4"),
+    ("vision_config.num_channels", 4, "num_channels should be one of 3, found 4"),
     ("vision_config.num_attention_heads", 5, "must be a multiple of num_attention_heads"),
     ("vision_config.layer_norm_eps", -1e-6, "layer_norm_eps must be positive"),
     ("vision_config.hidden_act", "relu6", "VisionConfig.hidden_act should be one of"),
@@ -1168,10 +1154,10 @@ PICTURES |= _values(
     "processor_config.json",
     "content",
     [
-        ("image_seq_len", 0, "image_seq_len is the number of places per picture"),
-        ("image_seq_len", 10**9, "image_seq_len is the number of places"),
-        ("image_seq_len", "2", "image_seq_len is the number of places"),
-        ("image_seq_len", True, "image_seq_len is the number of places"),
+        ("image_seq_len", 0, "image_seq_len is the number"),
+        ("image_seq_len", 10**9, "image_seq_len is the number"),
+        ("image_seq_len", "2", "image_seq_len is the number"),
+        ("image_seq_len", True, "image_seq_len is the number"),
     ],
 )
 PICTURES |= _values(
@@ -1240,6 +1226,15 @@ SOUND: dict[str, Break] = {
     "as it is": lambda folder: None,
     "two shards": sharded(),
     "a link inside the folder": link_inside,
+    "a config that lies outside": linked("config.json"),
+    "a tokenizer that lies outside": linked("tokenizer.json"),
+    "weights that lie outside": linked(WEIGHTS),
+    "a shard that lies outside": several(sharded(), linked("b.safetensors")),
+    "weights of a link through a folder": several(
+        lambda folder: (folder / "up").symlink_to(folder.parent),
+        lambda folder: shutil.move(folder / WEIGHTS, folder.parent / "w.safetensors"),
+        lambda folder: (folder / WEIGHTS).symlink_to("up/w.safetensors"),
+    ),
     "the Hub's cache": hub_cache,
     "settings that nobody knows": entry("config.json", "favourite_colour", "blue"),
     "a header that ends at an odd byte": header(odd),

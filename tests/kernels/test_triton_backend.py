@@ -8,16 +8,19 @@ from typing import Any
 import oracle_generation
 import pytest
 import torch
+from minivlm_kernels.decode_attention import decode_attention
+from minivlm_kernels.flash_attention import flash_attention
 from oracle import save
 from oracle_idefics import SIZE, idefics_config
 from oracle_idefics import random_inputs as idefics_inputs
 from oracle_idefics import random_reference as random_idefics
 from oracle_llava import llava_config, llava_inputs, random_llava
 from torch import Tensor
+from wrapped import Wrapped
 
 from minivlm import Idefics2ForConditionalGeneration, IdeficsForVisionText2Text, LlavaNextForConditionalGeneration
 from minivlm.modules import attention as module
-from minivlm.modules.attention import Mask, attention, choose_backend
+from minivlm.modules.attention import Mask, attention, choose_implementation
 
 pytest.importorskip("triton", reason="the kernels are written in triton, which is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +43,7 @@ def test_masks(queries: int, options: dict[str, Any]) -> None:
     options = options | ({"valid": padded(2, keys)} if "valid" in options else {})
     q, k, v = (torch.randn(2, heads, rows, 16, device=DEVICE) for heads, rows in ((4, queries), (2, keys), (2, keys)))
     mask = Mask(queries, keys, device=DEVICE, **options)
-    found, expected = (attention(q, k, v, mask, scale=scale, backend=name) for name in ("triton", "eager"))
+    found, expected = (attention(q, k, v, mask, scale=scale, attn_implementation=name) for name in ("triton", "eager"))
     if mask.causal and mask.valid is not None and queries == 20:  # of row 1, the queries in slots 1 and 2 are padding
         assert not found[1, :, :2].any(), "a query that sees nothing should get zeros"
         found, expected = found[:, :, 2:], expected[:, :, 2:]
@@ -54,7 +57,7 @@ def test_what_each_token_sees(queries: int) -> None:
     valid[:, :, 3] = True
     q, k, v = (torch.randn(2, 2, rows, 16, device=DEVICE) for rows in (queries, 9, 9))
     mask = Mask(queries, 9, valid=valid)
-    found, expected = (attention(q, k, v, mask, scale=0.3, backend=name) for name in ("triton", "eager"))
+    found, expected = (attention(q, k, v, mask, scale=0.3, attn_implementation=name) for name in ("triton", "eager"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -65,10 +68,21 @@ def test_gradients(queries: int) -> None:
     shapes = (1, 2, queries, 16), (1, 1, 21, 16), (1, 1, 21, 16)
     tensors = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
     gradients = [
-        torch.autograd.grad(attention(*tensors, mask, scale=0.3, backend=name).square().sum(), tensors)
+        torch.autograd.grad(attention(*tensors, mask, scale=0.3, attn_implementation=name).square().sum(), tensors)
         for name in ("triton", "eager")
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_without_an_address_take_sdpa() -> None:
+    q = torch.randn(1, 2, 5, 16, device=DEVICE)
+    mask = Mask(5, 5, causal=True)
+    expected = attention(q, q, q, mask, scale=0.3, attn_implementation="sdpa")
+    assert torch.equal(attention(q, Wrapped(q), q, mask, scale=0.3, attn_implementation="triton"), expected)
+    with pytest.raises(ValueError, match="plain tensors, found a Wrapped"):
+        flash_attention(q, Wrapped(q), q)
+    with pytest.raises(ValueError, match="plain tensors, found a Wrapped"):
+        decode_attention(q, q, q, mask=Wrapped(torch.ones(1, 5, device=DEVICE) > 0))
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,18 +93,17 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             self.dtype, self.shape = dtype, (1, 2, 5, width)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    mask = Mask(5, 5, causal=True)
     for name in (None, "flash_attention_2"):
-        assert choose_backend(name, OnGpu(torch.bfloat16, 72), mask) == "triton"
-        assert choose_backend(name, OnGpu(torch.float32, 72), mask) == "sdpa"
-        assert choose_backend(name, OnGpu(torch.bfloat16, 12), mask) == "sdpa"
-        assert choose_backend(name, OnGpu(torch.bfloat16, 256), mask) == "sdpa"
-    assert choose_backend("sdpa", OnGpu(torch.bfloat16, 72), mask) == "sdpa"
+        assert choose_implementation(name, OnGpu(torch.bfloat16, 72)) == "triton"
+        assert choose_implementation(name, OnGpu(torch.float32, 72)) == "sdpa"
+        assert choose_implementation(name, OnGpu(torch.bfloat16, 12)) == "sdpa"
+        assert choose_implementation(name, OnGpu(torch.bfloat16, 256)) == "sdpa"
+    assert choose_implementation("sdpa", OnGpu(torch.bfloat16, 72)) == "sdpa"
     monkeypatch.setattr(module, "has_triton", lambda: False)
-    assert choose_backend(None, OnGpu(torch.bfloat16, 72), mask) == "sdpa"
+    assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"
     monkeypatch.setattr(module, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_backend(None, OnGpu(torch.bfloat16, 72), mask) == "sdpa"
+    assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"
 
 
 def idefics2(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -125,7 +138,7 @@ def test_models_say_the_same(
     expected = cls.from_pretrained(tmp_path, device_map=DEVICE, attn_implementation="sdpa").generate(
         **inputs, **options
     )
-    for path in ("_sdpa", "_eager", "_blocked"):
+    for path in ("_sdpa", "_eager"):
         monkeypatch.delattr(module, path)
     found = cls.from_pretrained(tmp_path, device_map=DEVICE, attn_implementation="triton").generate(**inputs, **options)
     assert torch.equal(found, expected)

@@ -203,7 +203,8 @@ def test_pinpoints_that_are_no_grid(pinpoints):
         ({"tile": 0}, "side of a tile"),
         ({"tile": None}, "side of a tile"),
         ({"tile": 10**6}, "side of a tile"),
-        ({"tile": 224}, "multiples of the tile's side of 224"),
+        ({"tile": 240}, "multiples of the tile's side of 240"),
+        ({"tile": 672, "size": (9, 9)}, "smaller than a tile"),
         ({"class_tokens": -1}, "num_additional_image_tokens"),
         ({"class_tokens": None}, "num_additional_image_tokens"),
     ],
@@ -212,3 +213,11 @@ def test_pinpoints_that_are_no_grid(pinpoints):
 def test_nonsense_in_the_settings(change, message):
     with pytest.raises(ValueError, match=message):
         image_token_count(**{"size": (480, 640), "pinpoints": PINPOINTS, "tile": 336, "patch": 14} | change)
+
+
+def test_canvases_that_are_no_whole_tiles():
+    """As in the reference, whose model cannot use them: it counts by rounding down and cuts by rounding up."""
+    assert tile_grid((480, 640), PINPOINTS, 224) == (3, 3)
+    with pytest.raises(ValueError, match="whole tiles of 224"):
+        tile_grid((336, 336), PINPOINTS, 224)
+    assert image_token_count((336, 336), PINPOINTS, 224, 14) == 16 * 16 + 16 * (16 + 1)

@@ -1,14 +1,12 @@
 """Every path of `attention` against the formula in fp64, for every kind of mask; and the cache's bookkeeping."""
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from minivlm.modules.attention import Mask, _blocked, attention, attention_taps, choose_backend
+from minivlm.modules.attention import Mask, attention, attention_taps, choose_implementation
 from minivlm.modules.cache import KVCache
 
 
@@ -57,34 +55,19 @@ def test_all_paths_follow_the_formula(case: tuple[Tensor, Tensor, Tensor, Mask])
     q, k, v, mask = case
     expected = formula(q, k, v, mask, 0.4)
     for backend in ("eager", "sdpa", None):
-        found = attention(q, k, v, mask, scale=0.4, backend=backend)
-        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("minivlm.modules.attention.BLOCK", 2)
-        found = _blocked(q, k, v, replace(mask), 0.4)
+        found = attention(q, k, v, mask, scale=0.4, attn_implementation=backend)
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_choice(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a processor with and without bf16 products."""
-    monkeypatch.setattr("minivlm.modules.attention.multiplies", lambda dtype: native)
-    pictures = "blocked" if native else "sdpa"
-    one, many = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 5, 8)
-    assert choose_backend(None, one, Mask(1, 9, causal=True)) == "sdpa"
-    with torch.no_grad():
-        assert choose_backend("sdpa", one.bfloat16(), Mask(1, 9, causal=True)) == "sdpa"
-    assert choose_backend("eager", one, Mask(1, 9, causal=True)) == "eager"
-    assert choose_backend(None, many, Mask(5, 9, causal=True)) == "sdpa"
-    with torch.no_grad():
-        assert choose_backend(None, many.bfloat16(), Mask(5, 9)) == pictures
-        assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == pictures
-        assert choose_backend(None, many.bfloat16(), Mask(5, 5, causal=True)) == "sdpa"
-    assert choose_backend(None, many.bfloat16(), Mask(5, 9, causal=True)) == "sdpa"
-    assert choose_backend("flash_attention_2", many, Mask(5, 9, causal=True)) == "sdpa"  # the best on a CPU
-    assert choose_backend("triton", one, Mask(1, 9, causal=True)) == "triton"
-    with pytest.raises(ValueError, match="known: eager, sdpa, triton, flash_attention_2"):
-        choose_backend("fast", one, Mask(1, 9))
+def test_choice() -> None:
+    q = torch.zeros(1, 2, 5, 8)
+    for asked in (None, "sdpa", "flash_attention_2"):  # the last one means the best there is, which on a CPU is sdpa
+        assert choose_implementation(asked, q) == choose_implementation(asked, q.bfloat16()) == "sdpa"
+    assert choose_implementation("eager", q) == "eager"
+    assert choose_implementation("triton", q) == "triton"
+    for unknown in ("fast", {"": "sdpa"}, True):
+        with pytest.raises(ValueError, match="known: eager, sdpa, triton, flash_attention_2"):
+            choose_implementation(unknown, q)
 
 
 def test_masks_are_built_only_where_needed() -> None:
@@ -138,8 +121,8 @@ def test_slots_that_are_not_filled_are_not_seen(window: int | None, backend: str
     for filled in (3, 7, 12):
         whole = Mask(3, 12, causal=True, window=window, valid=valid, filled=torch.tensor(filled, dtype=torch.int32))
         part = Mask(3, filled, causal=True, window=window, valid=valid[:, :filled])
-        expected = attention(q, k[:, :, :filled], v[:, :, :filled], part, scale=0.3, backend=backend)
-        torch.testing.assert_close(attention(q, k, v, whole, scale=0.3, backend=backend), expected)
+        expected = attention(q, k[:, :, :filled], v[:, :, :filled], part, scale=0.3, attn_implementation=backend)
+        torch.testing.assert_close(attention(q, k, v, whole, scale=0.3, attn_implementation=backend), expected)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -151,7 +134,7 @@ def test_taps_get_all_weights_and_may_change_them(window: int | None) -> None:
     expected = attention(q, k, v, mask, scale=0.4)
     seen: list[torch.Tensor] = []
     attention_taps.append(seen.append)
-    found = attention(q, k, v, mask, scale=0.4, backend="sdpa")
+    found = attention(q, k, v, mask, scale=0.4, attn_implementation="sdpa")
     attention_taps[:] = [torch.zeros_like]
     nothing = attention(q, k, v, mask, scale=0.4)
     attention_taps.clear()

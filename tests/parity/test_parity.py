@@ -1,6 +1,7 @@
 """Sides, recordings, reports and the command line of the parity instrument."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from minivlm import LlavaNextForConditionalGeneration
 from minivlm.app import cli
 from minivlm.auto import PRESETS, family
 from minivlm.checkpoint import hub
+from minivlm.fast_cpu import FastLinear
 from minivlm.parity import Question, Recording, Side, against, compare, drawn_picture, plot, record, sides
 from minivlm.parity.difference import Difference, Yardstick
 from minivlm.parity.stages import stages_of
@@ -174,6 +176,41 @@ def test_an_interruption_leaves_the_recording_that_was_there(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_leaves_the_recording_that_was_there(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Each of the writes fails in turn: the old file or none."""
+    side, path = Side(LlavaNextForConditionalGeneration.from_pretrained(MODEL)), tmp_path / "ref.safetensors"
+    question, options = Question(inputs=sides.encode(Side(MODEL), [drawn_picture()], "?")), {"layers": [], "tokens": 0}
+    writes, open_path = {"done": 0, "failing": 0}, Path.open
+
+    def opened(self: Path, mode: str = "r", **options: Any) -> Any:
+        if self.suffix == ".part":
+            writes["done"] += 1
+            if writes["done"] == writes["failing"]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return open_path(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    record(side, tmp_path / "whole.safetensors", question, **options)
+    count = writes["done"]
+    assert count > 8
+    (tmp_path / "whole.safetensors").unlink()
+    for old in (None, recorded.read_bytes()):
+        if old is not None:
+            path.write_bytes(old)
+        for k in range(1, count + 1):
+            writes.update(done=0, failing=k)
+            with pytest.raises(OSError, match="No space left"):
+                record(side, path, question, **options)
+            assert list(tmp_path.iterdir()) == ([] if old is None else [path])
+            assert old is None or path.read_bytes() == old
+    writes.update(done=0, failing=2)
+    assert fails(capsys, MODEL, "--record", str(path)).startswith(
+        f"minivlm: error: {path} cannot be written: No space left"
+    )
+
+
 def test_ours_of_yesterday_is_a_side_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Idefics2's groups of pictures come one after the other: a recording of them has parts."""
     name, question = "shapes-idefics2", Question((drawn_picture(), drawn_picture().crop((0, 0, 90, 200))))
@@ -289,6 +326,19 @@ def test_memory_is_foreseen(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "takes 0.0 GiB (0.00 billion weights), and 0.0 GiB are free on cpu" in error
 
 
+def test_free_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, without /proc; and on Windows, without sysconf."""
+    assert sides.available("cpu") > 2**20
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert sides.available("cpu") > 2**20
+    monkeypatch.delattr(os, "sysconf")
+    assert sides.available("cpu") is None
+
+
 def test_a_quantised_checkpoint_needs_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PRESETS["HuggingFaceM4/idefics2-8b"].to_hub() | {"quantization_config": {"load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -402,9 +452,12 @@ def test_a_release_has_its_stages(name: str) -> None:
 
 def test_the_code_around_a_part_is_named_too() -> None:
     """What is wrong with a projection is, as a rule, what the layer around it hands it."""
-    model = LlavaNextForConditionalGeneration.from_pretrained(MODEL)
+    model = LlavaNextForConditionalGeneration.from_pretrained(MODEL, fast_cpu=False)
     stage = next(stage for stage in stages_of(model.config, [1], inside=True) if stage.name.endswith("1, down_proj"))
-    path, code = sides.blamed(model, stage)
-    assert path == "model.language_model.layers.1.mlp.down_proj"
-    assert [each.split()[1] for each in code.split(", in ")] == ["Linear", "GatedMLP", "DecoderBlock"]
+    for fast, classes in ((False, ["GatedMLP", "DecoderBlock", "Decoder"]), (True, ["FastLinear", "GatedMLP"])):
+        if fast:
+            model.get_submodule(stage.ours).__class__ = FastLinear
+        path, code = sides.blamed(model, stage)
+        assert path == "model.language_model.layers.1.mlp.down_proj"
+        assert [each.split()[1] for each in code.split(", in ")][: len(classes)] == classes
     assert sides.blamed(model, stages_of(model.config)[-1])[0] == "the model"

@@ -22,7 +22,7 @@ from torch import nn
 
 from minivlm.generation import loop
 from minivlm.models import idefics, idefics2, llava_next
-from minivlm.modules import attention, clip, decoder, siglip
+from minivlm.modules import attention, clip, decoder, siglip, vision
 from minivlm.parity import Question, Recording, Side, against, drawn_picture, record
 from minivlm.processing import common
 from minivlm.processing import idefics2 as idefics2_processing
@@ -181,9 +181,9 @@ def kind_of(kind: Any, change: Callable[[Any], Any]) -> Fault:
 def mixed_up(owner: Any, change: Callable[..., Any]) -> Fault:
     """Attention of other queries, keys, values, mask or scale, in one file: change(q, k, v, mask, scale)."""
 
-    def other(original: Any, *tensors: Any, scale: float, backend: Any) -> Any:
+    def other(original: Any, *tensors: Any, scale: float, attn_implementation: Any) -> Any:
         *tensors, scale = change(*tensors, scale)
-        return original(*tensors, scale=scale, backend=backend)
+        return original(*tensors, scale=scale, attn_implementation=attn_implementation)
 
     return around(owner, "attention", other)
 
@@ -422,11 +422,11 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
         "patch embedding",
     ),
     ("idefics2", "patches see only those before"): (
-        kind_of(siglip.SiglipEncoder, lambda mask: replace(mask, causal=True)),
+        kind_of(vision.VisionEncoder, lambda mask: replace(mask, causal=True)),
         "vision layer 0",
     ),
     ("idefics2", "softmax in half precision"): (softmax_in(torch.bfloat16), "vision layer 0"),
-    ("idefics2", "the MLP in front of attention"): (around(siglip.SiglipBlock, "forward", mlp_first), "vision layer 0"),
+    ("idefics2", "the MLP in front of attention"): (around(vision.VisionBlock, "forward", mlp_first), "vision layer 0"),
     ("idefics2", "no activation in the projection"): (
         changed("model.connector.modality_projection", act=lambda x: x),
         "projection",
@@ -482,7 +482,7 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
         "patch embedding",
     ),
     ("llava_next", "patches see only those before"): (
-        kind_of(siglip.SiglipBlock, lambda mask: replace(mask, causal=True)),
+        kind_of(vision.VisionBlock, lambda mask: replace(mask, causal=True)),
         "vision layer 0",
     ),
     ("llava_next", "keys and queries swapped"): (

@@ -91,6 +91,30 @@ def test_image_tokens_are_those_of_the_expanded_text(processor, text, splitting)
     assert ids == processor.tokenizer.encode(written)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", {"longest_edge": 64}),
+        ("size", 64),
+        ("do_image_splitting", "yes"),
+        ("image_mean", [0.5]),
+        ("resample", "bicubic"),
+    ],
+)
+def test_fields_set_later_are_checked_when_used(processor, name, value):
+    setattr(processor.image_processor, name, value)
+    for call in (lambda: processor(text=IMAGE, images=noise(9, 9)), lambda: processor.image_processor(noise(9, 9))):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            call()
+
+
+@pytest.mark.parametrize("length", [0, "64", 6.4, None])
+def test_image_seq_len_is_checked_when_used(processor, length):
+    processor.image_seq_len = length
+    with pytest.raises(ValueError, match="image_seq_len"):
+        processor(text=IMAGE, images=noise(9, 9))
+
+
 def test_image_block():
     assert image_block(2, False) == [FAKE, IMAGE, IMAGE, FAKE]
     assert image_block(1, True) == [FAKE, IMAGE] * 5 + [FAKE]

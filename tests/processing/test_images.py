@@ -109,6 +109,29 @@ def test_rare_modes_convert_or_say_why_not(mode):
 # ---- arrays
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, np.float32, np.float64])
+def test_numbers_of_any_type_are_the_reference_pixels(reference, kind):
+    """Whole numbers in 0..255, in an image that the reference resizes (it turns them into bytes for that)."""
+    from minivlm.processing.idefics2 import Idefics2ImageProcessor
+
+    levels = np.random.default_rng(0).integers(0, 256, (40, 50, 3))
+    theirs = reference.image_processor([[levels.astype(kind)]], do_image_splitting=False, return_tensors="pt")
+    for array in (levels.astype(kind), torch.from_numpy(levels.astype(kind))):
+        ours = Idefics2ImageProcessor()(array, return_tensors="pt")
+        assert torch.equal(ours.pixel_values, theirs["pixel_values"].float())
+
+
+def test_the_range_of_floats():
+    whole = np.array([[0, 1, 128, 255]])
+    assert pixels(load_image(whole.astype(np.float32)))[2] == [128] * 3
+    assert pixels(load_image(np.array([[0.0, 1.0]]))) == [[0] * 3, [255] * 3]
+    assert pixels(load_image(np.array([[0, 1]]))) == [[0] * 3, [1] * 3]
+    assert pixels(load_image(np.array([[0.0, 2.6]]))) == [[0] * 3, [3] * 3]
+    for odd in ([[0.5, 1.0001]], [[0.5, 255.5]], [[-0.001, 0.5]]):
+        with pytest.raises(ValueError, match="clip"):
+            load_image(np.array(odd))
+
+
 def test_array_layouts():
     assert pixels(load_image(np.full((1, 2), 7, np.uint8))) == [[7] * 3] * 2
     assert pixels(load_image(np.full((5, 1, 2), 7, np.uint8)[:1])) == [[7] * 3] * 2  # (1, 1, 2): one channel first

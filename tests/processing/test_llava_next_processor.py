@@ -5,12 +5,14 @@ import json
 import shutil
 
 import numpy as np
+import oracle_llava
 import pytest
 import torch
 from conftest import PHOTOGRAPHS
 from PIL import Image
 
 from minivlm.checkpoint import hub
+from minivlm.modules.anyres import image_token_count
 from minivlm.processing.common import expand
 from minivlm.processing.llava_next import LlavaNextImageProcessor, LlavaNextProcessor
 from minivlm.text import chat_template as chat
@@ -394,7 +396,8 @@ def test_truncation_of_text_behind_the_picture_is_fine(processor):
         ({"image_grid_pinpoints": [[336, 0]]}, "image_grid_pinpoints"),
         ({"image_grid_pinpoints": [[336 * 10**6, 336]]}, "4096"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints"),
-        ({"crop_size": {"height": 224, "width": 224}}, "multiples of the tile's side of 224"),
+        ({"crop_size": {"height": 240, "width": 240}}, "multiples of the tile's side of 240"),
+        ({"crop_size": 224, "size": 224, "do_center_crop": False}, "do_center_crop=True"),
         ({"crop_size": {"height": 336, "width": 672}}, "crop_size is a square"),
         ({"crop_size": {"height": 336}}, "crop_size is a square"),
         ({"crop_size": {}}, "crop_size is a square"),
@@ -436,6 +439,65 @@ def test_nonsense_in_the_processor(llava, tmp_path, change, message):
     (folder / "processor_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         LlavaNextProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},  # the reference's own default: tiles of 224, canvases of multiples of 336
+        {"size": {"height": 224, "width": 224}},
+        {"size": {"shortest_edge": 250}},
+        {"size": {"shortest_edge": 200}},
+        {"do_resize": False},
+        {"image_grid_pinpoints": [[100, 300], [224, 448], [333, 250]]},
+    ],
+    ids=str,
+)
+def test_tiles_at_the_edge_of_a_canvas(tmp_path, change):
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    theirs = LlavaNextImageProcessorPil(**change)
+    theirs.save_pretrained(tmp_path)
+    ours = LlavaNextImageProcessor.from_pretrained(tmp_path)
+    for size in ((336, 336), (480, 640), (640, 480), (200, 1000), (1000, 200), (37, 1000), (503, 316), (1, 1)):
+        expected = theirs(noise(*size), return_tensors="pt")
+        inputs = ours(noise(*size), return_tensors="pt")
+        assert torch.equal(inputs.pixel_values, expected["pixel_values"].float()), size
+        assert inputs.image_sizes.tolist() == expected["image_sizes"].tolist()
+
+
+@torch.no_grad()
+def test_features_where_some_canvases_are_no_whole_tiles(tmp_path):
+    """Tower of 12, canvases of multiples of 18: those of 36x36 work in the reference, the others fail in its model."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    from minivlm.models.llava_next import LlavaNextForConditionalGeneration
+
+    pinpoints = [[18, 36], [36, 18], [36, 36]]
+    reference = oracle_llava.random_llava(oracle_llava.llava_config(pinpoints=pinpoints))
+    reference.save_pretrained(tmp_path)
+    theirs = LlavaNextImageProcessorPil(size={"shortest_edge": 12}, crop_size=12, image_grid_pinpoints=pinpoints)
+    theirs.save_pretrained(tmp_path)
+    ours = LlavaNextForConditionalGeneration.from_pretrained(tmp_path)
+    inputs = LlavaNextImageProcessor.from_pretrained(tmp_path)(noise(30, 40), return_tensors="pt")
+    expected = theirs(noise(30, 40), return_tensors="pt")
+    assert torch.equal(inputs.pixel_values, expected["pixel_values"].float())
+    count = image_token_count((30, 40), pinpoints, 12, 4)
+    ids = torch.tensor([[1, *[oracle_llava.IMAGE] * count, 5]])
+    logits = reference(ids, **expected).logits
+    assert (ours(ids, **inputs).logits - logits).abs().max() <= 1e-5 * logits.abs().max()
+    flat = LlavaNextImageProcessor.from_pretrained(tmp_path)(noise(4, 40), return_tensors="pt")
+    ids = torch.tensor([[1, *[oracle_llava.IMAGE] * image_token_count((4, 40), pinpoints, 12, 4), 5]])
+    with pytest.raises(ValueError, match="whole tiles of 12"):
+        ours(ids, **flat)
+    with pytest.raises(RuntimeError):
+        reference(ids, **flat)
+
+
+def test_fields_set_later_are_checked_when_used(processor):
+    processor.image_processor.crop_size = {"height": 240, "width": 240}
+    with pytest.raises(ValueError, match="multiples of the tile"):
+        processor(text="<image>", images=noise(9, 9))
 
 
 def test_pictures_with_unequal_numbers_of_tiles_need_padding():

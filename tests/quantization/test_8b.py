@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from minivlm.auto import PRESETS
-from minivlm.checkpoint.loading import INDEX
+from minivlm.checkpoint.names import INDEX
 
 NAME = "HuggingFaceM4/idefics2-8b"
 SHARD = 2 * 10**9  # bytes

@@ -15,7 +15,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config
 from minivlm.auto import PRESETS, family
-from minivlm.checkpoint.loading import kept_modules, local_name
+from minivlm.checkpoint.names import local_name
+from minivlm.checkpoint.saving import kept_modules
 from minivlm.quantization import apply
 
 CONFIGS: dict[str, Callable[[], Any]] = {

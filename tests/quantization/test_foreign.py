@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minivlm import Idefics2ForConditionalGeneration as Model
-from minivlm.checkpoint.loading import WEIGHTS
+from minivlm.checkpoint.names import WEIGHTS
 from minivlm.quantization import apply, foreign
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}

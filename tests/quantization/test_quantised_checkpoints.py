@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from minivlm import BitsAndBytesConfig, Idefics2ForConditionalGeneration, Int4Config
 from minivlm.app import cli
-from minivlm.checkpoint.loading import WEIGHTS
+from minivlm.checkpoint.names import WEIGHTS
 from minivlm.quantization import apply
 
 Model = Idefics2ForConditionalGeneration

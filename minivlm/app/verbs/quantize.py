@@ -4,6 +4,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from minivlm.app import options
+
 EXAMPLES = """\
 minivlm quantize HuggingFaceM4/idefics2-8b idefics2-nf4
 minivlm quantize shapes-idefics2 shapes-int4 --format int4 --group-size 64"""
@@ -13,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, built-in name or Hub id")
     parser.add_argument("out", type=Path, help="a new folder")
     formats = "nf4 (default) and fp4: as bitsandbytes, doubly quantised; int4: fastest on a CPU; int8"
-    parser.add_argument("--format", choices=["nf4", "fp4", "int4", "int8"], default="nf4", help=formats)
+    parser.add_argument("--format", choices=options.FORMATS, default="nf4", help=formats)
     parser.add_argument("--group-size", type=int, default=128, choices=[32, 64, 128], help="of int4")
     parser.add_argument("--skip", nargs="*", default=[], metavar="MODULE", help="leave it as it is, as vision_model")
     kinds = ["auto", "float32", "bfloat16", "float16"]
@@ -27,29 +29,26 @@ def run(arguments: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; name a new folder")
 
-    from minivlm import AutoModelForImageTextToText, BitsAndBytesConfig, Int4Config
+    from minivlm import AutoModelForImageTextToText
     from minivlm.app.inspection import memory
     from minivlm.checkpoint import hub
+    from minivlm.checkpoint.files import saving
     from minivlm.quantization import apply
 
-    if arguments.format == "int4":
-        config = Int4Config(arguments.group_size, arguments.skip)
-    elif arguments.format == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=arguments.skip or None)
-    else:
-        double = {"bnb_4bit_quant_type": arguments.format, "bnb_4bit_use_double_quant": True}
-        config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=arguments.skip or None, **double)
+    options.check_name(arguments.model)
+    config = options.quantization(arguments.format, arguments.group_size, arguments.skip)
     files = hub.source(arguments.model)
     if files.json("config.json").get("quantization_config") is not None:
         raise ValueError(f"{arguments.model} is quantised already; start from the original")
     model = AutoModelForImageTextToText.from_pretrained(
         arguments.model, quantization_config=config, dtype=arguments.dtype
     )
-    model.save_pretrained(out)
-    for name in hub.BESIDE_THE_WEIGHTS:
-        path = files.file(name, required=False)
-        if path is not None:
-            shutil.copyfile(path, out / name)
+    with saving() as save:
+        model.save_pretrained(out)
+        for name in hub.BESIDE_THE_WEIGHTS:
+            path = files.file(name, required=False)
+            if path is not None:
+                shutil.copyfile(path, save.file(out / name))
     layers = apply.layers(model).values()
     count = sum(layer.in_features * layer.out_features for layer in layers)
     size = sum(config.format.nbytes(layer.shape) for layer in layers)

@@ -1,0 +1,31 @@
+"""Names of files, and of tensors: those in files and those here, by a model class's table of prefixes."""
+
+import re
+from typing import Any
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SAVE_ID = "save_id"  # in the metadata of an index and of its shards: which save they are of
+
+
+def local_name(hub_name: str, prefixes: dict[str, str]) -> str:
+    """A tensor's name in our modules, given its name in a file: the first prefix that fits is exchanged."""
+    for theirs, ours in prefixes.items():
+        if hub_name.startswith(theirs):
+            return ours + hub_name.removeprefix(theirs)
+    return hub_name
+
+
+def is_ignored(hub_name: str, model: Any) -> bool:
+    """Whether a tensor of a file is one that the model class knows and does not need: its `hub_ignored` says why."""
+    return any(re.fullmatch(pattern, hub_name) for pattern in getattr(model, "hub_ignored", ()))
+
+
+def tied(model: Any) -> dict[str, str]:
+    """A head's parameters that are another name of an embedding table, and so in no file of ours → that table."""
+    return model.tied_weights if model.config.tie_word_embeddings else {}
+
+
+def hub_name(name: str, prefixes: dict[str, str]) -> str:
+    """The way back. Of several spellings in files, the table's first is the one that is written."""
+    return local_name(name, {ours: theirs for theirs, ours in reversed(prefixes.items())})

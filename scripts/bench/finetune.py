@@ -1,0 +1,180 @@
+"""A training step beside transformers and PEFT: CPU seconds and memory, each way of training in a process of its own.
+
+    python scripts/bench/finetune.py                  # every way, on both sides, as a table
+    python scripts/bench/finetune.py --steps 10 --only lora nf4
+
+A random Idefics2 of 42 M parameters in fp32 (text: 8 layers of 512, 8,192 tokens), two rows of an image and 255 tokens
+that are all learned, AdamW (fused), clipping, one thread. Seconds are of CPU time, so other load on the machine counts
+little; memory is what the process has after loading, and at most (resident, libraries included). The sides alternate.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WAYS = ("lora", "lora+checkpointing", "nf4", "nf4+checkpointing", "full")
+SIDES = ("transformers + PEFT", "minivlm")
+TARGETS = (
+    r".*(text_model|modality_projection|perceiver_resampler)"
+    r".*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$"
+)
+TEXT = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 8}
+TEXT |= {"num_key_value_heads": 4, "vocab_size": 8192, "sliding_window": None, "model_type": "mistral"}
+VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+VISION |= {"image_size": 224, "patch_size": 14}
+PERCEIVER = {"hidden_size": 512, "resampler_depth": 2, "resampler_n_heads": 8, "resampler_head_dim": 64}
+PERCEIVER |= {"num_key_value_heads": 4, "resampler_n_latents": 64}
+IMAGE = 8191
+
+
+def make(folder: Path) -> int:
+    """Write the random model; how many parameters it has."""
+    from minivlm import Idefics2Config, Idefics2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    values = {"vision_config": VISION, "perceiver_config": PERCEIVER, "text_config": TEXT, "image_token_id": IMAGE}
+    model = Idefics2ForConditionalGeneration(Idefics2Config.from_hub(values))
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows of 64 image tokens and 255 others."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(10, IMAGE - 1, (2, 319), generator=generator)
+    ids[:, 1:65] = IMAGE
+    inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == IMAGE, -100)}
+    inputs["pixel_values"] = torch.randn(2, 1, 3, 224, 224, generator=generator)
+    return inputs | {"pixel_attention_mask": torch.ones(2, 1, 224, 224, dtype=torch.long)}
+
+
+def theirs(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
+    import peft
+    import transformers
+
+    options: dict[str, Any] = {}
+    if "nf4" in way:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    model = transformers.Idefics2ForConditionalGeneration.from_pretrained(folder, **options)
+    if way != "full":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=TARGETS))
+    if "checkpointing" in way:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step(inputs: dict[str, torch.Tensor]) -> float:
+        loss = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def ours(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
+    from minivlm import BitsAndBytesConfig, Idefics2ForConditionalGeneration
+    from minivlm.training import lora, memory
+    from minivlm.training.loss import token_loss
+    from minivlm.training.optimisation import Optimisation, adamw, trained
+    from minivlm.training.targets import LoraConfig
+
+    options: dict[str, Any] = {}
+    if "nf4" in way:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = Idefics2ForConditionalGeneration.from_pretrained(folder, **options)
+    if way != "full":
+        lora.apply(model, LoraConfig(r=8, target_modules=TARGETS))
+        memory.freeze_tower(model)
+    if "checkpointing" in way:
+        memory.checkpoint_layers(model)
+    model.train()
+    optimisation = Optimisation(trained(model), adamw(model, 1e-4))
+
+    def step(inputs: dict[str, torch.Tensor]) -> float:
+        total, learned = token_loss(model, inputs)
+        total.backward()
+        optimisation.step(1.0, torch.tensor([total.item(), learned], dtype=torch.float64))
+        return total.item() / learned
+
+    return step
+
+
+def measure(side: str, way: str, folder: str, steps: int) -> dict[str, Any]:
+    """In this process: seconds of each step, bytes after loading and at most, the losses."""
+    torch.set_num_threads(1)
+    step = (theirs if side == SIDES[0] else ours)(folder, way)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    loaded, seconds, losses = pages * resource.getpagesize(), [], []
+    for _ in range(steps):
+        begun = time.process_time()
+        losses.append(step(copy.copy(batch())))
+        seconds.append(time.process_time() - begun)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "loaded": loaded, "peak": peak, "losses": losses}
+
+
+def child(side: str, way: str, folder: str, steps: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", side, way, folder, "--steps", str(steps)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise SystemExit(f"{side}, {way}: {found.stderr[-2000:]}")
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=2, help="processes for each way and side, in turn")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(*arguments.child, arguments.steps)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{make(Path(folder)):,} parameters; torch {torch.__version__}\n")
+        print("| way | side | CPU s/step | loaded → peak MB | time ratio | peak ratio | above load ratio |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+        for way in arguments.only:
+            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+            for _ in range(arguments.repeat):
+                for side in SIDES:
+                    runs[side].append(child(side, way, folder, arguments.steps))
+            report(way, runs)
+
+
+def report(way: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Two lines of the table. The losses of both sides are the same where nothing is random but the adapter's A."""
+    found = {}
+    for side, several in runs.items():
+        seconds = statistics.median(value for run in several for value in run["seconds"][1:])
+        found[side] = seconds, min(run["loaded"] for run in several), min(run["peak"] for run in several)
+    base = found[SIDES[0]]
+    for side, (seconds, loaded, peak) in found.items():
+        ratios = ("", "", "")
+        if side != SIDES[0]:
+            above = (peak - loaded) / (base[2] - base[1])
+            ratios = (f"{seconds / base[0]:.2f}", f"{peak / base[2]:.2f}", f"{above:.2f}")
+        sizes = f"{loaded / 1e6:.0f} → {peak / 1e6:.0f}"
+        print(f"| {way} | {side} | {seconds:.2f} | {sizes} | {' | '.join(ratios)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
