@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minivlm import __version__
 from minivlm.families import family
-from minivlm.inside import attribute, edit, latents, logit_lens, to_patches, watch
+from minivlm.inside import attribute, edit, latents, logit_lens, watch
 from minivlm.inside.hooks import hooked
 from minivlm.inside.stages import stages_of
 from minivlm.inside.watch import Seen
@@ -290,6 +290,8 @@ def _tokens(processor: Any, seen: Seen, inputs: dict[str, Any], views: list[list
             token["kind"] = "special"
         if mask is not None:
             token["sees"] = mask[0, position].nonzero()[:, 0].tolist()
+            if token["kind"] == "image" and token["sees"]:
+                token["image"] = token["sees"][-1]
         found.append(token)
     return found[:length]
 
@@ -302,54 +304,31 @@ def _piece(processor: Any, id: int) -> str:
 
 def _answer(model: Any, processor: Any, seen: Seen, answer: Tensor, p: Tensor, grey: Tensor) -> list[Any]:
     """The answer's tokens: probability, runners-up, the same with grey images, and the logit lens."""
-    layers = _lens(model, seen, answer)
+    lens = logit_lens(model, seen, answer[None], ends=list(range(len(answer))), top=3)
     found = []
     for number, id in enumerate(answer.tolist()):
         likeliest = p[number].topk(5)
-        top = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         found.append(
             {
                 "id": id,
                 "text": _piece(processor, id),
                 "p": round(float(p[number, id]), 5),
                 "grey": round(float(grey[number, id]), 5),
-                "top": [[_piece(processor, other), round(value, 5)] for other, value in top],
+                "top": _named(processor, likeliest.indices, likeliest.values),
                 "lens": [
-                    {"p": round(p, 5), "top": [[_piece(processor, other), round(value, 5)] for other, value in each]}
-                    for p, each in layers[number]
+                    {
+                        "p": round(float(lens.probability[layer, 0, number]), 5),
+                        "top": _named(processor, lens.top_ids[layer, 0, number], lens.top[layer, 0, number]),
+                    }
+                    for layer in range(len(lens.layers))
                 ],
             }
         )
     return found
 
 
-def _lens(model: Any, seen: Seen, answer: Tensor) -> list[list[tuple[float, list[tuple[int, float]]]]]:
-    """For each answer token, for each layer: its probability there, and the likeliest tokens. The pass that is watched
-    ran all positions at once, so the lens is asked for one position after the other."""
-    found = []
-    for number in range(len(answer)):
-        states = {name: seen[name][:, number : number + 1] for name in seen if "," not in name}
-        lens = logit_lens(model, _Slice(seen, states), answer[None, number : number + 1], top=3)
-        rows = []
-        for layer in range(len(lens.layers)):
-            ids, values = lens.top_ids[layer, 0, 0].tolist(), lens.top[layer, 0, 0].tolist()
-            rows.append((float(lens.probability[layer, 0, 0]), list(zip(ids, values, strict=True))))
-        found.append(rows)
-    return found
-
-
-class _Slice:
-    """One position of what was watched, as if the model had run it alone."""
-
-    def __init__(self, seen: Seen, states: dict[str, Tensor]) -> None:
-        self.config, self.tokens, self.steps, self.positions = seen.config, seen.tokens, [0], [0]
-        self._states = states
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._states)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._states[name]
+def _named(processor: Any, ids: Tensor, values: Tensor) -> list[list[Any]]:
+    return [[_piece(processor, id), round(value, 5)] for id, value in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 # ---- Where it looks
@@ -426,11 +405,6 @@ def _relevance(model: Any, seen: Seen, inputs: dict[str, Any], ids: Tensor, leng
         patches = attribute(model, text, int(ids[0, end])).patches
         found.append([packed(grid.flatten()) for image in patches for grid in image])
     return found
-
-
-def heat(seen: Seen, weights: Tensor) -> list[Tensor]:
-    """Weights over the text on the patches of every view of the row, in order."""
-    return [grid for image in to_patches(seen, weights) for grid in image]
 
 
 def write(text: str, path: Path) -> None:
