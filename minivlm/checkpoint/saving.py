@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minivlm.checkpoint import files, hub, options
-from minivlm.checkpoint.names import INDEX, SAVE_ID, WEIGHTS, hub_name
+from minivlm.checkpoint.names import INDEX, SAVE_ID, WEIGHTS, hub_name, tied
 from minivlm.checkpoint.unread import over
 from minivlm.quantization import apply
 
@@ -91,7 +91,9 @@ def _tensors(model: nn.Module, state_dict: dict[str, Tensor] | None) -> Shard:
     ours = apply.files(model) if state_dict is None else state_dict
     if state_dict is not None and (strange := sorted(state_dict.keys() ^ model.state_dict().keys())):
         raise ValueError(f"state_dict should have the names of this model, found a difference at {strange[0]!r:.200}")
-    return {hub_name(name, model.hub_prefixes): value.detach() for name, value in ours.items()}
+    root = getattr(model, "hub_root", "")
+    whole = {name: value for name, value in ours.items() if name not in tied(model)}
+    return {hub_name(root + name, model.hub_prefixes): value.detach() for name, value in whole.items()}
 
 
 def kept_modules(model: nn.Module) -> list[str]:

@@ -3,10 +3,10 @@
 The functions whose first argument is `cls` or `self` are methods, written into the classes as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from minivlm.processing.images import image_rows, load_image, pixel_table
 from minivlm.text import chat_template as chat
 from minivlm.text.tokenizer import Prompt, Tokenizer, as_texts
 
+Processor = TypeVar("Processor", bound=Callable)
 MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
 # red, green and blue of the pictures that CLIP was trained on
@@ -47,7 +48,7 @@ def write_image_processor(self: Any, folder: str | Path) -> None:
 
 
 def from_pretrained(
-    cls: type,
+    cls: type[Processor],
     name_or_folder: str | Path,
     *,
     revision: str | None = None,
@@ -57,7 +58,7 @@ def from_pretrained(
     subfolder: str = "",
     use_auth_token: str | bool | None = None,
     **changes: Any,
-) -> Any:
+) -> Processor:
     """A checkpoint's processor: of a folder, a name that ships with the package, or a Hub id.
 
     `changes` are the caller's and win over the files: fields of the image processor (do_image_splitting=False,
@@ -217,13 +218,15 @@ def assemble(
         learned.append(marks)
     keep = image_token_id if border is None else border
     wanted = any(prompt.learned is not None for prompt in prompts)
-    return tokenizer.assemble(bodies, keep=keep, learned=learned if wanted else None, **options)
+    return tokenizer.assemble(bodies, keep=keep, beside={"assistant_masks": (learned, 0)} if wanted else {}, **options)
 
 
 def expand(
     ids: list[int], marks: list[int], image_token_id: int, blocks: Iterator[list[int]], border: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Each image token replaced by the next block; the block's tokens get its mark. For `border` see `assemble`."""
+    if image_token_id not in ids and border not in ids:
+        return ids, marks
     new_ids: list[int] = []
     new_marks: list[int] = []
     for i, mark in zip(ids, marks, strict=True):
