@@ -141,6 +141,11 @@ def test_random_values_are_those_of_the_constructor(name: str) -> None:
     assert random_values(build, {norm}).keys() == {norm}
 
 
+def test_a_large_epsilon(folder: Path) -> None:
+    breaker.entry("config.json", "text_config.rms_norm_eps", 0.5)(folder)
+    assert Model.from_pretrained(folder).config.text_config.rms_norm_eps == 0.5
+
+
 # ---- Options that scripts pass ---------------------------------------------------------------------------------------
 
 
