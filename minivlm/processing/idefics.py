@@ -39,7 +39,7 @@ from minivlm.text.shown import short
 from minivlm.text.tokenizer import Prompt, Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
-PICTURES = (Image.Image, Path, bytes, bytearray, memoryview, np.ndarray, torch.Tensor, dict)  # in a prompt, beside URLs
+PICTURES = (Image.Image, Path, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)  # in a prompt, beside URLs
 URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]\S*|data:image/\S*", re.IGNORECASE)
 FILE_NAME = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
@@ -271,7 +271,7 @@ def write_prompt(items: list[Any], separator: str, name: str) -> tuple[str, list
             if isinstance(before, str) and not (before.endswith(END_OF_UTTERANCE) or item.startswith(END_OF_UTTERANCE)):
                 written += separator
             written, before = written + item, item
-        elif isinstance(item, (str, *PICTURES)):
+        elif isinstance(item, (str, *PICTURES)) or (isinstance(item, dict) and (item.get("bytes") or item.get("path"))):
             written += IMAGE + FAKE if before is pictures else FAKE + IMAGE + FAKE
             pictures.append(item.strip() if isinstance(item, str) else item)
             before = pictures
