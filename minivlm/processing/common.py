@@ -5,11 +5,11 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from minivlm.checkpoint import hub
+from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.files import read_configs, saving, write_json
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
@@ -29,12 +29,12 @@ class ImageProcessor(ImageProcessorTools):
     """Base class of dataclasses whose fields are those of preprocessor_config.json."""
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Any:
+    def from_dict(cls, config: dict[str, Any]) -> Self:
         """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
         return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> Any:
+    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> Self:
         """From a folder or Hub id; `where` is what `hub.source` takes."""
         with hub.blame(str(name_or_folder)):
             return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
@@ -45,7 +45,7 @@ class ImageProcessor(ImageProcessorTools):
         names = {"image_processor_type": name, "processor_class": name.replace("ImageProcessor", "Processor")}
         write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
 
-    def changed(self, changes: dict[str, Any]) -> Any:
+    def changed(self, changes: dict[str, Any]) -> Self:
         """A copy with other values of some fields; None changes nothing. TypeError for names of no field."""
         names = [f.name for f in fields(self)]
         check_names(changes, names)
@@ -72,24 +72,34 @@ class Processor(ProcessorTools):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-        use_fast: bool | None = None,
+        subfolder: str = "",
+        use_auth_token: str | bool | None = None,
         **changes: Any,
-    ) -> Any:
+    ) -> Self:
         """A checkpoint's processor: from a folder, by a name that ships with the package, or by a Hub id.
 
         `changes` win over the files: fields of the image processor (do_image_splitting=False, size={…}), `SETTINGS` of
         the processor, padding_side and chat_template (jinja, or a name of `chat_template.KNOWN`). None counts as not
-        given; TypeError for any other name. `use_fast` is accepted for compatibility and changes nothing.
+        given; TypeError for any other name. Other options of `transformers` are accepted where they change nothing
+        here (`checkpoint/options.py`).
         """
-        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        source = hub.source(name_or_folder, **where)
+        source = hub.source(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=options.first(token=token, use_auth_token=use_auth_token),
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
         image_config, config = read_configs(source)
         with hub.blame(f"{source.name}: the image processor's settings"):
             image_processor = cls.image_processor_class.from_dict(image_config)
         tokenizer = Tokenizer.from_source(source)
-        image_fields = [f.name for f in fields(image_processor)]
-        check_names(changes, [*image_fields, *cls.SETTINGS, "padding_side", "chat_template"])
-        changes = {name: value for name, value in changes.items() if value is not None}
+        image_fields = {f.name for f in fields(image_processor)}
+        known = image_fields | cls.SETTINGS.keys() | {"padding_side", "chat_template"}
+        others = {name: value for name, value in changes.items() if name not in known}
+        options.refuse_others(others, options.LOADING, known)
+        changes = {name: value for name, value in changes.items() if name in known and value is not None}
         tokenizer.padding_side = changes.get("padding_side", tokenizer.padding_side)
         template = chat.named(changes.get("chat_template")) or chat.find_template(source, config, tokenizer.config)
         tokenizer.chat_template = template
@@ -145,7 +155,7 @@ class Processor(ProcessorTools):
         image_fields = (f.name for f in fields(self.image_processor))
         return (*TEXT_OPTIONS, *OTHER_OPTIONS, *GROUPS, *image_fields)
 
-    def for_call(self, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def for_call(self, options: dict[str, Any]) -> tuple[Self, dict[str, Any]]:
         """The processor with the image options of one call, and the other options. TypeError for unknown names."""
         given = {name: value for name, value in options.items() if name not in GROUPS}
         for group in GROUPS:
