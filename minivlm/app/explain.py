@@ -66,8 +66,8 @@ def gather(
 ) -> dict[str, Any]:
     """Everything the page shows, as plain data.
 
-    images: PIL, RGB.  layers: whose heads are kept one by one; None = as many, evenly spaced, as fit in `room` bytes. Of
-    the others the mean over heads stays.
+    images: PIL, RGB.  layers: whose heads are kept one by one; None = as many, evenly spaced, as fit in `room` bytes;
+    of the others the mean over heads stays.
     settings: of `generate`.  Raises ValueError for a prompt without an image, and what `generate` raises.
     """
     if not images:
@@ -82,6 +82,7 @@ def gather(
         probabilities = model(**text, logits_to_keep=len(answer)).logits[0].float().softmax(-1)
     grey = model(**{**text, "pixel_values": torch.zeros_like(text["pixel_values"])}, logits_to_keep=len(answer))
     views = _of_images(seen, processor, images, model.config)
+    layers = layers or _fitting(model, length, len(answer), room)
     return {
         "version": __version__,
         "model": _about(model),
@@ -91,9 +92,7 @@ def gather(
         "images": [_image(model.config, processor, *each) for each in zip(images, views, strict=True)],
         "prompt": _tokens(processor, seen, inputs, views, length),
         "tokens": _answer(model, processor, seen, answer, probabilities, grey.logits[0].float().softmax(-1)),
-        "attention": _attention(
-            seen, rollout, len(answer), length, layers or _fitting(model, length, len(answer), room)
-        ),
+        "attention": _attention(seen, rollout, len(answer), length, layers),
         "latents": _latents(seen),
         "relevance": _relevance(model, inputs, ids, length),
         "stages": _stages(model, inputs),
