@@ -13,6 +13,7 @@ import base64
 import html
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ def page(found: dict[str, Any]) -> str:
     template = files("minivlm.app").joinpath("explain.html").read_text(encoding="utf-8")
     data = json.dumps(found, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(f"{found['question']} - {found['model']['name']}")
-    return template.replace("{{title}}", title).replace("{{data}}", data)
+    head, between, end = re.split(r"{{title}}|{{data}}", template)
+    return f"{head}{title}{between}{data}{end}"  # what was asked may hold such marks itself
 
 
 def layers_of(model: Any, text: str | None) -> list[int] | None:
