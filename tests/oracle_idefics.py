@@ -1,4 +1,4 @@
-"""Tiny random IDEFICS models of the reference, and batches in which tokens see different pictures, or none."""
+"""Tiny random IDEFICS models of the reference, and batches in which tokens see different images, or none."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-SIZE, PATCH = 12, 4  # of a picture and of its patches, in pixels
+SIZE, PATCH = 12, 4  # of a image and of its patches, in pixels
 VOCABULARY = 100
 
 
@@ -71,9 +71,9 @@ def random_reference(config: Any, seed: int = 0) -> Any:
 
 
 def random_inputs(images: tuple[int, ...], added: int = 2, seed: int = 1, text: int = 6) -> dict[str, Tensor]:
-    """A left-padded batch: row r holds images[r] pictures, each token sees the last one before it, the first ones none.
+    """A left-padded batch: row r holds images[r] images, each token sees the last one before it, the first ones none.
 
-    Rows with fewer pictures are filled up with noise that no token sees. Ids of the added tokens occur in the text.
+    Rows with fewer images are filled up with noise that no token sees. Ids of the added tokens occur in the text.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, most = len(images), max(1, *images) if len(images) > 1 else max(1, images[0])

@@ -73,14 +73,14 @@ def random_llava(config: Any, seed: int = 0) -> Any:
 def llava_inputs(
     rows: Sequence[Sequence[tuple[int, int]]], config: Any, seed: int = 1, text: int = 6
 ) -> dict[str, Any]:
-    """A left-padded batch: row r holds a picture of each size in rows[r], with text between and behind them."""
+    """A left-padded batch: row r holds a image of each size in rows[r], with text between and behind them."""
     generator = torch.Generator().manual_seed(seed)
     tile, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
     sizes = [size for row in rows for size in row]
     content = []
-    for row, pictures in enumerate(rows):
+    for row, images in enumerate(rows):
         ids = [1]
-        for size in pictures:
+        for size in images:
             ids += [IMAGE] * image_token_count(size, pinpoints, tile, PATCH) + [3]
         content.append(ids + torch.randint(4, 90, (text + row,), generator=generator).tolist())
     longest = max(map(len, content))

@@ -14,7 +14,7 @@ from minivlm.families import Family, Rows, Stage
 from minivlm.families.record import decoder_layers
 from minivlm.models.idefics2 import Idefics2Config, Idefics2ForConditionalGeneration, Idefics2Model, PerceiverConfig
 from minivlm.modules.decoder import DecoderConfig
-from minivlm.modules.siglip import VisionConfig
+from minivlm.modules.siglip import SiglipVisionConfig
 from minivlm.processing.idefics2 import Idefics2Processor
 
 SIDE, PATCH, PATCHES = 28, 14, 4
@@ -30,7 +30,7 @@ class ToyModel(Idefics2Model):
         del self.vision_model, self.connector
         self.patches = nn.Linear(3 * PATCH**2, config.text_config.hidden_size)
 
-    def get_image_features(self, pixel_values: Tensor, *_: Any, **__: Any) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, *_: Any, **__: Any) -> Tensor:
         """(B, N, 3, SIDE, SIDE) → (B·N, PATCHES, C)."""
         pixels = pixel_values.flatten(0, 1).to(self.patches.weight.dtype)
         return self.patches(F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2))
@@ -82,7 +82,7 @@ def write(folder: Path) -> Path:
     vocabulary = len(processor.tokenizer)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = ToyConfig(
-        vision_config=VisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=PATCH),
+        vision_config=SiglipVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=PATCH),
         perceiver_config=PerceiverConfig(resampler_n_latents=PATCHES),
         text_config=DecoderConfig(vocab_size=vocabulary, num_key_value_heads=2, **sizes),
         image_token_id=processor.image_token_id,

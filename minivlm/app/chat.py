@@ -23,7 +23,8 @@ from minivlm.app.answer import Answer, setting_of
 from minivlm.families import family
 from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
-from minivlm.modules.cache import KVCache, alike
+from minivlm.generation.speculation import alike
+from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 from minivlm.processing.common import fetch_picture
 from minivlm.text.chat_template import normalise

@@ -51,7 +51,7 @@ def describe(name: str) -> dict[str, Any]:
         "parameters": total,
         "bytes": {dtype: total * size for dtype, size in BYTES.items()},
         "quantised": _quantised(model, stored),
-        "tokens_per_image": config.image_tokens,
+        "tokens_per_image": auto.family(model_type, name).image_tokens(config),
         "max_position_embeddings": text.max_position_embeddings,
         "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
     }

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from minivlm.app import terminal
+from minivlm.app import launch, terminal
 
 DEFAULT_MODEL = "shapes-idefics2"
 FORMATS = ["nf4", "fp4", "int4", "int8"]
@@ -42,6 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help=attention)
     group.add_argument("--quantize", choices=FORMATS, help="turn the weights into 4 or 8 bits as they are read")
+    launch.add_option(group)
     group.add_argument("--no-split", action="store_true", help="send each image once, without its four quarters")
     group.add_argument(
         "--chat-template", metavar="NAME|FILE", help="of the prompt (default: the checkpoint's own); vicuna, mistral, …"
@@ -99,7 +100,12 @@ def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str
 
     config = None if arguments.quantize is None else quantization(arguments.quantize)
     return AutoModelForImageTextToText.from_pretrained(
-        name, device_map=device, dtype=dtype, attn_implementation=arguments.attn, quantization_config=config
+        name,
+        device_map=device,
+        dtype=dtype,
+        attn_implementation=arguments.attn,
+        quantization_config=config,
+        tp_plan="auto" if arguments.gpus > 1 else None,
     )
 
 

@@ -21,6 +21,11 @@ def is_ignored(hub_name: str, model: Any) -> bool:
     return any(re.fullmatch(pattern, hub_name) for pattern in getattr(model, "hub_ignored", ()))
 
 
+def tied(model: Any) -> dict[str, str]:
+    """A head's parameters that are another name of an embedding table, and so in no file of ours → that table."""
+    return model.tied_weights if model.config.tie_word_embeddings else {}
+
+
 def hub_name(name: str, prefixes: dict[str, str]) -> str:
     """The way back. Of several spellings in files, the table's first is the one that is written."""
     return local_name(name, {ours: theirs for theirs, ours in reversed(prefixes.items())})

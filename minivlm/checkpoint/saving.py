@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minivlm.checkpoint import files, hub, options
-from minivlm.checkpoint.names import INDEX, SAVE_ID, WEIGHTS, hub_name
+from minivlm.checkpoint.names import INDEX, SAVE_ID, WEIGHTS, hub_name, tied
 from minivlm.checkpoint.unread import over
 from minivlm.quantization import apply
 
@@ -80,9 +80,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     """What config.json is to say: all fields, and what minivlm did not read when it was loaded."""
     dtype = str(model.dtype).removeprefix("torch.")
     values = over(model.config.to_hub(), getattr(model.config, "unread", {}))
-    values |= {"dtype": dtype, "torch_dtype": dtype}
-    if getattr(model, "hub_root", ""):
-        values["architectures"] = [type(model).__name__]
+    values |= {"architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
     if getattr(model, "quantization_config", None) is not None:
         values["quantization_config"] = model.quantization_config.to_hub(kept_modules(model))
     return values
@@ -94,7 +92,8 @@ def _tensors(model: nn.Module, state_dict: dict[str, Tensor] | None) -> Shard:
     if state_dict is not None and (strange := sorted(state_dict.keys() ^ model.state_dict().keys())):
         raise ValueError(f"state_dict should have the names of this model, found a difference at {strange[0]!r:.200}")
     root = getattr(model, "hub_root", "")
-    return {hub_name(root + name, model.hub_prefixes): value.detach() for name, value in ours.items()}
+    whole = {name: value for name, value in ours.items() if name not in tied(model)}
+    return {hub_name(root + name, model.hub_prefixes): value.detach() for name, value in whole.items()}
 
 
 def kept_modules(model: nn.Module) -> list[str]:

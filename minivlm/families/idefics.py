@@ -119,12 +119,18 @@ def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tupl
     return blind, {"pixel_values": pixels[:, old:], "image_attention_mask": mask[:, blind:, old:]}
 
 
+def image_tokens(config: Any) -> dict[str, int]:
+    """One in the prompt; what the decoder attends to are vectors outside of it."""
+    latents, patches = config.perceiver_config.resampler_n_latents, config.vision_config.grid**2 + 1
+    return {"in the prompt": 1, "looked at": latents if config.use_resampler else patches}
+
+
 # Quantised: what transformers' bitsandbytes integration converts, vision tower included.
 IDEFICS = Family(
     model_type="idefics",
     model="minivlm.models.idefics:IdeficsForVisionText2Text",
     processor="minivlm.processing.idefics:IdeficsProcessor",
-    presets="minivlm.models.idefics:PRESETS",
+    presets="minivlm.models.presets:IDEFICS",
     quantised=(
         "model.vision_model.encoder",
         "model.perceiver_resampler",
@@ -137,6 +143,7 @@ IDEFICS = Family(
     places=places,
     slicing=slicing,
     new_images=new_images,
+    image_tokens=image_tokens,
     takes_items=True,
     parts={
         "text": ("model.text_model.", "model.additional_embedding."),

@@ -140,12 +140,18 @@ def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tupl
     return 0, {name: inputs[name][:, crops:] for name in ("pixel_values", "pixel_attention_mask")}
 
 
+def image_tokens(config: Any) -> dict[str, int]:
+    """Alone, and with its four quarters."""
+    latents = config.perceiver_config.resampler_n_latents
+    return {"whole": latents, "split": 5 * latents}
+
+
 # Quantised: what transformers' bitsandbytes integration converts, vision tower included.
 IDEFICS2 = Family(
     model_type="idefics2",
     model="minivlm.models.idefics2:Idefics2ForConditionalGeneration",
     processor="minivlm.processing.idefics2:Idefics2Processor",
-    presets="minivlm.models.idefics2:PRESETS",
+    presets="minivlm.models.presets:IDEFICS2",
     quantised=("model.vision_model.encoder", "model.connector", "model.text_model.layers"),
     stages=stages,
     image_rows=image_rows,
@@ -153,5 +159,6 @@ IDEFICS2 = Family(
     slicing=slicing,
     buckets=buckets,
     new_images=new_images,
+    image_tokens=image_tokens,
     parts={"text": ("model.text_model.",), "connector": ("model.connector.",), "vision": ("model.vision_model.",)},
 )

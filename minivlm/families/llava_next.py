@@ -109,12 +109,17 @@ def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tupl
     return 0, {} if old == images else {name: inputs[name][old:] for name in ("pixel_values", "image_sizes")}
 
 
+def image_tokens(config: Any) -> dict[str, int]:
+    """Of images that fit a canvas exactly: {"height×width": tokens}."""
+    return {f"{size[0]}×{size[1]}": config.image_token_count(size) for size in config.image_grid_pinpoints}
+
+
 # Quantised: what transformers' bitsandbytes integration converts, vision tower included.
 LLAVA_NEXT = Family(
     model_type="llava_next",
     model="minivlm.models.llava_next:LlavaNextForConditionalGeneration",
     processor="minivlm.processing.llava_next:LlavaNextProcessor",
-    presets="minivlm.models.llava_next:PRESETS",
+    presets="minivlm.models.presets:LLAVA_NEXT",
     quantised=("model.vision_tower.encoder", "model.multi_modal_projector", "model.language_model.layers"),
     stages=stages,
     image_rows=image_rows,
@@ -122,6 +127,7 @@ LLAVA_NEXT = Family(
     slicing=slicing,
     image_lengths=image_lengths,
     new_images=new_images,
+    image_tokens=image_tokens,
     parts={
         "text": ("model.language_model.",),
         "connector": ("model.multi_modal_projector.", "model.image_newline"),

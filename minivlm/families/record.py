@@ -1,7 +1,7 @@
 """What the rest of minivlm has to know about one family of models: plain data, and functions of its inputs.
 
 A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records stand below every
-other room but `modules`, so they name classes by reference: "minivlm.models.idefics2:PRESETS".
+other room but `modules`, so they name classes by reference: "minivlm.models.presets:IDEFICS2".
 
 B rows of the batch, T tokens, N images (Idefics2: crops; LLaVA-NeXT: tiles), P patches, R rows of a stage, C its width.
 """
@@ -241,6 +241,7 @@ class Family:
     images after the first `old`, where the first `kept` ids are in the cache; None = start again from the beginning.
     takes_items: its processor takes a list of texts and images in transformers, not one text with image tokens.
     parts: prefixes of the modules that make up "text", "connector" and "vision"; the output head is in none of them.
+    image_tokens: config → {kind of image: how many tokens it takes in the prompt}, for `inspect`.
     spellings: prefixes of our module names → those of transformers' modules, where they differ, its newest version
     first. PEFT's adapters name modules so.
     """
@@ -259,6 +260,7 @@ class Family:
     buckets: Callable[[tuple[int, int], Any], tuple[list[int], list[int]]] | None = None
     presets: str | None = None
     takes_items: bool = False
+    image_tokens: Callable[[Any], dict[str, int]] = lambda config: {}
     parts: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"text": ("model.",)})
     spellings: tuple[dict[str, str], ...] = ({},)
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minivlm.checkpoint import hub
+from minivlm.checkpoint import config_file, hub
 from minivlm.checkpoint.files import write_json
-from minivlm.modules import config as hub_config
+from minivlm.modules.config import check_token_ids
 
 FILE = "generation_config.json"
 MAX_COPIES = 256  # of a prompt, when a file asks for them: each takes a cache
@@ -119,8 +119,9 @@ class GenerationConfig:
         """
         known = {name: value for name, value in values.items() if name in SETTINGS}
         other = {name: value for name, value in values.items() if name not in SETTINGS}
-        config = hub_config.from_hub(cls, known, other=other)
-        hub_config.token_ids(config, "bos_token_id", "eos_token_id", "pad_token_id")
+        config = config_file.from_hub(cls, known, other=other)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            check_token_ids(f"GenerationConfig.{name}", getattr(config, name))
         for name in ("num_beams", "num_return_sequences"):
             copies = getattr(config, name)
             check(name, copies, copies is None or 1 <= copies <= MAX_COPIES, f"an integer from 1 to {MAX_COPIES}")

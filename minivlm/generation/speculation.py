@@ -9,7 +9,7 @@ except where two tokens are equally likely within rounding: sums over several to
 one. arXiv 2211.17192 (a smaller model guesses), section 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minivlm.generation.settings import GenerationConfig, check
-from minivlm.modules.cache import KVCache, alike
+from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
 Guess = Callable[[list[int]], list[int]]  # all ids so far → some that may come next
@@ -136,3 +136,8 @@ class Assistant:
             new, inputs = guesses[-1:], {}
         self.known = (ids + guesses)[: self.cache.length]
         return guesses
+
+
+def alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids the two have in common at their beginnings: so much of one's cache serves the other."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,51 +1,42 @@
 """IDEFICS (Laurençon et al. 2023, "OBELICS", arXiv 2306.16527), an open Flamingo (Alayrac et al. 2022).
 
-    pictures ─ CLIP ViT-H ─ perceiver resampler ─ 64 vectors a picture ─┬─ keys, values ─┬─ keys, values ─ …
-                                                                        ▼                ▼
-    token ids ─ embedding ────────────────────────── gated cross-attention ─ 4 blocks ─ gated … ─ 4 blocks ─ … logits
-                                                                    └── Llama, 32 blocks in all ──┘
+    images ─ CLIP ViT-H ─ perceiver resampler ─ 64 vectors an image ─┬─ keys, values ─┬─ keys, values ─ …
+                                                                     ▼                ▼
+    token ids ─ embedding ─────────────────────── gated cross-attention ─ 4 blocks ─ gated … ─ 4 blocks ─ … logits
+                                                                 └── Llama, 32 blocks in all ──┘
 
-What is special: pictures never become tokens. Their <image> token only says where they stand, and the text looks at
-them from extra blocks woven between those of a ready-made Llama, each behind a gate tanh(α) that is closed (α = 0)
-before training. `image_attention_mask` says which pictures a token sees: the processor allows the last one before it.
-Pictures do not depend on the text, so their keys and values are computed once, at prefill, and wait in the cache.
+What is special: images never become tokens. Their <image> token only marks where they stand, and the text attends to
+them in extra blocks woven between those of a ready-made Llama, each behind a gate tanh(α) that is closed (α = 0) before
+training. `image_attention_mask` says which images a token attends to: the processor allows the last one before it.
+Images do not depend on the text, so their keys and values are computed once, at prefill, and wait in the cache.
 
-B batch, T new tokens, N pictures of a row, P patches and the class token, Q vectors of a picture (latents, or P without
-a resampler), Cv vision width, C text width, H heads, D head width, V vocabulary, A added tokens.
+B batch, T new tokens, N images of a row, P patches and the class token, Q vectors of an image (latents, or P without a
+resampler), Cv vision width, C text width, H heads, D head width, V vocabulary, A added tokens.
 """
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.checkpoint import loading
-from minivlm.generation import loop
-from minivlm.models import common
-from minivlm.modules import config as hub_config
-from minivlm.modules.attention import Mask, attention, tapped
+from minivlm.checkpoint.config_file import ModelConfig
+from minivlm.models import base
+from minivlm.modules.attention import Mask, attention, tapped, weights_into
 from minivlm.modules.cache import KVCache
 from minivlm.modules.clip import ClipVisionTower
+from minivlm.modules.config import Config
 from minivlm.modules.decoder import Decoder, DecoderConfig
 from minivlm.modules.layers import GatedMLP, RMSNorm, initialize
-from minivlm.modules.rope import RopeScaling, read_rope
-from minivlm.modules.siglip import VisionConfig
+from minivlm.modules.vision import VisionConfig
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated block
 
-# ---- Configuration ---------------------------------------------------------------------------------------------------
-
-# The tower's class defaults: ViT-H in all but its width, which every checkpoint gives as `embed_dim` (1280).
-VISION = VisionConfig(
-    intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu"
-)
-# What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
-FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
+# ---- Perceiver resampler ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PerceiverConfig:
+@dataclass
+class PerceiverConfig(Config):
     """Sizes of the perceiver resampler, in the Hub's words; its width is that of the vision tower."""
 
     resampler_n_latents: int = 64
@@ -54,141 +45,9 @@ class PerceiverConfig:
     resampler_head_dim: int = 96
     qk_layer_norms_perceiver: bool = False
 
-    def __post_init__(self) -> None:
-        hub_config.positive(self, "resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim")
-
-
-@dataclass(frozen=True)
-class IdeficsConfig:
-    """The text model's fields lie flat beside what joins it to the pictures, as on the Hub.
-
-    `dropout`, 0 in every checkpoint, is not among them: there is none here.
-    """
-
-    model_type: ClassVar[str] = "idefics"
-
-    vision_config: VisionConfig = VISION
-    perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
-    use_resampler: bool = False
-    cross_layer_interval: int = 1  # a gated block before every so many-th decoder block, the first included
-    qk_layer_norms: bool = False  # in gated blocks only
-    alpha_type: str = "float"  # one gate for all channels, or "vector": one for each
-    alpha_initializer: str = "zeros"
-    alphas_initializer_range: float = 0.0
-    vocab_size: int = 32000
-    additional_vocab_size: int = 0  # tokens behind the vocabulary, with tables of their own
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list | None = 2
-    freeze_text_layers: bool = True
-    freeze_text_module_exceptions: list | tuple = ()
-    freeze_vision_layers: bool = True
-    freeze_vision_module_exceptions: list | tuple = ()
-    freeze_lm_head: bool = False
-    tie_word_embeddings: bool = False
-    dtype: str | None = None  # of the stored weights
-
-    def __post_init__(self) -> None:
-        if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings=true is not supported: no released IDEFICS checkpoint ties them")
-        hub_config.positive(self, "cross_layer_interval", "num_attention_heads")
-        hub_config.divides(self, "cross_layer_interval", "num_hidden_layers")
-        hub_config.divides(self, "num_attention_heads", "hidden_size")
-        _ = self.decoder  # which checks its fields
-        if self.additional_vocab_size < 0:
-            raise ValueError(f"additional_vocab_size should be 0 or more, found {self.additional_vocab_size}")
-        if self.additional_vocab_size:
-            hub_config.positive(self, "additional_vocab_size")
-        hub_config.deviation(self, "alphas_initializer_range")
-        hub_config.one_of(self, "alpha_type", ("float", "vector"))
-        hub_config.one_of(self, "alpha_initializer", ("zeros", "ones", "normal", "gaussian", "random"))
-        for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
-            object.__setattr__(self, name, tuple(str(layer) for layer in getattr(self, name)))
-            if unknown := set(getattr(self, name)) - set(FREEZE_EXCEPTIONS):
-                raise ValueError(f"{name} knows {', '.join(FREEZE_EXCEPTIONS)}; found {sorted(unknown)}")
-
-    @classmethod
-    def from_hub(cls, values: dict[str, Any]) -> "IdeficsConfig":
-        """Read a `config.json`. Raises ValueError that names a field of a wrong type or size.
-
-        As the reference, it knows sizes of the tower and the resampler only inside their parts, not at the top level.
-        """
-        vision = hub_config.section(values, "vision_config")
-        if "embed_dim" in vision:
-            vision = {**vision, "hidden_size": vision["embed_dim"]}
-        parts = {
-            "vision_config": hub_config.from_hub(VisionConfig, vision, **asdict(VISION)),
-            "perceiver_config": hub_config.from_hub(PerceiverConfig, hub_config.section(values, "perceiver_config")),
-            "dtype": values.get("dtype") or values.get("torch_dtype"),
-        }
-        positions = {"max_position_embeddings": cls.max_position_embeddings}
-        return hub_config.from_hub(cls, {**values, **parts, **read_rope({**positions, **values})})
-
-    def to_hub(self) -> dict[str, Any]:
-        """A `config.json` that spells every field out."""
-        vision = asdict(self.vision_config)
-        return {
-            **asdict(self),
-            "vision_config": {"embed_dim": vision.pop("hidden_size"), **vision, "model_type": "idefics_vision"},
-            "rope_scaling": self.rope_scaling and self.rope_scaling.to_hub(),
-            "model_type": self.model_type,
-            "architectures": ["IdeficsForVisionText2Text"],
-        }
-
-    @property
-    def image_tokens(self) -> dict[str, int]:
-        """A picture takes one token of the prompt; what the decoder looks at are vectors outside of it."""
-        latents = self.perceiver_config.resampler_n_latents
-        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2 + 1
-        return {"in the prompt": 1, "looked at": latents if self.use_resampler else patches}
-
-    @property
-    def decoder(self) -> DecoderConfig:
-        """The Llama inside: our fields of the same names."""
-        shared = {item.name for item in fields(self)} & {item.name for item in fields(DecoderConfig)}
-        ours = {name: getattr(self, name) for name in shared}
-        return DecoderConfig(**ours, model_type="llama", num_key_value_heads=None, sliding_window=None)
-
-
-def _released(added: int, **text: Any) -> IdeficsConfig:
-    return IdeficsConfig(
-        vision_config=replace(VISION, hidden_size=1280),
-        perceiver_config=PerceiverConfig(qk_layer_norms_perceiver=True),
-        use_resampler=True,
-        cross_layer_interval=4,
-        qk_layer_norms=True,
-        additional_vocab_size=added,
-        freeze_text_layers=False,
-        freeze_vision_layers=False,
-        dtype="bfloat16",
-        **text,
-    )
-
-
-_80B = {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
-
-PRESETS = {
-    "HuggingFaceM4/idefics-9b": _released(2),  # <fake_token_around_image>, <image>
-    "HuggingFaceM4/idefics-9b-instruct": _released(3),  # and <end_of_utterance>
-    "HuggingFaceM4/idefics-80b": _released(2, **_80B, rms_norm_eps=1e-5),
-    "HuggingFaceM4/idefics-80b-instruct": _released(3, **_80B, rms_norm_eps=1e-5),
-}
-
-# ---- Perceiver resampler ---------------------------------------------------------------------------------------------
-
 
 class PerceiverAttention(nn.Module):
-    """The latents look at the patches and at themselves; both are normalised first, apart. No biases in the maps."""
+    """The latents attend to the patches and to themselves; both are normalised first, apart. No biases in the maps."""
 
     def __init__(self, config: PerceiverConfig, width: int) -> None:
         super().__init__()
@@ -213,8 +72,8 @@ class PerceiverAttention(nn.Module):
         v = self.v_proj(everything).unflatten(-1, heads).transpose(1, 2)
         # Not `attention`, whose softmax is in fp32: the reference scales q first and stays in the model's dtype.
         scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (n, H, Q, P + Q)
-        weights = (scores - scores.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1)
-        return self.output_proj((tapped(weights) @ v).transpose(1, 2).flatten(2))
+        weights = tapped((scores - scores.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1))
+        return self.output_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
 class PerceiverMLP(nn.Module):
@@ -231,7 +90,7 @@ class PerceiverMLP(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """All patches of a picture in, `resampler_n_latents` vectors out (Flamingo, section 3.1)."""
+    """All patches of an image in, `resampler_n_latents` vectors out (Flamingo, section 3.1)."""
 
     def __init__(self, config: PerceiverConfig, width: int) -> None:
         super().__init__()
@@ -251,11 +110,92 @@ class PerceiverResampler(nn.Module):
         return self.layer_norm(latents)
 
 
+# ---- Configuration ---------------------------------------------------------------------------------------------------
+
+# What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
+FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
+
+
+@dataclass
+class IdeficsVisionConfig(VisionConfig):
+    """The tower's class defaults: ViT-H in all but its width, which every checkpoint gives as `embed_dim` (1280)."""
+
+    hub_names: ClassVar[dict[str, str]] = {"hidden_size": "embed_dim"}
+    hub_type: ClassVar[str] = "idefics_vision"
+
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+
+
+@dataclass
+class IdeficsConfig(ModelConfig):
+    """The text model's fields lie flat beside what joins it to the images, as on the Hub.
+
+    `dropout`, 0 in every checkpoint, is not among them: there is none here.
+    """
+
+    model_type: ClassVar[str] = "idefics"
+    architecture: ClassVar[str] = "IdeficsForVisionText2Text"
+    multiples: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "cross_layer_interval",
+        "hidden_size": "num_attention_heads",
+    }
+
+    vision_config: IdeficsVisionConfig = field(default_factory=IdeficsVisionConfig)
+    perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
+    use_resampler: bool = False
+    cross_layer_interval: int = 1  # a gated block before every so many-th decoder block, the first included
+    qk_layer_norms: bool = False  # in gated blocks only
+    alpha_type: str = "float"  # one gate for all channels, or "vector": one for each
+    alpha_initializer: str = "zeros"
+    alphas_initializer_range: float = 0.0
+    vocab_size: int = 32000
+    additional_vocab_size: int = 0  # tokens after the vocabulary, with tables of their own
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Any = None
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list | None = 2
+    freeze_text_layers: bool = True
+    freeze_text_module_exceptions: list | tuple = ()
+    freeze_vision_layers: bool = True
+    freeze_vision_module_exceptions: list | tuple = ()
+    freeze_lm_head: bool = False
+    tie_word_embeddings: bool = False
+    dtype: str | None = None  # of the stored weights
+
+    def __post_init__(self) -> None:
+        for name in ("freeze_text_module_exceptions", "freeze_vision_module_exceptions"):
+            setattr(self, name, tuple(str(layer) for layer in getattr(self, name)))
+            if unknown := set(getattr(self, name)) - set(FREEZE_EXCEPTIONS):
+                raise ValueError(f"{name} knows {', '.join(FREEZE_EXCEPTIONS)}; found {sorted(unknown)}")
+        super().__post_init__()
+        _ = self.decoder  # which checks its fields
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The Llama inside: our fields of the same names."""
+        shared = {item.name for item in fields(self)} & {item.name for item in fields(DecoderConfig)}
+        ours = {name: getattr(self, name) for name in shared}
+        return DecoderConfig(**ours, model_type="llama", num_key_value_heads=None, sliding_window=None)
+
+
 # ---- Gated cross-attention -------------------------------------------------------------------------------------------
 
 
 class CrossAttention(nn.Module):
-    """Queries from the text, keys and values from the pictures. No positions, no biases."""
+    """Queries from the text, keys and values from the images. No positions, no biases."""
 
     def __init__(self, config: IdeficsConfig) -> None:
         super().__init__()
@@ -270,7 +210,7 @@ class CrossAttention(nn.Module):
         self.k_layer_norm = norm(self.head_dim, config.rms_norm_eps)
 
     def keys_values(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """vectors (B, N·Q, Cv) → keys and values (B, H, N·Q, D) each: all that is ever needed of the pictures."""
+        """vectors (B, N·Q, Cv) → keys and values (B, H, N·Q, D) each: all that is ever needed of the images."""
         k = self.k_proj(vectors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(vectors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self.k_layer_norm(k), v
@@ -285,7 +225,7 @@ class CrossAttention(nn.Module):
 class GatedBlock(nn.Module):
     """Cross-attention, then an MLP, each behind its own gate (Flamingo, section 3.2).
 
-    The MLP also runs for tokens, and whole prompts, that see no picture.
+    The MLP also runs for tokens, and whole prompts, that attend to no image.
     """
 
     def __init__(self, config: IdeficsConfig) -> None:
@@ -300,7 +240,7 @@ class GatedBlock(nn.Module):
     def forward(
         self, x: Tensor, k: Tensor, v: Tensor, mask: Mask, blind: Tensor, attn_implementation: str | None
     ) -> Tensor:
-        """x (B, T, C), k and v (B, H, N·Q, D); blind (B, T, 1) bool marks the tokens that see no picture."""
+        """x (B, T, C), k and v (B, H, N·Q, D); blind (B, T, 1) bool marks the tokens that attend to no image."""
         found = self.cross_attn(self.input_layernorm(x), k, v, mask, attn_implementation)
         x = x + self.alpha_cross_attn.tanh() * found.masked_fill(blind, 0.0)
         return x + self.alpha_dense.tanh() * self.mlp(self.post_attention_layernorm(x))
@@ -317,12 +257,36 @@ def _alpha(config: IdeficsConfig) -> nn.Parameter:
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
 
-class IdeficsModel(nn.Module):
+# Prefixes of names in files → here: of whole models (transformers 4 and 5 write them alike), and of those without head.
+HUB_PREFIXES = {
+    "model.embed_tokens.additional_embedding.": "model.additional_embedding.",
+    "model.embed_tokens.": "model.text_model.embed_tokens.",
+    "model.layers.": "model.text_model.layers.",
+    "model.norm.": "model.text_model.norm.",
+    "lm_head.additional_fc.": "additional_fc.",
+    "embed_tokens.additional_embedding.": "additional_embedding.",
+    "embed_tokens.": "text_model.embed_tokens.",
+    "layers.": "text_model.layers.",
+    "norm.": "text_model.norm.",
+}
+# Buffers of early versions, in the released files only: pattern of the name → why it is not needed.
+OLD_BUFFERS = {
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "follows from rope_theta and the head width",
+    r"model\.gated_cross_attn_layers\.\d+\.cross_attn\.rotary_emb\.inv_freq": "cross-attention has no positions",
+    r"model\.vision_model\.embeddings\.position_ids": "the numbers 0, 1, 2, …",
+}
+
+
+class IdeficsModel(base.VisionLanguageModel):
     """Vision tower, resampler, decoder with gated blocks in between: everything but the heads that make logits."""
 
-    def __init__(self, config: IdeficsConfig) -> None:
-        super().__init__()
-        self.config = config
+    config_class = IdeficsConfig
+    hub_root = "model."
+    hub_prefixes = HUB_PREFIXES
+    hub_ignored = OLD_BUFFERS
+
+    def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
+        super().__init__(config, attn_implementation)
         width, added = config.vision_config.hidden_size, config.additional_vocab_size
         self.vision_model = ClipVisionTower(config.vision_config)
         self.perceiver_resampler = PerceiverResampler(config.perceiver_config, width) if config.use_resampler else None
@@ -330,12 +294,17 @@ class IdeficsModel(nn.Module):
         self.additional_embedding = nn.Embedding(added, config.hidden_size) if added else None
         gated = config.num_hidden_layers // config.cross_layer_interval
         self.gated_cross_attn_layers = nn.ModuleList(GatedBlock(config) for _ in range(gated))
+        initialize(self, config.initializer_range)
         if config.freeze_text_layers:
             _freeze(self.text_model.layers, config.freeze_text_module_exceptions)
             _freeze(self.text_model.norm, config.freeze_text_module_exceptions)
             _freeze(self.text_model.embed_tokens)
         if config.freeze_vision_layers:
             _freeze(self.vision_model, config.freeze_vision_module_exceptions)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.text_model
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) → (B, T, C): ids from V on are rows of the additional table. IndexError beyond V + A."""
@@ -347,45 +316,250 @@ class IdeficsModel(nn.Module):
         return torch.where(added[..., None], new, known)
 
     def encode(
-        self, name: str, pictures: Tensor, seen: Tensor, interpolate: bool, attn_implementation: str | None
+        self, name: str, images: Tensor, seen: Tensor, interpolate: bool, attn_implementation: str | None
     ) -> Tensor:
-        """The pictures' vectors (B, N, Q, Cv), from what the argument of this name holds. seen: (B, T, N) bool.
+        """The images' vectors (B, N, Q, Cv), from what the argument of this name holds. seen: (B, T, N) bool.
 
-        Pictures that no token sees, such as those that fill up rows with fewer, do not go through the tower: their
-        vectors are zeros, and only one each where nothing is seen at all.
+        Images that no token attends to, such as those that fill up rows with fewer, do not go through the tower: their
+        vectors are zeros, and only one each where no token attends to any.
         """
-        pictures = pictures.to(self.text_model.norm.weight.dtype)
+        images = images.to(self.text_model.norm.weight.dtype)
         if name == "perceiver_embeddings":
-            return pictures
+            return images
         wanted = seen.any(dim=1)  # (B, N)
         if not wanted.any():
-            return pictures.new_zeros(*wanted.shape, 1, self.config.vision_config.hidden_size)
-        patches = pictures[wanted]  # (n, 3, height, width) or (n, P, Cv)
+            return images.new_zeros(*wanted.shape, 1, self.config.vision_config.hidden_size)
+        patches = images[wanted]  # (n, 3, height, width) or (n, P, Cv)
         if name == "pixel_values":  # all P hidden states of the last block, class token and all, not normalised
-            patches = self.vision_model(patches, attn_implementation=attn_implementation, interpolate=interpolate)[0]
+            (patches,) = self.vision_model(patches, attn_implementation=attn_implementation, interpolate=interpolate)
         vectors = patches if self.perceiver_resampler is None else self.perceiver_resampler(patches)  # (n, Q, Cv)
         everything = vectors.new_zeros(*wanted.shape, *vectors.shape[1:])
         everything[wanted] = vectors
         return everything
 
     def look(
-        self, given: dict[str, Tensor | None], mask: Tensor | None, x: Tensor, cache: KVCache | None, *options: Any
+        self,
+        given: dict[str, Tensor | None],
+        mask: Tensor | None,
+        x: Tensor,
+        cache: KVCache | None,
+        interpolate: bool,
+        attn_implementation: str | None,
     ) -> tuple[Tensor | None, Pairs, Tensor]:
-        """What the tokens x (B, T, C) see: the pictures' vectors (B, N, Q, Cv) or None from the cache, their keys and
-        values (B, H, N·Q, D) for each gated block, and which of them each token sees, (B, T, N) bool.
+        """What the tokens x (B, T, C) can attend to: the images' vectors (B, N, Q, Cv) or None from the cache, their
+        keys and values (B, H, N·Q, D) for each gated block, and which of the images each token sees, (B, T, N) bool.
 
-        given: the three arguments that may hold pictures. mask: image_attention_mask. options: as of `encode`.
+        given: the three arguments that may hold images. mask: image_attention_mask.
         """
-        given = {name: pictures for name, pictures in given.items() if pictures is not None}
+        given = {name: images for name, images in given.items() if images is not None}
         if not given and cache is not None and cache.cross:
             return None, cache.cross, cache.cross_seen.expand(-1, x.shape[1], -1)
-        name, pictures = self._checked(given, len(x))
-        seen = _seen(mask, pictures.shape[1], x, 0 if cache is None else cache.length)
-        vectors = self.encode(name, pictures, seen, *options)
+        name, images = self._checked(given, len(x))
+        seen = _seen(mask, images.shape[1], x, 0 if cache is None else cache.length)
+        vectors = self.encode(name, images, seen, interpolate, attn_implementation)
         cross = [gated.cross_attn.keys_values(vectors.flatten(1, 2)) for gated in self.gated_cross_attn_layers]
         if cache is not None:
             cache.cross, cache.cross_seen = _latest(cross, seen)
         return vectors, cross, seen
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_encoder_embeddings: Tensor | None = None,
+        perceiver_embeddings: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        attn_implementation: str | None = None,
+    ) -> base.Output | tuple:
+        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and what else is asked for.
+
+        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
+        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
+        past_key_values: a cache from `new_cache`, extended in place; use_cache=True makes one that grows. It also keeps
+        the images that the last token attends to: a call without images goes on with these.
+        pixel_values: (B, N, 3, height, width), or instead image_encoder_embeddings: (B, N, P, Cv), last states of
+        `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
+        images that no token attended to are zeros.
+        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token attends to this image. Rows that are
+        missing at the end are like the last one.
+        interpolate_pos_encoding: stretch the tower's positions to images of another size.
+        output_hidden_states: what enters the first decoder block (after the first gated one, as in the reference) and
+        leaves every decoder block, the last one normalised. output_attentions: of the decoder blocks.
+
+        Raises ValueError where the shapes do not fit, or images or their mask are missing.
+        """
+        base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        attn = attn_implementation or self.attn_implementation
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        cache = past_key_values or self.growing_cache(x, use_cache)
+        past = 0 if cache is None else cache.length
+        if cache is not None and cache.batch != len(x):
+            raise ValueError(f"the cache holds {cache.batch} rows, found {len(x)}")
+        mask = self.text_model.mask(x, attention_mask, cache, None)
+        if position_ids is None:
+            position_ids = _positions(x, attention_mask, past)
+        cos, sin = self.text_model.rotations(position_ids, x.dtype)  # (B, 1, T, D)
+        given = {
+            "pixel_values": pixel_values,
+            "image_encoder_embeddings": image_encoder_embeddings,
+            "perceiver_embeddings": perceiver_embeddings,
+        }
+        vectors, cross, seen = self.look(given, image_attention_mask, x, cache, interpolate_pos_encoding, attn)
+        image_mask, blind = _sight(seen, cross[0][0].shape[2])
+
+        states = [] if output_hidden_states else None
+        weights = [] if output_attentions else None
+        for index, block in enumerate(self.text_model.layers):
+            number, rest = divmod(index, self.config.cross_layer_interval)
+            if rest == 0:
+                x = self.gated_cross_attn_layers[number](x, *cross[number], image_mask, blind, attn)
+            if index == 0 and states is not None:
+                states.append(x)
+            if block is self.text_model.layers[-1] and states is None and weights is None:
+                mask = mask.of_last(logits_to_keep)  # the last block computes only the positions that are wanted
+            with weights_into(weights):
+                x = block(x, cos, sin, mask, cache, index, attn)
+            if states is not None:
+                states.append(x)
+        x = self.text_model.norm(x)
+        if states is not None:
+            states[-1] = x
+        if cache is not None:
+            cache.advance(cos.shape[2])
+        output = base.Output(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=states,
+            attentions=weights,
+            image_hidden_states=vectors,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _checked(self, given: dict[str, Tensor], rows: int) -> tuple[str, Tensor]:
+        """Name and content of the one argument that holds the images."""
+        if len(given) != 1:
+            raise ValueError(
+                "pass exactly one of pixel_values, image_encoder_embeddings and perceiver_embeddings, found "
+                f"{', '.join(given) or 'none'}; the processor makes pixel_values for prompts without images too"
+            )
+        ((name, images),) = given.items()
+        if name == "perceiver_embeddings" and self.perceiver_resampler is None:
+            raise ValueError("this model has no resampler (use_resampler=false); pass image_encoder_embeddings")
+        width = self.config.vision_config.hidden_size
+        fits = images.ndim == 5 if name == "pixel_values" else images.ndim == 4 and images.shape[3] == width
+        if not fits or len(images) != rows or not images.shape[1]:
+            rest = "channels, height, width" if name == "pixel_values" else f"vectors, {width}"
+            raise ValueError(f"{name} should be (batch = {rows}, images, {rest}), found {tuple(images.shape)}")
+        return name, images
+
+
+def _positions(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+    """(B or 1, T). Of the three families' references only this one derives them from the mask; padding gets 1."""
+    if attention_mask is None:
+        return torch.arange(past, past + x.shape[1], device=x.device)[None]
+    counted = attention_mask.long().cumsum(1) - 1
+    return counted.masked_fill(attention_mask == 0, 1)[:, past:]
+
+
+def _seen(mask: Tensor | None, number: int, x: Tensor, past: int) -> Tensor:
+    """Which of N images each new token attends to, (B, T, N) bool, from image_attention_mask (B, R, N).
+
+    Its R rows are those of the T new tokens, or of all from the first one on. Tokens generated after the last row reuse
+    that row.
+    """
+    rows, tokens = x.shape[:2]
+    found = None if mask is None else tuple(mask.shape)
+    fits = found is not None and len(found) == 3 and (found[0], found[2]) == (rows, number)
+    if not fits or not (found[1] == tokens or past < found[1] <= past + tokens):
+        raise ValueError(
+            f"image_attention_mask should be (batch, tokens, images) = {(rows, past + tokens, number)}, found {found}"
+        )
+    if found[1] != tokens:
+        later = mask[:, -1:].expand(-1, past + tokens - found[1], -1)
+        mask = torch.cat([mask, later], dim=1)[:, past:]
+    return mask.bool()
+
+
+def _latest(cross: Pairs, seen: Tensor) -> tuple[Pairs, Tensor]:
+    """What the cache keeps: keys and values of the images that the last token attends to, as new tokens will too.
+
+    That is one image, as a rule, however many there are: a decode step costs the same after 16 as after 1.
+    cross (B, H, N·Q, D), seen (B, T, N) → (B, H, M·Q, D), (B, 1, M), M the most images of a row, or 1.
+    """
+    last = seen[:, -1:]  # (B, 1, N)
+    most = max(1, int(last.sum(dim=2).max()))
+    order = last.int().argsort(dim=2, descending=True, stable=True)[:, :, :most]  # (B, 1, M): the seen ones first
+
+    def kept(tensor: Tensor) -> Tensor:
+        images = tensor.unflatten(2, (seen.shape[2], -1))  # (B, H, N, Q, D)
+        return images.take_along_dim(order[..., None, None], dim=2).flatten(2, 3)
+
+    return [(kept(k), kept(v)) for k, v in cross], last.take_along_dim(order, dim=2)
+
+
+def _sight(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
+    """From seen (B, T, N): the mask over all N·Q keys, and which tokens attend to no image, (B, T, 1) bool.
+
+    Such tokens attend to everything, so no softmax row is empty; their output is zeroed afterwards.
+    """
+    blind = ~seen.any(dim=2, keepdim=True)
+    valid = (seen | blind).repeat_interleave(keys // seen.shape[2], dim=2)  # (B, T, N·Q)
+    return Mask(seen.shape[1], keys, valid=valid), blind
+
+
+def _freeze(module: nn.Module, exceptions: tuple[str, ...] = ()) -> None:
+    """Training leaves the parameters of `module` alone, except those of the layers named (`FREEZE_EXCEPTIONS`)."""
+    trained = tuple(FREEZE_EXCEPTIONS[name] for name in exceptions)
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.requires_grad_(isinstance(part, trained))
+
+
+class IdeficsForVisionText2Text(base.VisionLanguageModel):
+    """The model with its heads: logits and loss."""
+
+    config_class = IdeficsConfig
+    prompt_inputs = (
+        "pixel_values",
+        "image_encoder_embeddings",
+        "perceiver_embeddings",
+        "image_attention_mask",
+        "interpolate_pos_encoding",
+    )
+    hub_prefixes = HUB_PREFIXES
+    hub_ignored = OLD_BUFFERS
+    tied_weights: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "model.text_model.embed_tokens.weight",
+        "additional_fc.weight": "model.additional_embedding.weight",
+    }
+
+    def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
+        super().__init__(config, attn_implementation)
+        self.model = IdeficsModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        added = config.additional_vocab_size
+        self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
+        for head in filter(None, (self.lm_head, self.additional_fc)):
+            initialize(head, config.initializer_range)
+        if config.freeze_lm_head:
+            _freeze(self.lm_head)
+        self.tie_weights()
+
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, C) → logits (B, T, V + A). The loss is over all of them; the reference's, over V, fails for every
+        released checkpoint."""
+        logits = self.lm_head(x)
+        return logits if self.additional_fc is None else torch.cat([logits, self.additional_fc(x)], dim=-1)
 
     def forward(
         self,
@@ -400,187 +574,25 @@ class IdeficsModel(nn.Module):
         perceiver_embeddings: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        attn_implementation: str | None = None,
-        hidden_states: list[Tensor] | None = None,
-        last: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T or last, C), picture vectors (B, N, Q, Cv), or None from the cache).
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> base.Output | tuple:
+        """As `IdeficsModel.forward`, then logits (B, T or logits_to_keep, V + A) and, with labels, the loss.
 
-        input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
-        past_key_values: a cache from `new_cache`, extended in place. It also keeps what the last token sees of the
-        pictures: a call without pictures goes on with these.
-        pixel_values: (B, N, 3, height, width), or in its place image_encoder_embeddings: (B, N, P, Cv), last states of
-        `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
-        pictures that no token saw are zeros.
-        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token sees this picture. Rows that are missing
-        at the end are like the last one.
-        interpolate_pos_encoding: stretch the tower's positions to pictures of another size.
-        hidden_states: a list that receives what enters the first decoder block (behind the first gated one, as in the
-        reference) and every decoder block's output, the last one normalised.
-        last: only so many of the last tokens are wanted; 0 = all.
-
-        Raises ValueError where the shapes do not fit, or pictures or their mask are missing.
+        labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
+        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
         """
-        common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        cache, past = past_key_values, 0 if past_key_values is None else past_key_values.length
-        if cache is not None and cache.batch != len(x):
-            raise ValueError(f"the cache holds {cache.batch} rows, found {len(x)}")
-        mask = self.text_model.mask(x, attention_mask, cache, None)
-        if position_ids is None:
-            position_ids = _positions(x, attention_mask, past)
-        cos, sin = self.text_model.rotations(position_ids, x.dtype)  # (B, 1, T, D)
-        given = {
-            "pixel_values": pixel_values,
-            "image_encoder_embeddings": image_encoder_embeddings,
-            "perceiver_embeddings": perceiver_embeddings,
-        }
-        vectors, cross, seen = self.look(
-            given, image_attention_mask, x, cache, interpolate_pos_encoding, attn_implementation
-        )
-        sight = _sight(seen, cross[0][0].shape[2])
-
-        for index, block in enumerate(self.text_model.layers):
-            number, rest = divmod(index, self.config.cross_layer_interval)
-            if rest == 0:
-                x = self.gated_cross_attn_layers[number](x, *cross[number], *sight, attn_implementation)
-            if index == 0 and hidden_states is not None:
-                hidden_states.append(x)
-            if block is self.text_model.layers[-1]:
-                mask = mask.of_last(last)  # what the block would say of the other tokens, nobody reads
-            x = block(x, cos, sin, mask, cache, index, attn_implementation)
-            if hidden_states is not None:
-                hidden_states.append(x)
-        x = self.text_model.norm(x)
-        if hidden_states is not None:
-            hidden_states[-1] = x
-        if cache is not None:
-            cache.advance(cos.shape[2])
-        return x, vectors
-
-    def _checked(self, given: dict[str, Tensor], rows: int) -> tuple[str, Tensor]:
-        """Name and content of the one argument that holds the pictures."""
-        if len(given) != 1:
-            raise ValueError(
-                "pass exactly one of pixel_values, image_encoder_embeddings and perceiver_embeddings, found "
-                f"{', '.join(given) or 'none'}; the processor makes pixel_values for prompts without pictures too"
-            )
-        ((name, pictures),) = given.items()
-        if name == "perceiver_embeddings" and self.perceiver_resampler is None:
-            raise ValueError("this model has no resampler (use_resampler=false); pass image_encoder_embeddings")
-        width = self.config.vision_config.hidden_size
-        fits = pictures.ndim == 5 if name == "pixel_values" else pictures.ndim == 4 and pictures.shape[3] == width
-        if not fits or len(pictures) != rows or not pictures.shape[1]:
-            rest = "channels, height, width" if name == "pixel_values" else f"vectors, {width}"
-            raise ValueError(f"{name} should be (batch = {rows}, pictures, {rest}), found {tuple(pictures.shape)}")
-        return name, pictures
-
-
-def _positions(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
-    """(B or 1, T). Of the three families' references only this one derives them from the mask; padding gets 1."""
-    if attention_mask is None:
-        return torch.arange(past, past + x.shape[1], device=x.device)[None]
-    places = attention_mask.long().cumsum(1) - 1
-    return places.masked_fill(attention_mask == 0, 1)[:, past:]
-
-
-def _seen(mask: Tensor | None, number: int, x: Tensor, past: int) -> Tensor:
-    """Which of N pictures each new token sees, (B, T, N) bool, from image_attention_mask (B, R, N).
-
-    Its R rows are those of the T new tokens, or of all from the first one on. Tokens behind the last row, generated
-    since, see what it sees.
-    """
-    rows, tokens = x.shape[:2]
-    found = None if mask is None else tuple(mask.shape)
-    fits = found is not None and len(found) == 3 and (found[0], found[2]) == (rows, number)
-    if not fits or not (found[1] == tokens or past < found[1] <= past + tokens):
-        raise ValueError(
-            f"image_attention_mask should be (batch, tokens, pictures) = {(rows, past + tokens, number)}, found {found}"
-        )
-    if found[1] != tokens:
-        later = mask[:, -1:].expand(-1, past + tokens - found[1], -1)
-        mask = torch.cat([mask, later], dim=1)[:, past:]
-    return mask.bool()
-
-
-def _latest(cross: Pairs, seen: Tensor) -> tuple[Pairs, Tensor]:
-    """What the cache keeps: keys and values of the pictures that the last token sees, for new tokens see the same.
-
-    That is one picture, as a rule, however many there are: a decode step costs the same after 16 as after 1.
-    cross (B, H, N·Q, D), seen (B, T, N) → (B, H, M·Q, D), (B, 1, M), M the most that a row sees, or 1.
-    """
-    last = seen[:, -1:]  # (B, 1, N)
-    most = max(1, int(last.sum(dim=2).max()))
-    order = last.int().argsort(dim=2, descending=True, stable=True)[:, :, :most]  # (B, 1, M): the seen ones first
-
-    def kept(tensor: Tensor) -> Tensor:
-        pictures = tensor.unflatten(2, (seen.shape[2], -1))  # (B, H, N, Q, D)
-        return pictures.take_along_dim(order[..., None, None], dim=2).flatten(2, 3)
-
-    return [(kept(k), kept(v)) for k, v in cross], last.take_along_dim(order, dim=2)
-
-
-def _sight(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
-    """Of seen (B, T, N) the mask over all N·Q keys, and which tokens see no picture, (B, T, 1) bool.
-
-    These are let see everything, so that no softmax is empty; what they get is set to 0 afterwards.
-    """
-    blind = ~seen.any(dim=2, keepdim=True)
-    valid = (seen | blind).repeat_interleave(keys // seen.shape[2], dim=2)  # (B, T, N·Q)
-    return Mask(seen.shape[1], keys, valid=valid), blind
-
-
-def _freeze(module: nn.Module, exceptions: tuple[str, ...] = ()) -> None:
-    """Training leaves the parameters of `module` alone, but for those of the layers named (`FREEZE_EXCEPTIONS`)."""
-    trained = tuple(FREEZE_EXCEPTIONS[name] for name in exceptions)
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            parameter.requires_grad_(isinstance(part, trained))
-
-
-class IdeficsForVisionText2Text(nn.Module):
-    """The model with its heads: logits, loss, `generate`, `from_pretrained`, `save_pretrained`."""
-
-    config_class = IdeficsConfig
-    # Prefixes of names on the Hub → here. transformers 4 and 5 write the same ones.
-    hub_prefixes: ClassVar[dict[str, str]] = {
-        "model.embed_tokens.additional_embedding.": "model.additional_embedding.",
-        "model.embed_tokens.": "model.text_model.embed_tokens.",
-        "model.layers.": "model.text_model.layers.",
-        "model.norm.": "model.text_model.norm.",
-        "lm_head.additional_fc.": "additional_fc.",
-    }
-    # Buffers of early versions, in the released files only: pattern of the name → why it is not needed.
-    hub_ignored: ClassVar[dict[str, str]] = {
-        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "follows from rope_theta and the head width",
-        r"model\.gated_cross_attn_layers\.\d+\.cross_attn\.rotary_emb\.inv_freq": "cross-attention has no positions",
-        r"model\.vision_model\.embeddings\.position_ids": "the numbers 0, 1, 2, …",
-    }
-
-    from_pretrained = classmethod(loading.from_pretrained)
-    save_pretrained = loading.save_pretrained
-    generate = loop.generate
-    forward = common.forward
-    device, dtype, new_cache = common.device, common.dtype, common.new_cache
-
-    def __init__(self, config: IdeficsConfig, attn_implementation: str | None = None) -> None:
-        super().__init__()
-        common.prepare(self, config, attn_implementation)
-        self.model = IdeficsModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        added = config.additional_vocab_size
-        self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
-        initialize(self, config.initializer_range)
-        if config.freeze_lm_head:
-            _freeze(self.lm_head)
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.model.text_model
-
-    def head(self, x: Tensor) -> Tensor:
-        """(B, T, C) → logits (B, T, V + A). The loss is over all of them; the reference's, over V, fails for every
-        released checkpoint."""
-        logits = self.lm_head(x)
-        return logits if self.additional_fc is None else torch.cat([logits, self.additional_fc(x)], dim=-1)
+        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
+        seen = (image_attention_mask, interpolate_pos_encoding)
+        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
+        output = self.model(*text, *images, *seen, *asked)
+        logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
+        loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
+        output = base.Output(output, logits=logits, loss=loss)
+        return output.to_tuple() if return_dict is False else output

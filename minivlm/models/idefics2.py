@@ -1,40 +1,42 @@
 """Idefics2 (Laurençon et al. 2024, "What matters when building vision-language models?").
 
-    pictures ─ SigLIP at native aspect ratio ─ modality projection ─ perceiver resampler ─ 64 vectors a picture
-                                                                                                     │
-    token ids ─ embedding ─ vectors take the places of the <image> tokens ◄──────────────────────────┘
+    images ─ SigLIP at native aspect ratio ─ modality projection ─ perceiver resampler ─ 64 vectors an image
+                                                                                                  │
+    token ids ─ embedding ─ vectors replace the embeddings of the <image> tokens ◄────────────────┘
                                               └─ Mistral decoder ─ logits
 
-What is special: a picture keeps its aspect ratio, so the pictures of a batch differ in their number of patches; the
-resampler turns each, however large, into the same 64 vectors. With image splitting, its four quarters are sent along
-as pictures of their own.
+What is special: an image keeps its aspect ratio, so the images of a batch differ in their number of patches; the
+resampler turns each, however large, into the same 64 vectors. With image splitting, its four quarters (crops) are sent
+along as images of their own.
 
-B batch, T tokens, N pictures in the batch, P patches, Q latents, Cv vision width, C text width, V vocabulary.
+B batch, T tokens, N images of a row, P patches, Q latents, Cv vision width, C text width, V vocabulary.
 """
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.checkpoint import loading
-from minivlm.generation import loop
-from minivlm.models import common
-from minivlm.modules import config as hub_config
+from minivlm.checkpoint import config_checks
+from minivlm.checkpoint.config_file import ModelConfig
+from minivlm.models import base
 from minivlm.modules.attention import Mask, attention
 from minivlm.modules.cache import KVCache
+from minivlm.modules.config import Config
 from minivlm.modules.decoder import Decoder, DecoderConfig
-from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm, initialize
-from minivlm.modules.siglip import SIGLIP, SiglipVisionTower, VisionConfig
+from minivlm.modules.layers import GatedMLP, RMSNorm, initialize
+from minivlm.modules.siglip import SiglipVisionConfig, SiglipVisionTower
 
-# ---- Configuration ---------------------------------------------------------------------------------------------------
+# ---- Perceiver resampler ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PerceiverConfig:
+@dataclass
+class PerceiverConfig(Config):
     """Sizes of the perceiver resampler, in the Hub's words."""
+
+    multiples: ClassVar[dict[str, str]] = {"resampler_n_heads": "num_key_value_heads"}
 
     hidden_size: int = 4096
     hidden_act: str = "silu"
@@ -45,97 +47,9 @@ class PerceiverConfig:
     resampler_head_dim: int = 96
     num_key_value_heads: int = 4
 
-    def __post_init__(self) -> None:
-        hub_config.positive(self, "hidden_size", "resampler_n_latents", "resampler_depth", "resampler_n_heads")
-        hub_config.positive(self, "resampler_head_dim", "num_key_value_heads", "rms_norm_eps")
-        hub_config.one_of(self, "hidden_act", ACTIVATIONS)
-        hub_config.divides(self, "num_key_value_heads", "resampler_n_heads")
-
-
-# What the model around it prefers over Mistral's class defaults.
-TEXT_DEFAULTS = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
-
-
-@dataclass(frozen=True)
-class Idefics2Config:
-    """The three parts, and the token whose places the pictures' vectors take."""
-
-    model_type: ClassVar[str] = "idefics2"
-
-    vision_config: VisionConfig = field(default_factory=lambda: VisionConfig(**SIGLIP))
-    perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
-    text_config: DecoderConfig = field(default_factory=lambda: DecoderConfig(**TEXT_DEFAULTS))
-    image_token_id: int = 32001
-    tie_word_embeddings: bool = False
-    dtype: str | None = None  # of the stored weights
-
-    def __post_init__(self) -> None:
-        if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings=true is not supported: no released Idefics2 checkpoint ties them")
-        if not 0 <= self.image_token_id < self.text_config.vocab_size:
-            raise ValueError(
-                f"image_token_id {self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size}"
-            )
-        if self.perceiver_config.hidden_size != self.text_config.hidden_size:
-            # As the reference: the class default was meant for the 8B model, so width and eps follow the text model.
-            text = self.text_config
-            fitted = replace(self.perceiver_config, hidden_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
-            object.__setattr__(self, "perceiver_config", fitted)
-
-    @classmethod
-    def from_hub(cls, values: dict[str, Any]) -> "Idefics2Config":
-        """Read a `config.json`. Raises ValueError that names a field of a wrong type or size."""
-        parts = {
-            "vision_config": hub_config.from_hub(VisionConfig, hub_config.section(values, "vision_config"), **SIGLIP),
-            "perceiver_config": hub_config.from_hub(PerceiverConfig, hub_config.section(values, "perceiver_config")),
-            "text_config": DecoderConfig.from_hub(hub_config.section(values, "text_config"), **TEXT_DEFAULTS),
-            "dtype": values.get("dtype") or values.get("torch_dtype"),
-        }
-        return hub_config.from_hub(cls, {**values, **parts})
-
-    def to_hub(self) -> dict[str, Any]:
-        """A `config.json` that spells every field out."""
-        return {
-            **asdict(self),
-            "text_config": self.text_config.to_hub(),
-            "model_type": self.model_type,
-            "architectures": ["Idefics2ForConditionalGeneration"],
-        }
-
-    @property
-    def image_tokens(self) -> dict[str, int]:
-        """Tokens that a picture takes in the prompt: alone, and with its four quarters."""
-        latents = self.perceiver_config.resampler_n_latents
-        return {"whole": latents, "split": 5 * latents}
-
-
-def _released(vocab_size: int) -> Idefics2Config:
-    return Idefics2Config(
-        vision_config=VisionConfig(
-            **SIGLIP,
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            image_size=980,
-            patch_size=14,
-        ),
-        text_config=DecoderConfig(vocab_size=vocab_size, **TEXT_DEFAULTS),
-        dtype="float32",
-    )
-
-
-PRESETS = {
-    "HuggingFaceM4/idefics2-8b": _released(32003),
-    "HuggingFaceM4/idefics2-8b-chatty": _released(32003),
-    "HuggingFaceM4/idefics2-8b-base": _released(32002),  # knows no <end_of_utterance>
-}
-
-# ---- Connector -------------------------------------------------------------------------------------------------------
-
 
 class PerceiverAttention(nn.Module):
-    """The latents look at the patches and at themselves. No rotary embedding, no biases."""
+    """The latents attend to the patches and to themselves. No rotary embedding, no biases."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -148,6 +62,7 @@ class PerceiverAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
+        """latents (N, Q, C), context (N, P, C) → (N, Q, C)."""
         everything = torch.cat([context, latents], dim=1)  # (N, P + Q, C): the mask counts in this order
         q = self.q_proj(latents).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (N, H, Q, D)
         k = self.k_proj(everything).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (N, K, P + Q, D)
@@ -196,12 +111,42 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents)
 
 
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+# What the model around it prefers over Mistral's class defaults.
+TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
+
+
+@dataclass
+class Idefics2Config(ModelConfig):
+    """The three parts, and the token whose embeddings the images' vectors replace."""
+
+    model_type: ClassVar[str] = "idefics2"
+    architecture: ClassVar[str] = "Idefics2ForConditionalGeneration"
+    preferred: ClassVar[dict[str, dict[str, Any]]] = {"text_config": TEXT}
+
+    vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
+    perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
+    text_config: DecoderConfig = field(default_factory=lambda: DecoderConfig(**TEXT))
+    image_token_id: int = 32001
+    tie_word_embeddings: bool = False
+    dtype: str | None = None  # of the stored weights
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config_checks.token_in_vocabulary(self, "image_token_id")
+        text = self.text_config
+        if self.perceiver_config.hidden_size != text.hidden_size:
+            # As the reference: the class default was meant for the 8B model, so width and eps follow the text model.
+            fitted = replace(self.perceiver_config, hidden_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
+            object.__setattr__(self, "perceiver_config", fitted)
+
+
 class Connector(nn.Module):
     """From vision width to text width, then from many patches to few latents."""
 
     def __init__(self, config: Idefics2Config) -> None:
         super().__init__()
-        self.config = config.perceiver_config
         vision, text = config.vision_config, config.text_config
         self.modality_projection = GatedMLP(
             vision.hidden_size, text.intermediate_size, text.hidden_act, text.hidden_size
@@ -213,27 +158,31 @@ class Connector(nn.Module):
         return self.perceiver_resampler(self.modality_projection(patches), patch_mask, attn_implementation)
 
 
-# ---- Model -----------------------------------------------------------------------------------------------------------
-
-
-class Idefics2Model(nn.Module):
+class Idefics2Model(base.VisionLanguageModel):
     """Vision tower, connector, merge, decoder: everything but the head that makes logits."""
 
-    def __init__(self, config: Idefics2Config) -> None:
-        super().__init__()
-        self.config = config
+    config_class = Idefics2Config  # the Hub, transformers 4 and transformers 5 use this file's names of tensors
+    hub_root = "model."
+
+    def __init__(self, config: Idefics2Config, attn_implementation: str | None = None) -> None:
+        super().__init__(config, attn_implementation)
         self.vision_model = SiglipVisionTower(config.vision_config)
         self.connector = Connector(config)
         self.text_model = Decoder(config.text_config)
+        initialize(self, config.text_config.initializer_range)
 
-    def get_image_features(
+    @property
+    def decoder(self) -> Decoder:
+        return self.text_model
+
+    def encode_images(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, attn_implementation: str | None = None
     ) -> Tensor:
-        """pixel_values (B, N, 3, height, width), pixel_attention_mask (B, N, height, width) → (real pictures, Q, C).
+        """pixel_values (B, N, 3, height, width), pixel_attention_mask (B, N, height, width) → (real images, Q, C).
 
-        Rows with fewer pictures than others are filled up with empty ones, which are left out here: the mask shows
-        them, or, where there is none, they consist of zeros alone. Pictures whose real area has the same size go
-        through the tower together and without their padding; a masked patch could never be seen anyway.
+        Rows with fewer images than others are filled up with empty ones, which are left out here: the mask shows them,
+        or, where there is none, they consist of zeros alone. Images whose real area has the same size go through the
+        tower together and without their padding; nothing would attend to a masked patch anyway.
         """
         if pixel_values.ndim != 5:
             raise ValueError(
@@ -253,16 +202,15 @@ class Idefics2Model(nn.Module):
             mask = None if mask.all() else mask
             area = pixels[indices, :, : high * patch, : wide * patch]
             patches = self.vision_model(area, mask, attn_implementation)  # (n, P, Cv)
-            patch_mask = None if mask is None else mask.flatten(1)
-            latents = self.connector(patches, patch_mask, attn_implementation)  # (n, Q, C)
-            features.update(zip(indices, latents, strict=True))
+            latents = self.connector(patches, None if mask is None else mask.flatten(1), attn_implementation)
+            features.update(zip(indices, latents, strict=True))  # (n, Q, C)
         if not features:
             return pixels.new_zeros(0, *self.connector.perceiver_resampler.latents.shape)
         return torch.stack([features[index] for index in sorted(features)])
 
     @staticmethod
     def _patch_masks(pixels: Tensor, pixel_mask: Tensor | None, patch: int) -> Tensor:
-        """(B·N, h, w) bool: a patch counts if all its pixels do; a filling picture has no patch that counts."""
+        """(B·N, h, w) bool: a patch counts if all its pixels do; in an image that only fills up a row, none does."""
         images, _, height, width = pixels.shape
         high, wide = height // patch, width // patch
         if pixel_mask is None:
@@ -271,58 +219,69 @@ class Idefics2Model(nn.Module):
         return whole.unflatten(1, (high, patch)).unflatten(3, (wide, patch)).all(dim=4).all(dim=2)
 
     def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
-        """Put features (pictures, Q, C) into the places of the image tokens, in order of appearance.
+        """Put features (images, Q, C) at the image token positions, in order of appearance → (B, T, C).
 
-        Raises ValueError if there are more or fewer places than vectors.
+        Raises ValueError if there are more or fewer positions than vectors.
         """
-        slots = common.image_slots(input_ids, inputs_embeds, self.text_model.embed_tokens, self.config.image_token_id)
+        table, token = self.text_model.embed_tokens, self.config.image_token_id
+        positions = base.image_positions(input_ids, inputs_embeds, table, token)  # (B, T)
         vectors, each = features.reshape(-1, features.shape[-1]), self.config.perceiver_config.resampler_n_latents
-        pictures = f"{len(vectors) // each} pictures of {each} vectors each"
-        return common.merge(slots, inputs_embeds, vectors, pictures)
+        return base.merge(positions, inputs_embeds, vectors, f"{len(vectors) // each} images of {each} vectors each")
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
-        *,
         image_hidden_states: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
         attn_implementation: str | None = None,
-        hidden_states: list[Tensor] | None = None,
-        last: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """→ (final hidden states (B, T or last, C), picture features (pictures, Q, C) or None).
+    ) -> base.Output | tuple:
+        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and what else is asked for.
 
         input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        pixel_values: (B, N, 3, height, width); pixel_attention_mask: (B, N, height, width), 1 = real pixel.
-        image_hidden_states: (pictures, Q, C) from an earlier call, instead of pixels.
         position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
-        past_key_values: a cache from `new_cache`, extended in place.
-        hidden_states: a list that receives the embeddings and every block's output, the last one normalised.
-        last: only so many of the last tokens are wanted; 0 = all.
+        past_key_values: a cache from `new_cache`, extended in place; use_cache=True makes one that grows.
+        pixel_values: (B, N, 3, height, width); pixel_attention_mask: (B, N, height, width), 1 = real pixel.
+        image_hidden_states: (images, Q, C) from an earlier call, instead of pixels.
 
-        Raises ValueError where the shapes do not fit, or pictures and image tokens do not match.
+        Raises ValueError where the shapes do not fit, or images and image tokens do not match.
         """
-        common.one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if pixel_values is not None and image_hidden_states is not None:
-            raise ValueError("pass either pixel_values or image_hidden_states, and not both")
+        base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        base.exclude(0, pixel_values=pixel_values, image_hidden_states=image_hidden_states)
+        attn = attn_implementation or self.attn_implementation
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)  # (B, T, C)
         if pixel_values is not None:
-            image_hidden_states = self.get_image_features(pixel_values, pixel_attention_mask, attn_implementation)
+            image_hidden_states = self.encode_images(pixel_values, pixel_attention_mask, attn)
         if image_hidden_states is not None:
             inputs_embeds = self.merge(input_ids, inputs_embeds, image_hidden_states)
-        decoding = (attention_mask, position_ids, past_key_values, attn_implementation, hidden_states, last)
-        x = self.text_model(inputs_embeds, *decoding)
-        return x, image_hidden_states
+        cache = past_key_values or self.growing_cache(inputs_embeds, use_cache)
+        states = [] if output_hidden_states else None  # lists for the decoder to fill
+        weights = [] if output_attentions else None
+        x = self.text_model(
+            inputs_embeds, attention_mask, position_ids, cache, attn, logits_to_keep, states, weights
+        )  # (B, T or logits_to_keep, C)
+        output = base.Output(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=states,
+            attentions=weights,
+            image_hidden_states=image_hidden_states,
+        )
+        return output.to_tuple() if return_dict is False else output
 
 
 def _same_size(patch_masks: Tensor) -> dict[tuple[int, int], list[int]]:
-    """Indices of the pictures by the height and width of their real area in patches; filling pictures are in none."""
+    """Indices of the images by the height and width of their real area in patches; those that fill up rows in none."""
     highs = patch_masks.any(dim=2).sum(dim=1).tolist()
     wides = patch_masks.any(dim=1).sum(dim=1).tolist()
     groups = defaultdict(list)
@@ -332,30 +291,53 @@ def _same_size(patch_masks: Tensor) -> dict[tuple[int, int], list[int]]:
     return groups
 
 
-class Idefics2ForConditionalGeneration(nn.Module):
-    """The model with its head: logits, loss, `generate`, `from_pretrained`, `save_pretrained`."""
+class Idefics2ForConditionalGeneration(base.VisionLanguageModel):
+    """The model with its head: logits and loss."""
 
     config_class = Idefics2Config
-    # Prefixes of names on the Hub → here: none, for the Hub, transformers 4 and transformers 5 use this file's names.
-    hub_prefixes: ClassVar[dict[str, str]] = {}
-
-    from_pretrained = classmethod(loading.from_pretrained)
-    save_pretrained = loading.save_pretrained
-    generate = loop.generate
-    forward = common.forward
-    device, dtype, new_cache = common.device, common.dtype, common.new_cache
+    prompt_inputs = ("pixel_values", "pixel_attention_mask", "image_hidden_states")
+    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.text_model.embed_tokens.weight"}
 
     def __init__(self, config: Idefics2Config, attn_implementation: str | None = None) -> None:
-        super().__init__()
-        common.prepare(self, config, attn_implementation)
+        super().__init__(config, attn_implementation)
         self.model = Idefics2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        initialize(self, config.text_config.initializer_range)
-
-    @property
-    def decoder(self) -> Decoder:
-        return self.model.text_model
+        initialize(self.lm_head, config.text_config.initializer_range)
+        self.tie_weights()
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, C) → logits (B, T, V)."""
         return self.lm_head(x)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        image_hidden_states: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> base.Output | tuple:
+        """As `Idefics2Model.forward`, then logits (B, T or logits_to_keep, V) and, with labels, the loss.
+
+        labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
+        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
+        """
+        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        images = (pixel_values, pixel_attention_mask, image_hidden_states)
+        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
+        output = self.model(*text, *images, *asked)
+        logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
+        loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
+        output = base.Output(output, logits=logits, loss=loss)
+        return output.to_tuple() if return_dict is False else output

@@ -8,13 +8,15 @@ B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys
     triton    on a GPU, our own kernels (kernels/README.md): no mask is ever built, keys outside a window are never read
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from minivlm_kernels import has_triton
+from minivlm_kernels.addresses import addressable
 from torch import Tensor
 
 # Names that users know from the reference, and what serves them here; None: the best there is, which is the default.
@@ -108,7 +110,7 @@ def attention(
     `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here; ValueError for another name.
     """
     chosen = "eager" if attention_taps else choose_implementation(attn_implementation, q)
-    if chosen == "triton":
+    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled):
         return _triton(q, k, v, mask, scale)
     if mask.first:
         k, v = k[:, :, mask.first :], v[:, :, mask.first :]
@@ -166,6 +168,18 @@ def tapped(weights: Tensor, first: int = 0) -> Tensor:
         changed = tap(F.pad(weights, (first, 0)))
         weights = weights if changed is None else changed[..., first:]
     return weights
+
+
+@contextlib.contextmanager
+def weights_into(kept: list[Tensor] | None) -> Iterator[None]:
+    """Meanwhile every call adds its weights to `kept`; None: nothing happens."""
+    if kept is not None:
+        attention_taps.append(kept.append)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            attention_taps.remove(kept.append)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

@@ -1,6 +1,9 @@
 """CLIP's vision transformer (Radford et al. 2021), for LLaVA-NeXT (ViT-L/14 at 336 pixels) and IDEFICS (ViT-H/14).
 
-N pictures (or tiles) of S×S pixels, P patches each, C hidden width.
+Some fine-tuned LLaVA-NeXT have SigLIP's (Zhai et al. 2023) instead: at one square size, that is CLIP's without class
+token and first norm, and with a bias in the first map.
+
+N images (or tiles) of S×S pixels, P patches each, C hidden width.
 """
 
 from collections.abc import Sequence
@@ -10,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlm.modules.attention import Mask
-from minivlm.modules.siglip import SiglipEncoder, VisionConfig
+from minivlm.modules.vision import VisionConfig, VisionEncoder
 
 
 class ClipEmbeddings(nn.Module):
-    """The class token, then a linear map of each patch, row by row; every place has a learned position."""
+    """The class token, then a linear map of each patch, row by row; every token has a learned position."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, class_token: bool) -> None:
         super().__init__()
         self.config = config
         patch, size = config.patch_size, config.hidden_size
-        self.class_embedding = nn.Parameter(torch.randn(size) * size**-0.5)
-        self.patch_embedding = nn.Conv2d(config.num_channels, size, kernel_size=patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding(1 + config.grid**2, size)
+        self.class_embedding = nn.Parameter(torch.randn(size) * size**-0.5) if class_token else None
+        self.patch_embedding = nn.Conv2d(config.num_channels, size, patch, stride=patch, bias=not class_token)
+        self.position_embedding = nn.Embedding(int(class_token) + config.grid**2, size)
 
     def forward(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
         """pixel_values (N, 3, S, S), or of another size with `interpolate` → (N, 1 + P, C). Else raises ValueError."""
@@ -31,15 +34,17 @@ class ClipEmbeddings(nn.Module):
         stretch = interpolate and found[0] == channels and min(found[1:]) >= self.config.patch_size
         if found != (channels, size, size) and not stretch:
             raise ValueError(
-                f"this vision tower takes pictures of {(channels, size, size)}, found {found}; IDEFICS takes others "
+                f"this vision tower takes images of {(channels, size, size)}, found {found}; IDEFICS takes others "
                 "with interpolate_pos_encoding=True"
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (N, C, h, w)
-        first = self.class_embedding.expand(len(patches), 1, -1)
-        return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1) + self.positions(*found[1:])
+        x = patches.flatten(2).transpose(1, 2)  # (N, P, C)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        return x + self.positions(*found[1:])
 
     def positions(self, height: int, width: int) -> Tensor:
-        """The learned positions (1 + P, C), those of patches stretched to a picture of height x width pixels."""
+        """The learned positions (1 + P, C), those of patches stretched to an image of height x width pixels."""
         learned, grid, patch = self.position_embedding.weight, self.config.grid, self.config.patch_size
         high, wide = height // patch, width // patch
         if height == width and high == grid:
@@ -52,18 +57,19 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipVisionTower(nn.Module):
-    """Pictures in, hidden states out. The blocks are those of SigLIP, which changed CLIP's loss and not its network.
+    """Pixels in, hidden states out.
 
     The Hub spells the first norm `pre_layrnorm`. `post_layernorm` is for CLIP's pooled output, which no model here
     uses; it is part of every checkpoint, so it is kept and nothing passes through it.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, class_token: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = ClipEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = SiglipEncoder(config)
+        self.embeddings = ClipEmbeddings(config, class_token)
+        norm = nn.LayerNorm if class_token else nn.Identity
+        self.pre_layrnorm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
@@ -75,17 +81,9 @@ class ClipVisionTower(nn.Module):
     ) -> list[Tensor]:
         """pixel_values (N, 3, S, S) → the hidden states (N, 1 + P, C) of each of `layers`, class token first.
 
-        State 0 enters the first block, state i leaves the i-th, and −1 is the last one. Blocks behind the highest state
-        asked for do not run. `interpolate`: pictures of any size, to which the learned positions are stretched.
-        Raises ValueError for pictures of another size without it, IndexError for a state there is not.
+        State 0 enters the first block, state i leaves the i-th, and −1 is the last one; none is normalised.
+        interpolate: images of any size, to which the learned positions are stretched.
+        Raises ValueError for images of another size without it, IndexError for a state that there is not.
         """
-        blocks = self.encoder.layers
-        wanted = [range(len(blocks) + 1)[layer] for layer in layers]
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate))
-        mask = Mask(x.shape[1], x.shape[1])
-        states = {0: x}
-        for index, block in enumerate(blocks[: max(wanted)], start=1):
-            x = block(x, mask, attn_implementation)
-            if index in wanted:
-                states[index] = x
-        return [states[layer] for layer in wanted]
+        return self.encoder(x, Mask(x.shape[1], x.shape[1]), attn_implementation, layers)

@@ -1,113 +1,86 @@
-"""From a Hub `config.json` to frozen dataclasses: known fields, checked types, the class defaults of the reference.
+"""What the configs share: a dataclass of sizes in the Hub's words, checked when it is made and fixed afterwards.
 
-Sizes have upper bounds too, far above those of any model: a config is read before its weights are, and a network of
-10⁹ layers takes for ever to build even without memory for its weights.
+`checkpoint/config_file.py` reads them from a `config.json` and writes them to one.
 """
 
-import dataclasses
-import math
-import types
-import typing
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-T = TypeVar("T")
+from minivlm.modules.layers import ACTIVATIONS
 
-INTEGERS = range(-(2**31), 2**31)  # everything in these files, ids and sizes alike
-# The most that a field may say; `positive` knows no other upper bound than INTEGERS for fields that are not here.
-MOST = {
-    **dict.fromkeys(("num_hidden_layers", "resampler_depth"), 512),
-    **dict.fromkeys(("hidden_size", "intermediate_size"), 2**20),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "resampler_n_heads"), 2**14),
-    **dict.fromkeys(("head_dim", "resampler_head_dim", "resampler_n_latents", "image_size", "patch_size"), 2**13),
-    **dict.fromkeys(("vocab_size", "additional_vocab_size", "max_position_embeddings"), 2**24),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps"), 0.1),
-    "rope_theta": 1e12,
+# The most that a field may be, for fields that have to be above zero. Far above any model: a config is read before its
+# weights, and a network of 10⁹ layers takes for ever to build even without memory for its weights.
+LIMITS: dict[float, tuple[str, ...]] = {
+    2**9: ("num_hidden_layers", "resampler_depth", "cross_layer_interval"),
+    2**13: ("head_dim", "resampler_head_dim", "resampler_n_latents", "image_size", "patch_size"),
+    2**14: ("num_attention_heads", "num_key_value_heads", "resampler_n_heads"),
+    2**20: ("hidden_size", "intermediate_size"),
+    2**24: ("vocab_size", "max_position_embeddings"),
+    2**31 - 1: ("sliding_window",),
+    0.1: ("rms_norm_eps", "layer_norm_eps"),
+    1e12: ("rope_theta",),
+}
+MOST = {name: most for most, names in LIMITS.items() for name in names}
+# The most that a field may be which can also be zero.
+MOST_OR_ZERO = {"additional_vocab_size": 2**24, "initializer_range": 100, "alphas_initializer_range": 100}
+WORDS: dict[str, Any] = {
+    "hidden_act": ACTIVATIONS,
+    "projector_hidden_act": ACTIVATIONS,
+    "num_channels": (3,),  # RGB
+    "alpha_type": ("float", "vector"),
+    "alpha_initializer": ("zeros", "ones", "normal", "gaussian", "random"),
 }
 
 
-def from_hub(cls: type[T], values: dict[str, Any], **defaults: Any) -> T:
-    """Build dataclass `cls` from the entries of a Hub config that it knows, over `defaults`, over its own defaults.
+@dataclass
+class Config:
+    """Base of every config. A subclass derives what it must, then calls `__post_init__` here, which checks the fields.
 
-    Entries that name nothing in `cls` (`architectures`, `transformers_version`, …) are not model structure and are
-    left alone. Raises ValueError that names the field, what was found and what was expected.
+    Raises ValueError that names the field and what was found. Later, AttributeError for a field that a model is built
+    from; what changes no part of a model can be set: `settable`, and attributes that are no fields, such as use_cache.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"{cls.__name__} expects a JSON object, found {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    fields = {name: value for name, value in values.items() if name in known}
-    for name, value in fields.items():
-        fields[name] = _checked(f"{cls.__name__}.{name}", value, hints[name])
-    return cls(**{**defaults, **fields})
+
+    multiples: ClassVar[dict[str, str]] = {}  # field → the field that it must be a multiple of
+    hub_names: ClassVar[dict[str, str]] = {}  # field → its name in files, where that is another one
+    settable: ClassVar[frozenset[str]] = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "dtype"})
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check(self, item.name, getattr(self, item.name))
+        for whole, part in self.multiples.items():
+            if (high := getattr(self, whole)) % (low := getattr(self, part)):
+                raise ValueError(f"{type(self).__name__}.{whole} ({high}) must be a multiple of {part} ({low})")
+        self._made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fixed = hasattr(self, "_made") and name in self.__dataclass_fields__ and name not in self.settable
+        if fixed and value != getattr(self, name):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is {getattr(self, name)!r:.80} and built into the model; make another "
+                f"config with dataclasses.replace(config, {name}={value!r:.80})"
+            )
+        super().__setattr__(name, value)
 
 
-def section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """The JSON object `name` inside `values`; absent and null are empty. ValueError for anything else."""
-    found = values.get(name)
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"{name} should be a JSON object, found {found!r:.80}")
-    return found or {}
+def check(config: Config, name: str, value: Any) -> None:
+    """ValueError if a field's value cannot be. None is checked by whoever gives it a meaning."""
+    where = f"{type(config).__name__}.{name}"
+    if name in MOST and value is not None and not 0 < value <= MOST[name]:
+        wrong = "must be positive" if value <= 0 else "is absurd"
+        raise ValueError(f"{where} {wrong}, found {value} (at most {MOST[name]:,} here)")
+    if name in MOST_OR_ZERO and not 0 <= value <= MOST_OR_ZERO[name]:
+        raise ValueError(f"{where} should be from 0 to {MOST_OR_ZERO[name]:,}, found {value}")
+    if name in WORDS and value not in WORDS[name]:
+        raise ValueError(f"{where} should be one of {', '.join(map(str, WORDS[name]))}, found {value!r:.80}")
+    if name.endswith("_token_id"):
+        check_token_ids(where, value)
 
 
-def positive(config: Any, *names: str) -> None:
-    """Every named field is above zero and at most MOST, else ValueError: sizes of parts, counts of layers and heads."""
-    for name in names:
-        value, most = getattr(config, name), MOST.get(name, INTEGERS[-1])
-        if not 0 < value <= most:
-            wrong = "is absurd" if value > most else "must be positive"
-            raise ValueError(f"{type(config).__name__}.{name} {wrong}, found {value} (at most {most:,} here)")
-
-
-def divides(config: Any, part: str, whole: str) -> None:
-    """Field `part` divides field `whole` without rest, else ValueError."""
-    if getattr(config, whole) % getattr(config, part):
-        raise ValueError(
-            f"{type(config).__name__}.{whole} ({getattr(config, whole)}) must be a multiple of "
-            f"{part} ({getattr(config, part)})"
-        )
-
-
-def one_of(config: Any, name: str, known: Iterable[str]) -> None:
-    """Field `name` is one of the words that are `known`, else ValueError."""
-    if (value := getattr(config, name)) not in known:
-        raise ValueError(f"{type(config).__name__}.{name} should be one of {', '.join(known)}, found {value!r:.80}")
-
-
-def deviation(config: Any, *names: str) -> None:
-    """Every named field is a standard deviation of random weights, from 0 to 100, else ValueError."""
-    for name in names:
-        if not 0 <= (value := getattr(config, name)) <= 100:
-            raise ValueError(f"{type(config).__name__}.{name} should be from 0 to 100, found {value}")
-
-
-def token_ids(config: Any, *names: str) -> None:
-    """Every named field is a token id, a list of them, or None, else ValueError. −1 is how some files say none."""
-    for name in names:
-        value = getattr(config, name)
-        ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        if not all(type(token) is int and -1 <= token < INTEGERS.stop for token in ids):
-            raise ValueError(f"{type(config).__name__}.{name} should be made of token ids, found {value!r:.80}")
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """`value` if it fits the annotation; an int where a float is wanted becomes one, a bool never counts as an int.
-
-    Numbers are finite, and whole ones fit 32 bits.
-    """
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and (int in plain or float in plain) and value not in INTEGERS:
-        raise ValueError(f"{name} is a number beyond 32 bits, found {value!r:.40}…")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} should be finite, found {value}")
-    if float in plain and whole:
-        return float(value)
-    if isinstance(value, plain) and (not isinstance(value, bool) or bool in plain):
-        return value
-    expected = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in plain)
-    raise ValueError(f"{name} should be {expected}, found {value!r:.80}")
+def check_token_ids(where: str, value: Any) -> None:
+    """ValueError unless `value` is a token id, a list of them, or None. −1 is how some files say that there is none."""
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(type(token) is int and -1 <= token < 2**31 for token in ids):
+        raise ValueError(f"{where} should be made of token ids, found {value!r:.80}")
 
 
 def text_config(config: Any) -> Any:

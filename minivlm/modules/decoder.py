@@ -3,45 +3,25 @@
 B batch, T new tokens, S keys in view, C hidden width, H query heads, K key/value heads, D head width.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.modules import config as hub_config
-from minivlm.modules.attention import Mask, attention
+from minivlm.modules.attention import Mask, attention, weights_into
 from minivlm.modules.cache import KVCache
-from minivlm.modules.layers import ACTIVATIONS, GatedMLP, RMSNorm
-from minivlm.modules.rope import RopeScaling, read_rope, rotary_cos_sin, rotary_frequencies, rotate
-
-# Class defaults of the reference where they differ from `DecoderConfig`: real config files leave most fields out.
-CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {},
-    "llama": {
-        "intermediate_size": 11008,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "sliding_window": None,
-    },
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "use_sliding_window": False,
-        "max_window_layers": 28,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
-}
+from minivlm.modules.config import Config
+from minivlm.modules.layers import GatedMLP, RMSNorm
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
+@dataclass
+class DecoderConfig(Config):
     """Sizes of a decoder, in the Hub's words; the defaults are those of Mistral 7B."""
 
-    model_type: str = "mistral"
+    multiples: ClassVar[dict[str, str]] = {"num_attention_heads": "num_key_value_heads"}
+
+    model_type: str = "mistral"  # or "llama" or "qwen2"
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 14336
@@ -52,71 +32,39 @@ class DecoderConfig:
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Any = None  # a `rope_scaling.RopeScaling`, for texts longer than those of the training
     max_position_embeddings: int = 131072
-    sliding_window: int | None = 4096  # tokens that a layer sees, the newest included; null: all
+    sliding_window: int | None = 4096  # tokens that a layer attends to, the newest included; null: all
     use_sliding_window: bool = True  # Qwen2 keeps a size in sliding_window and says here that it is off
-    max_window_layers: int = 0  # layers below this one see everything whatever the window (Qwen2)
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    max_window_layers: int = 0  # layers below this one attend to everything whatever the window (Qwen2)
+    attention_bias: bool = False  # in all four projections of attention (Llama)
+    mlp_bias: bool = False  # (Llama)
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list | None = 2
 
     def __post_init__(self) -> None:
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        hub_config.positive(self, *names, "max_position_embeddings", "rope_theta", "rms_norm_eps")
-        hub_config.one_of(self, "hidden_act", ACTIVATIONS)
-        hub_config.deviation(self, "initializer_range")
-        hub_config.token_ids(self, "pad_token_id", "bos_token_id", "eos_token_id")
         if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+            self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        hub_config.positive(self, "num_key_value_heads", "head_dim")
-        hub_config.divides(self, "num_key_value_heads", "num_attention_heads")
-        if self.head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head_dim, found {self.head_dim}")
-        if self.rope_theta <= 1 or (self.head_dim == 2 and self.rope_scaling is not None):
-            raise ValueError(f"rope_theta {self.rope_theta} with head_dim {self.head_dim} gives no falling frequencies")
-        if self.attention_bias or self.mlp_bias:
-            raise ValueError("decoders with attention_bias or mlp_bias are not supported: no checkpoint here has them")
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.model_type == "llama" or not self.use_sliding_window:
-            object.__setattr__(self, "sliding_window", None)
-        if self.sliding_window is not None:
-            hub_config.positive(self, "sliding_window")
-        for name in ("short_factor", "long_factor"):
-            divisors = getattr(self.rope_scaling, name, None)
-            if divisors is not None and len(divisors) != self.head_dim // 2:
-                raise ValueError(f"rope_scaling.{name} should have head_dim / 2 = {self.head_dim // 2} entries")
-
-    @classmethod
-    def from_hub(cls, values: dict[str, Any], **defaults: Any) -> "DecoderConfig":
-        """Read a `text_config`. `defaults` are what the model around it prefers over the class defaults."""
-        kind = values.get("model_type", "mistral")
-        if not isinstance(kind, str) or kind not in CLASS_DEFAULTS:
+            self.sliding_window = None
+        super().__post_init__()
+        if self.head_dim % 2 or self.rope_theta <= 1:
             raise ValueError(
-                f"text_config.model_type {kind!r:.80} is not supported; known: {', '.join(CLASS_DEFAULTS)}"
+                f"rotary positions need an even head_dim and a rope_theta above 1, found {self.head_dim} and "
+                f"{self.rope_theta}"
             )
-        known = {"max_position_embeddings": cls.max_position_embeddings, **CLASS_DEFAULTS[kind], **defaults, **values}
-        config = hub_config.from_hub(cls, {**known, "model_type": kind, **read_rope(known)})
-        layers = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
-        if kind == "qwen2" and values.get("layer_types") not in (None, layers):
-            raise ValueError("layer_types should follow from use_sliding_window and max_window_layers; leave it out")
-        return config
-
-    def to_hub(self) -> dict[str, Any]:
-        """A `text_config` that spells every field out."""
-        return {**asdict(self), "rope_scaling": self.rope_scaling and self.rope_scaling.to_hub()}
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.model_type == "qwen2"
+        if self.rope_scaling is not None:
+            self.rope_scaling.check_head(self.head_dim)
+        if self.model_type != "llama" and (self.attention_bias or self.mlp_bias):
+            raise ValueError(f"attention_bias and mlp_bias are settings of Llama, not of {self.model_type}")
 
     @property
     def windows(self) -> list[int | None]:
-        """For each layer the number of tokens it sees, the newest included; None = all."""
+        """For each layer the number of tokens that a token attends to, the newest included; None = all."""
         layers = range(self.num_hidden_layers)
         return [self.sliding_window if layer >= self.max_window_layers else None for layer in layers]
 
@@ -129,10 +77,11 @@ class DecoderAttention(nn.Module):
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
@@ -144,16 +93,15 @@ class DecoderAttention(nn.Module):
         layer: int,
         attn_implementation: str | None,
     ) -> Tensor:
-        """x (B, T, C) → (B, T, C), or fewer of the last tokens if the mask has fewer queries."""
-        asking = slice(x.shape[1] - mask.queries, None)
-        q = self._heads(self.q_proj(x[:, asking]))  # (B, H, T, D)
+        """x (B, T, C) → (B, mask.queries, C): all T tokens give keys and values, the last `mask.queries` ask."""
+        asking = slice(-mask.queries, None)
+        q = self._heads(self.q_proj(x[:, asking]))  # (B, H, T or fewer, D)
         k = self._heads(self.k_proj(x))  # (B, K, T, D)
         v = self._heads(self.v_proj(x))
         q, k = rotate(q, cos[:, :, asking], sin[:, :, asking]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, K, S, D)
-        scale = self.head_dim**-0.5
-        mixed = attention(q, k, v, mask, scale=scale, attn_implementation=attn_implementation)  # (B, H, T, D)
+        mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, attn_implementation=attn_implementation)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -168,11 +116,20 @@ class DecoderBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = DecoderAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, *rest: Any) -> Tensor:
-        """x (B, T, C) → (B, T, C), or as many of the last tokens as the mask has queries."""
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, mask, *rest)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask,
+        cache: KVCache | None,
+        layer: int,
+        attn_implementation: str | None,
+    ) -> Tensor:
+        """x (B, T, C) → (B, mask.queries, C), T of them in all blocks but perhaps the last (see `Decoder.forward`)."""
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, attn_implementation)
         x = x[:, -mask.queries :] + mixed
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -195,16 +152,19 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         attn_implementation: str | None = None,
+        logits_to_keep: int = 0,
         hidden_states: list[Tensor] | None = None,
-        last: int = 0,
+        attentions: list[Tensor] | None = None,
     ) -> Tensor:
-        """inputs_embeds (B, T, C) → (B, T, C), or (B, last, C) where only so many of the last tokens are wanted.
+        """inputs_embeds (B, T, C) → (B, T, C), or (B, logits_to_keep, C) where only the last tokens are wanted.
 
-        The last block then answers for these alone: what it would say of the others, nobody reads.
+        The last block then computes only these positions; its other outputs would go unused. (Blocks before it need
+        all T, whose keys and values the later ones attend to.)
 
         attention_mask: (B, S), 1 = real token, for all S = cached + T slots; None = no padding.
         position_ids: (B, T); None = the slots themselves, whatever the padding (as the reference).
         hidden_states: a list that receives the embeddings and every block's output, the last one normalised.
+        attentions: a list that receives every block's weights (B, H, T, S), which only the eager formula has.
         """
         x = inputs_embeds
         past = 0 if cache is None else cache.length
@@ -216,9 +176,10 @@ class Decoder(nn.Module):
             if hidden_states is not None:
                 hidden_states.append(x)
             mask = masks[self.windows[index]]
-            if block is self.layers[-1]:
-                mask = mask.of_last(last)
-            x = block(x, cos, sin, mask, cache, index, attn_implementation)
+            if block is self.layers[-1] and hidden_states is None and attentions is None:
+                mask = mask.of_last(logits_to_keep)
+            with weights_into(attentions):
+                x = block(x, cos, sin, mask, cache, index, attn_implementation)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
@@ -228,13 +189,14 @@ class Decoder(nn.Module):
 
     def rotations(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin for the positions (B, T) of the new tokens, each (B, 1, T, D)."""
-        config, scaling = self.config, self.config.rope_scaling
-        trained = config.max_position_embeddings
-        frequencies = rotary_frequencies(position_ids, config.head_dim, config.rope_theta, scaling, trained)
-        return rotary_cos_sin(position_ids, frequencies, dtype, scaling.attention_scale if scaling else 1.0)
+        width, theta, scaling = self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        if scaling is None:
+            return rotary_cos_sin(position_ids, 1.0 / rotary_powers(width, theta, position_ids.device), dtype)
+        frequencies = scaling.frequencies(position_ids, width, theta, self.config.max_position_embeddings)
+        return rotary_cos_sin(position_ids, frequencies, dtype, scaling.attention_scale)
 
     def mask(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:
-        """What the T tokens of x (B, T, C) see, those before them being cached."""
+        """What the T tokens of x (B, T, C) attend to; those before them are cached."""
         if x.ndim != 3:
             raise ValueError(
                 f"input_ids should be (batch, tokens), found {x.ndim - 1} dimensions; add one by ids[None]"
@@ -246,12 +208,40 @@ class Decoder(nn.Module):
                 f"attention_mask should be (batch, cached + new tokens) = {(x.shape[0], slots)}, "
                 f"found {tuple(attention_mask.shape)}"
             )
-        if attention_mask is not None and x.shape[1] > 1 and attention_mask.all():
-            attention_mask = None  # asked in prefill only: the answer waits for the device
+        # In prefill alone: `all` waits for the device. Not while traced: what is traced has to hold for any mask.
+        look = attention_mask is not None and x.shape[1] > 1 and not torch.compiler.is_compiling()
+        if look and attention_mask.all():
+            attention_mask = None
         return Mask(x.shape[1], slots, causal=True, window=window, valid=attention_mask, device=x.device, filled=filled)
 
     def new_cache(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for `batch` rows of `slots` tokens."""
-        config = self.config
-        sizes = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        heads = self.layers[0].self_attn.k_proj.out_features // self.config.head_dim  # fewer where heads are cut
+        sizes = (self.config.num_hidden_layers, batch, heads, slots, self.config.head_dim)
         return KVCache(*sizes, device=device, dtype=dtype)
+
+
+# ---- Rotary positions (RoFormer, Su et al. 2021) ---------------------------------------------------------------------
+#
+# Pair i of a head's D numbers turns by position · frequency_i, frequency_i = theta^(−2i/D), i < D/2. Everything is in
+# fp32 in any model (a bf16 copy moves logits by 0.1), in the order of the reference.
+
+
+def rotary_powers(head_dim: int, theta: float | Tensor, device: torch.device) -> Tensor:
+    """theta^(2i/D), (D/2,) fp32."""
+    return theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim)
+
+
+def rotary_cos_sin(
+    position_ids: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The table of rotations. position_ids (B, T) → cos · scale and ∓ sin · scale for `rotate`, each (B, 1, T, D)."""
+    with torch.autocast(position_ids.device.type, enabled=False):
+        angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
+        cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+D/2}): halves, not neighbours, as Hub weights are laid out. x: (B, H, T, D)."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # −x_{i+D/2}, x_i: `sin` has the sign

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What `hidden_act` can say; configs check it.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -14,13 +15,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
 }
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function behind a config's `hidden_act`. Raises ValueError for a name that no released checkpoint uses."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown hidden_act {name!r}; known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
 
 
 class RMSNorm(nn.Module):
@@ -46,23 +40,28 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
-        self.act = activation(hidden_act)
+        self.act = ACTIVATIONS[hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) · up(x)) without biases (Shazeer 2020, "GLU variants"): decoders and the Idefics2 connector."""
+    """down(act(gate(x)) · up(x)) (Shazeer 2020, "GLU variants"): decoders and the Idefics2 connector."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, hidden_act: str, output_size: int | None = None
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        output_size: int | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, output_size or hidden_size, bias=False)
-        self.act = activation(hidden_act)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, output_size or hidden_size, bias=bias)
+        self.act = ACTIVATIONS[hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

@@ -307,7 +307,7 @@ def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, T
 
 
 def code_at(thing: Any) -> str:
-    """A class or function as "minivlm/modules/siglip.py:118 SiglipBlock"."""
+    """A class or function as "minivlm/modules/vision.py:64 VisionBlock"."""
     file = inspect.getsourcefile(thing)
     top = sys.modules[thing.__module__.split(".")[0]].__file__
     if file is None or top is None:

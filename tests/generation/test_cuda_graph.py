@@ -24,7 +24,7 @@ from minivlm.generation.request import prepare
 from minivlm.models.idefics import IdeficsForVisionText2Text
 from minivlm.models.idefics2 import Idefics2ForConditionalGeneration
 from minivlm.models.llava_next import LlavaNextForConditionalGeneration
-from minivlm.modules.rope import RopeScaling
+from minivlm.modules.rope_scaling import RopeScaling
 
 N = 8  # new tokens
 LONGROPE = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 24}

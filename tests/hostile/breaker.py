@@ -722,7 +722,7 @@ SIZES = [
     ("vision_config.image_size", 7, "image_size 7 is smaller than one patch of 14"),
     ("vision_config.patch_size", 0, "patch_size must be positive"),
     ("vision_config.patch_size", 7, "of another shape"),
-    ("vision_config.num_channels", 4, "num_channels must be 3, for pictures are RGB; found 4"),
+    ("vision_config.num_channels", 4, "num_channels should be one of 3, found 4"),
     ("vision_config.num_attention_heads", 5, "must be a multiple of num_attention_heads"),
     ("vision_config.layer_norm_eps", -1e-6, "layer_norm_eps must be positive"),
     ("vision_config.hidden_act", "relu6", "VisionConfig.hidden_act should be one of"),

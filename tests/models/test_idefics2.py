@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minivlm import Idefics2Config, Idefics2ForConditionalGeneration
 from minivlm.checkpoint import hub
-from minivlm.models.idefics2 import PRESETS
+from minivlm.models.presets import IDEFICS2 as PRESETS
 from minivlm.modules.siglip import position_buckets
 
 # What varies: GQA ratios, windows (shorter than the prompt, off), patch grids, resampler depth and heads.
@@ -21,7 +21,7 @@ CONFIGS = {
     "odd grid, 3 layers": {"image_size": 35, "patch_size": 5, "depth": 3},
     "grid without rest, wide text": {"image_size": 30, "patch_size": 4, "text_width": 96, "heads": (6, 3)},
 }
-IMAGES = (2, 0, 3, 1)  # pictures in each row of the batch
+IMAGES = (2, 0, 3, 1)  # images in each row of the batch
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=CONFIGS)
@@ -44,7 +44,7 @@ def test_hidden_states_logits_and_loss(pair: Any, backend: str) -> None:
 
 @torch.no_grad()
 def test_vision_layers_with_patch_masks(pair: Any) -> None:
-    """The padded tower, mask in every layer: the slow twin of grouping pictures by size."""
+    """The padded tower, mask in every layer: the slow twin of grouping images by size."""
     reference, ours, inputs = pair
     patch = ours.config.vision_config.patch_size
     pixels = inputs["pixel_values"].flatten(0, 1)
@@ -66,7 +66,7 @@ def test_vision_layers_with_patch_masks(pair: Any) -> None:
     found = layers(ours.model.vision_model, patch_mask=masks)
     for layer, states in enumerate(zip(found, eager, sdpa, strict=True)):
         oracle.assert_close(*(state[valid] for state in states), f"vision layer {layer}")
-    grouped = ours.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])
+    grouped = ours.model.encode_images(inputs["pixel_values"], inputs["pixel_attention_mask"])
     padded = ours.model.connector(found[-1], valid)
     torch.testing.assert_close(grouped, padded, rtol=1e-5, atol=1e-5)  # fp32 sums in another order
 
@@ -91,8 +91,8 @@ def test_batches_of_other_kinds(pair: Any, images: tuple[int, ...]) -> None:
 
 def test_cached_equals_uncached(pair: Any) -> None:
     _, ours, inputs = pair
-    pictures = {key: value for key, value in inputs.items() if key.startswith("pixel")}
-    oracle.assert_cached_equals_uncached(ours, inputs, pictures)
+    images = {key: value for key, value in inputs.items() if key.startswith("pixel")}
+    oracle.assert_cached_equals_uncached(ours, inputs, images)
 
 
 @torch.no_grad()
@@ -129,12 +129,12 @@ def test_features_can_be_reused_and_the_picture_matters(pair: Any) -> None:
 
 @torch.no_grad()
 def test_picture_of_zeros_is_a_picture() -> None:
-    """The reference drops a picture whose pixels are all exactly 0 and then fails; our mask says that it is there."""
+    """The reference drops a image whose pixels are all exactly 0 and then fails; our mask says that it is there."""
     config = oracle.idefics2_config()
     ours = Idefics2ForConditionalGeneration(Idefics2Config.from_hub(config.to_dict()))
     pixels, mask = torch.zeros(1, 1, 3, 12, 12), torch.ones(1, 1, 12, 12, dtype=torch.long)
-    assert ours.model.get_image_features(pixels, mask).shape == (1, oracle.LATENTS, 64)
-    assert ours.model.get_image_features(pixels).shape[0] == 0  # without a mask, zeros are filling
+    assert ours.model.encode_images(pixels, mask).shape == (1, oracle.LATENTS, 64)
+    assert ours.model.encode_images(pixels).shape[0] == 0  # without a mask, zeros are filling
 
 
 def test_position_buckets_follow_the_reference() -> None:
@@ -185,8 +185,8 @@ def test_presets_equal_the_released_config(name: str, data: Path) -> None:
 
 
 BAD_CALLS = {
-    "pictures of 4 dimensions": (lambda i: {"pixel_values": i["pixel_values"][0]}, "batch, images, channels"),
-    "one picture fewer": (lambda i: {"pixel_values": i["pixel_values"][:, :2]}, "image tokens, but"),
+    "images of 4 dimensions": (lambda i: {"pixel_values": i["pixel_values"][0]}, "batch, images, channels"),
+    "one image fewer": (lambda i: {"pixel_values": i["pixel_values"][:, :2]}, "image tokens, but"),
     "ids and embeddings": (lambda i: {"inputs_embeds": torch.zeros(4, 3, 64)}, "either input_ids or inputs_embeds"),
     "neither": (lambda i: {"input_ids": None}, "either input_ids or inputs_embeds"),
     "short mask": (lambda i: {"attention_mask": i["attention_mask"][:, :4]}, "attention_mask should be"),
@@ -211,7 +211,6 @@ def test_bad_calls(case: str) -> None:
 
 BAD_CONFIGS = {
     "image token outside the vocabulary": ({"image_token_id": 100}, "outside the vocabulary"),
-    "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     "width as a string": ({"vision_config": {"hidden_size": "big"}}, "VisionConfig.hidden_size"),
     "heads that do not divide": ({"vision_config": {"hidden_size": 50}}, "multiple of"),
     "more key heads than heads": ({"perceiver_config": {"num_key_value_heads": 32}}, "multiple of"),

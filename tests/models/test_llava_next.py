@@ -17,7 +17,7 @@ from torch import Tensor
 from minivlm import AutoModelForImageTextToText, LlavaNextConfig, LlavaNextForConditionalGeneration
 from minivlm.checkpoint import hub
 from minivlm.checkpoint.names import WEIGHTS, local_name
-from minivlm.models.llava_next import PRESETS
+from minivlm.models.presets import LLAVA_NEXT as PRESETS
 from minivlm.modules.anyres import image_token_count
 
 Model = LlavaNextForConditionalGeneration
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "projector_hidden_act": "gelu_pytorch_tanh",
     },
 }
-ROWS = (SIZES[:2], [], SIZES[2:6], SIZES[6:])  # pictures of each row of the batch
+ROWS = (SIZES[:2], [], SIZES[2:6], SIZES[6:])  # images of each row of the batch
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=CONFIGS)
@@ -109,8 +109,8 @@ def test_equal_calls(pair: Any) -> None:
     assert torch.equal(ours(inputs_embeds=embeddings, **rest).logits, whole.logits)
     # The last block runs one row then instead of many, and matrix products of other sizes round differently.
     torch.testing.assert_close(ours(**inputs, logits_to_keep=1).logits, whole.logits[:, -1:], rtol=1e-5, atol=1e-5)
-    no_pictures = {"pixel_values": inputs["pixel_values"][:0], "image_sizes": inputs["image_sizes"][:0]}
-    assert torch.isfinite(ours(torch.tensor([[1, 2, 3]]), **no_pictures).logits).all()
+    no_images = {"pixel_values": inputs["pixel_values"][:0], "image_sizes": inputs["image_sizes"][:0]}
+    assert torch.isfinite(ours(torch.tensor([[1, 2, 3]]), **no_images).logits).all()
     text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     assert torch.equal(ours(**text, image_hidden_states=whole.image_hidden_states).logits, whole.logits)
 
@@ -126,7 +126,7 @@ def test_equal_calls(pair: Any) -> None:
 
 
 @torch.no_grad()
-def test_pictures_and_their_order_matter(pair: Any) -> None:
+def test_images_and_their_order_matter(pair: Any) -> None:
     reference, ours, _ = pair
     inputs = tiny.llava_inputs([[(30, 50), (30, 50)]], reference.config)
     once = ours(**inputs).logits
@@ -162,7 +162,7 @@ def test_packing_at_the_released_sizes() -> None:
 
 
 def test_the_reference_cannot_pack_class_tokens_either() -> None:
-    """Why `vision_feature_select_strategy="full"` is refused when the config is read, and not when a picture comes."""
+    """Why `vision_feature_select_strategy="full"` is refused when the config is read, and not when a image comes."""
     reference = tiny.random_llava(tiny.llava_config(vision_feature_select_strategy="full"))
     inputs = tiny.llava_inputs([[(30, 50)]], reference.config)
     with pytest.raises(RuntimeError, match=r"invalid for input of size|must match"):
@@ -258,37 +258,37 @@ def test_defaults_are_those_of_the_reference() -> None:
 
 BAD_CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "no sizes": (lambda i: {"image_sizes": None}, "need their image_sizes"),
-    "one size fewer": (lambda i: {"image_sizes": i["image_sizes"][1:]}, "7 pictures and image_sizes 6"),
-    "no size at all": (lambda i: {"image_sizes": i["image_sizes"][:0]}, "7 pictures and image_sizes 0"),
-    "one picture fewer": (lambda i: {"pixel_values": i["pixel_values"][1:]}, "6 pictures and image_sizes 7"),
-    "one picture fewer than places": (
+    "one size fewer": (lambda i: {"image_sizes": i["image_sizes"][1:]}, "7 images and image_sizes 6"),
+    "no size at all": (lambda i: {"image_sizes": i["image_sizes"][:0]}, "7 images and image_sizes 0"),
+    "one image fewer": (lambda i: {"pixel_values": i["pixel_values"][1:]}, "6 images and image_sizes 7"),
+    "fewer images than the prompt has": (
         lambda i: {"pixel_values": i["pixel_values"][1:], "image_sizes": i["image_sizes"][1:]},
-        r"the prompt has \d+ image tokens, but its pictures \(100x33 pixels: 45, 12x12 .*\) give 179 vectors",
+        r"the prompt has \d+ image tokens, but its images \(100x33 pixels: 45, 12x12 .*\) give 179 vectors",
     ),
-    "pictures for a text": (lambda i: {"input_ids": i["input_ids"].clamp(max=50)}, "has 0 image tokens, but"),
+    "images for a text": (lambda i: {"input_ids": i["input_ids"].clamp(max=50)}, "has 0 image tokens, but"),
     "a size the other way round": (
         lambda i: {"image_sizes": torch.cat([i["image_sizes"][:1].flip(1), i["image_sizes"][1:]])},
-        r"image tokens, but its pictures \(50x30 pixels: ",
+        r"image tokens, but its images \(50x30 pixels: ",
     ),
-    "flat sizes": (lambda i: {"image_sizes": i["image_sizes"].flatten()}, r"should be \(pictures, 2\)"),
+    "flat sizes": (lambda i: {"image_sizes": i["image_sizes"].flatten()}, r"should be \(images, 2\)"),
     "sizes of nothing": (lambda i: {"image_sizes": i["image_sizes"] * 0}, "whole numbers from 1"),
     "sizes that are no numbers of pixels": (lambda i: {"image_sizes": i["image_sizes"] / 2}, "whole numbers from 1"),
     "fewer tiles than the size implies": (lambda i: {"pixel_values": i["pixel_values"][:, :3]}, "or more tiles"),
-    "fewer tiles in a row": (lambda i: {"pixel_values": i["pixel_values"][:, 0]}, "7 tiles, but pictures of these"),
-    "pictures of another side": (lambda i: {"pixel_values": i["pixel_values"][..., :8]}, r"3, 12, 12\)"),
+    "fewer tiles in a row": (lambda i: {"pixel_values": i["pixel_values"][:, 0]}, "7 tiles, but image_sizes"),
+    "images of another side": (lambda i: {"pixel_values": i["pixel_values"][..., :8]}, r"3, 12, 12\)"),
     "a row of tiles of another side": (
         lambda i: {
             **{"input_ids": torch.tensor([[1] + 24 * [tiny.IMAGE]]), "attention_mask": None},
             **{"pixel_values": torch.zeros(3, 3, 8, 8), "image_sizes": [(12, 12)]},
         },
-        r"takes pictures of \(3, 12, 12\), found \(3, 8, 8\)",
+        r"takes images of \(3, 12, 12\), found \(3, 8, 8\)",
     ),
-    "one picture without its tiles": (lambda i: {"pixel_values": i["pixel_values"][0, 0]}, "3 pictures and"),
+    "one image without its tiles": (lambda i: {"pixel_values": i["pixel_values"][0, 0]}, "3 images and"),
     "ids and embeddings": (lambda i: {"inputs_embeds": torch.zeros(4, 3, 64)}, "either input_ids or inputs_embeds"),
     "neither": (lambda i: {"input_ids": None}, "either input_ids or inputs_embeds"),
-    "features of another picture": (
+    "features of another image": (
         lambda i: {"pixel_values": None, "image_hidden_states": torch.zeros(3, 64)},
-        "its pictures give 3 vectors",
+        "its images give 3 vectors",
     ),
     "pixels and features": (lambda i: {"image_hidden_states": torch.zeros(1, 64)}, "either pixel_values or"),
     "short mask": (lambda i: {"attention_mask": i["attention_mask"][:, :4]}, "attention_mask should be"),
@@ -307,7 +307,7 @@ def test_bad_calls(case: str) -> None:
 
 
 @torch.no_grad()
-def test_places_are_counted_before_the_tower_runs() -> None:
+def test_image_tokens_are_counted_before_the_tower_runs() -> None:
     config = tiny.llava_config()
     ours = Model(LlavaNextConfig.from_hub(config.to_dict()))
     inputs = tiny.llava_inputs(ROWS, config)
@@ -318,7 +318,6 @@ def test_places_are_counted_before_the_tower_runs() -> None:
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "image token outside the vocabulary": ({"image_token_index": 100}, "outside the vocabulary"),
-    "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     "canvas that is no whole tiles": ({"image_grid_pinpoints": [[12, 30]]}, r"multiples of the tile's side of 12"),
     "no canvas": ({"image_grid_pinpoints": []}, "at least one"),
     "canvases in one row": ({"image_grid_pinpoints": [12, 24]}, "image_grid_pinpoints"),
@@ -328,7 +327,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "layer above the tower": ({"vision_feature_layer": [1, 5]}, "5 hidden states of a tower of 4 layers"),
     "no layer": ({"vision_feature_layer": []}, "one or more"),
     "layer as text": ({"vision_feature_layer": "last"}, "LlavaNextConfig.vision_feature_layer"),
-    "another tower": ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model' is not supp"),
+    "another tower": ({"vision_config": {"model_type": "vit"}}, "'vit' is not supp"),
     "width as a string": ({"vision_config": {"hidden_size": "big"}}, "VisionConfig.hidden_size"),
     "heads that do not divide": ({"vision_config": {"hidden_size": 50}}, "multiple of"),
     "patch larger than a tile": ({"vision_config": {"patch_size": 13}}, "smaller than one patch"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from minivlm.modules.decoder import CLASS_DEFAULTS, Decoder, DecoderConfig
+from minivlm.checkpoint.config_file import DECODERS, read_decoder, to_hub
+from minivlm.modules.decoder import Decoder
 
 SIZES = {
     **{"vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
@@ -22,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, heads of their own width": {"model_type": "llama", "head_dim": 24, "num_key_value_heads": None},
     "llama ignores windows": {"model_type": "llama", "sliding_window": 4},
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "qwen2, a window that is off": {"model_type": "qwen2", "sliding_window": 5},
     "qwen2, windows in the upper layers": {
@@ -46,7 +48,7 @@ def pair(case: str) -> tuple[Any, Decoder]:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.ndim == 1 else parameter.mul_(4)
-    ours = Decoder(DecoderConfig.from_hub(values))
+    ours = Decoder(read_decoder(values))
     ours.load_state_dict(reference.state_dict())
     return reference, ours
 
@@ -80,7 +82,7 @@ def test_the_last_block_answers_for_what_is_wanted(case: str) -> None:
     ours.layers[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     whole = ours(x, mask)
     for last in (1, 3, 20, 99):
-        torch.testing.assert_close(ours(x, mask, last=last), whole[:, -last:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x, mask, logits_to_keep=last), whole[:, -last:], rtol=1e-5, atol=1e-5)
     assert rows == [20, 1, 3, 20, 20]
 
 
@@ -116,21 +118,21 @@ def test_dynamic_frequencies_forget_a_longer_text() -> None:
     assert torch.equal(ours(ours.embed_tokens(short)), before)
 
 
-@pytest.mark.parametrize("kind", CLASS_DEFAULTS)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_defaults_are_those_of_the_reference(kind: str) -> None:
     theirs = transformers.AutoConfig.for_model(kind)
-    ours = DecoderConfig.from_hub({"model_type": kind})
+    ours = read_decoder({"model_type": kind})
     values = {**theirs.to_dict(), **theirs.rope_parameters}
-    compared = {name: value for name, value in ours.to_hub().items() if name in values}
+    compared = {name: value for name, value in to_hub(ours).items() if name in values}
     assert compared == {name: values[name] for name in compared}
     assert len(compared) >= 14
-    assert DecoderConfig.from_hub(theirs.to_dict()) == ours
-    assert transformers.AutoConfig.for_model(**ours.to_hub()).rope_parameters == theirs.rope_parameters
+    assert read_decoder(theirs.to_dict()) == ours
+    assert transformers.AutoConfig.for_model(**to_hub(ours)).rope_parameters == theirs.rope_parameters
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown decoder": ({"model_type": "gpt2"}, "'gpt2' is not supported; known: mistral, llama, qwen2"),
-    "biases": ({"model_type": "llama", "attention_bias": True}, "attention_bias or mlp_bias"),
+    "biases of another family": ({"model_type": "mistral", "attention_bias": True}, "settings of Llama"),
     "window of nothing": ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be positive"),
     "windows by a list": (
         {"model_type": "qwen2", "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
@@ -144,4 +146,4 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_configs(case: str) -> None:
     values, message = BAD_CONFIGS[case]
     with pytest.raises(ValueError, match=message):
-        DecoderConfig.from_hub(values)
+        read_decoder(values)

@@ -9,8 +9,9 @@ import transformers
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from minivlm.modules.decoder import DecoderConfig
-from minivlm.modules.rope import RopeScaling, read_rope, rotary_cos_sin, rotary_frequencies, rotate
+from minivlm.checkpoint.config_file import read_decoder, read_rope, to_hub
+from minivlm.modules.decoder import rotary_cos_sin, rotary_powers, rotate
+from minivlm.modules.rope_scaling import RopeScaling
 
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 PAIRS = 16  # of the longrope lists below: a head of 32
@@ -33,12 +34,19 @@ RECORDED: dict[str, tuple[dict[str, Any] | None, list[float]]] = {
 }
 
 
+def frequencies(positions: Tensor, head_dim: int, theta: float, scaling: Any = None, trained: int = 0) -> Tensor:
+    """As `Decoder.rotations` has them."""
+    if scaling is None:
+        return 1.0 / rotary_powers(head_dim, theta, positions.device)
+    return scaling.frequencies(positions, head_dim, theta, trained)
+
+
 @pytest.mark.parametrize("kind", RECORDED)
 def test_recorded_values(kind: str) -> None:
     """The dynamic ones are for a text of 4096 tokens and a model trained on 2048."""
     entries, expected = RECORDED[kind]
     scaling = None if entries is None else RopeScaling(kind, **entries)
-    found = rotary_frequencies(torch.tensor([[4095]]), 128, 10000.0, scaling, trained=2048)
+    found = frequencies(torch.tensor([[4095]]), 128, 10000.0, scaling, trained=2048)
     torch.testing.assert_close(found[[1, 2, 32, 63]], torch.tensor(expected), rtol=1e-5, atol=0)
     if kind == "yarn":
         assert abs(scaling.attention_scale - 1.138629) < 1e-6
@@ -69,18 +77,18 @@ def test_frequencies_equal_the_reference(entries: dict[str, Any], length: int) -
         **{"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 100},
         rope_parameters={"rope_theta": 5000.0, **entries},
     )
-    ours = DecoderConfig.from_hub(theirs.to_dict())
+    ours = read_decoder(theirs.to_dict())
     compute = ROPE_INIT_FUNCTIONS[entries["rope_type"]]
-    frequencies, scale = compute(theirs, torch.device("cpu"), seq_len=torch.tensor(length))
+    expected, scale = compute(theirs, torch.device("cpu"), seq_len=torch.tensor(length))
     positions = torch.arange(length)[None]
-    found = rotary_frequencies(positions, ours.head_dim, ours.rope_theta, ours.rope_scaling, 100)
-    assert torch.equal(found, frequencies)
+    found = frequencies(positions, ours.head_dim, ours.rope_theta, ours.rope_scaling, 100)
+    assert torch.equal(found, expected)
     assert ours.rope_scaling.attention_scale == pytest.approx(scale, rel=1e-12)
 
 
 def turn(x: Tensor, place: int) -> Tensor:
     positions = torch.tensor([[place]])
-    return rotate(x, *rotary_cos_sin(positions, rotary_frequencies(positions, 8, 100.0), torch.float32))
+    return rotate(x, *rotary_cos_sin(positions, frequencies(positions, 8, 100.0), torch.float32))
 
 
 def test_rotation() -> None:
@@ -130,9 +138,9 @@ SPELLINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_spellings(case: str) -> None:
     values, expected = SPELLINGS[case]
     assert read_rope({"max_position_embeddings": 100, **values}) == expected
-    config = DecoderConfig.from_hub({"model_type": "llama", "max_position_embeddings": 100, **values})
-    assert DecoderConfig.from_hub(config.to_hub()) == config
-    theirs = transformers.LlamaConfig(**config.to_hub()).rope_parameters
+    config = read_decoder({"model_type": "llama", "max_position_embeddings": 100, **values})
+    assert read_decoder(to_hub(config)) == config
+    theirs = transformers.LlamaConfig(**to_hub(config)).rope_parameters
     assert theirs["rope_theta"] == config.rope_theta
     assert {"rope_type": theirs["rope_type"]}.items() <= (
         config.rope_scaling.to_hub() if config.rope_scaling else {"rope_type": "default"}
@@ -159,4 +167,4 @@ def test_bad_configs(case: str) -> None:
     entries, message = BAD[case]
     for name in ("rope_scaling", "rope_parameters"):
         with pytest.raises(ValueError, match=message):
-            DecoderConfig.from_hub({"model_type": "llama", name: entries})
+            read_decoder({"model_type": "llama", name: entries})

@@ -22,7 +22,7 @@ from torch import nn
 
 from minivlm.generation import loop
 from minivlm.models import idefics, idefics2, llava_next
-from minivlm.modules import attention, clip, decoder, siglip
+from minivlm.modules import attention, clip, decoder, siglip, vision
 from minivlm.parity import Question, Recording, Side, against, drawn_picture, record
 from minivlm.processing import common
 from minivlm.processing import idefics2 as idefics2_processing
@@ -422,11 +422,11 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
         "patch embedding",
     ),
     ("idefics2", "patches see only those before"): (
-        kind_of(siglip.SiglipEncoder, lambda mask: replace(mask, causal=True)),
+        kind_of(vision.VisionEncoder, lambda mask: replace(mask, causal=True)),
         "vision layer 0",
     ),
     ("idefics2", "softmax in half precision"): (softmax_in(torch.bfloat16), "vision layer 0"),
-    ("idefics2", "the MLP in front of attention"): (around(siglip.SiglipBlock, "forward", mlp_first), "vision layer 0"),
+    ("idefics2", "the MLP in front of attention"): (around(vision.VisionBlock, "forward", mlp_first), "vision layer 0"),
     ("idefics2", "no activation in the projection"): (
         changed("model.connector.modality_projection", act=lambda x: x),
         "projection",
@@ -482,7 +482,7 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
         "patch embedding",
     ),
     ("llava_next", "patches see only those before"): (
-        kind_of(siglip.SiglipBlock, lambda mask: replace(mask, causal=True)),
+        kind_of(vision.VisionBlock, lambda mask: replace(mask, causal=True)),
         "vision layer 0",
     ),
     ("llava_next", "keys and queries swapped"): (

@@ -1,0 +1,226 @@
+"""What other libraries' training and evaluation code calls on a model: transformers' Trainer, PEFT, accelerate, TRL and
+evaluation harnesses know these names. Each is a line or two over what exists; nothing in minivlm needs one.
+
+    activation checkpointing    wraps the layers of a finished model from outside
+    embeddings                  get, set, resize
+    other names                 of what stands elsewhere
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from minivlm.models.base import Output
+from minivlm.modules.attention import attention_taps, check_implementation
+from minivlm.modules.cache import KVCache
+from minivlm.modules.config import Config
+from minivlm.modules.inputs import Inputs
+
+
+def equip(model_class: type[nn.Module]) -> None:
+    """Put all of `Tools` on a class that does not know of it."""
+    for name, value in vars(Tools).items():
+        if not name.startswith("__"):
+            setattr(model_class, name, value)
+
+
+class Tools:
+    """Methods of every model, with and without a head."""
+
+    main_input_name: ClassVar[str] = "input_ids"
+    base_model_prefix: ClassVar[str] = "model"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    accepts_loss_kwargs: ClassVar[bool] = True  # `num_items_in_batch`
+    _no_split_modules: ClassVar[list[str]] = ["DecoderBlock", "VisionBlock", "PerceiverLayer", "GatedBlock"]
+    _keys_to_ignore_on_save: ClassVar[None] = None
+
+    # ---- Activation checkpointing ----
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep only the input of every layer for the backward pass, which runs the layer again: less memory, the same
+        gradients. Layers are those of decoder, towers and resamplers. use_reentrant=True is refused by ValueError."""
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False):
+            raise ValueError("checkpointing here is non-reentrant; leave use_reentrant out, or at False")
+        for layer in stacked_layers(self):
+            layer.forward = partial(_checkpointed, layer, options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        for layer in stacked_layers(self):
+            vars(layer).pop("forward", None)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any("forward" in vars(layer) for layer in stacked_layers(self))
+
+    # The names of transformers 5.
+    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_disable = gradient_checkpointing_disable
+    is_activation_checkpointing = is_gradient_checkpointing
+
+    def enable_input_require_grads(self) -> None:
+        """Gradients flow to the embeddings' output though their table is frozen."""
+        self._input_hook = self.get_input_embeddings().register_forward_hook(lambda _m, _i, x: x.requires_grad_(True))
+
+    def disable_input_require_grads(self) -> None:
+        self._input_hook.remove()
+
+    # ---- Embeddings ----
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.decoder.embed_tokens = value
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return getattr(self, "lm_head", None)
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Room for `new_num_tokens` in the embedding table, the head and the config; the table itself is returned.
+
+        New rows are the mean of the old ones, or with mean_resizing=False random. IDEFICS keeps its vocabulary of V and
+        counts V + A: the rows from V on are those of its additional tables. Raises ValueError for fewer than V there.
+        """
+        flat = hasattr(self.config, "additional_vocab_size")  # IDEFICS
+        base = self.config.vocab_size if flat else 0
+        found = base + self.config.additional_vocab_size if flat else self.config.text_config.vocab_size
+        wanted = found if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted == found:
+            return self.get_input_embeddings()
+        if wanted < base:
+            raise ValueError(f"IDEFICS keeps its vocabulary of {base} tokens and adds to it; found {wanted}")
+        part = {"additional_vocab_size": wanted - base} if flat else {"vocab_size": wanted}
+        if flat:
+            config = changed(self.config, **part)
+        else:
+            config = changed(self.config, text_config=changed(self.config.text_config, **part))
+        inner = getattr(self, "model", self)
+        std = self.config.initializer_range if flat else self.config.text_config.initializer_range
+        grow = partial(_resized, rows=wanted - base, std=0.0 if mean_resizing else std)
+        table = self.decoder.embed_tokens
+        if flat:
+            inner.additional_embedding = grow(inner.additional_embedding, like=table)
+            if hasattr(self, "lm_head"):
+                self.additional_fc = grow(self.additional_fc, like=self.lm_head)
+        else:
+            self.decoder.embed_tokens = grow(table, like=table)
+            if hasattr(self, "lm_head"):
+                self.lm_head = grow(self.lm_head, like=self.lm_head)
+        for model in {self, inner}:
+            model.config = config
+        self.decoder.config = config.decoder if flat else config.text_config
+        self.tie_weights()
+        return self.get_input_embeddings()
+
+    # ---- Other names ----
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """ValueError for a name that is not known."""
+        self.attn_implementation = check_implementation(attn_implementation)
+        self.config._attn_implementation = attn_implementation
+
+    def get_image_features(self, *args: Any, **inputs: Any) -> Inputs:
+        """The images' vectors as `pooler_output`; arguments as of the `encode_images` of the model without a head."""
+        return Inputs(pooler_output=getattr(self, "model", self).encode_images(*args, **inputs))
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids, **inputs}
+
+    def can_generate(self) -> bool:
+        return hasattr(self, "lm_head")
+
+    def get_decoder(self) -> nn.Module:
+        return self.decoder
+
+    @property
+    def base_model(self) -> nn.Module:
+        return getattr(self, "model", self)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        tables = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
+        return sum(
+            each.numel()
+            for each in self.parameters()
+            if (each.requires_grad or not only_trainable) and not (exclude_embeddings and id(each) in tables)
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all weights."""
+        return sum(each.nbytes for each in (*self.parameters(), *(self.buffers() if return_buffers else ())))
+
+    @property
+    def warnings_issued(self) -> dict[str, bool]:
+        return vars(self).setdefault("_warnings_issued", {})
+
+    def add_model_tags(self, tags: str | list[str]) -> None:
+        """Kept in `model_tags` for whoever writes a model card."""
+        self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
+
+
+def stacked_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of all module lists: the layers of decoder, towers and resamplers, and IDEFICS' gated blocks."""
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            yield from (layer for layer in stack if not isinstance(layer, nn.ModuleList))
+
+
+def _checkpointed(layer: nn.Module, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward pass. Plain where nothing is to be kept, and where running it twice would not be the same: with
+    a cache, which it fills, and while attention weights are collected."""
+    plain = type(layer).forward
+    if not torch.is_grad_enabled() or attention_taps or any(isinstance(each, KVCache) for each in args):
+        return plain(layer, *args, **kwargs)
+    return checkpoint(plain, layer, *args, use_reentrant=False, **options, **kwargs)
+
+
+def changed(config: Config, **fields_: Any) -> Config:
+    """The config with other fields, and what else had been set on it."""
+    new = replace(config, **fields_)
+    known = {item.name for item in fields(config)}
+    for name, value in vars(config).items():
+        if name not in known and name != "_made":
+            setattr(new, name, value)
+    return new
+
+
+@torch.no_grad()
+def _resized(layer: Any, like: Any, rows: int, std: float) -> Any:
+    """An embedding or linear layer with so many rows, those of `layer` (if any) first. `like` has the width."""
+    if not rows:
+        return None
+    old = like.weight if layer is None else layer.weight
+    kept = old[:0] if layer is None else old[:rows]
+    new = old.mean(0, keepdim=True).expand(rows - len(kept), -1)
+    if std:
+        new = torch.randn_like(new) * std
+    made = copy.copy(like if layer is None else layer)
+    made._parameters = dict(made._parameters)
+    made.weight = nn.Parameter(torch.cat([kept, new]), requires_grad=old.requires_grad)
+    for name in ("num_embeddings", "out_features"):
+        if hasattr(made, name):
+            setattr(made, name, rows)
+    return made
+
+
+# Sharded training looks for tensors inside of what a model returns.
+pytree.register_pytree_node(
+    Output,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, names: Output(dict(zip(names, values, strict=True))),
+)

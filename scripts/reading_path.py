@@ -1,0 +1,72 @@
+"""What one has to open to follow a forward pass: a table of files and lines for each family.
+
+    python scripts/reading_path.py
+
+Follows imports of minivlm's own modules, inside functions too, from models/<family>.py through models/ and modules/.
+Left out are rooms that no forward pass enters: files, settings and loops around it (checkpoint, generation, …).
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("models", "modules")
+FAMILIES = ("idefics2", "llava_next", "idefics")
+
+
+@dataclass(frozen=True)
+class ReadingPath:
+    """files: in the order in which they are met.  first_module: the line of the family's first nn.Module."""
+
+    files: list[Path]
+    lines: int
+    first_module: int
+
+
+def reading_path(family: str) -> ReadingPath:
+    """The files from models/<family>.py on."""
+    found: list[Path] = []
+    todo = [ROOT / "minivlm" / "models" / f"{family}.py"]
+    while todo:
+        path = todo.pop(0)
+        if path not in found:
+            found.append(path)
+            todo += [target for target in imports(path) if target.parent.name in ROOMS]
+    return ReadingPath(
+        found, sum(len(path.read_text(encoding="utf-8").splitlines()) for path in found), first_module(found[0])
+    )
+
+
+def imports(path: Path) -> Iterator[Path]:
+    """The files of minivlm's own modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
+        else:
+            continue
+        for name in names:
+            target = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+            if name.startswith("minivlm.") and target.is_file():
+                yield target
+
+
+def first_module(path: Path) -> int:
+    """The line in which the first class that is an nn.Module begins."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and any(getattr(base, "attr", "") == "Module" for base in node.bases):
+            return node.lineno
+    raise ValueError(f"{path} has no nn.Module")
+
+
+if __name__ == "__main__":
+    print(
+        "| family | files | lines | first module at line | in the order of imports |\n| --- | --- | --- | --- | --- |"
+    )
+    for name in FAMILIES:
+        path = reading_path(name)
+        files = ", ".join(file.relative_to(ROOT / "minivlm").as_posix() for file in path.files)
+        print(f"| {name} | {len(path.files)} | {path.lines:,} | {path.first_module} | {files} |")
