@@ -273,7 +273,8 @@ def table(
         check_one_device("a weight and its scales", qweight, absmax, code)
         return Packed(qweight, absmax, (N, K), block_size, code=code)
     nested_code, nested_absmax, offset = nested
-    offset = offset if isinstance(offset, Tensor) else torch.full((), offset, device=qweight.device)
+    if not isinstance(offset, Tensor):
+        offset = torch.full((), offset, dtype=torch.float32, device=qweight.device)
     _check_tensor("the nested code", nested_code, (256,), (torch.float32,))
     _check_tensor("the nested absmax", nested_absmax, (-(-blocks // NESTED_BLOCK),), (torch.float32,), flat=True)
     _check_tensor("the nested offset", offset, (1,), (torch.float32,), flat=True)

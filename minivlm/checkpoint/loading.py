@@ -268,7 +268,7 @@ def fill(
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(open_weights(path)) for path in shards]
         found, layers, missing = match(model, readers, shards, arrival, allowed, shares := shares or {})
-        drawn = random_values(build, missing) if missing else {}
+        drawn = _draw(build, missing, found) if missing else {}
         with tqdm(total=len(found), desc="loading", delay=2, leave=False, disable=None) as progress:
             for name, _ in list(model.named_parameters()):
                 tensor = drawn[name] if name in drawn else read(found, name, shares.get(name))
@@ -283,6 +283,13 @@ def fill(
                 tensors = {leaf: drawn[at] if at in drawn else read(found, at, part) for leaf, at in leaves.items()}
                 arrival.take(name, layer, {leaf: tensor.to(device) for leaf, tensor in tensors.items()}, dtype, share)
                 progress.update(len(tensors))
+
+
+def _draw(build: Callable[[], nn.Module], names: Collection[str], found: Places) -> dict[str, Tensor]:
+    """Random values of new parameters, in the dtype of the stored ones."""
+    stored = (read(found, name).dtype for name in found)
+    usual = next((kind for kind in stored if kind.is_floating_point), torch.float32)
+    return {name: value.to(usual) for name, value in random_values(build, names).items()}
 
 
 def match(

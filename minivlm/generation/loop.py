@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -95,6 +95,16 @@ class GenerateOutput:
     def __getitem__(self, key: str | int) -> Any:
         """`output["sequences"]`, and `output[0]`, as in a tuple of all that was asked for."""
         return getattr(self, key) if isinstance(key, str) else [v for v in vars(self).values() if v is not None][key]
+
+
+@overload
+def generate(
+    model: Any, input_ids: Tensor | None = None, *, return_dict_in_generate: Literal[True], **options: Any
+) -> GenerateOutput: ...
+
+
+@overload
+def generate(model: Any, input_ids: Tensor | None = None, **options: Any) -> Tensor: ...
 
 
 def generate(

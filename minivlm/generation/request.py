@@ -91,7 +91,8 @@ def prepare(
     padding = None if mask.all() or embeds is not None else mask.int().argmax(1)  # (B·n,): left pads among the ids
     mask = None if mask.all() else torch.cat([mask, mask.new_ones(len(ids), N)], 1)
     outputs = [name for name in OUTPUTS if settings.return_dict_in_generate and getattr(settings, f"output_{name}")]
-    own_rules = _functions("logits_processor", logits_processor)
+    own_rules, allowed = _functions("logits_processor", logits_processor), prefix_allowed_tokens_fn
+    check("prefix_allowed_tokens_fn", allowed, allowed is None or callable(allowed), "a function (prompt number, ids)")
     own_stops = _functions("stopping_criteria", stopping_criteria)
     return Run(
         settings=settings,
@@ -103,7 +104,7 @@ def prepare(
         positions=at,
         inputs=inputs,
         cache=cache,
-        rules=logits_rules(settings, V, padding, device, least and P + least, own_rules, prefix_allowed_tokens_fn),
+        rules=logits_rules(settings, V, padding, device, least and P + least, own_rules, allowed),
         stops=stop_rules(settings, tokenizer, own_stops, device),
         deadline=time.monotonic() + (math.inf if settings.max_time is None else settings.max_time),
         generator=_generator(model, settings, generator, seed, device),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from minivlm.checkpoint import hub
 from minivlm.checkpoint.files import saving
@@ -62,6 +62,16 @@ def save(template: str | None, folder: Path) -> None:
             save.text(folder / "chat_template.jinja", named(template))
         save.remove(folder / "chat_template.jinja")  # unless it was just written
         save.remove(folder / "chat_template.json")
+
+
+@overload
+def apply(
+    processor: Any, conversation: Sequence[Any], *, tokenize: Literal[True], return_dict: Literal[True], **options: Any
+) -> Inputs: ...
+
+
+@overload
+def apply(processor: Any, conversation: Sequence[Any], **options: Any) -> str | list[str] | list[list[int]]: ...
 
 
 def apply(

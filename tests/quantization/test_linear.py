@@ -1,6 +1,8 @@
 """`QuantizedLinear` against the product with its dequantised weight in fp64, on odd shapes and in every dtype."""
 
 import copy
+import subprocess
+import sys
 
 import bounds
 import pytest
@@ -123,6 +125,50 @@ def test_what_has_no_address_takes_torchs_operators(format: Format, rows: int) -
         with FlopCounterMode(display=False) as counter:
             made(x)
     assert counter.get_total_flops() == 2 * rows * 33 * 64
+
+
+UNUSUAL = """
+import copy, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from minivlm import fast_cpu
+from minivlm.modules.layers import RMSNorm
+from minivlm.quantization import codebook
+from minivlm.quantization.affine import Affine
+from minivlm.quantization.codebook import Codebook
+from minivlm.quantization.int8 import Int8
+from minivlm.quantization.linear import QuantizedLinear
+
+torch.set_grad_enabled(False)
+weight, x = torch.randn(128, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+plain = torch.nn.Linear(64, 128, bias=False).bfloat16()
+
+def results():
+    found = []
+    for format in (Codebook("nf4"), Codebook("nf4", nested=True), Codebook("fp4"), Affine(32), Int8()):
+        layer = QuantizedLinear(64, 128, None, format)
+        layer.quantize_(weight)
+        found += [layer(x), layer(x.repeat(40, 1)), layer.dequantize()]
+        found += [layer.tensors[name] for name in sorted(layer.tensors)]
+    return [*found, fast_cpu.apply(copy.deepcopy(plain))(x)]
+
+with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+    for kind in ("nf4", "fp4"):
+        codebook.codebook(kind), codebook._cells(kind)
+    codebook.dynamic_map(), codebook._dynamic_codes(), fast_cpu.pays()
+torch.set_default_dtype(torch.float64)
+with torch.device("meta"):
+    unusual = results()
+torch.set_default_dtype(torch.float32)
+for one, other in zip(unusual, results(), strict=True):
+    assert type(one) is torch.Tensor and one.device == other.device and one.dtype == other.dtype
+    assert torch.equal(one, other)
+"""
+
+
+def test_default_devices_dtypes_and_fake_tensors_change_nothing() -> None:
+    """Also in what is worked out once and kept: a process that begins with them."""
+    child = subprocess.run([sys.executable, "-c", UNUSUAL], capture_output=True, encoding="utf-8", timeout=300)
+    assert child.returncode == 0, child.stderr
 
 
 def test_memory() -> None:
