@@ -335,7 +335,7 @@ def test_from_pretrained_with_an_adapter(bases: Any, good: Path, tmp_path: Path)
 def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(
     bases: Any, good: Path, tmp_path: Path
 ) -> None:
-    reference, base = bases("idefics2")
+    _, base = bases("idefics2")
     folder = shutil.copytree(good, tmp_path / "adapter")
     change_tensors(folder, TENSORS["another width"][0])
     empty = shutil.copytree(base, tmp_path / "base")
