@@ -7,6 +7,7 @@ from torch import nn
 
 from minivlm import families
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.options import where
 from minivlm.families import FAMILIES, Family
 
 PRESETS = {name: config for family in FAMILIES.values() for name, config in family.released.items()}
@@ -25,7 +26,7 @@ class AutoModelForImageTextToText:
 
     @staticmethod
     def from_pretrained(name_or_folder: str | Path, **options: Any) -> nn.Module:
-        """See `loading.from_pretrained` for the options."""
+        """A model with the checkpoint's weights; `loading.from_pretrained` explains the options."""
         return _family(name_or_folder, options).model_class.from_pretrained(name_or_folder, **options)
 
     @staticmethod
@@ -39,11 +40,11 @@ class AutoProcessor:
 
     @staticmethod
     def from_pretrained(name_or_folder: str | Path, **options: Any) -> Any:
-        """Options: revision, cache_dir, token, local_files_only, and overrides such as do_image_splitting."""
+        """Options: where the files are (revision, cache_dir, token, local_files_only, subfolder), and settings that win
+        over the checkpoint's, such as do_image_splitting."""
         return _family(name_or_folder, options).processor_class.from_pretrained(name_or_folder, **options)
 
 
 def _family(name_or_folder: str | Path, options: dict[str, Any]) -> Family:
-    where = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
-    files = hub.source(name_or_folder, **where)
-    return family(files.json("config.json").get("model_type"), str(name_or_folder))
+    files = hub.source(name_or_folder, **where(options))
+    return family(files.json(hub.CONFIG).get("model_type"), str(name_or_folder))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from minivlm_kernels import cpu_dense, processor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from wrapped import Wrapped
 
 from minivlm import AutoModelForImageTextToText, fast_cpu
 from minivlm.fast_cpu import FastLinear, FastRMSNorm
@@ -117,23 +118,6 @@ def test_many_rows_of_bf16(bias: bool, native: bool, calls: list[str], monkeypat
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     assert len(calls) == (0 if native else 2)
-
-
-class Wrapped(Tensor):
-    """A tensor as torchao's or DTensor: no numbers at its own address."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> "Wrapped":
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = torch.utils._pytree.tree_map_only(Wrapped, lambda tensor: tensor.inner, args)
-        out = function(*args, **(kwargs or {}))
-        return Wrapped(out) if function is torch.ops.aten.detach.default else out
 
 
 def wrapped_weights(model: Small) -> None:

@@ -15,11 +15,13 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "minivlm_kernels": set(),
     "minivlm.modules": {"minivlm_kernels"},
+    "minivlm.parallel": {"minivlm.modules"},
     "minivlm.families": {"minivlm.modules"},  # classes by reference, see `Family`
     "minivlm.quantization": {"minivlm.modules", "minivlm.families", "minivlm_kernels"},
     "minivlm.fast_cpu": {"minivlm.modules", "minivlm_kernels"},
     "minivlm.generation": {"minivlm.modules", "minivlm.checkpoint"},
     "minivlm.checkpoint": {
+        "minivlm.parallel",
         "minivlm.families",
         "minivlm.fast_cpu",
         "minivlm.generation",

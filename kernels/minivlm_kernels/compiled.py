@@ -1,7 +1,8 @@
 """A page of C next to a Python file, compiled by GCC when it is first needed, and kept for the next process.
 
 None of it is needed: whoever calls it has the same in torch. That is what happens without GCC (the pages use its vector
-extensions), without an x86 processor that has AVX2 or AVX-512, and without a folder to keep the library in.
+extensions), without an x86 processor that has AVX2 or AVX-512, without a folder to keep the library in, and where the
+library does not compute what torch does. One line on stderr says so, and one says when a page is compiled.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from minivlm_kernels import processor
 
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-Wno-psabi")
+SECONDS = 60  # for each of gcc's two steps, of which one takes about a second
 
 
 def library(source: Path) -> ctypes.CDLL | None:
@@ -24,31 +27,61 @@ def library(source: Path) -> ctypes.CDLL | None:
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
     try:
-        return ctypes.CDLL(str(_compiled(source)))
+        path = _path(source)
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # cut, or of another system: made anew
+                path.unlink()
+        _compile(source, path)
+        return ctypes.CDLL(str(path))
     except Exception as error:  # whatever it is, there is another way: torch's
-        reason = _line(getattr(error, "stderr", None) or error)
-        print(f"minivlm: {source.name} could not be compiled, so torch computes instead: {reason}", file=sys.stderr)
+        _say(f"{source.name} cannot be compiled, so torch computes instead: {_line(error)}")
         return None
 
 
-def _line(reason: object) -> str:
-    """The first line of what went wrong; compilers say it in bytes."""
-    text = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
-    return ascii((text.strip().splitlines() or ["no reason given"])[0])[1:-1][:200]
+def agrees(source: Path, check: Callable[[], bool]) -> bool:
+    """Whether a check of the library's numbers succeeds. Where it fails or raises, one line says so."""
+    try:
+        found = "its numbers are not torch's" if not check() else None
+    except Exception as error:
+        found = _line(error)
+    if found is not None:
+        _say(f"{source.name} fails its check, so torch computes instead: {found}")
+    return found is None
 
 
-def _compiled(source: Path) -> Path:
-    """The library, compiled in about a second, kept for this user, source and processor."""
-    # The threads of torch's own OpenMP: those of another would wait, spinning, on the same cores.
-    threads = [str(found) for found in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
-    about = repr((source.read_text(encoding="utf-8"), OPTIONS, threads, processor.description()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivlm"
-    path = folder / f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        print(f"minivlm: compiling {source.name} with gcc, once: the result is kept in {folder}", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=folder) as room:  # several processes may be here at once
-            for command in (["-c", source, *OPTIONS, "-o", f"{room}/a.o"], ["-shared", f"{room}/a.o", *threads]):
-                subprocess.run(["gcc", *command], check=True, capture_output=True, timeout=60, cwd=room)
-            os.replace(f"{room}/a.out", path)
-    return path
+def cache_folder() -> Path:
+    """Where what is worked out once is kept for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivlm"
+
+
+def _path(source: Path) -> Path:
+    """Where the library of this source, for this processor, is kept."""
+    about = repr((source.read_text(encoding="utf-8"), OPTIONS, _threads(), processor.description()))
+    return cache_folder() / f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
+
+
+def _threads() -> list[str]:
+    """torch's own OpenMP: the threads of another would wait, spinning, on the same cores."""
+    return [str(found) for found in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
+
+
+def _compile(source: Path, path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _say(f"compiling {source.name} with gcc, once: the result is kept in {path.parent}")
+    with tempfile.TemporaryDirectory(dir=path.parent) as room:  # several processes may be here at once
+        for command in (["-c", source, *OPTIONS, "-o", f"{room}/a.o"], ["-shared", f"{room}/a.o", *_threads()]):
+            subprocess.run(["gcc", *command], check=True, capture_output=True, timeout=SECONDS, cwd=room)
+        os.replace(f"{room}/a.out", path)
+
+
+def _say(text: str) -> None:
+    print(ascii(f"minivlm: {text}")[1:-1], file=sys.stderr)
+
+
+def _line(error: Exception) -> str:
+    """The first line of what went wrong; of a compiler's complaint, which is bytes, the first that says error."""
+    text = getattr(error, "stderr", None) or str(error)
+    lines = (text.decode(errors="replace") if isinstance(text, bytes) else text).strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)[:200]

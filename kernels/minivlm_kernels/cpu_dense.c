@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 typedef float floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(64), aligned(1)));
@@ -53,11 +54,12 @@ static inline __attribute__((always_inline)) void dots(const char *weight, const
 
 // y (count, rows) = x (count, columns) times weight (rows, columns), + bias (rows) or NULL; all bf16 if `half`, or fp32.
 // Four rows of the weight at once are read faster than one after the other. They are in the cache of a core when the
-// second four rows of x meet them.
-void matvec_dense(const void *weight, const void *x, const void *bias, void *y, int64_t count, int64_t rows,
+// second four rows of x meet them. Returns 1 where there is no memory, else 0.
+int matvec_dense(const void *weight, const void *x, const void *bias, void *y, int64_t count, int64_t rows,
                   int64_t columns, int64_t half, int64_t threads) {
     const int64_t chunks = columns / 32, size = columns * (half ? 2 : 4);
-    floats split[half ? 2 * count * chunks : 1]; // of every 32 numbers, the even and then the odd ones
+    floats *split = half ? malloc(2 * count * chunks * sizeof(floats)) : 0; // of every 32 numbers, even, then odd ones
+    if (half && !split) return 1;
     for (int64_t c = 0; half && c < count * chunks; c++) {
         split[2 * c] = lower(((const words *)x)[c]);
         split[2 * c + 1] = upper(((const words *)x)[c]);
@@ -88,6 +90,8 @@ void matvec_dense(const void *weight, const void *x, const void *bias, void *y, 
             }
         }
     }
+    free(split);
+    return 0;
 }
 
 // y (rows, columns) = x / √(mean(x²) + eps) · weight (columns); in bf16 x is rounded before it meets the weight.

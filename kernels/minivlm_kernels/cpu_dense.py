@@ -13,9 +13,10 @@ from torch import Tensor
 
 from minivlm_kernels import addresses, compiled, processor
 
+SOURCE = Path(__file__).with_suffix(".c")
 # dtype → numbers in a weight from which on a product is worth its call; rows of x up to which it is faster than torch.
 WORTH = {torch.float32: (2**17, 1), torch.bfloat16: (2**13, 8)}
-MOST_NUMBERS = 2**18  # of x: the C has room for so many on its stack
+MOST_NUMBERS = 2**18  # of x: for more, torch's threads are worth their start
 
 
 def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -59,7 +60,8 @@ def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
     pointers = (weight.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
     half = x.dtype == torch.bfloat16
-    _library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads())
+    if _library().matvec_dense(*pointers, x.numel() // columns, rows, columns, half, torch.get_num_threads()):
+        raise MemoryError(f"no memory for {x.numel():,} numbers of x")
     return y
 
 
@@ -74,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    found = compiled.library(Path(__file__).with_suffix(".c"))
+    found = compiled.library(SOURCE)
     if found is not None:
         found.matvec_dense.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 5
         found.rms_norm.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 3 + (ctypes.c_double,)
@@ -84,10 +86,13 @@ def _library() -> ctypes.CDLL | None:
 @functools.cache
 def available() -> bool:
     """Whether there is a library, and it agrees with the formulas on small numbers."""
-    if _library() is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    return _library() is not None and compiled.agrees(SOURCE, _is_right)
+
+
+@addresses.outside_modes
+def _is_right() -> bool:
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator, dtype=torch.float32) for rows in (2, 3))
     half = dense_rows(x.bfloat16(), weight.bfloat16()).float()
     normed = torch.rms_norm(x, (64,), weight[0], 1e-6)
     return (

@@ -133,10 +133,11 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
         for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16 + at) = total[t * rows + i];
 }
 
-// x: (rows, inputs).  y: (rows, 16 * tiles)
-void product(const Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
+// x: (rows, inputs).  y: (rows, 16 * tiles).  Returns 1 where there is no memory, else 0.
+int product(const Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     const int64_t columns = w->columns, groups = columns / w->group;
     float *ordered = malloc(rows * (columns + groups) * sizeof(float)), *sums = ordered + rows * columns;
+    if (!ordered) return 1;
     for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order in which codes come out of a word
         for (int64_t k = 0; k < columns; k++) ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
     for (int64_t i = 0; i < rows * groups; i++) {
@@ -151,6 +152,7 @@ void product(const Weight *w, const float *x, float *y, int64_t rows, int64_t in
                                         y + FROM * 16 * w->tiles, ROWS))
     }
     free(ordered);
+    return 0;
 }
 
 // bf16 is rounded to nearest, ties to even; all numbers are finite.

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm_kernels import compiled
+from minivlm_kernels.addresses import outside_modes
 
+SOURCE = Path(__file__).with_suffix(".c")
 LANES, WORD = 16, 8  # outputs in a tile, codes in a word
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
 HUGE_PAGE = 2**21
@@ -97,7 +99,7 @@ def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
 def _sequential(size: int) -> Tensor:
     """Memory of a number of bytes, in 2 MiB pages where it fills some: the processor looks up fewer addresses."""
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
@@ -111,8 +113,9 @@ def _sequential(size: int) -> Tensor:
 def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. What is read and looked up is multiplied with up to eight rows."""
     rows = x.float().contiguous()
-    y = torch.empty(len(rows), len(weight.stream) * LANES)
-    _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape)
+    y = rows.new_empty(len(rows), len(weight.stream) * LANES)
+    if _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape):
+        raise MemoryError(f"no memory for {len(rows):,} rows of {rows.shape[1]:,} numbers")
     return y[:, : weight.shape[0]]
 
 
@@ -121,7 +124,7 @@ def dequantize(weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | No
     rows, columns = weight.shape
     stop, described = rows if stop is None else stop, _described(weight)
     first, last = start // LANES, -(-stop // LANES)
-    out = torch.empty(described.columns, (last - first) * LANES, dtype=dtype)
+    out = weight.stream.new_empty(described.columns, (last - first) * LANES, dtype=dtype)
     _call("dequantize", ctypes.byref(described), first, last, out, dtype == torch.bfloat16)
     return out[:columns, : stop - start]
 
@@ -132,7 +135,7 @@ def quantize(numbers: Tensor, middles: Tensor, order: Tensor) -> tuple[Tensor, T
     A number's code is order[i], where i of the 15 middles lie below number · (1 / absmax).
     """
     numbers, blocks = numbers.contiguous(), len(numbers) // 64
-    packed, absmax = torch.empty(len(numbers) // 2, dtype=torch.uint8), torch.empty(blocks)
+    packed, absmax = numbers.new_empty(len(numbers) // 2, dtype=torch.uint8), numbers.new_empty(blocks)
     _call(
         "quantize", numbers, middles.contiguous(), order.contiguous(), packed, absmax, blocks, torch.get_num_threads()
     )
@@ -140,8 +143,9 @@ def quantize(numbers: Tensor, middles: Tensor, order: Tensor) -> tuple[Tensor, T
 
 
 @functools.cache
+@outside_modes
 def _whole_numbers() -> Tensor:
-    return torch.arange(-8.0, 8.0)  # of codes with a zero point: the C adds 8 − zero
+    return torch.arange(-8, 8, dtype=torch.float32)  # of codes with a zero point: the C adds 8 − zero
 
 
 def _described(weight: Tiles) -> _Weight:
@@ -155,33 +159,37 @@ def _described(weight: Tiles) -> _Weight:
     return _Weight(*pointers, float(offset), *sizes, weight.high_first, torch.get_num_threads())
 
 
-def _call(name: str, *arguments: object) -> None:
-    """A function of the library: tensors are passed as pointers, numbers as 64 bits."""
+def _call(name: str, *arguments: object) -> int:
+    """What a function of the library returns. Tensors are passed as pointers, numbers as 64 bits."""
     passed = []
     for value in arguments:
         if isinstance(value, Tensor):
             passed.append(ctypes.c_void_p(value.data_ptr()))
         else:
             passed.append(ctypes.c_int64(value) if isinstance(value, int) else value)
-    getattr(_library(), name)(*passed)
+    return getattr(_library(), name)(*passed)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return compiled.library(Path(__file__).with_suffix(".c"))
+    return compiled.library(SOURCE)
 
 
 @functools.cache
 def available() -> bool:
     """Whether there is a library, and it agrees with the formula on a small weight."""
-    if _library() is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
+    return _library() is not None and compiled.agrees(SOURCE, _is_right)
+
+
+@outside_modes
+def _is_right() -> bool:
+    generator = torch.Generator("cpu").manual_seed(0)
     codes = torch.randint(256, (3, 128), dtype=torch.uint8, generator=generator)
-    scales, table = torch.rand(3, 4, generator=generator), torch.randn(16, generator=generator)
+    scales = torch.rand(3, 4, generator=generator, dtype=torch.float32)
+    table = torch.randn(16, generator=generator, dtype=torch.float32)
     weight = Tiles(pack(codes, scales, None, 64), table, (3, 256), 64, torch.float32, high_first=True)
     values = table[torch.stack((codes >> 4, codes & 15), 2).flatten(1).long()].view(3, 4, 64)
     expected = (values * scales[..., None]).flatten(1)
-    x = torch.randn(1, 256, generator=generator)
+    x = torch.randn(1, 256, generator=generator, dtype=torch.float32)
     exact = torch.allclose(dequantize(weight, torch.float32), expected.T, rtol=1e-6, atol=1e-6)
     return exact and torch.allclose(product(x, weight), x @ expected.T, rtol=1e-4, atol=1e-4)

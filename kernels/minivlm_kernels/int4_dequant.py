@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm_kernels.launching import DTYPES, Launch, check_device, check_one_device, jit, run
+from minivlm_kernels.launching import DTYPES, Launch, check_device, check_exact, check_one_device, jit, run
 
 try:
     import triton
@@ -273,7 +273,8 @@ def table(
         check_one_device("a weight and its scales", qweight, absmax, code)
         return Packed(qweight, absmax, (N, K), block_size, code=code)
     nested_code, nested_absmax, offset = nested
-    offset = offset if isinstance(offset, Tensor) else torch.full((), offset, device=qweight.device)
+    if not isinstance(offset, Tensor):
+        offset = torch.full((), offset, dtype=torch.float32, device=qweight.device)
     _check_tensor("the nested code", nested_code, (256,), (torch.float32,))
     _check_tensor("the nested absmax", nested_absmax, (-(-blocks // NESTED_BLOCK),), (torch.float32,), flat=True)
     _check_tensor("the nested offset", offset, (1,), (torch.float32,), flat=True)
@@ -305,6 +306,7 @@ def _check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *, flat: bool = False
 ) -> None:
     """`flat`: only the number of elements matters."""
+    check_exact(name, tensor)
     fits = tensor.numel() == math.prod(shape) if flat else tensor.shape == shape
     if not fits or tensor.dtype not in dtypes:
         wanted = f"{math.prod(shape)} elements" if flat else f"shape {shape}"

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minivlm_kernels.addresses import EXACT
+
 try:
     import triton
     import triton.language as tl
@@ -70,6 +72,7 @@ def is_aligned(tensor: Tensor) -> bool:
 
 def check_heads(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError for tensors that no attention kernel takes."""
+    check_exact(what, q, k, v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (len(q), q.shape[3]) != (len(k), k.shape[3]):
         raise ValueError(f"{what} takes q (B, H, T, D) and k, v (B, K, S, D), found {shapes}")
@@ -90,6 +93,13 @@ def check_heads(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
+def check_exact(what: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError for tensors whose numbers may lie elsewhere than at their addresses."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in EXACT:
+            raise ValueError(f"{what} takes plain tensors, found a {type(tensor).__name__}; use torch's own operators")
+
+
 def check_one_device(what: str, *tensors: Tensor | None) -> None:
     """Raises ValueError where tensors are on several devices."""
     devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
@@ -99,6 +109,7 @@ def check_one_device(what: str, *tensors: Tensor | None) -> None:
 
 def check_device(what: str, *tensors: Tensor | None, instead: str = "") -> None:
     """Raises ValueError where no kernel can run; `instead` says what to do."""
+    check_exact(what, *tensors)
     check_one_device(f"all tensors of {what}", *tensors)
     if triton is None:
         raise ValueError(f"{what} needs triton, which is not installed{instead}")

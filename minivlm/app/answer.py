@@ -13,8 +13,8 @@ import torch
 class Answer:
     """An answer and what it took.
 
-    finish_reason: "stop", the model or a stop string ended it; "length", it was cut at `limit` new tokens or, if it has
-    fewer, by `max_time`; "interrupted", somebody stopped it.
+    finish_reason: "stop", the model or a stop string ended it; "length", it was cut at `limit` new tokens; "time", it
+    was cut by `max_time`; "interrupted", somebody stopped it.
     prompt_tokens: all of them.  cached_tokens: those kept from earlier turns.  first_token: seconds until it came.
     """
 
@@ -35,13 +35,12 @@ class Answer:
 
     def cut(self) -> str | None:
         """A sentence for the person who reads it, if it did not end by itself."""
-        if self.finish_reason == "interrupted":
-            return "stopped; the conversation keeps what there is of the answer"
-        if self.finish_reason == "length" and self.new_tokens < self.limit:
-            return "the answer was cut by max_time"
-        if self.finish_reason == "length":
-            return f"the answer was cut at {self.limit} new tokens; --max-new-tokens allows more"
-        return None
+        sentences = {
+            "length": f"the answer was cut at {self.limit} new tokens; --max-new-tokens allows more",
+            "time": "the answer was cut by max_time",
+            "interrupted": "stopped; the conversation keeps what there is of the answer",
+        }
+        return sentences.get(self.finish_reason)
 
 
 def setting_of(model: Any, settings: dict[str, Any], name: str) -> Any:

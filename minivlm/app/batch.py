@@ -7,10 +7,8 @@ The part file's first line says what it belongs to, each other one is the whole 
 by one write; what a kill leaves of a line is cut off by the next run, which asks for everything that is not there.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from minivlm.app.answer import Clock, setting_of
 from minivlm.app.questions import Row, numbered, read_row, reason
+from minivlm.checkpoint.files import replacing
 from minivlm.processing.common import fetch_picture
 
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
@@ -34,7 +33,7 @@ class Summary:
 
     answered: int = 0
     failed: int = 0
-    cut: int = 0  # of those answered, at max_new_tokens
+    cut: int = 0  # of those answered, at max_new_tokens or by max_time
     tokens: int = 0  # new ones
     seconds: float = 0.0
     first_tokens: list[float] = field(default_factory=list)  # seconds, one a batch
@@ -43,7 +42,7 @@ class Summary:
         for record in records:
             self.failed += "error" in record
             self.answered += "answer" in record
-            self.cut += record.get("finish_reason") == "length"
+            self.cut += record.get("finish_reason") in ("length", "time")
 
     def __str__(self) -> str:
         speed = f"; {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else ""
@@ -151,16 +150,8 @@ def _append(part: BinaryIO, records: Records) -> None:
 
 def _finish(out: Path, answers: Records) -> None:
     """Write `out` as a whole or not at all; killed in between, the next run does it again."""
-    ordered = out.with_name(out.name + ".tmp")
-    try:
-        with ordered.open("wb") as file:
-            _append(file, answers)
-            os.fsync(file.fileno())
-        ordered.replace(out)
-    except OSError:
-        with contextlib.suppress(OSError):
-            ordered.unlink()
-        raise
+    with replacing(out) as path, path.open("wb") as file:
+        _append(file, answers)
     part_of(out).unlink()
 
 

@@ -189,7 +189,7 @@ class Chat:
             self._begun = False
         new, seconds = self._ids[prompt:], time.perf_counter() - begin
         text, reason = self._decode(new).strip(), self._reason
-        reason = "interrupted" if self._stopped and reason == "length" else reason
+        reason = "interrupted" if self._stopped and reason != "stop" else reason
         self.last = Answer(text, reason, prompt, len(new), settings["max_new_tokens"], seconds, first, cached)
         self.messages = [*messages, _message("assistant", text)]
 

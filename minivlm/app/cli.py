@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from minivlm import __version__
-from minivlm.app import terminal
+from minivlm.app import launch, terminal
 from minivlm.app.options import UsageError
 
 # verb → module; in the order of the help
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (ValueError, TypeError, OSError, MemoryError) as error:
         terminal.drop_stdout()
+        launch.leave()
         return terminal.fail(error)
     except RuntimeError as error:
         if "out of memory" not in str(error):
@@ -65,6 +66,9 @@ def _run(argv: list[str]) -> int | bool:
     module = _verb(verb)
     parser = parser_of(verb, module)
     arguments = parser.parse_intermixed_args(rest)  # options may stand between the images and the question
+    if hasattr(module, "RUNS_ON_GPUS") and launch.wanted(arguments):
+        return launch.start(arguments.gpus, argv)
+    launch.join(arguments)
     try:
         return bool(module.run(arguments))
     except UsageError as error:

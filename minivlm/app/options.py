@@ -4,10 +4,11 @@ import argparse
 import difflib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-from minivlm.app import terminal
+from minivlm.app import launch, terminal
 
 DEFAULT_MODEL = "shapes-idefics2"
 FORMATS = ["nf4", "fp4", "int4", "int8"]
@@ -41,6 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help=attention)
     group.add_argument("--quantize", choices=FORMATS, help="turn the weights into 4 or 8 bits as they are read")
+    launch.add_option(group)
     group.add_argument("--no-split", action="store_true", help="send each image once, without its four quarters")
     group.add_argument(
         "--chat-template", metavar="NAME|FILE", help="of the prompt (default: the checkpoint's own); vicuna, mistral, …"
@@ -98,7 +100,12 @@ def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str
 
     config = None if arguments.quantize is None else quantization(arguments.quantize)
     return AutoModelForImageTextToText.from_pretrained(
-        name, device_map=device, dtype=dtype, attn_implementation=arguments.attn, quantization_config=config
+        name,
+        device_map=device,
+        dtype=dtype,
+        attn_implementation=arguments.attn,
+        quantization_config=config,
+        tp_plan="auto" if arguments.gpus > 1 else None,
     )
 
 
@@ -219,9 +226,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         if name in settings:
             raise ValueError(f"{name} is no setting here: {why}")
     given = {name: value for name, value in settings.items() if name != "seed"}
-    config = GenerationConfig.from_hub(GenerationConfig(**given).to_hub())
-    if config.other:
-        raise ValueError(f"{min(config.other)} is not supported; GenerationConfig lists what is")
+    typed = GenerationConfig.from_hub(GenerationConfig(**given).to_hub())
+    with warnings.catch_warnings(action="ignore"):  # `generate` says it once more
+        resolve(GenerationConfig(), None, typed.to_hub())
     seed = settings.get("seed")
     check("seed", seed, seed is None or is_whole(seed), "an integer ≥ 0")
-    resolve(config, None, {})

@@ -10,7 +10,9 @@ up to a size that such a file can have.
 import contextlib
 import difflib
 import json
+import math
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -196,21 +198,23 @@ class Source:
         return isinstance(found, str)
 
 
-_answered: set[str] = set()  # addresses of the Hub that have answered this process
+_answers: dict[str, tuple[bool, float]] = {}  # address of the Hub → whether it answered, and when it was asked
 
 
 def _is_reachable() -> bool:
-    """Whether the Hub answers at all. Asked once, because the Hub's client tries six times for every file."""
+    """Whether the Hub answers at all, asked once a minute: the Hub's own client tries six times for every file."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if constants.ENDPOINT not in _answered:
+    answered, asked = _answers.get(constants.ENDPOINT, (False, -math.inf))
+    if not answered and time.monotonic() - asked > 60:
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            answered = True
         except Exception:  # of several HTTP libraries, or that HF_HUB_OFFLINE is set
-            return False
-        _answered.add(constants.ENDPOINT)
-    return True
+            answered = False
+        _answers[constants.ENDPOINT] = answered, time.monotonic()
+    return answered
 
 
 def suggestion(name: str) -> str:

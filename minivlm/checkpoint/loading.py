@@ -3,12 +3,13 @@
     source ─ config.json ─ model on the meta device ─ headers of all shards checked ─ tensors, one by one ─ model
 
 A tensor whose dtype and device are already right is never copied: it stays a view of the memory-mapped file.
-Knows no family: a model class brings its `config_class` and its table of Hub names, and a bare model (one without head)
-its `hub_root`, what the names of a whole model begin with where its own begin.
+Knows no family: a model class brings its `config_class` and its table of Hub names (`hub_prefixes`,
+`hub_ignored`), and a bare model (one without head) its `hub_root`, with which the names of a whole model begin.
 """
 
 import contextlib
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minivlm import fast_cpu as faster
+from minivlm import parallel
 from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
@@ -59,6 +61,7 @@ def from_pretrained(
     ignore_mismatched_sizes: bool = False,
     generation_config: GenerationConfig | None = None,
     fast_cpu: bool = True,
+    tp_plan: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -83,6 +86,7 @@ def from_pretrained(
     another shape is new.
     generation_config: instead of the checkpoint's own.
     fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
+    tp_plan="auto": under torchrun, cut the model among all processes (`minivlm.parallel`); each reads its share alone.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
     Other options of `transformers` are accepted where they change nothing here (`options.LOADING`).
 
@@ -90,7 +94,7 @@ def from_pretrained(
     ValueError, for a config or weights that do not fit: every missing, unexpected and misshapen tensor is named in one.
     All is checked before any data is read, but for the numbers themselves (see `checking.not_finite`).
     """
-    options.refuse_others(others, options.LOADING, from_pretrained.__kwdefaults__)
+    options.refuse_others(others, options.LOADING, inspect.signature(from_pretrained).parameters)
     attention = options.first(attn_implementation=attn_implementation, _attn_implementation=_attn_implementation)
     attention = attention or ("flash_attention_2" if use_flash_attention_2 else None)
     files = hub.source(
@@ -115,13 +119,16 @@ def from_pretrained(
     allowed = Allowed(_patterns(new), _patterns(unused), ignore_mismatched_sizes)
     with hub.blame(files.name):
         arrival = choose(files.json(hub.CONFIG).get("quantization_config"), asked)
-        fill(model, shards, wanted, device, arrival, allowed, build)
+        shares = {} if tp_plan is None else parallel.share(model, tp_plan, arrival and arrival.config.format)
+        fill(model, shards, wanted, device, arrival, allowed, build, shares)
     model.tie_weights()
     _check_one_dtype(model, files.name, wanted, arrival)
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
     if fast_cpu and device.type == "cpu":
         faster.apply(model)
+    if shares:
+        parallel.connect(model)
     return model.eval()
 
 
@@ -228,27 +235,39 @@ def fill(
     arrival: Arrival | None = None,
     allowed: Allowed = Allowed(),
     build: Callable[[], nn.Module] | None = None,
+    shares: dict[str, parallel.Share] | None = None,
 ) -> None:
     """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
 
     dtype None keeps each tensor's own. arrival: which layers are quantised, in the files or as they are read; then
     only the weight at hand is in memory unquantised. build: makes the model, for parameters that `allowed` lets be new.
+    shares: of parameters that the model holds in part; nothing else of them is read.
     """
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(open_weights(path)) for path in shards]
-        found, layers, missing = match(model, readers, shards, arrival, allowed)
-        drawn = random_values(build, missing) if missing else {}
+        found, layers, missing = match(model, readers, shards, arrival, allowed, shares := shares or {})
+        drawn = _draw(build, missing, found) if missing else {}
         with tqdm(total=len(found), desc="loading", delay=2, leave=False, disable=None) as progress:
             for name, _ in list(model.named_parameters()):
-                tensor = drawn[name] if name in drawn else read(found, name)
+                tensor = drawn[name] if name in drawn else read(found, name, shares.get(name))
                 wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                _assign(model, name, tensor.to(device, wanted))
+                # Beside quantised layers, a view of the file would keep what they were made of in memory
+                _assign(model, name, tensor.to(device, wanted, copy=arrival is not None and not arrival.stored))
                 progress.update()
             for name, layer in layers.items():
-                leaves = {leaf: f"{name}.{leaf}" for leaf in arrival.files(layer)}
-                tensors = {leaf: drawn[at] if at in drawn else read(found, at) for leaf, at in leaves.items()}
-                arrival.take(name, layer, {leaf: tensor.to(device) for leaf, tensor in tensors.items()}, dtype)
+                share = shares.get(f"{name}.weight")
+                part = None if arrival.stored else share  # what is stored quantised is cut when it has been read
+                leaves = {leaf: f"{name}.{leaf}" for leaf in arrival.files(layer, share)}
+                tensors = {leaf: drawn[at] if at in drawn else read(found, at, part) for leaf, at in leaves.items()}
+                arrival.take(name, layer, {leaf: tensor.to(device) for leaf, tensor in tensors.items()}, dtype, share)
                 progress.update(len(tensors))
+
+
+def _draw(build: Callable[[], nn.Module], names: Collection[str], found: Places) -> dict[str, Tensor]:
+    """Random values of new parameters, in the dtype of the stored ones."""
+    stored = (read(found, name).dtype for name in found)
+    usual = next((kind for kind in stored if kind.is_floating_point), torch.float32)
+    return {name: value.to(usual) for name, value in random_values(build, names).items()}
 
 
 def match(
@@ -257,6 +276,7 @@ def match(
     shards: list[Path],
     arrival: Arrival | None,
     allowed: Allowed = Allowed(),
+    shares: dict[str, parallel.Share] | None = None,
 ) -> tuple[Places, dict[str, nn.Module], set[str]]:
     """Where every tensor is, once all fit; the layers by name that `arrival` has put in place of others; and the names
     of new parameters."""
@@ -264,9 +284,11 @@ def match(
     plain = [name for name, _ in model.named_parameters()]
     allowed.check(plain)
     layers = {} if arrival is None else arrival.replace(model, found)
-    shapes: Shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    whole = {name: share.full for name, share in (shares or {}).items()}
+    shapes: Shapes = {name: whole.get(name, tuple(part.shape)) for name, part in model.named_parameters()}
     for name, layer in layers.items():
-        shapes |= {f"{name}.{leaf}": shape for leaf, shape in arrival.files(layer).items()}
+        files = arrival.files(layer, (shares or {}).get(f"{name}.weight"))
+        shapes |= {f"{name}.{leaf}": shape for leaf, shape in files.items()}
     missing = _check(model, found, shapes, shards, allowed, plain)
     return found, layers, missing
 
@@ -286,9 +308,10 @@ def _names(model: nn.Module, readers: list[Any]) -> Places:
     return found
 
 
-def read(found: Places, name: str) -> Tensor:
+def read(found: Places, name: str, share: parallel.Share | None = None) -> Tensor:
+    """A tensor of the files, or a part of it."""
     reader, hub_name = found[name][0]
-    return reader.get_tensor(hub_name)
+    return reader.get_tensor(hub_name) if share is None else reader.get_slice(hub_name)[share.index]
 
 
 def _check(

@@ -28,7 +28,9 @@ LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     "_fast_init": ((None, True, False), ""),
     "_from_auto": ((None, True, False), ""),
     "_commit_hash": ((None,), "pass revision="),
+    "use_fast": ((None, True, False), ""),  # of processors: there is one here
 }
+PLACES = ("revision", "cache_dir", "local_files_only", "subfolder")
 # The same for `save_pretrained`.
 SAVING: dict[str, tuple[tuple[Any, ...], str]] = {
     "safe_serialization": ((None, True), "pickled weights can run code when read; safetensors is the only format"),
@@ -54,6 +56,12 @@ def refuse_others(options: dict[str, Any], table: dict[str, Any], known: Iterabl
         neutral, why = table[name]
         if not any(value is allowed or (type(value) is type(allowed) and value == allowed) for allowed in neutral):
             raise ValueError(f"{name}={value!r:.80} is not supported: {why}")
+
+
+def where(given: dict[str, Any]) -> dict[str, Any]:
+    """Of all options those that say where the files are, as `hub.source` takes them."""
+    token = first(token=given.get("token"), use_auth_token=given.get("use_auth_token"))
+    return {name: given[name] for name in PLACES if name in given} | {"token": token}
 
 
 def first(**spellings: Any) -> Any:

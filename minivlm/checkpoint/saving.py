@@ -7,6 +7,8 @@ Where a machine dies between two renames, loading notices: all shards of one sav
 """
 
 import hashlib
+import inspect
+import json
 import re
 import tempfile
 import zlib
@@ -49,7 +51,7 @@ def save_pretrained(
 
     Raises WriteError, an OSError, where a file cannot be written.
     """
-    options.refuse_others(others, options.SAVING, save_pretrained.__kwdefaults__)
+    options.refuse_others(others, options.SAVING, inspect.signature(save_pretrained).parameters)
     if not is_main_process:
         return
     folder = Path(folder)
@@ -78,9 +80,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     """What config.json is to say: all fields, and what minivlm did not read when it was loaded."""
     dtype = str(model.dtype).removeprefix("torch.")
     values = over(model.config.to_hub(), getattr(model.config, "unread", {}))
-    values |= {"dtype": dtype, "torch_dtype": dtype}
-    if getattr(model, "hub_root", ""):
-        values["architectures"] = [type(model).__name__]
+    values |= {"architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
     if getattr(model, "quantization_config", None) is not None:
         values["quantization_config"] = model.quantization_config.to_hub(kept_modules(model))
     return values
@@ -113,7 +113,9 @@ def _write_weights(save: files.Save, folder: Path, shards: dict[str, Shard]) -> 
         about[SAVE_ID] = _save_id(shards)
     for name, shard in shards.items():
         ready = {key: value.contiguous() for key, value in shard.items()}
-        save_file(ready, save.file(folder / name), metadata=about)
+        path = save.file(folder / name)
+        save_file(ready, path, metadata=about)
+        _sort_metadata(path)
     if len(shards) == 1:
         save.remove(folder / INDEX)
         return
@@ -131,6 +133,16 @@ def _save_id(shards: dict[str, Shard]) -> str:
             numbers = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {zlib.crc32(numbers)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _sort_metadata(path: Path) -> None:
+    """`safetensors` writes the entries of the metadata in an order that changes from call to call."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def _split(tensors: Shard, most: int) -> list[Shard]:

@@ -1,7 +1,7 @@
 """Entries of a `config.json` that no config reads: harmless ones pass, those that would change the network are refused.
 
-Nobody knows every entry that another implementation may write. Whatever is on none of the lists below is told in a
-warning and kept, so that `save_pretrained` writes it again.
+No list of entries can be complete. One that is on none of the lists below causes a warning and is kept, so that
+`save_pretrained` writes it again.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ high_freq_factor beta_fast beta_slow truncate attention_factor mscale mscale_all
 partial_rotary_factor
 """
 HARMLESS = {*ABOUT.split(), *UNUSED.split(), *settings.SETTINGS, *settings.UNSUPPORTED, *settings.HARMLESS}
-# Words in names of entries that stand for another network: soft caps, other scales of queries, windows, experts, …
+# Parts of the names of entries that change a network: soft caps, other scales of queries, windows, experts, …
 CHANGES = re.compile(
     r"softcap|pre_attn_scalar|_multiplier$|logits?_scal|sliding|window|chunk_size|sink|rope|rotary|alibi|position_embed"
     r"|_norm(s|_\w+)?$|expert|moe|(head|layer)_types?$|parallel_(attn|residual)|clip_qkv|_bias$|interpolat"
@@ -49,11 +49,11 @@ CHANGES = re.compile(
 
 
 def unread(values: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The entries of a config.json that nobody reads and that are to be kept, with those of its parts inside.
+    """The entries of a config.json that are not read and are to be kept, with those of its parts inside.
 
-    config: what was read of it. Raises ValueError for an entry that would change the network; warns of others.
+    config: what was read of it. Raises ValueError for an entry that would change the network; warns about the others.
     """
-    parts = {name: part for name in fields_of(config) if dataclasses.is_dataclass(part := getattr(config, name))}
+    parts = {name: getattr(config, name) for name in fields_of(config) if name.endswith("_config")}
     decoder = getattr(config, "decoder", None) or getattr(config, "text_config", None)
     found = _of_part("", values, config, [decoder, *parts.values()])
     for name, part in parts.items():
@@ -95,11 +95,11 @@ def _of_part(where: str, values: dict[str, Any], config: Any, others: list[Any])
             _check_same(where + name, value, [getattr(part, name) for part in same])
         elif name == "layer_types" and hasattr(config, "windows"):
             _check_layers(where + name, value, config)
-        elif close := difflib.get_close_matches(name, everything, n=1, cutoff=0.88):
+        elif close := difflib.get_close_matches(name, everything, n=1, cutoff=0.85):
             raise ValueError(f"{where}{name} is no known entry; did you mean {close[0]}? Rename or remove it")
         elif CHANGES.search(name):
             raise ValueError(
-                f"{where}{name} is {value!r:.80}, which stands for another network than the one implemented here; "
+                f"{where}{name} is {value!r:.80}: minivlm does not implement it, and it would change the network; "
                 "remove the entry only if the weights do not need it"
             )
         else:
@@ -108,11 +108,11 @@ def _of_part(where: str, values: dict[str, Any], config: Any, others: list[Any])
 
 
 def _check_same(where: str, value: Any, used: list[Any]) -> None:
-    """ValueError for an entry that stands where nobody reads it, and differs from all that are used."""
+    """ValueError for an entry outside its part, where it is not read, that differs from the values that are used."""
     if value not in used:
         raise ValueError(
-            f"{where} is {value!r:.80}, where nobody reads it; the model uses {used[0]!r:.80}. Put it in its part of "
-            "config.json, or remove it"
+            f"{where} is {value!r:.80}, but it is not read there, and the model uses {used[0]!r:.80}; move it to its "
+            "part of config.json, or remove it"
         )
 
 

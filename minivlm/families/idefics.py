@@ -9,6 +9,7 @@ from minivlm.families.record import (
     GATED_MLP,
     Family,
     Places,
+    Region,
     Rows,
     Stage,
     View,
@@ -90,6 +91,19 @@ def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
     return Places(tokens, views, vectors, crossed=True, calls=calls, sizes=(seen.numel(), 1 + grid[0] * grid[1]))
 
 
+def slicing(height: int, width: int, regions: list[Region], options: Any, config: Any) -> list[str]:
+    """A square, whatever the image's shape."""
+    rows, columns = regions[0].grid
+    patch, perceiver = config.vision_config.patch_size, config.perceiver_config
+    found = [
+        f"The image is stretched to {rows * patch} x {columns * patch} pixels, whatever its shape: {rows} x {columns} "
+        f"patches of {patch} x {patch} pixels, and a class token."
+    ]
+    if config.use_resampler:
+        found.append(f"The resampler turns them into {perceiver.resampler_n_latents} latents, which are no tokens:")
+    return [*found, "the text attends to them from gated blocks of its own. An <image> token only marks the place."]
+
+
 def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]] | None:
     """pixel_values (1, N, …), image_attention_mask (1, P, N). Tokens that see what the last kept one sees run without
     images, since the cache holds it; those after them run with the new images. None if they see an old one."""
@@ -127,6 +141,7 @@ IDEFICS = Family(
     stages=stages,
     image_rows=image_rows,
     places=places,
+    slicing=slicing,
     new_images=new_images,
     image_tokens=image_tokens,
     takes_items=True,

@@ -13,6 +13,7 @@ from minivlm.families.record import (
     QKV,
     Family,
     Places,
+    Region,
     Rows,
     Stage,
     View,
@@ -20,6 +21,7 @@ from minivlm.families.record import (
     layers,
     vision_layers,
 )
+from minivlm.modules.siglip import position_buckets
 
 RESAMPLER = ("input_latents_norm", QKV[0], "self_attn.o_proj", "post_attention_layernorm", *GATED_MLP)
 
@@ -92,6 +94,27 @@ def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
     return Places(tokens, views, latents, calls=tuple(calls), sizes=(int(place[-1]) + 1, high * wide))
 
 
+def slicing(height: int, width: int, regions: list[Region], options: Any, config: Any) -> list[str]:
+    """The aspect ratio stays; with splitting there are four quarters too."""
+    patch, latents = config.vision_config.patch_size, config.perceiver_config.resampler_n_latents
+    rows, columns = regions[-1].grid
+    views = "the four quarters, then the whole image" if len(regions) > 1 else "the whole image, once"
+    return [
+        f"The image keeps its aspect ratio: its longest side is brought down to {options.size['longest_edge']} pixels "
+        f"and both sides up to {options.size['shortest_edge']}.",
+        f"The tower gets {views}. As a whole it makes {rows} x {columns} patches of {patch} x {patch} pixels.",
+        f"The resampler turns each view, whatever its size, into {latents} latents: the image tokens of the prompt.",
+    ]
+
+
+def buckets(grid: tuple[int, int], config: Any) -> tuple[list[int], list[int]]:
+    """Learned positions by the fraction of the side at which a patch lies."""
+    rows, columns = (
+        position_buckets(torch.tensor([count]), count, config.vision_config.grid)[0].tolist() for count in grid
+    )
+    return rows, columns
+
+
 def same_size(masks: Tensor) -> dict[tuple[int, int], list[int]]:
     """Indices of the images by (rows, columns) of their real patches, in order of appearance; filling is in none."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -133,6 +156,8 @@ IDEFICS2 = Family(
     stages=stages,
     image_rows=image_rows,
     places=places,
+    slicing=slicing,
+    buckets=buckets,
     new_images=new_images,
     image_tokens=image_tokens,
     parts={"text": ("model.text_model.",), "connector": ("model.connector.",), "vision": ("model.vision_model.",)},

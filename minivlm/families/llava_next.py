@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.families.record import Family, Places, Rows, Stage, View, decoder_layers, vision_layers
-from minivlm.modules.anyres import tile_grid, unpadded_grid
+from minivlm.families.record import Family, Places, Region, Rows, Stage, View, decoder_layers, vision_layers
+from minivlm.modules.anyres import best_resolution, tile_grid, unpadded_grid
 
 
 def stages(config: Any) -> list[Stage]:
@@ -74,6 +74,31 @@ def _cells(size: tuple[int, int], tiles: tuple[int, int], grid: int) -> Tensor:
     return torch.cat([base, lines.flatten(0, 1)])
 
 
+def slicing(height: int, width: int, regions: list[Region], options: Any, config: Any) -> list[str]:
+    """Which pinpoint was chosen, and why."""
+    size, pinpoints = (height, width), config.image_grid_pinpoints
+    best, side = best_resolution(size, pinpoints), config.vision_config.image_size
+    found = [
+        f"The tower sees the image twice: whole, squeezed into {side} x {side} pixels, and enlarged, cut into tiles.",
+        "The canvas for the tiles is the allowed size (pinpoint, height x width) that shows most of the image's own "
+        "pixels; among equals, the one with least left over:",
+    ]
+    for canvas in dict.fromkeys((int(high), int(wide)) for high, wide in pinpoints):
+        scale = min(canvas[0] / height, canvas[1] / width)
+        shown = min(int(width * scale) * int(height * scale), height * width)
+        left = canvas[0] * canvas[1] - shown
+        mark = " (chosen)" if canvas == best else ""
+        found.append(f"{canvas[0]} x {canvas[1]}: shows {shown:,} pixels, {left:,} left over{mark}")
+    tiles = tile_grid(size, pinpoints, side)
+    grid = config.vision_config.grid
+    _, _, rows, columns = unpadded_grid(size, (tiles[0] * grid, tiles[1] * grid))
+    found.append(
+        f"Of the {tiles[0] * grid} x {tiles[1] * grid} patches of all tiles, those of the black border are dropped: "
+        f"{rows} x {columns} stay, each row with a newline vector at its end."
+    )
+    return found
+
+
 def image_lengths(processor: Any, inputs: dict[str, Any], image_tokens: int, images: int) -> list[int]:
     """How many tokens an image takes follows from its size."""
     return [processor.image_places(*size) for size in inputs["image_sizes"].tolist()] if images else []
@@ -99,6 +124,7 @@ LLAVA_NEXT = Family(
     stages=stages,
     image_rows=image_rows,
     places=places,
+    slicing=slicing,
     image_lengths=image_lengths,
     new_images=new_images,
     image_tokens=image_tokens,

@@ -233,6 +233,9 @@ class Family:
     stages: of a model with this configuration, in the order in which data flows.
     image_rows: kinds of rows that stages have besides "tokens", for these inputs; {} if they hold no image.
     places: (ids (B, T), inputs, config) → where the images of these inputs are; None = `inside` cannot tell.
+    slicing: (height, width of an image, its regions, image processor, config) → how it is cut into views and why, a
+    sentence each.  buckets: (grid, config) → for each row and each column of patches the learned position it takes,
+    where the tower looks positions up by a patch's place in its own view.
     image_lengths: (processor, inputs, image tokens of the prompt, images) → how many image tokens each image takes.
     new_images: (inputs, kept, old, images) → how many ids to run before the new images, and the model inputs for the
     images after the first `old`, where the first `kept` ids are in the cache; None = start again from the beginning.
@@ -253,6 +256,8 @@ class Family:
     image_rows: Callable[[dict[str, Any], Any], dict[str, Rows]] = no_images
     image_lengths: Callable[[Any, dict[str, Any], int, int], list[int]] = equal_shares
     places: Callable[[Tensor, dict[str, Any], Any], Places] | None = None
+    slicing: Callable[[int, int, list[Region], Any, Any], list[str]] | None = None
+    buckets: Callable[[tuple[int, int], Any], tuple[list[int], list[int]]] | None = None
     presets: str | None = None
     takes_items: bool = False
     image_tokens: Callable[[Any], dict[str, int]] = lambda config: {}

@@ -1,8 +1,8 @@
 """A decode step that a CUDA graph can repeat: fixed shapes, fixed addresses, nothing for the host to decide.
 
 A GPU runs the few hundred kernels of a step faster than Python launches them. A graph launches them all at once, but
-just as they were when it was captured. So the new token and its position are copied into tensors that stay where they
-are, and how far the cache is filled is counted on the device:
+exactly as they were when it was captured. So the new token and its position are copied into tensors that stay where
+they are, and the number of filled cache slots is counted on the device:
 
     token (B,), position (B,) ──copy──► self.token, self.position ──► model ──► self.logits ──clone──► (B, V)
                                          StaticCache.filled: + 1 ◄──────┘
@@ -45,14 +45,14 @@ class StaticCache:
 
 
 class CapturedStep:
-    """`generation.decode_step` for the rows of one cache: on CUDA its first call runs, its second is captured.
+    """`loop.decode_step` for the rows of one cache: on CUDA its first call runs, its second is captured.
 
         step = CapturedStep(model, cache, attention_mask)
         logits = step(token, position)      # (B,), (B,) → (B, V) float32
 
-    attention_mask: (B, any number of slots), True = real token; slots behind it are real.
-    Between two calls the cache may be reordered, but not cropped; after the last one it is like any other.
-    On a CPU the same code runs without a graph, so that tests can compare it with the plain step.
+    attention_mask: (B, any number of slots), True = real token; later slots are real.
+    Between two calls the cache may be reordered but not cropped; after the last call it is an ordinary cache.
+    On a CPU the same code runs without a graph, so tests can compare it with the plain step.
     """
 
     def __init__(self, model: Any, cache: KVCache, attention_mask: Tensor | None = None) -> None:
@@ -72,13 +72,12 @@ class CapturedStep:
             raise ValueError(f"the cache holds {self.cache.slots} tokens a row, and is full")
         self.token.copy_(token[:, None])
         self.position.copy_(position[:, None])
+        if self.graph is None and self.logits is not None and token.is_cuda:
+            self._capture()  # in the second call: the first one compiles kernels and fills what is computed once
         if self.graph is not None:
             self.graph.replay()
-        elif self.logits is None or not token.is_cuda:
-            self.logits = self._run()  # compiles kernels and fills what is computed once
         else:
-            self._capture()
-            self.graph.replay()
+            self.logits = self._run()
         self.cache.advance(1)
         return self.logits.clone()  # the next call writes into the same memory
 

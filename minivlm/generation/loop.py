@@ -14,11 +14,12 @@ the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The ru
 of `logits_rules`; they follow transformers 5.23, including its oddities.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -94,6 +95,16 @@ class GenerateOutput:
     def __getitem__(self, key: str | int) -> Any:
         """`output["sequences"]`, and `output[0]`, as in a tuple of all that was asked for."""
         return getattr(self, key) if isinstance(key, str) else [v for v in vars(self).values() if v is not None][key]
+
+
+@overload
+def generate(
+    model: Any, input_ids: Tensor | None = None, *, return_dict_in_generate: Literal[True], **options: Any
+) -> GenerateOutput: ...
+
+
+@overload
+def generate(model: Any, input_ids: Tensor | None = None, **options: Any) -> Tensor: ...
 
 
 def generate(
@@ -252,8 +263,10 @@ class Decoding(Iterator[Tensor]):
 
     def is_last_step(self) -> bool:
         """Whether a limit cuts all rows after the next token."""
-        if self.count + 1 < self.run.new_tokens and time.monotonic() > self.run.deadline:
-            self.limit = "time"
+        if self.count + 1 < self.run.new_tokens and self.run.deadline < math.inf:
+            late = time.monotonic() > self.run.deadline
+            if self.model.agreed(late) if hasattr(self.model, "agreed") else late:  # processes have clocks of their own
+                self.limit = "time"
         return self.count + 1 == self.run.new_tokens or self.limit == "time"
 
     def next_scores(self) -> Tensor:
@@ -272,28 +285,18 @@ class Decoding(Iterator[Tensor]):
 
     def next_logits(self) -> Tensor:
         """The model's logits (B·n, V) after the ids so far."""
-        run, S = self.run, self.run.keys + self.count
         if self.count and self.cache is not None:
-            self.step = self.step or self._fast_step()
-            if self.step is not None:
-                return self.step(self.text[:, -1], run.positions[:, S - 1])
-            mask = None if run.mask is None else run.mask[:, :S]
-            logits = decode_step(self.model, self.text[:, -1], self.cache, run.positions[:, S - 1], mask, **self.wanted)
+            logits = self._decode(self.text[:, -1], self.run.keys + self.count)
         else:
-            differing = range(run.copies if self.count else 1)  # before the first new token, copies of a row are alike
+            differing = range(self.run.copies if self.count else 1)  # before the first token, copies of a row are alike
             logits = self._rows([self._prefill(self.count, copy, self.cache, **self.wanted) for copy in differing])
-            if self.cache is not None and run.copies > 1:
-                self.cache = self.cache.expand(run.copies, run.positions.shape[1])
+            if self.cache is not None and self.run.copies > 1:
+                self.cache = self.cache.expand(self.run.copies, self.run.positions.shape[1])
         for name in self.kept.keys() & {"attentions", "hidden_states"}:
             layers = zip(*(getattr(output, name) for output in self.seen), strict=True)
             self.kept[name].append(tuple(self._rows(copies) for copies in layers))
         self.seen.clear()
         return logits
-
-    def _rows(self, copies: Sequence[Tensor]) -> Tensor:
-        """(B·n, …) of one tensor for all rows, or (B, …) for each copy of them, or for one that stands for all."""
-        x = torch.stack(list(copies), 1)
-        return x.repeat_interleave(len(self.ids) // x.shape[0] // x.shape[1], 1).flatten(0, 1)
 
     def _prefill(self, count: int, copy: int, cache: KVCache | None, **wanted: Any) -> Tensor:
         """Run all that is not in the cache, images too, for one copy of each row with `count` new tokens: (B, V)."""
@@ -303,15 +306,23 @@ class Decoding(Iterator[Tensor]):
         mask = None if run.mask is None else run.mask[rows, :S]
         return prefill(self.model, ids, cache, mask, run.positions[rows, start:S], **run.inputs, **wanted)
 
-    def _fast_step(self) -> CapturedStep | SpeculativeStep | None:
-        if self.run.guess is not None:
-            prompt = self.run.ids[0].tolist()
-            return SpeculativeStep(self.model, self.cache, self.run.guess, prompt, self.run.positions, self.run.mask)
-        return (
-            CapturedStep(self.model, self.cache, self.run.mask)
-            if _can_capture(self.cache, self.run) and not _is_hooked(self.model)
-            else None
-        )
+    def _decode(self, token: Tensor, S: int) -> Tensor:
+        """Run the newest token (B·n,), the S-th that the model reads: (B·n, V)."""
+        run, position = self.run, self.run.positions[:, S - 1]
+        if self.step is None and run.guess is not None:
+            prompt = run.ids[0].tolist()
+            self.step = SpeculativeStep(self.model, self.cache, run.guess, prompt, run.positions, run.mask)
+        if self.step is None and not self.wanted and _can_capture(self.cache, run) and not _is_hooked(self.model):
+            self.step = CapturedStep(self.model, self.cache, run.mask)
+        if self.step is not None:
+            return self.step(token, position)
+        mask = None if run.mask is None else run.mask[:, :S]
+        return decode_step(self.model, token, self.cache, position, mask, **self.wanted)
+
+    def _rows(self, copies: Sequence[Tensor]) -> Tensor:
+        """All B·n rows (B·n, …), from (B, …) of each copy, or of one that stands for all; or as they are."""
+        x = torch.stack(list(copies), 1)
+        return x.repeat_interleave(len(self.ids) // x.shape[0] // x.shape[1], 1).flatten(0, 1)
 
     def _watched(self, logits: Tensor) -> Tensor:
         """The logits, once it is noted which rows are finite."""
@@ -334,8 +345,7 @@ class Decoding(Iterator[Tensor]):
 
 
 def _can_capture(cache: KVCache, run: Run) -> bool:
-    keeps_more = "attentions" in run.outputs or "hidden_states" in run.outputs
-    return cache.data.is_cuda and not run.settings.disable_compile and not keeps_more
+    return cache.data.is_cuda and not run.settings.disable_compile
 
 
 def _is_hooked(model: Any) -> bool:

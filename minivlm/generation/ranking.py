@@ -1,12 +1,12 @@
-"""Rank classification: how likely a model finds each of some given answers, instead of letting it write one.
+"""Rank classification: the likelihood of each of some given answers, instead of an answer the model writes.
 
-    prompt and pictures ──prefill, once──► cache      what has to be run for them
-                                             ├─ blue           nothing: the prefill tells of every first token
-                                             ├─ red circle     red
-                                             └─ red square     nothing: "red" is still in the cache
+    prompt and images ──prefill, once──► cache      to run for each candidate
+                                           ├─ blue           nothing: the prefill scores every first token
+                                           ├─ red circle     red
+                                           └─ red square     nothing: "red" is still in the cache
 
-Candidates are scored one after another against the one cache, in the order of their ids: those that begin alike are
-neighbours then, and the cache is cut back only to where two of them part. The last token of one is never run.
+Candidates are scored one after another against the one cache, in the order of their ids: those with the same beginning
+are then neighbours, and the cache is cropped only to where two of them part. The last token of one is never run.
 
 B prompts, P prompt ids, T tokens to run, V vocabulary.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minivlm.generation.diagnosis import explain
 from minivlm.generation.loop import positions, prefill
+from minivlm.generation.settings import plain
 from minivlm.generation.speculation import alike
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
@@ -28,16 +29,16 @@ from minivlm.modules.config import text_config
 
 @torch.no_grad()
 def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]], mean: bool = False) -> Tensor:
-    """log P(candidate | prompt, pictures) of every candidate after every prompt: (B, candidates) float32.
+    """log P(candidate | prompt, images) of every candidate after every prompt: (B, candidates) float32.
 
     `inputs` is what a processor returns, with padding on the left. A candidate is a list of token ids, such as
-    `tokenizer("red circle", add_special_tokens=False).input_ids`. The more tokens, the less likely: end all candidates
-    alike (with the id that ends an answer), or compare the `mean` over the tokens of each.
+    `tokenizer("red circle", add_special_tokens=False).input_ids`. More tokens are less likely: end all candidates the
+    same way (with the id that ends an answer), or compare the `mean` over the tokens of each.
 
         best = rank(model, processor(prompts), labels).argmax(1)      # (B,)
 
-    Raises ValueError for candidates that are empty or no ids, for prompts that are padded on the right or do not fit
-    the model, and for scores that are not finite.
+    Raises ValueError for candidates that are empty or are not ids, for prompts that are padded on the right or do not
+    fit the model, and for scores that are not finite.
     """
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
@@ -48,7 +49,7 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
     if (highest := max(map(max, candidates))) >= first.shape[-1]:
         raise ValueError(f"a candidate has the id {highest}, but the vocabulary has {first.shape[-1]} tokens")
     scores = first.new_empty(len(ids), len(candidates))
-    cached, after = [], [first.log_softmax(-1)]  # after[k] (B, V): log-probabilities behind k cached tokens
+    cached, after = [], [first.log_softmax(-1)]  # after[k] (B, V): log-probabilities after k cached tokens
     for index in sorted(range(len(candidates)), key=candidates.__getitem__):
         *begin, _ = candidate = candidates[index]
         kept = alike(begin, cached)
@@ -64,7 +65,7 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
 
 
 def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Tensor]:
-    """Run the same tokens (T) behind every row of the cache: T log-probabilities (B, V) of what may follow each."""
+    """Run the same tokens (T) after every row of the cache: the log-probabilities (B, V) after each of them."""
     if not tokens:
         return []
     end = cache.length + len(tokens)
@@ -78,6 +79,7 @@ def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Te
 
 
 def _checked(candidates: Any) -> list[list[int]]:
+    candidates = plain(candidates)
     lists = isinstance(candidates, list | tuple) and all(isinstance(one, list | tuple) and one for one in candidates)
     if not lists or not candidates or not all(type(id) is int and id >= 0 for id in chain(*candidates)):
         raise ValueError(
@@ -88,7 +90,7 @@ def _checked(candidates: Any) -> list[list[int]]:
 
 
 def _room(model: Any, ids: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
-    """The padding mask (B, P + tokens) bool of the prompts with so many more tokens, once it is clear that they fit."""
+    """The padding mask (B, P + tokens) bool of the prompts and so many more tokens. ValueError if they do not fit."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask[:, -1].all():
         raise ValueError('a prompt ends in padding, where its candidates would begin; set padding_side="left"')

@@ -91,7 +91,8 @@ def prepare(
     padding = None if mask.all() or embeds is not None else mask.int().argmax(1)  # (B·n,): left pads among the ids
     mask = None if mask.all() else torch.cat([mask, mask.new_ones(len(ids), N)], 1)
     outputs = [name for name in OUTPUTS if settings.return_dict_in_generate and getattr(settings, f"output_{name}")]
-    own_rules = _functions("logits_processor", logits_processor)
+    own_rules, allowed = _functions("logits_processor", logits_processor), prefix_allowed_tokens_fn
+    check("prefix_allowed_tokens_fn", allowed, allowed is None or callable(allowed), "a function (prompt number, ids)")
     own_stops = _functions("stopping_criteria", stopping_criteria)
     return Run(
         settings=settings,
@@ -103,10 +104,10 @@ def prepare(
         positions=at,
         inputs=inputs,
         cache=cache,
-        rules=logits_rules(settings, V, padding, device, least and P + least, own_rules, prefix_allowed_tokens_fn),
+        rules=logits_rules(settings, V, padding, device, least and P + least, own_rules, allowed),
         stops=stop_rules(settings, tokenizer, own_stops, device),
         deadline=time.monotonic() + (math.inf if settings.max_time is None else settings.max_time),
-        generator=_generator(generator, seed, device),
+        generator=_generator(model, settings, generator, seed, device),
         guess=guess_rule(model, settings, assistant_model, cache, inputs, at, mask),
         outputs=outputs,
     )
@@ -241,7 +242,12 @@ def _functions(name: str, given: list[Callable] | None) -> list[Callable]:
     return list(given)
 
 
-def _generator(generator: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:
+def _generator(
+    model: Any, settings: GenerationConfig, generator: torch.Generator | None, seed: int | None, device: torch.device
+) -> torch.Generator | None:
+    """What sampling draws from; None = torch's own. Processes that share a model draw alike (`minivlm.parallel`)."""
+    if seed is None and generator is None and settings.do_sample and hasattr(model, "agreed"):
+        seed = model.agreed(int(torch.randint(2**62, ())))
     if seed is None:
         return generator
     if generator is not None:

@@ -25,7 +25,9 @@ class Lens:
 
 
 @torch.no_grad()
-def logit_lens(model: Any, seen: Seen, tokens: Tensor | None = None, top: int = 5) -> Lens:
+def logit_lens(
+    model: Any, seen: Seen, tokens: Tensor | None = None, *, ends: list[int] | None = None, top: int = 5
+) -> Lens:
     """The probabilities of the answer's tokens after every decoder layer that was watched.
 
         with watch(model, "decoder layer *") as seen:
@@ -33,12 +35,14 @@ def logit_lens(model: Any, seen: Seen, tokens: Tensor | None = None, top: int = 
         logit_lens(model, seen).probability      # (L, R, N)
 
     Every layer's output at the end of each pass goes through the model's own final norm and head. tokens: (R, N), whose
-    probability; by default what was chosen: the next token of the text, the last one by the last layer.
+    probability; by default what was chosen: the next token of the text, the last one by the last layer. ends: which of
+    the tokens watched, if not the last one of each pass.
     """
     names = [name for name in seen if name.startswith("decoder layer") and "," not in name]
     if not names:
         raise ValueError('watch "decoder layer *": the lens looks at what the layers put out')
-    ends = [*[step - 1 for step in seen.steps[1:]], len(seen.positions) - 1]
+    if ends is None:
+        ends = [*[step - 1 for step in seen.steps[1:]], len(seen.positions) - 1]
     found = []
     for name in names:
         states = seen[name][:, ends].to(device=model.device, dtype=model.dtype)  # (R, N, C)
@@ -47,7 +51,7 @@ def logit_lens(model: Any, seen: Seen, tokens: Tensor | None = None, top: int = 
         after = [seen.positions[end] + 1 for end in ends[:-1]]
         tokens = torch.cat([seen.tokens[:, after].to(model.device), found[-1][:, -1:].argmax(-1)], dim=1)
     elif tokens.shape[1] != len(ends):
-        raise ValueError(f"the model ran {len(ends)} times, one for each new token, found {tokens.shape[1]} tokens")
+        raise ValueError(f"the lens looks at {len(ends)} positions, found {tokens.shape[1]} tokens")
     tokens = tokens.to(model.device)
     likeliest = [each.topk(min(top, each.shape[-1])) for each in found]
     return Lens(

@@ -4,7 +4,8 @@ generation. `tools.py` adds to the base class what other libraries' training and
 B batch, T tokens, C text width, V vocabulary.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,8 @@ class VisionLanguageModel(nn.Module):
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
     generate = loop.generate
+    if TYPE_CHECKING:
+        __call__: Callable[..., Output]
 
     def __init__(self, config: Any, attn_implementation: str | None = None) -> None:
         """ValueError for an attention implementation that is not known."""

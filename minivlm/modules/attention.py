@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from minivlm_kernels import has_triton
+from minivlm_kernels.addresses import addressable
 from torch import Tensor
 
 # Names that users know from the reference, and what serves them here; None: the best there is, which is the default.
@@ -109,7 +110,7 @@ def attention(
     `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here; ValueError for another name.
     """
     chosen = "eager" if attention_taps else choose_implementation(attn_implementation, q)
-    if chosen == "triton":
+    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled):
         return _triton(q, k, v, mask, scale)
     if mask.first:
         k, v = k[:, :, mask.first :], v[:, :, mask.first :]

@@ -1,4 +1,4 @@
-"""The keys and values of tokens already seen, in one preallocated tensor: every decode step has the same shapes.
+"""The keys and values of earlier tokens, in one preallocated tensor: every decode step has the same shapes.
 
 L layers, B batch, K key/value heads, S slots, D head width.
 """
@@ -13,7 +13,7 @@ class KVCache:
     """Keys (after rotation) and values, (L, B, K, S, D) each; `length` of the S slots are filled.
 
     A layer writes its new keys with `update`; the decoder calls `advance` once after its last layer, so all layers of
-    one forward pass see the same `length`:
+    one forward pass use the same `length`:
 
         cache = KVCache(layers=2, batch=1, heads=8, slots=100, width=128)
         keys, values = cache.update(0, k, v)     # k, v (B, K, T, D) → views of the first length + T slots
@@ -36,8 +36,8 @@ class KVCache:
     ) -> None:
         self.data = torch.empty(2, layers, batch, heads, slots, width, device=device, dtype=dtype)
         self.length = 0
-        # For cross-attention (IDEFICS), as the model leaves them at prefill: keys and values of the M pictures that new
-        # tokens see, (B, H, M·Q, D) each, one pair for each of its blocks, and which of them a row sees, (B, 1, M).
+        # Cross-attention (IDEFICS) leaves these at prefill: keys and values of the M images that new tokens attend to,
+        # (B, H, M·Q, D) each, one pair for each gated block, and which of them each row attends to, (B, 1, M).
         self.cross: list[tuple[Tensor, Tensor]] = []
         self.cross_seen: Tensor | None = None
 
@@ -50,7 +50,10 @@ class KVCache:
         return self.data.shape[2]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, T, D) behind the filled slots of `layer`; return views (B, K, length + T, D) of both."""
+        """Write k, v (B, K, T, D) after the filled slots of `layer`; return views (B, K, length + T, D) of both.
+
+        Raises ValueError if they do not fit.
+        """
         end = self.length + k.shape[2]
         if self.grows and end > self.slots:
             self.data = self.expand(1, 2 * end).data
@@ -74,28 +77,28 @@ class KVCache:
         self.length = length
 
     def expand(self, times: int, slots: int) -> "KVCache":
-        """A copy with `slots` slots in which each row stands `times` times in a row; this cache stays as it is."""
+        """A copy with `slots` slots in which each row is repeated `times` times; this cache stays as it is."""
         wide = copy.copy(self)
         shape = list(self.data.shape)
         shape[2], shape[4] = self.batch * times, slots
         wide.data = self.data.new_empty(shape)
         split = wide.data.unflatten(2, (self.batch, times))  # (2, L, B, times, K, slots, D)
         split[..., : self.length, :] = self.data[:, :, :, None, :, : self.length]
-        wide._move_pictures(torch.arange(self.batch, device=self.data.device).repeat_interleave(times))
+        wide._move_images(torch.arange(self.batch, device=self.data.device).repeat_interleave(times))
         return wide
 
     def reorder(self, rows: Tensor, shared: int = 0) -> None:
         """Row i becomes what row rows[i] was (beam search): rows (B,) int64. Only filled slots move.
 
-        With `shared`, rows[i] has seen the same pictures as row i and the same first `shared` tokens: these stay.
+        The first `shared` tokens of rows[i] are those of row i, and so are its images: these stay where they are.
         """
         rows = rows.to(self.data.device)
         moved = self.data[..., shared : self.length, :]
         moved.copy_(moved.index_select(2, rows))
         if not shared:
-            self._move_pictures(rows)
+            self._move_images(rows)
 
-    def _move_pictures(self, rows: Tensor) -> None:
-        """Row i sees the pictures of row rows[i]."""
+    def _move_images(self, rows: Tensor) -> None:
+        """Row i gets the images of row rows[i]."""
         self.cross = [(k[rows], v[rows]) for k, v in self.cross]
         self.cross_seen = None if self.cross_seen is None else self.cross_seen[rows]

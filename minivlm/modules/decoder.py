@@ -216,8 +216,8 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for `batch` rows of `slots` tokens."""
-        config = self.config
-        sizes = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        heads = self.layers[0].self_attn.k_proj.out_features // self.config.head_dim  # fewer where heads are cut
+        sizes = (self.config.num_hidden_layers, batch, heads, slots, self.config.head_dim)
         return KVCache(*sizes, device=device, dtype=dtype)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-class Inputs(dict):
+class Inputs(dict[str, torch.Tensor]):  # or arrays or lists, as the caller wants them
     """A dict of model inputs whose keys are also attributes: `inputs["input_ids"]` is `inputs.input_ids`."""
 
     def __getattr__(self, name: str) -> Any:

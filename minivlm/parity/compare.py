@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minivlm import auto
 from minivlm.families import Rows, Stage
-from minivlm.parity import sides
+from minivlm.parity import operations, sides
 from minivlm.parity.difference import Difference
 from minivlm.parity.findings import greedy_findings, input_findings, stage_finding
 from minivlm.parity.known import known_differences
@@ -45,6 +45,7 @@ def compare(
     layers: list[int] | None = None,
     inside: bool = False,
     tokens: int = TOKENS,
+    ops: bool = False,
     progress: bool = False,
 ) -> Report:
     """Run both sides on one question, stage by stage. Side a counts as right.
@@ -52,7 +53,8 @@ def compare(
     a, b: a `Side`, or what stands for one: a loaded model of minivlm or transformers, or the name of a checkpoint (then
     minivlm runs it). a can also be a `Recording`.  question: a `Question`, or the model's inputs as a dict of tensors.
     layers: numbers of the layers to look at, None for all.  inside: look at the parts of layers too.  tokens: how many
-    greedy ones are compared, 0 for none.  progress: a bar on stderr.
+    greedy ones are compared, 0 for none.  ops: if a stage diverges, find the operation in it that does (torch 2.10 on).
+    progress: a bar on stderr. Stages that one side has no module for are skipped and listed.
 
         a, b = Side("shapes-idefics2", "transformers"), Side("shapes-idefics2", attn="eager")
         report = compare(a, b, Question((picture,), "what is this?"))
@@ -60,10 +62,13 @@ def compare(
         assert report.first is None, f"{report.first.stage} diverges: {report.first.code}"
 
     Raises ValueError for sides that cannot be compared, OSError for what cannot be read or loaded, MemoryError for what
-    will not fit. An error that b raises while it runs is part of the report.
+    will not fit. An error that b raises while it runs is part of the report. ops wants inputs without padding.
     """
     b = b if isinstance(b, Side) else Side(b)
     question = question if isinstance(question, Question) else Question(inputs=question)
+    mask = (question.inputs or {}).get("attention_mask")
+    if ops and mask is not None and not mask.all():
+        raise ValueError("ops compares whole results, and padding may hold anything: pass inputs without padding")
     if isinstance(a, Recording):
         return against(a, b, question, progress=progress)
     a = a if isinstance(a, Side) else Side(a)
@@ -74,7 +79,24 @@ def compare(
         path = Path(folder) / "a.safetensors"
         options = {"layers": layers, "inside": inside, "tokens": tokens, "other_dtype": b.dtype, "progress": progress}
         recording = record(a, path, question, **options)
-        return _against(recording, b, question, progress)
+        report = _against(recording, b, question, progress)
+        return _with_operations(report, a, b, recording) if ops else report
+
+
+def _with_operations(report: Report, a: Side, b: Side, recording: Recording) -> Report:
+    """The report, and the first operation that goes wrong in its first stage."""
+    known, inputs = recording.metadata, recording.group("inputs")
+    every = stages_of(sides.config_of(b), None, known["inside"])
+    stages = [stage for stage in every if stage.name not in report.skipped]
+    names, first = [stage.name for stage in stages], report.first
+    if first is None or first.stage not in names:  # the inputs differ, or only what is generated
+        return report
+    index = names.index(first.stage)
+    if a.code != b.code and len(rows_of(inputs, sides.config_of(b))[stages[index].rows].select["minivlm"]) > 1:
+        return report  # ours sends images of several sizes through one by one: its results have other sizes
+    found = [operations.operations(sides.load(side), stages, index, inputs) for side in (a, b)]
+    relative = max(1e-5, first.allowed / max(1e-30, first.peak))
+    return replace(report, operations=operations.blame(*found, relative))
 
 
 # ---- What every run has in common ------------------------------------------------------------------------------------
@@ -104,6 +126,10 @@ class _Job:
         with tqdm(total=len(self.stages), desc=name, unit="stage", leave=False, disable=not self.progress) as bar:
             yield lambda _stage, call: None if call else bar.update()
 
+    def had_by(self, model: nn.Module) -> list[Stage]:
+        """The stages whose modules this model has: an edit may have put others in their places."""
+        return [stage for stage in self.stages if sides.path_of(model, stage) is not None]
+
     def store(self, model: nn.Module, name: str, writer: Writer) -> None:
         """Inputs, stages and greedy tokens."""
         for key, value in self.inputs.items():
@@ -115,7 +141,7 @@ class _Job:
                 writer.add(f"{stage.name}#{call}", rows)
                 seen(stage, call)
 
-            sides.forward(model, self.stages, self.inputs, keep)
+            sides.forward(model, self.had_by(model), self.inputs, keep)
         for key, value in (sides.greedy(model, self.inputs, self.tokens) if self.tokens else {}).items():
             writer.add(f"greedy/{key}", value)
 
@@ -125,7 +151,7 @@ class _Job:
         """What each stage differs by, in words where the shapes do; and the error that ended the run, if one did."""
         code = sides.code_of(model)
         found: dict[str, Difference | str] = {}
-        stages = [stage for stage in self.stages if sides.path_of(model, stage) is not None]
+        stages = [stage for stage in self.had_by(model) if f"{stage.name}#0" in recording.names]
         with self.bar(name) as seen:
 
             def look(stage: Stage, call: int, output: Tensor) -> None:
@@ -181,9 +207,10 @@ def record(
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
-        writer = Writer(unfinished, room=(1 << 17) + 400 * calls)  # settings; each tensor and its yardstick
+        writer = Writer(unfinished, (1 << 17) + 400 * calls, path)  # settings; each tensor and its yardstick
         model = sides.load(side)
         about["side"] = side.words(sides.backend(model))
+        about["lacking"] = [stage.name for stage in job.stages if stage not in job.had_by(model)]
         job.store(model, about["side"], writer)
         writer.finish(about)
         other, name = sides.other_backend(model), f"{about['side']}, now with its other attention"
@@ -270,11 +297,18 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
     if error is not None:  # what a model returns at its end never came, and is no fault of what came before
         last = max((index for index, stage in enumerate(stages) if stage.name in found), default=0)
         stages = [stage for index, stage in enumerate(stages) if index >= last or stage.name in found]
-    for stage in stages:
+    skipped = [name for name in _lacking(job, model, known) if name in {stage.name for stage in stages}]
+    for stage in [stage for stage in stages if stage.name not in skipped]:
         findings.append(stage_finding(stage, found.get(stage.name), error, recording, job.rows[stage.rows], model))
     if error is None and "greedy/tokens" in recording.names:
         findings += greedy_findings(recording, model, inputs)
-    return Report(known["side"], name, findings)
+    return Report(known["side"], name, findings, tuple(skipped))
+
+
+def _lacking(job: _Job, model: nn.Module, known: dict[str, Any]) -> list[str]:
+    """Names of the stages that one side has no module for."""
+    had = {stage.name for stage in job.had_by(model)} - set(known.get("lacking", ()))
+    return [stage.name for stage in job.stages if stage.name not in had]
 
 
 def _check_family(recording: Recording, side: Side) -> None:

@@ -40,6 +40,7 @@ class Finding:
     allowed_relative: float = 0.0
     excess: float = 0.0
     note: str = ""
+    peak: float = 0.0  # max |a|
 
     @property
     def diverges(self) -> bool:
@@ -78,7 +79,7 @@ def _measured(name: str, shape: tuple[int, int], found: Difference, recording: R
         "shape": shape,
         "where": f"{rows.place(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else "",
         **{"yardstick": yardstick.largest, "allowed": allowed, "allowed_relative": allowed_relative},
-        **{"excess": yardstick.excess(found), **_numbers(found)},
+        **{"excess": yardstick.excess(found), "peak": found.peak, **_numbers(found)},
     }
 
 

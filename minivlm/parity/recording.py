@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minivlm.checkpoint.files import write_errors
 from minivlm.parity.difference import Yardstick
 
 FORMAT = "minivlm_parity"
@@ -24,11 +25,11 @@ NAMES = {
 class Writer:
     """Appends tensors to a file, one at a time, so that none has to be kept."""
 
-    def __init__(self, path: Path, room: int) -> None:
-        """room: bytes for the header, 8 less than the place of the first tensor."""
-        self.path, self.room, self.offset = path, room, 0
+    def __init__(self, path: Path, room: int, name: Path | None = None) -> None:
+        """room: bytes for the header, 8 less than the offset of the first tensor.  name: what errors call the file."""
+        self.path, self.room, self.offset, self.name = path, room, 0, name or path
         self.entries: dict[str, Any] = {}
-        with path.open("wb") as file:
+        with write_errors(self.name), path.open("wb") as file:
             file.truncate(8 + room)
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -42,7 +43,7 @@ class Writer:
             "shape": list(data.shape),
             "data_offsets": [self.offset, end],
         }
-        with self.path.open("ab") as file:
+        with write_errors(self.name), self.path.open("ab") as file:
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         self.offset = end
 
@@ -52,7 +53,7 @@ class Writer:
         header = json.dumps({"__metadata__": values, **self.entries}).encode()
         if len(header) > self.room:
             raise ValueError(f"the header of {self.path} takes {len(header):,} bytes, more than the {self.room:,} left")
-        with self.path.open("r+b") as file:
+        with write_errors(self.name), self.path.open("r+b") as file:
             file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
 
 

@@ -10,20 +10,24 @@ from textwrap import wrap
 from typing import Any
 
 from minivlm.parity.findings import Finding
+from minivlm.parity.operations import Blame
 
 COLUMNS = ("stage", "shape", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
 WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
 WIDTH = 100
-LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: picture or row, place, channel"
+LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: image or row, place, channel"
 
 
 @dataclass(frozen=True)
 class Report:
-    """a, b: both sides in words.  findings: in the order in which data flows."""
+    """a, b: both sides in words.  findings: in the order in which data flows.  skipped: stages that one side has no
+    module for.  operations: inside the first stage that diverges, if that was asked for and is known."""
 
     a: str
     b: str
     findings: list[Finding]
+    skipped: tuple[str, ...] = ()
+    operations: Blame | None = None
 
     @property
     def first(self) -> Finding | None:
@@ -35,16 +39,21 @@ class Report:
         found = self.first
         if found is None:
             ties = [finding.note for finding in self.findings if finding.note]
-            return "\n".join([f"no stage diverges ({len(self.findings)} compared)", *ties])
+            return "\n".join([f"no stage diverges ({len(self.findings)} compared)", *ties, *self._left_out()])
         why = found.note or f"differs at {found.where}, where both must be equal"
         if found.allowed:
             times = f"{found.excess:.1f}" if found.excess < 10 else f"{found.excess:,.0f}"
             why = f"{times} times what is allowed; max |Δ| {found.largest:.2g}, at {found.where}"
         count = sum(finding.diverges for finding in self.findings)
         code = "\n".join(f"made by {found.path}: {found.code}".split(", in "))
-        lines = [why, *code.replace("\n", "\nin ").split("\n"), f"{count} of {len(self.findings)} stages diverge"]
+        inside = self.operations.words() if self.operations else []
+        count_line = f"{count} of {len(self.findings)} stages diverge"
+        lines = [why, *code.replace("\n", "\nin ").split("\n"), *inside, count_line, *self._left_out()]
         folded = (wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines)
         return "\n".join([f"first divergence: {found.stage}", *(part for parts in folded for part in parts)])
+
+    def _left_out(self) -> list[str]:
+        return [f"skipped, since one side has no such module: {', '.join(self.skipped)}"] if self.skipped else []
 
     def table(self) -> str:
         """Both sides, a line for each stage, the verdict."""
@@ -59,7 +68,8 @@ class Report:
             for finding in self.findings
         ]
         first = None if self.first is None else self.first.stage
-        return {"a": self.a, "b": self.b, "first_divergence": first, "stages": findings}
+        found = {"a": self.a, "b": self.b, "first_divergence": first, "stages": findings, "skipped": list(self.skipped)}
+        return found if self.operations is None else {**found, "operations": self.operations.words()}
 
 
 def _row(finding: Finding) -> str:

@@ -25,6 +25,7 @@ import minivlm
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
 from minivlm.families import Family, Stage
+from minivlm.inside.hooks import code_of, hooked, path_of
 from minivlm.modules.attention import check_implementation
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 
@@ -113,11 +114,6 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def code_of(model: nn.Module) -> str:
-    """Whose model this is."""
-    return "transformers" if type(model).__module__.split(".")[0] == "transformers" else "minivlm"
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -284,51 +280,16 @@ def forward(model: nn.Module, stages: list[Stage], inputs: dict[str, Any], sink:
     """One pass over the prompt; hooks that only read hand every stage's tensor to `sink`, with how often it came."""
     calls = dict.fromkeys(stages, 0)
 
-    def see(stage: Stage, value: Any) -> None:
-        value = value[0] if isinstance(value, tuple | list) else value
+    def see(stage: Stage, value: Tensor) -> None:
         calls[stage] += 1
         sink(stage, calls[stage] - 1, value.detach())
 
-    handles = [_hook(model, stage, see) for stage in stages]
-    try:
-        model(**_moved(inputs, model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, dict.fromkeys(stages, see)):
+        model(**moved(inputs, model))
 
 
-def _hook(model: nn.Module, stage: Stage, see: Callable[[Stage, Any], None]) -> Any:
-    path = path_of(model, stage)
-    if path is None:
-        spelled = " or ".join(stage.paths(code_of(model)))
-        raise ValueError(f"{type(model).__name__} has no module {spelled} for the stage {stage.name!r}")
-    module = model.get_submodule(path)
-    if stage.take == "input":
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(stage, args[0] if args else kwargs["hidden_states"])
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    if stage.take == "output":
-        return module.register_forward_hook(lambda _module, _args, output: see(stage, output))
-
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        if (found := getattr(output, stage.take)) is not None:
-            see(stage, found)
-
-    return module.register_forward_hook(after)
-
-
-def path_of(model: nn.Module, stage: Stage) -> str | None:
-    """The path of the stage's module in this model: the first of its spellings that there is."""
-    for path in stage.paths(code_of(model)):
-        with contextlib.suppress(AttributeError):
-            model.get_submodule(path)
-            return path
-    return None
-
-
-def _moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The inputs on the model's device."""
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
@@ -337,7 +298,7 @@ def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, T
     """Up to so many new tokens (B, N), and what each was chosen by, (B, N, V) in the model's dtype."""
     options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
     with _quietly() if code_of(model) == "transformers" else contextlib.nullcontext():
-        found = model.generate(**_moved(inputs, model), **options, return_dict_in_generate=True, output_scores=True)
+        found = model.generate(**moved(inputs, model), **options, return_dict_in_generate=True, output_scores=True)
     scores = torch.stack(found.scores, dim=1).to(model.dtype).cpu()
     return {"tokens": found.sequences[:, -scores.shape[1] :].cpu(), "scores": scores}
 
@@ -363,4 +324,5 @@ def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
     path = stage.blame or path_of(model, stage) or stage.ours
     around = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]
     known = [each for each in [*around, ""] if each in modules and type(modules[each]).__module__[:6] != "torch."]
-    return known[0] or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])
+    named = path if path in modules else known[0]
+    return named or "the model", ", in ".join(code_at(type(modules[each])) for each in known[:3])

@@ -3,20 +3,21 @@
 The functions whose first argument is `cls` or `self` are methods, written into the classes as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from minivlm.checkpoint import hub
-from minivlm.checkpoint.files import read_configs, write_json
+from minivlm.checkpoint import hub, options
+from minivlm.checkpoint.files import read_configs, saving, write_json
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
 from minivlm.text import chat_template as chat
 from minivlm.text.tokenizer import Prompt, Tokenizer, as_texts
 
+Processor = TypeVar("Processor", bound=Callable)
 MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
 # red, green and blue of the pictures that CLIP was trained on
@@ -47,32 +48,41 @@ def write_image_processor(self: Any, folder: str | Path) -> None:
 
 
 def from_pretrained(
-    cls: type,
+    cls: type[Processor],
     name_or_folder: str | Path,
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-    use_fast: bool | None = None,
+    subfolder: str = "",
+    use_auth_token: str | bool | None = None,
     **changes: Any,
-) -> Any:
+) -> Processor:
     """A checkpoint's processor: of a folder, a name that ships with the package, or a Hub id.
 
     `changes` are the caller's and win over the files: fields of the image processor (do_image_splitting=False,
     size={…}), `SETTINGS` of the processor, padding_side and chat_template (jinja, or a name of `chat_template.KNOWN`).
-    One of None counts as not given; TypeError for any other name. `use_fast` is accepted: there is one way here.
+    One of None counts as not given; TypeError for any other name. Other options of `transformers` are accepted where
+    they change nothing here (`checkpoint/options.py`).
     """
-    where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    source = hub.source(name_or_folder, **where)
+    source = hub.source(
+        name_or_folder,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=options.first(token=token, use_auth_token=use_auth_token),
+        local_files_only=local_files_only,
+        subfolder=subfolder,
+    )
     image_config, config = read_configs(source)
     with hub.blame(f"{source.name}: the image processor's settings"):
         image_processor = cls.image_processor_class.from_dict(image_config)
     tokenizer = Tokenizer.from_source(source)
     image_fields = {f.name for f in fields(image_processor)}
-    if unknown := changes.keys() - image_fields - cls.SETTINGS.keys() - {"padding_side", "chat_template"}:
-        raise TypeError(f"from_pretrained got unknown options: {', '.join(sorted(unknown))}")
-    changes = {name: value for name, value in changes.items() if value is not None}
+    known = image_fields | cls.SETTINGS.keys() | {"padding_side", "chat_template"}
+    others = {name: value for name, value in changes.items() if name not in known}
+    options.refuse_others(others, options.LOADING, known)
+    changes = {name: value for name, value in changes.items() if name in known and value is not None}
     tokenizer.padding_side = changes.get("padding_side", tokenizer.padding_side)
     template = chat.find_template(source, config, tokenizer.config)
     settings = {"chat_template": template} | {name: config.get(name) for name in cls.SETTINGS}
@@ -98,12 +108,13 @@ def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, A
 
 def save_pretrained(self: Any, folder: str | Path) -> None:
     """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
-    self.image_processor.save_pretrained(folder)
-    self.tokenizer.save_pretrained(folder)
     config = {name: getattr(self, name) for name in self.SETTINGS} | {"processor_class": type(self).__name__}
     known = {name: value for name, value in sorted(config.items()) if value is not None}
-    write_json(Path(folder) / "processor_config.json", known)
-    chat.save(self.chat_template, Path(folder))
+    with saving() as save:
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save.json(Path(folder) / "processor_config.json", known)
+        chat.save(self.chat_template, Path(folder))
 
 
 def call(
@@ -207,13 +218,15 @@ def assemble(
         learned.append(marks)
     keep = image_token_id if border is None else border
     wanted = any(prompt.learned is not None for prompt in prompts)
-    return tokenizer.assemble(bodies, keep=keep, learned=learned if wanted else None, **options)
+    return tokenizer.assemble(bodies, keep=keep, beside={"assistant_masks": (learned, 0)} if wanted else {}, **options)
 
 
 def expand(
     ids: list[int], marks: list[int], image_token_id: int, blocks: Iterator[list[int]], border: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Each image token replaced by the next block; the block's tokens get its mark. For `border` see `assemble`."""
+    if image_token_id not in ids and border not in ids:
+        return ids, marks
     new_ids: list[int] = []
     new_marks: list[int] = []
     for i, mark in zip(ids, marks, strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.linear import QuantizedLinear
+from minivlm.quantization.shares import narrow
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,37 @@ class Arrival:
             raise ValueError("config.json says that the weights are quantised, but the files hold no tensor *" + ending)
         return apply.replace(model, linears, self.config)
 
-    def files(self, layer: QuantizedLinear) -> dict[str, tuple[int, ...] | None]:
-        """The tensors that files hold of a layer's weight, with their shapes (None: checked when read)."""
-        return self.config.stored.files(layer.shape) if self.stored else {"weight": layer.shape}
+    def files(self, layer: QuantizedLinear, share: Any = None) -> dict[str, tuple[int, ...] | None]:
+        """The tensors that files hold of a layer's weight, with their shapes (None: checked when read).
 
-    def read(self, name: str, layer: QuantizedLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        share: of a layer that is narrower than the files' (`minivlm.parallel`); the shapes are those of the files."""
+        shape = layer.shape if share is None else share.full
+        return self.config.stored.files(shape) if self.stored else {"weight": shape}
+
+    def read(
+        self, name: str, layer: QuantizedLinear, tensors: dict[str, Tensor], share: Any = None
+    ) -> dict[str, Tensor]:
         """The tensors that files hold of a layer's weight as the layer holds them; ValueError names the layer."""
         try:
-            return self.config.stored.read(tensors, layer.shape)
+            if share is None:
+                return self.config.stored.read(tensors, layer.shape)
+            found = self.config.stored.read(tensors, share.full)
+            found, layer.format = narrow(found, layer.format, share)
+            return found
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def take(self, name: str, layer: QuantizedLinear, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    def take(
+        self,
+        name: str,
+        layer: QuantizedLinear,
+        tensors: dict[str, Tensor],
+        dtype: torch.dtype | None,
+        share: Any = None,
+    ) -> None:
         """Give a layer its tensors, on the device where it is to live. dtype: the model's; None = the tensors' own."""
         if self.stored:
-            layer.restore(self.read(name, layer, tensors), dtype or torch.float32)
+            layer.restore(self.read(name, layer, tensors, share), dtype or torch.float32)
             return
         try:
             layer.quantize_(tensors["weight"], dtype)

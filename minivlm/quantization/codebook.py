@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from minivlm_kernels import cpu_int4
+from minivlm_kernels.addresses import addressable, outside_modes
 from torch import Tensor
 
 from minivlm.quantization.formats import Shape, Tensors, check, chunk
@@ -48,6 +49,7 @@ CODES = {
 
 
 @functools.cache
+@outside_modes
 def codebook(kind: str) -> Tensor:
     """The sixteen values of "nf4" or "fp4", fp32. Not to be changed in place."""
     return torch.tensor(CODES[kind], dtype=torch.float32)
@@ -66,7 +68,7 @@ def quantize(weight: Tensor, kind: str, dtype: torch.dtype | None = None) -> tup
     flat = weight.detach().reshape(-1)
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=flat.device)
     scales = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
-    compiled = flat.device.type == "cpu" and cpu_int4.available()
+    compiled = flat.is_cpu and addressable(flat) and cpu_int4.available()
     size = COMPILED_CHUNK if compiled else chunk(flat)
     for start in range(0, len(flat), size):
         part = flat[start : start + size]
@@ -111,6 +113,7 @@ CELLS = 1024  # of [0, 1]: none holds two midpoints of neighbouring values
 
 
 @functools.cache
+@outside_modes
 def _middles(kind: str) -> tuple[Tensor, Tensor]:
     """The 15 midpoints between neighbouring values, in order, and which code the n-th smallest value has."""
     values, order = codebook(kind).sort(stable=True)
@@ -118,13 +121,14 @@ def _middles(kind: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
+@outside_modes
 def _cells(kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """For each cell of [−1, 1]: how many midpoints lie in cells below it, and the midpoint in it (none: ∞); and which
     code the n-th smallest value has (None: n)."""
     middles, order = _middles(kind)
     cells = _cell(middles)
     below = torch.bucketize(torch.arange(2 * CELLS + 1), cells, out_int32=True).to(torch.uint8)
-    inside = torch.full((2 * CELLS + 1,), torch.inf).index_copy_(0, cells.long(), middles)
+    inside = torch.full((2 * CELLS + 1,), torch.inf, dtype=torch.float32).index_copy_(0, cells.long(), middles)
     return below, inside, None if kind == "nf4" else order
 
 
@@ -175,20 +179,22 @@ def dequantize(packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, .
 
 
 @functools.cache
+@outside_modes
 def dynamic_map() -> Tensor:
     """256 values in [−1, 1] (Dettmers 2016, "8-bit approximations"): fine near zero, coarse near one.
 
     For each of seven powers of ten, 2ⁱ values of either sign: the middles of equal intervals of [0.1, 1]; 0 and 1.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for power in range(7):
-        edges = torch.linspace(0.1, 1, 2**power + 1)
+        edges = torch.linspace(0.1, 1, 2**power + 1, dtype=torch.float32)
         middles = 10.0 ** (power - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [middles, -middles]
     return torch.cat(values).sort().values
 
 
 @functools.cache
+@outside_modes
 def _dynamic_codes() -> Tensor:
     """The code of each of 65,536 equally spaced values of [−1, 1]: bitsandbytes' CPU build rounds to these first."""
     values = dynamic_map()
@@ -277,7 +283,7 @@ class Codebook:
             found["weight.nested_absmax"] = tensors["nested_absmax"]
             found["weight.nested_quant_map"] = tensors["nested_map"]
             about["nested_offset"] = tensors["offset"].item()
-        return found | {self._state: torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)}
+        return found | {self._state: torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu")}
 
     def read(self, found: Tensors, shape: Shape) -> Tensors:
         about = _json(found[self._state])
@@ -298,7 +304,7 @@ class Codebook:
             check("weight.nested_quant_map", tensors["nested_map"], (256,), torch.float32)
             if not isinstance(offset := about.get("nested_offset"), float):
                 raise ValueError(f"its quant_state has nested_offset {offset!r:.80}, expected a number such as 0.01")
-            tensors["offset"] = torch.tensor(offset, device=found["weight"].device)
+            tensors["offset"] = torch.tensor(offset, dtype=torch.float32, device=found["weight"].device)
         return tensors
 
 

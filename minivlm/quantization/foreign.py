@@ -102,7 +102,7 @@ class GptqFiles:
         _multiple_of_eight("outputs", rows)
         _multiple_of_eight("inputs", columns)
         size = columns if self.group_size == -1 else self.group_size
-        if not torch.equal(found["g_idx"].cpu().long(), torch.arange(columns) // size):
+        if not torch.equal(found["g_idx"].cpu().long(), torch.arange(columns, device="cpu") // size):
             raise ValueError(
                 "its g_idx mixes the inputs of different groups (quantised with desc_act=true), which is not "
                 "supported; use a file made with desc_act=false"

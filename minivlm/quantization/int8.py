@@ -61,7 +61,7 @@ class Int8:
         return {"weight": shape, "SCB": shape[:1], "weight_format": ()}
 
     def write(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensors:
-        rows_first = torch.tensor(0, dtype=torch.uint8)
+        rows_first = torch.tensor(0, dtype=torch.uint8, device="cpu")
         return {"weight": tensors["qweight"], "SCB": tensors["scales"], "weight_format": rows_first}
 
     def read(self, found: Tensors, shape: Shape) -> Tensors:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from minivlm_kernels import cpu_int4
+from minivlm_kernels.addresses import addressable
 from minivlm_kernels.processor import multiplies
 from torch import Tensor
 
@@ -33,8 +34,7 @@ def pack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
     scales: then empty, of the dtype that they have in the stream.
     """
     codebook = isinstance(format, Codebook) and shape[1] % BLOCK == 0
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
-    if not (codebook or isinstance(format, Affine)) or not (on_cpu and min(shape) and cpu_int4.available()):
+    if not (codebook or isinstance(format, Affine)) or not min(shape) or not _for_the_c(*tensors.values()):
         return tensors
     if codebook:
         rest = {name: value for name, value in tensors.items() if name not in ("qweight", "absmax")}
@@ -43,6 +43,10 @@ def pack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
         rest, scales, group = {}, tensors["scales"], format.group_size
     stream = cpu_int4.pack(tensors["qweight"].view(shape[0], -1), scales, tensors.get("zeros"), group)
     return {"stream": stream, "scales": scales.new_empty(0), **rest}
+
+
+def _for_the_c(*tensors: Tensor) -> bool:
+    return all(tensor.is_cpu for tensor in tensors) and addressable(*tensors) and cpu_int4.available()
 
 
 def unpack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
@@ -60,9 +64,11 @@ def unpack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
 
 def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
     """x (…, K) → (…, N), of the dtype of x; bias (N,) of the same."""
-    if x.is_cuda and isinstance(format, Codebook | Affine):
+    exact = addressable(x, bias, *tensors.values())  # else torch's operators alone
+    if exact and x.is_cuda and isinstance(format, Codebook | Affine):
         return _by_triton(x, tensors, format, shape, bias)
-    if x.device.type != "cpu":
+    if not exact or x.device.type != "cpu":
+        tensors = unpack(tensors, format, shape)
         return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
     rows = x.reshape(-1, shape[1])  # (M, K)
     if "stream" in tensors and len(rows) <= FEW:
@@ -83,6 +89,8 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
 
 def backward(gradient: Tensor, tensors: Tensors, format: Format, shape: Shape) -> Tensor:
     """The gradient of `linear` by x: gradient (…, N) → (…, K)."""
+    if not addressable(gradient, *tensors.values()):
+        tensors = unpack(tensors, format, shape)
     if "stream" not in tensors:
         return gradient @ format.dequantize(tensors, shape, gradient.dtype)
     rows = gradient.reshape(-1, shape[0]).to(_wide(gradient.dtype))

@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from minivlm.checkpoint import hub
+from minivlm.checkpoint.files import saving
 from minivlm.modules.inputs import Inputs
 from minivlm.text.messages import normalise
-from minivlm.text.rendering import Rendered, learned_spans, render_conversation
+from minivlm.text.rendering import learned_spans, render_conversation
 from minivlm.text.shown import short
 from minivlm.text.template_sandbox import mentioned
 from minivlm.text.tokenizer import Prompt
@@ -56,10 +57,21 @@ def find_template(source: hub.Source, processor_config: dict[str, Any], tokenize
 
 def save(template: str | None, folder: Path) -> None:
     """Write chat_template.jinja, where everybody looks first; another template that lay in the folder goes."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        (folder / name).unlink(missing_ok=True)
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(named(template), encoding="utf-8")
+    with saving() as save:
+        if template is not None:
+            save.text(folder / "chat_template.jinja", named(template))
+        save.remove(folder / "chat_template.jinja")  # unless it was just written
+        save.remove(folder / "chat_template.json")
+
+
+@overload
+def apply(
+    processor: Any, conversation: Sequence[Any], *, tokenize: Literal[True], return_dict: Literal[True], **options: Any
+) -> Inputs: ...
+
+
+@overload
+def apply(processor: Any, conversation: Sequence[Any], **options: Any) -> str | list[str] | list[list[int]]: ...
 
 
 def apply(
@@ -104,8 +116,16 @@ def apply(
     variables["add_generation_prompt"] = add_generation_prompt
     rendered = []
     for messages in normal:
-        rendered.append(render_conversation(template, messages, processor.tokenizer, variables, continue_final_message))
-        _check_images(rendered[-1], messages, processor.image_token)
+        one = render_conversation(
+            template,
+            messages,
+            processor,
+            variables,
+            continue_final_message=continue_final_message,
+            for_ids=tokenize,
+            with_spans=return_assistant_tokens_mask,
+        )
+        rendered.append(one)
     if not tokenize:
         texts = [each.text for each in rendered]
         return texts if batched else texts[0]
@@ -127,6 +147,8 @@ def apply(
 
 def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the processor's call, and the template's variables. TypeError for what is neither."""
+    if not options:
+        return {}, {"tools": None, "documents": None}
     known = processor.call_options()
     call_options = {name: value for name, value in options.items() if name in known}
     variables = {name: value for name, value in options.items() if name not in known}
@@ -143,20 +165,6 @@ def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> t
     except (TypeError, ValueError) as error:
         raise TypeError(f"variables of a chat template are text, numbers, lists and dicts: {error}") from error
     return call_options, {"tools": None, "documents": None} | plain
-
-
-def _check_images(rendered: Rendered, messages: list[dict[str, Any]], image_token: str) -> None:
-    """ValueError unless the template has written an image token for every image item."""
-    expected = sum(item["type"] == "image" for message in messages for item in message["content"])
-    typed = rendered.guarded is None and sum(
-        item["text"].count(image_token) for message in messages for item in message["content"] if item["type"] == "text"
-    )
-    found = (rendered.text if rendered.guarded is None else rendered.guarded).count(image_token) - typed
-    if found != expected:
-        raise ValueError(
-            f"the chat template writes {image_token} {found} times for {expected} image items; pass another "
-            "chat_template=, or leave out the images that it has no use for"
-        )
 
 
 def _images(given: Sequence[list[Any]], images: Any) -> Any:

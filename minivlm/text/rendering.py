@@ -12,16 +12,17 @@ could begin, so a special token that is whole in the result was written by the t
 the second string must equal the first; then the marks say where each text is.
 """
 
-import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from minivlm.text.shown import short
-from minivlm.text.template_sandbox import GENERATION, render
+from minivlm.text.template_sandbox import GENERATION, is_known, render
 from minivlm.text.tokenizer import Span, Tokenizer
 
+PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 TextKey = tuple[int, int]  # (message, item)
 
 
@@ -39,32 +40,44 @@ class Rendered:
 def render_conversation(
     template: str,
     messages: list[dict[str, Any]],
-    tokenizer: Tokenizer,
+    processor: Any,
     variables: dict[str, Any],
+    *,
     continue_final_message: bool = False,
+    for_ids: bool = True,
+    with_spans: bool = False,
 ) -> Rendered:
     """Run a template on messages in the form of `normalise`.
 
     `variables` are the caller's; the names of special tokens are added here. With `continue_final_message`, the prompt
-    ends where the last text of the last message does. Raises ValueError for a template that fails, and for one that
-    leaves out a text or a part of it.
+    ends where the last text of the last message does. Guards are there `for_ids` and spans only `with_spans`, unless
+    they had to be found anyway. Raises ValueError for a template that fails, and for one that leaves out an image, a
+    text or a part of a text.
     """
+    tokenizer = processor.tokenizer
+    names = tokenizer.special_tokens_map
+    marks_needed = with_spans or continue_final_message or not (is_known(template) and _all_arrives(messages))
+    if not for_ids and not marks_needed:
+        return Rendered(render(template, [names | variables | {"messages": messages}])[0], None, "")
     texts = {
         (number, place): item["text"]
         for number, message in enumerate(messages)
         for place, item in enumerate(message["content"])
         if item["type"] == "text"
     }
-    used = [template, *texts.values(), json.dumps(variables, ensure_ascii=False)]
-    guard, begin, end, *marks = _unused_characters(used, 3 + len(texts))
+    guard, begin, end, *marks = _unused_characters([template, *texts.values(), *_strings(variables)], 3 + len(texts))
+    guarded_variables = names | _guarded(variables, guard, tokenizer)
+    if not marks_needed:
+        guarded_variables["messages"] = _changed(messages, lambda _, words: tokenizer.guard(words, guard))
+        (guarded,) = render(template, [guarded_variables])
+        return Rendered(guarded.replace(guard, ""), guarded, guard)
     mark_of = dict(zip(texts, marks, strict=True))
-    names = tokenizer.special_tokens_map
-    tracked = names | _guarded(variables, guard, tokenizer) | dict(zip(GENERATION, (begin, end), strict=True))
-    tracked["messages"] = _marked_messages(messages, mark_of, guard, tokenizer)
+    tracked = guarded_variables | dict(zip(GENERATION, (begin, end), strict=True))
+    tracked["messages"] = _changed(messages, lambda key, words: _marked(words, mark_of[key], guard, tokenizer))
     text, written = render(template, [names | variables | {"messages": messages}, tracked])
     all_marks = f"[{begin}{end}{''.join(marks)}]"
     if re.sub(all_marks, "", written).replace(guard, "") != text:
-        return _untracked(text, texts, guard, continue_final_message)
+        return _untracked(text, messages, texts, guard, continue_final_message, processor.image_token)
     if continue_final_message:
         written = _cut(written, messages, mark_of, guard, tokenizer)
     pieces = re.split(f"({all_marks})", written)  # text, mark, text, …, mark, text
@@ -80,8 +93,14 @@ def render_conversation(
         if words.strip() and (not found or len(found) % 2):
             raise _left_out(key, words)
         spans[key] = [_with_blanks(words, guarded, *pair) for pair in zip(found[::2], found[1::2], strict=True)]
+    _check_images(guarded.count(processor.image_token), messages, processor.image_token)
     generation = list(zip(positions[begin], positions[end], strict=False))
     return Rendered(guarded.replace(guard, ""), guarded, guard, spans, generation)
+
+
+def _all_arrives(messages: list[dict[str, Any]]) -> bool:
+    """Does every known template write all of these messages? It does of a user's, and of others the first item."""
+    return all(message["role"] == "user" or len(message["content"]) == 1 for message in messages)
 
 
 def learned_spans(rendered: Rendered, messages: list[dict[str, Any]], processor: Any) -> list[Span]:
@@ -112,7 +131,7 @@ def learned_spans(rendered: Rendered, messages: list[dict[str, Any]], processor:
 
 def _unused_characters(texts: list[str], count: int) -> list[str]:
     """Private-use characters that occur in none of the texts."""
-    used = set(re.findall("[\U000f0000-\U0010fffd]", "".join(texts)))
+    used = {character for text in texts if not text.isascii() for character in PRIVATE.findall(text)}
     free = (character for character in map(chr, range(0xF0000, 0x10FFFE)) if character not in used)
     found = list(islice(free, count))
     if len(found) < count:
@@ -120,20 +139,23 @@ def _unused_characters(texts: list[str], count: int) -> list[str]:
     return found
 
 
-def _marked_messages(
-    messages: list[dict[str, Any]], mark_of: dict[TextKey, str], guard: str, tokenizer: Tokenizer
-) -> list[dict[str, Any]]:
-    marked = []
-    for number, message in enumerate(messages):
-        content = []
-        for place, item in enumerate(message["content"]):
-            if item["type"] == "text":
-                lead, words, tail = (tokenizer.guard(part, guard) for part in _parts(item["text"]))
-                mark = mark_of[number, place] if words else ""
-                item = {"type": "text", "text": lead + mark + words + mark + tail}
-            content.append(item)
-        marked.append({"role": message["role"], "content": content})
-    return marked
+def _changed(messages: list[dict[str, Any]], change: Callable[[TextKey, str], str]) -> list[dict[str, Any]]:
+    """A copy of the messages with other texts in it."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "text", "text": change((number, place), item["text"])} if item["type"] == "text" else item
+                for place, item in enumerate(message["content"])
+            ],
+        }
+        for number, message in enumerate(messages)
+    ]
+
+
+def _marked(text: str, mark: str, guard: str, tokenizer: Tokenizer) -> str:
+    lead, words, tail = (tokenizer.guard(part, guard) for part in _parts(text))
+    return lead + mark + words + mark + tail if words else tail
 
 
 def _parts(text: str) -> tuple[str, str, str]:
@@ -148,6 +170,15 @@ def _with_blanks(text: str, written: str, begin: int, end: int) -> Span:
     lead, _, tail = _parts(text)
     begins = begin - len(lead) if written[:begin].endswith(lead) else begin
     return begins, end + len(tail) if written.startswith(tail, end) else end
+
+
+def _strings(value: Any) -> list[str]:
+    """All strings in a variable, keys included."""
+    if isinstance(value, dict):
+        return [*value, *_strings(list(value.values()))]
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def _guarded(value: Any, guard: str, tokenizer: Tokenizer) -> Any:
@@ -186,11 +217,30 @@ def _left_out(key: TextKey, text: str) -> ValueError:
     )
 
 
-def _untracked(text: str, texts: dict[TextKey, str], guard: str, continue_final_message: bool) -> Rendered:
+def _check_images(found: int, messages: list[dict[str, Any]], image_token: str) -> None:
+    """ValueError unless the template has written an image token for every image item."""
+    expected = sum(item["type"] == "image" for message in messages for item in message["content"])
+    if found != expected:
+        raise ValueError(
+            f"the chat template writes {image_token} {found} times for {expected} image items; pass another "
+            "chat_template=, or leave out the images that it has no use for"
+        )
+
+
+def _untracked(
+    text: str,
+    messages: list[dict[str, Any]],
+    texts: dict[TextKey, str],
+    guard: str,
+    continue_final_message: bool,
+    image_token: str,
+) -> Rendered:
     """The prompt of a template that writes something else for marked texts: it decides by how a text begins or ends."""
     for key, words in texts.items():
         if words.strip() not in text:
             raise _left_out(key, words)
+    typed = sum(words.count(image_token) for words in texts.values())
+    _check_images(text.count(image_token) - typed, messages, image_token)
     if continue_final_message:
         raise ValueError("continue_final_message: this chat template changes its texts, so their end cannot be found")
     return Rendered(text, None, guard)

@@ -15,21 +15,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
-import torch
 
 from minivlm.checkpoint import hub
-from minivlm.checkpoint.files import write_json
+from minivlm.checkpoint.files import saving
 from minivlm.modules.inputs import Inputs
 from minivlm.text.shown import short
-from minivlm.text.tokenizer_file import attempt, listed_tokens, read_backend, token_text
+from minivlm.text.tokenizer_file import ROLES, attempt, listed_tokens, read_backend, token_text
+from minivlm.text.tokenizer_tools import TokenizerTools, to_lists
 
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"
 MAX_MISSING = 2**10  # tokens that only the files beside tokenizer.json have
 MAX_AROUND = 16  # special tokens that tokenizer.json puts around a text
 MAX_TEXT = 2**22  # characters; a hundred times what fills the longest context of the models here
+# of `Tokenizer.assemble`, for callers of tokenizers and processors
+TEXT_OPTIONS = ("padding", "truncation", "max_length", "add_special_tokens", "padding_side", "pad_to_multiple_of")
 BROKEN = "this tokenizer.json cannot be followed"
 Span = tuple[int, int]  # (begin, end) of characters in a text
 
@@ -76,7 +76,7 @@ class Prompt:
         return ids, [0] * len(ids)
 
 
-class Tokenizer:
+class Tokenizer(TokenizerTools):
     """Callable like transformers' tokenizers: `tokenizer(texts, padding=True, return_tensors="pt")`.
 
     bos_token, eos_token, unk_token and pad_token are strings or None and may be set; `…_token_id` follows.
@@ -97,6 +97,7 @@ class Tokenizer:
         self.model_max_length = self.config.get("model_max_length") or UNLIMITED
         if type(self.model_max_length) not in (int, float) or not self.model_max_length >= 1:
             raise ValueError(f"model_max_length is a number of tokens, found {self.model_max_length!r:.80}")
+        self.chat_template: str | None = None
         backend.no_padding()
         backend.no_truncation()
 
@@ -139,8 +140,6 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
         special = {i: t for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
         roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
         others = [token.content for token in special.values() if token.content not in roles.values()]
@@ -151,8 +150,10 @@ class Tokenizer:
         }
         config = self.config | roles | {"padding_side": self.padding_side, "added_tokens_decoder": decoder}
         config |= {"additional_special_tokens": others, "model_max_length": self.model_max_length}
-        write_json(folder / "tokenizer_config.json", config)
-        write_json(folder / "special_tokens_map.json", roles | {"additional_special_tokens": others})
+        with saving() as save:
+            save.text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+            save.json(folder / "tokenizer_config.json", config)
+            save.json(folder / "special_tokens_map.json", roles | {"additional_special_tokens": others})
 
     # ---- text → ids
 
@@ -160,16 +161,19 @@ class Tokenizer:
         self,
         text: str | Sequence[str],
         *,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
         return_tensors: str | None = None,
-        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+        **options: Any,
     ) -> Inputs:
-        """`input_ids` and `attention_mask` (1 = token, 0 = padding): flat lists for one string, else one per text."""
+        """`input_ids` and `attention_mask` (1 = token, 0 = padding): flat lists for one string, else one per text.
+
+        `options` are TEXT_OPTIONS, see `assemble`. With `return_offsets_mapping`, the (begin, end) in its text of every
+        token as well; (0, 0) for tokens that are put around it.
+        """
         single = isinstance(text, str)
-        bodies = [self.encode(t, add_special_tokens=False) for t in as_texts(text)]
-        inputs = self.assemble(bodies, padding, truncation, max_length, add_special_tokens)
+        encoded = [_encode(self.backend, each, False) for each in as_texts(text)]
+        beside = {"offset_mapping": ([each.offsets for each in encoded], (0, 0))} if return_offsets_mapping else {}
+        inputs = self.assemble([each.ids for each in encoded], beside=beside, **options)
         if single and return_tensors is None:
             return Inputs({name: rows[0] for name, rows in inputs.items()})
         return inputs.convert(return_tensors)
@@ -221,7 +225,7 @@ class Tokenizer:
 
     def guard(self, text: str, guard: str) -> str:
         """Put `guard` after every character with which a special token could begin."""
-        for first in {token.content[0] for token in self.control_tokens}:
+        for first in self._first_characters:
             text = text.replace(first, first + guard)
         return text
 
@@ -232,18 +236,21 @@ class Tokenizer:
         truncation: bool | str | None = None,
         max_length: int | None = None,
         add_special_tokens: bool = True,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
         keep: int | None = None,
-        learned: list[list[int]] | None = None,
+        beside: dict[str, tuple[list[list[Any]], Any]] | None = None,
     ) -> Inputs:
         """Ids of texts → rows: truncate the text, put bos/eos around it as tokenizer.json says, pad.
 
-        The options mean what they do in transformers, where `max_length` alone also truncates. `learned` (a 0 or 1 for
-        each id) is treated as the ids are and comes back as assistant_masks. ValueError if truncation would remove an
-        id `keep`: the tokens of an image cannot be cut.
+        The options mean what they do in transformers, where `max_length` alone also truncates. `beside` has more values
+        for each id, by name, and what stands for those of other tokens. ValueError if truncation would remove an id
+        `keep`: the tokens of an image cannot be cut.
         """
         before, after = self._around if add_special_tokens else ([], [])
         limit = self._limit(padding, truncation, max_length)
-        rows, marks = [], []
+        rows = []
+        more: dict[str, list[list[Any]]] = {name: [] for name in beside or {}}
         for number, body in enumerate(bodies):
             room = len(body) if limit is None else max(0, limit - len(before) - len(after))
             kept = slice(max(0, len(body) - room), None) if self.truncation_side == "left" else slice(room)
@@ -253,18 +260,22 @@ class Tokenizer:
                     f"max_length={limit} would cut into an image; raise it, shorten the text or use fewer images"
                 )
             rows.append([*before, *body[kept], *after])
-            if learned is not None:
-                marks.append([*([0] * len(before)), *learned[number][kept], *([0] * len(after))])
+            for name, (values, other) in (beside or {}).items():
+                more[name].append([*[other] * len(before), *values[number][kept], *[other] * len(after)])
         masks = [[1] * len(row) for row in rows]
-        length = self._padded_length(rows, padding, max_length)
-        if length is not None and self.pad_token is None:
-            raise ValueError("this tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token, for one")
+        length = self._padded_length(rows, padding, max_length, pad_to_multiple_of)
         if length is not None:
-            rows = [self._pad(row, self.pad_token_id, length) for row in rows]
-            masks = [self._pad(mask, 0, length) for mask in masks]
-            marks = [self._pad(mark, 0, length) for mark in marks]
-        inputs = Inputs(input_ids=rows, attention_mask=masks)
-        return inputs if learned is None else Inputs(**inputs, assistant_masks=marks)
+            side = padding_side or self.padding_side
+            rows = [_padded(row, self._pad_id(), length, side) for row in rows]
+            masks = [_padded(mask, 0, length, side) for mask in masks]
+            for name, (_, other) in (beside or {}).items():
+                more[name] = [_padded(values, other, length, side) for values in more[name]]
+        return Inputs(input_ids=rows, attention_mask=masks, **more)
+
+    def _pad_id(self) -> int:
+        if self.pad_token is None:
+            raise ValueError("this tokenizer has no pad token; set tokenizer.pad_token = tokenizer.eos_token, for one")
+        return self.pad_token_id
 
     def _limit(self, padding: bool | str, truncation: bool | str | None, max_length: int | None) -> int | None:
         """Tokens that a row may have at most, None for any number; checks the options."""
@@ -279,18 +290,17 @@ class Tokenizer:
         limit = self.model_max_length if max_length is None else max_length
         return None if truncation in (False, "do_not_truncate") or limit >= UNLIMITED else int(limit)
 
-    def _padded_length(self, rows: list[list[int]], padding: bool | str, max_length: int | None) -> int | None:
+    def _padded_length(
+        self, rows: list[list[int]], padding: bool | str, max_length: int | None, multiple: int | None
+    ) -> int | None:
         """How long rows become by padding; None for no padding."""
+        if multiple is not None and (type(multiple) is not int or not 1 <= multiple < UNLIMITED):
+            raise ValueError(f"pad_to_multiple_of is a whole number from 1, found {multiple!r}")
         limit = max_length or self.model_max_length
         if padding in (False, "do_not_pad") or (padding == "max_length" and limit >= UNLIMITED):
             return None
-        return max([len(row) for row in rows] + ([int(limit)] if padding == "max_length" else []))
-
-    def _pad(self, row: list[int], value: int, length: int) -> list[int]:
-        if self.padding_side not in ("left", "right"):
-            raise ValueError(f'padding_side is "left" or "right", found {self.padding_side!r}')
-        filler = [value] * (length - len(row))
-        return filler + row if self.padding_side == "left" else row + filler
+        length = max([len(row) for row in rows] + ([int(limit)] if padding == "max_length" else []))
+        return -(-length // (multiple or 1)) * (multiple or 1)
 
     # ---- ids → text
 
@@ -301,7 +311,7 @@ class Tokenizer:
 
         `clean_up_tokenization_spaces` is accepted and does nothing, as in transformers 5 for this kind of tokenizer.
         """
-        ids = _to_lists(ids)
+        ids = to_lists(ids)
         ids = [ids] if isinstance(ids, int) else ids
         if isinstance(ids, list) and any(isinstance(row, list) for row in ids):
             return [self.decode(row, skip_special_tokens) for row in ids]
@@ -317,7 +327,7 @@ class Tokenizer:
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> list[str]:
         """One text per sequence; a flat list of ids counts as one sequence, as in transformers."""
-        sequences = _to_lists(sequences)
+        sequences = to_lists(sequences)
         texts = self.decode(sequences, skip_special_tokens) if sequences != [] else []
         return [texts] if isinstance(texts, str) else texts
 
@@ -359,9 +369,18 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json has {min(plain)} as ordinary text, not as the special token it should be")
         make = [tokenizers.AddedToken(t, normalized=False, special=special) for t in new]
         count = attempt(BROKEN, self.backend.add_special_tokens if special else self.backend.add_tokens, make)
-        for name in ("_special_runs", "_plain", "_around"):  # computed from the old vocabulary
-            self.__dict__.pop(name, None)
+        self._forget()
         return count
+
+    def _forget(self) -> None:
+        """Drop what was computed from the vocabulary and the roles, which have changed."""
+        for name in ("_first_characters", "_special_runs", "_plain", "_around"):
+            self.__dict__.pop(name, None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ROLES:
+            self._forget()
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -387,6 +406,10 @@ class Tokenizer:
         """What nobody may type: special tokens, and those that play a part though the file does not call them so."""
         parts = self.special_tokens_map.values()
         return [t for t in self.backend.get_added_tokens_decoder().values() if t.special or t.content in parts]
+
+    @cached_property
+    def _first_characters(self) -> set[str]:
+        return {token.content[0] for token in self.control_tokens}
 
     @cached_property
     def _special_runs(self) -> re.Pattern[str] | None:
@@ -438,8 +461,8 @@ def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) 
     return attempt(wrong, backend.encode, text, add_special_tokens=add_special_tokens)
 
 
-def _to_lists(ids: Any) -> Any:
-    """Arrays and tensors, also inside lists, as Python numbers in lists."""
-    if isinstance(ids, torch.Tensor | np.ndarray | np.generic):
-        return ids.tolist()
-    return [_to_lists(i) for i in ids] if isinstance(ids, list | tuple) else ids
+def _padded(row: list[Any], value: Any, length: int, side: str) -> list[Any]:
+    if side not in ("left", "right"):
+        raise ValueError(f'padding_side is "left" or "right", found {side!r}')
+    filler = [value] * (length - len(row))
+    return filler + row if side == "left" else row + filler

@@ -15,6 +15,7 @@ import tokenizers
 
 from minivlm.checkpoint import hub
 
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 MAX_FILE = 2**25  # bytes of tokenizer.json; those of the released checkpoints have up to a third
 MAX_ADDED = 2**14  # tokens beside the vocabulary, each of which is looked for in every text
 MAX_GROWTH = 256  # times that normalisation may make a text longer; "▁" for a blank makes it three

@@ -71,15 +71,19 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), same dtype. The change is computed in fp32, unless autocast says otherwise."""
-        y = self.base_layer(x)
         if self.lora_magnitude_vector is not None:
-            return self._dora(x, y)
-        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (…, r)
-        if y.dtype == self.lora_B.dtype and h.dtype == y.dtype:  # one product that adds, for the sum below
-            added = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.lora_B.T, alpha=self.scaling)
-            return added.view_as(y)
-        change = F.linear(h, self.lora_B) * self.scaling
-        return y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
+            return self._dora(x, self.base_layer(x))
+        shape, x = x.shape[:-1], x.flatten(0, -2)
+        y = self.base_layer(x)  # (n, out)
+        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (n, r)
+        if y.dtype == h.dtype == self.lora_B.dtype:
+            # One product that adds, for the sum below; in place where autograd allows it
+            add = torch.addmm if self.quantised else torch.Tensor.addmm_
+            y = add(y, h, self.lora_B.T, alpha=self.scaling)
+        else:
+            change = F.linear(h, self.lora_B) * self.scaling
+            y = y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
+        return y.unflatten(0, shape)
 
     def _dora(self, x: Tensor, y: Tensor) -> Tensor:
         """m / ‖W + s·BA‖ · (W + s·BA) x + bias; the norm is a constant for the gradient (their section 4.3)."""

@@ -275,9 +275,9 @@ def test_what_is_done_is_not_asked_again(pair, pictures, tmp_path, monkeypatch):
 
 def test_a_run_cut_while_it_finishes_finishes(pair, pictures, tmp_path, monkeypatch):
     prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
-    for owner, name in [(batch.os, "fsync"), (batch.Path, "replace"), (batch.Path, "unlink")]:
+    for owner, name in [(os, "fsync"), (os, "replace"), (batch.Path, "unlink")]:
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(Cut))
+            patch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(Cut))
             with pytest.raises(Cut):
                 run(pair, prompts, out)
         assert run(pair, prompts, out) == 0

@@ -177,7 +177,7 @@ def test_finish_reasons(pair):
     assert (chat.last.finish_reason, chat.last.new_tokens, chat.last.cut()) == ("stop", 1, None)
     chat.reset()
     chat.ask("One", max_time=0.0)
-    assert chat.last.finish_reason == "length"
+    assert chat.last.finish_reason == "time"
     assert "max_time" in chat.last.cut()
 
 

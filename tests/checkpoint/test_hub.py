@@ -4,15 +4,21 @@ import hashlib
 import http.server
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
+
+from minivlm.checkpoint.hub import suggestion
 
 COMMIT = "1" * 40
 
@@ -33,7 +39,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         _, org, _, _, revision, name = self.path.split("?")[0].split("/", 5)
-        path = server.folder / name
+        path = (server.adapter if org == "adapter" else server.folder) / name
         refusal = {"gated": (403, "GatedRepo"), "unknown": (401, "RepoNotFound")}.get(org)
         if refusal is None and revision not in ("main", "v1", COMMIT):
             refusal = (404, "RevisionNotFound")
@@ -62,59 +68,118 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("hub")
     server.folder = oracle.save(oracle.random_reference(oracle.idefics2_config()), folder, max_shard_size="100KB")
     (folder / "pytorch_model.bin").write_bytes(b"never asked for")
+    shutil.copytree(folder, folder / "inner", ignore=shutil.ignore_patterns("inner"))
+    server.adapter = tmp_path_factory.mktemp("adapter")
+    (server.adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
-def load(hub: Any, cache: Path, name: str, offline: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
-    """from_pretrained in a process of its own, whose Hub is our server and whose cache is `cache`."""
-    code = (
-        "import json, sys; from minivlm import AutoModelForImageTextToText as Auto\n"
-        "print(Auto.from_pretrained(sys.argv[1], **json.loads(sys.argv[2])).lm_head.weight.shape)"
-    )
+CODE = """
+import json, sys
+from minivlm import AutoModelForImageTextToText as Auto
+for name, options in json.loads(sys.argv[1]):
+    try:
+        print(list(Auto.from_pretrained(name, **options).lm_head.weight.shape))
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+LOADED = "[100, 64]"
+
+
+def load(port: int, cache: Path, *calls: tuple[str, dict[str, Any]], offline: bool = False) -> list[str]:
+    """What from_pretrained gives for each name, in a process whose Hub is at `port` and that prints nothing else."""
     environment = {
         **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HUB_ETAG_TIMEOUT": "2",
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "1" if offline else "0",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-c", code, name, json.dumps(options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", CODE, json.dumps(calls)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stderr == ""
+    return result.stdout.splitlines()
 
 
-def test_download_then_offline(hub: Any, tmp_path: Path) -> None:
-    """Only what is needed is fetched, with the token; a second load and an offline one fetch nothing."""
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_download_then_offline(hub: Any, cache: Path) -> None:
+    """Only what is needed is fetched, with the token, and once; what is in the cache needs no connection."""
     hub.asked.clear()
-    first = load(hub, tmp_path, "org/repo", revision="v1", token="hf_secret")
-    assert "[100, 64]" in first.stdout, first.stderr
-    fetched = {name for command, name, _ in hub.asked if command == "GET"}
-    assert {name for name in fetched if name.endswith(".safetensors")} == {
-        path.name for path in hub.folder.glob("*.safetensors")
-    }
-    assert "pytorch_model.bin" not in fetched
+    options = {"revision": "v1", "token": "hf_secret"}
+    once = ("org/repo", options)
+    inner = ("org/repo", options | {"subfolder": "inner"})
+    assert load(hub.server_port, cache, once, once, inner) == [LOADED] * 3
+    fetched = [name for command, name, _ in hub.asked if command == "GET"]
+    assert len(fetched) == len(set(fetched))
+    shards = {path.name for path in hub.folder.glob("*.safetensors")}
+    assert {name for name in fetched if name.endswith(".safetensors")} == shards
+    assert {f"inner/{name}" for name in shards} <= {
+        name for _, name, _ in hub.asked
+    }  # the same blobs are there already
+    assert not [name for name in fetched if "pytorch_model.bin" in name]
     assert all(authorization == "Bearer hf_secret" for _, _, authorization in hub.asked)
     hub.asked.clear()
-    assert "[100, 64]" in load(hub, tmp_path, "org/repo", revision="v1", token="hf_secret").stdout
-    assert not [name for command, name, _ in hub.asked if command == "GET"]
-    hub.asked.clear()
-    for options in ({"offline": True}, {"local_files_only": True}):
-        assert "[100, 64]" in load(hub, tmp_path, "org/repo", revision="v1", **options).stdout
+    assert load(hub.server_port, cache, once, inner, offline=True) == [LOADED] * 2
+    assert load(hub.server_port, cache, ("org/repo", options | {"local_files_only": True})) == [LOADED]
     assert not hub.asked
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
+def test_refusals(hub: Any, tmp_path: Path) -> None:
+    expected = [
         ("gated/repo", {}, "accept its licence"),
         ("unknown/repo", {}, "neither a folder"),
         ("org/repo", {"revision": "v9"}, "no revision 'v9'"),
         ("org/repo", {"local_files_only": True}, "not in the local cache"),
+        ("adapter/repo", {}, r"holds an adapter .* \(org/base\)"),
+        ("unknown/idefics2-8b", {}, r"Did you mean HuggingFaceM4/idefics2-8b"),
+    ]
+    found = load(hub.server_port, tmp_path, *((name, options) for name, options, _ in expected))
+    for line, (_, _, words) in zip(found, expected, strict=True):
+        assert line.startswith("CheckpointFileError")
+        assert re.search(words, line)
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port where connections are taken, and nothing is ever answered."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_without_network(kind: str, hub: Any, silent: int, cache: Path, tmp_path: Path) -> None:
+    """One sentence, in seconds, and nothing of the Hub client's own; what is in the cache loads all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1] if kind == "closed" else silent
+    warm = {"cache_dir": str(cache / "hub"), "revision": "v1"}
+    start = time.monotonic()
+    found = load(port, tmp_path, ("org/repo", {}), ("org/repo", warm), ("org/repo", warm))
+    assert "not in the local cache and the Hub cannot be reached" in found[0]
+    assert found[1:] == [LOADED] * 2
+    assert time.monotonic() - start < 60  # the Hub's client would try six times, for a minute each
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("idefics2-8b", "Did you mean HuggingFaceM4/idefics2-8b"),
+        ("shapes-idefic2", "Did you mean shapes-idefics2"),
+        ("shapes-lava-next", "Did you mean shapes-llava-next?"),
+        ("huggingfacem4/idefics2-8b", "Did you mean HuggingFaceM4/idefics2-8b"),
+        ("llava-hf/llava-1.6-mistral-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf"),
+        ("gpt2", ""),
+        ("org/model", ""),
     ],
 )
-def test_refusals(hub: Any, tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
-    result = load(hub, tmp_path, name, **options)
-    assert result.returncode == 1
-    assert message in result.stderr.splitlines()[-1]
+def test_suggestions(name: str, expected: str) -> None:
+    found = suggestion(name)
+    assert expected in found
+    assert bool(found) == bool(expected)

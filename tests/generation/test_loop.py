@@ -881,6 +881,7 @@ ERRORS = [
     ({"epsilon_cutoff": -1.0, "do_sample": True}, "epsilon_cutoff should be between 0 and 1"),
     ({"eta_cutoff": "a", "do_sample": True}, "eta_cutoff should be between 0 and 1"),
     ({"logits_processor": favour_sevens}, "logits_processor should be a list of functions"),
+    ({"prefix_allowed_tokens_fn": [3]}, "prefix_allowed_tokens_fn should be a function"),
     ({"stopping_criteria": [3]}, "stopping_criteria should be a list of functions"),
     ({"generation_config": {"top_k": 3}}, "generation_config should be a minivlm.GenerationConfig"),
     ({"suppress_tokens": [3]}, r"suppress_tokens=\[3\] is not supported"),

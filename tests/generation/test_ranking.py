@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import oracle
 import oracle_idefics
 import oracle_llava
@@ -117,6 +118,12 @@ def test_one_token_candidates_are_the_next_token_distribution(made_once):
     scores = rank(ours, inputs, [[i] for i in range(100)])
     assert scores.exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert scores.argmax(1).tolist() == ours.generate(**inputs, max_new_tokens=1)[:, -1].tolist()
+
+
+def test_candidates_of_numpy(made_once):
+    ours, inputs = made_once
+    candidates = [np.array([7, 8, 9]), [np.int64(5)]]
+    assert torch.equal(rank(ours, inputs, candidates), rank(ours, inputs, [[7, 8, 9], [5]]))
 
 
 def test_without_a_mask_and_without_pictures(made_once):

@@ -42,7 +42,7 @@ def test_the_lens_needs_layers() -> None:
         logit_lens(model, seen)
     with watch(model, "decoder layer 0") as seen:
         model(**inputs)
-    with pytest.raises(ValueError, match="ran 1 times"):
+    with pytest.raises(ValueError, match="1 positions"):
         logit_lens(model, seen, tokens=torch.zeros(1, 3, dtype=torch.long))
 
 

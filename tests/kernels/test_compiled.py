@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from minivlm_kernels import compiled, cpu_dense, cpu_int4
 
 each = pytest.mark.parametrize("module", [cpu_dense, cpu_int4], ids=lambda module: module.__name__)
@@ -16,20 +17,27 @@ BROKEN = {cpu_dense: ("squares += first * first", "squares += first"), cpu_int4:
 
 
 @each
-@pytest.mark.parametrize("broken", ["no compiler", "an error in the source", "nowhere to keep it"])
+@pytest.mark.parametrize("broken", ["no compiler", "an error in the source", "nowhere to keep it", "a slow compiler"])
 def test_without_a_compiler_there_is_no_library(
-    module: ModuleType, broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    module: ModuleType, broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    source = Path(module.__file__).with_suffix(".c")
+    source = module.SOURCE
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if broken == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     elif broken == "nowhere to keep it":
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    elif broken == "a slow compiler":
+        (tmp_path / "gcc").write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+        (tmp_path / "gcc").chmod(0o700)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(compiled, "SECONDS", 0.1)
     else:
         source = tmp_path / source.name
-        source.write_text("not C")
+        source.write_text("not C", encoding="utf-8")
     assert compiled.library(source) is None
+    assert capfd.readouterr().err.count("so torch computes instead") == 1
     monkeypatch.setattr(module, "_library", lambda: None)
     assert not module.available.__wrapped__()
 
@@ -37,19 +45,32 @@ def test_without_a_compiler_there_is_no_library(
 @each
 @needs_compiler
 def test_a_library_that_computes_something_else_is_not_used(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     source = tmp_path / "page.c"
     right, wrong = BROKEN[module]
-    text = Path(module.__file__).with_suffix(".c").read_text()
+    text = module.SOURCE.read_text(encoding="utf-8")
     assert right in text
-    source.write_text(text.replace(right, wrong))
+    source.write_text(text.replace(right, wrong), encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "Path", lambda _: source)  # what it takes its page from
+    monkeypatch.setattr(module, "SOURCE", source)
     library = module._library.__wrapped__()
     assert library is not None
     monkeypatch.setattr(module, "_library", lambda: library)
     assert not module.available.__wrapped__()
+    monkeypatch.setattr(module, "_library", lambda: "no library at all")
+    assert not module.available.__wrapped__()
+    assert capfd.readouterr().err.count("fails its check") == 2
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = compiled._path(cpu_dense.SOURCE)
+    kept.parent.mkdir()
+    kept.write_bytes(b"\x7fELF, and then cut")
+    assert compiled.library(cpu_dense.SOURCE) is not None
+    assert kept.stat().st_size > 1000
 
 
 @needs_compiler

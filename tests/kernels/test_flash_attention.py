@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import aot
+import bounds
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,9 +55,8 @@ def random_mask(*shape: int, seed: int = 0) -> Tensor:
 def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
     """out, lse and all gradients, of a loss in which out and lse both take part, against the reference in float64.
 
-    The reference sees the same rounded inputs. What differs: sums and products are rounded to the eps of fp32, and in
-    half precision p, ds and the results to theirs. Errors are some eps of the largest element: 8 are allowed in half
-    precision, and 64 in fp32, whose sums have up to 128 terms.
+    The reference sees the same rounded inputs. What differs: sums and products are rounded to fp32, and in half
+    precision p, ds and the results to theirs: 16 roundings, of numbers up to the largest element, are allowed for.
     """
     out, lse = flash_attention(q, k, v, return_lse=True, **options)
     wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
@@ -68,7 +68,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
     assert torch.equal(lse.isinf(), blind)
     assert not out[blind].any(), "a query that sees nothing should get zeros"
     names = ("lse", "out", "dq", "dk", "dv")
-    eps = torch.finfo(q.dtype).eps * (64 if q.dtype == torch.float32 else 8)
+    relative = bounds.attention(q.dtype, 128, roundings=16)  # gradients are sums of products, too
     pairs = zip(
         names,
         (lse.masked_fill(blind, 0), out, *found),
@@ -76,7 +76,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
         strict=True,
     )
     for name, one, other in pairs:
-        tolerance = eps * max(1.0, other.abs().max().item())
+        tolerance = relative * max(1.0, other.abs().max().item())
         torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 

@@ -1,5 +1,6 @@
 """`int4_dequant.py`: by the interpreter on a CPU, bit for bit. Real sizes: `test_int4_matmul.py`."""
 
+import bounds
 import pytest
 import torch
 from int4_weights import DEVICE, KINDS, dequantize, reference, weight
@@ -22,7 +23,7 @@ def test_equals_the_reference(kind: str, shape: tuple[int, int]) -> None:
     arguments, exact = weight(kind, *shape)
     expected = reference(arguments)
     # float32 rounds the scale twice (multiply, add) and the product once: 3 · 2⁻²⁴ of the largest scale, here < 1
-    torch.testing.assert_close(expected.double(), exact, rtol=0, atol=3 * 2**-24)
+    torch.testing.assert_close(expected.double(), exact, rtol=0, atol=3 * bounds.FP32)
     assert torch.equal(dequantize(arguments, torch.float32), expected)
     assert torch.equal(dequantize(arguments, torch.float16), expected.half())
 

@@ -8,12 +8,15 @@ from typing import Any
 import oracle_generation
 import pytest
 import torch
+from minivlm_kernels.decode_attention import decode_attention
+from minivlm_kernels.flash_attention import flash_attention
 from oracle import save
 from oracle_idefics import SIZE, idefics_config
 from oracle_idefics import random_inputs as idefics_inputs
 from oracle_idefics import random_reference as random_idefics
 from oracle_llava import llava_config, llava_inputs, random_llava
 from torch import Tensor
+from wrapped import Wrapped
 
 from minivlm import Idefics2ForConditionalGeneration, IdeficsForVisionText2Text, LlavaNextForConditionalGeneration
 from minivlm.modules import attention as module
@@ -69,6 +72,17 @@ def test_gradients(queries: int) -> None:
         for name in ("triton", "eager")
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_without_an_address_take_sdpa() -> None:
+    q = torch.randn(1, 2, 5, 16, device=DEVICE)
+    mask = Mask(5, 5, causal=True)
+    expected = attention(q, q, q, mask, scale=0.3, attn_implementation="sdpa")
+    assert torch.equal(attention(q, Wrapped(q), q, mask, scale=0.3, attn_implementation="triton"), expected)
+    with pytest.raises(ValueError, match="plain tensors, found a Wrapped"):
+        flash_attention(q, Wrapped(q), q)
+    with pytest.raises(ValueError, match="plain tensors, found a Wrapped"):
+        decode_attention(q, q, q, mask=Wrapped(torch.ones(1, 5, device=DEVICE) > 0))
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

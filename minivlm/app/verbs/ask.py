@@ -8,6 +8,7 @@ from minivlm.app import options, terminal
 from minivlm.app.options import UsageError
 
 USAGE = "[IMAGE…] QUESTION [options]"
+RUNS_ON_GPUS = True  # --gpus: see `minivlm.app.launch`
 EXAMPLES = """\
 minivlm ask docs/shapes.png "What number is written?"
 minivlm ask a.jpg b.jpg "What differs?" --model HuggingFaceM4/idefics2-8b --quantize int4 --verbose

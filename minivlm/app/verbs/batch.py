@@ -8,6 +8,7 @@ from typing import Any
 from minivlm.app import options, terminal
 from minivlm.app.options import UsageError
 
+RUNS_ON_GPUS = True  # --gpus: see `minivlm.app.launch`
 EXAMPLES = """\
 minivlm batch questions.jsonl --out answers.jsonl
 minivlm batch photos/ --question "Describe the image." --out captions.jsonl --batch-size 16

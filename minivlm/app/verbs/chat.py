@@ -7,6 +7,7 @@ from minivlm.app import options, terminal
 from minivlm.app.options import UsageError
 
 USAGE = "[IMAGE…] [options]"
+RUNS_ON_GPUS = True  # --gpus: see `minivlm.app.launch`
 EXAMPLES = """\
 minivlm chat docs/shapes.png
 minivlm chat photo.jpg --model HuggingFaceM4/idefics2-8b-chatty --system "Answer in one sentence."

@@ -7,7 +7,8 @@ from minivlm.app import options
 
 EXAMPLES = """\
 minivlm inspect HuggingFaceM4/idefics2-8b
-minivlm inspect shapes-idefics2 --check --image docs/shapes.png"""
+minivlm inspect shapes-idefics2 --check --image docs/shapes.png
+minivlm inspect llava-hf/llava-v1.6-34b-hf --gpus 2 --context 8192"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--image", nargs="+", metavar="IMAGE", help="how many tokens and bytes these would take")
+    parser.add_argument("--gpus", type=options.positive, metavar="N", help="what each of N devices would hold")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="with --gpus")
+    parser.add_argument("--quantize", choices=options.FORMATS, help="with --gpus")
+    parser.add_argument("--context", type=options.positive, default=4096, metavar="T", help="with --gpus: tokens")
+    parser.add_argument("--rows", type=options.positive, default=1, metavar="B", help="with --gpus: rows of a batch")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -35,4 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
         found["pictures"], inputs = inspection.cost(arguments.model, arguments.image)
         if arguments.check:
             found["sight"] = inspection.sight(arguments.model, inputs)
-    print(json.dumps(found) if arguments.json else inspection.table(found))
+    table = inspection.table(found)
+    if arguments.gpus:
+        from minivlm.app import plan
+
+        config = None if arguments.quantize is None else options.quantization(arguments.quantize)
+        sizes = (arguments.gpus, arguments.dtype, config, arguments.context, arguments.rows)
+        found["plan"] = plan.plan(arguments.model, *sizes)
+        table += "\n" + plan.table(found["plan"], arguments.context, arguments.rows)
+    print(json.dumps(found) if arguments.json else table)

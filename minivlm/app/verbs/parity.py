@@ -18,7 +18,14 @@ ABOUT = """
 
 Side a is transformers (or a recording), side b is minivlm. Both run on the same inputs and are compared stage by stage,
 from pixels to greedy tokens."""
-GIVEN = {"a": [], "layers": None, "inside": False, "tokens": 16, "record": None}  # what --against cannot change
+GIVEN = {
+    "a": [],
+    "layers": None,
+    "inside": False,
+    "ops": False,
+    "tokens": 16,
+    "record": None,
+}  # what --against cannot change
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--b", action="append", default=[], metavar="KEY=VALUE", help=settings.format("b"))
     parser.add_argument("--layers", metavar="N,N,…", help="look at these layers only (default: all)")
     parser.add_argument("--inside", action="store_true", help="look inside layers: norms and projections")
+    parser.add_argument("--ops", action="store_true", help="find the operation that goes wrong in the first stage")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="greedy tokens to compare")
     parser.add_argument("--record", type=Path, metavar="FILE", help="store side a in a safetensors file, and stop")
     parser.add_argument("--against", type=Path, metavar="FILE", help="a recording as side a: needs no transformers")
@@ -77,7 +85,7 @@ def run(arguments: argparse.Namespace) -> bool:
             stored = record(a, arguments.record, question, other_dtype=b.dtype, **shared, progress=progress)
             print(f"{arguments.record}: {memory(arguments.record.stat().st_size)}, {stored.metadata['side']}")
             return False
-        reports[dtype] = compare(a, b, question, **shared, progress=progress)
+        reports[dtype] = compare(a, b, question, **shared, ops=arguments.ops, progress=progress)
     if arguments.plot:
         plot(reports, arguments.plot)
     if arguments.json:

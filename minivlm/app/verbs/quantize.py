@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText
     from minivlm.app.inspection import memory
     from minivlm.checkpoint import hub
+    from minivlm.checkpoint.files import saving
     from minivlm.quantization import apply
 
     options.check_name(arguments.model)
@@ -42,11 +43,12 @@ def run(arguments: argparse.Namespace) -> None:
     model = AutoModelForImageTextToText.from_pretrained(
         arguments.model, quantization_config=config, dtype=arguments.dtype
     )
-    model.save_pretrained(out)
-    for name in hub.BESIDE_THE_WEIGHTS:
-        path = files.file(name, required=False)
-        if path is not None:
-            shutil.copyfile(path, out / name)
+    with saving() as save:
+        model.save_pretrained(out)
+        for name in hub.BESIDE_THE_WEIGHTS:
+            path = files.file(name, required=False)
+            if path is not None:
+                shutil.copyfile(path, save.file(out / name))
     layers = apply.layers(model).values()
     count = sum(layer.in_features * layer.out_features for layer in layers)
     size = sum(config.format.nbytes(layer.shape) for layer in layers)

@@ -1,0 +1,126 @@
+"""`--gpus N`: one verb on N processes, each of which holds a share of the model (`minivlm.parallel`).
+
+`minivlm ask … --gpus 2` starts itself again under `torch.distributed.run --standalone`. All processes then run the same
+verb in step. The first one alone reads stdin, fetches URLs, writes files and prints; what it reads is handed to the
+others. If one process fails, its error is printed and torchrun ends the others; Ctrl-C ends all.
+"""
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+MARK = "MINIVLM_GPUS"  # set in the processes that `start` has started
+PATIENCE = timedelta(days=7)  # for a person to type the next line
+
+
+def add_option(group: Any) -> None:
+    text = "cut the model among N GPUs, one process each (on a CPU: N processes)"
+    group.add_argument("--gpus", type=int, default=1, metavar="N", help=text)
+
+
+def wanted(arguments: argparse.Namespace) -> bool:
+    """Whether this process should start N others, as which it is not started itself."""
+    return getattr(arguments, "gpus", 1) > 1 and MARK not in os.environ
+
+
+def start(count: int, argv: list[str]) -> int:
+    """Run `minivlm argv` on `count` processes; 1 if one of them failed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), MARK: str(count)}
+    with subprocess.Popen([*command, "-m", "minivlm", *argv], env=environment, stderr=subprocess.PIPE) as process:
+        try:
+            for line in process.stderr:  # torchrun tells at length what the failed process has told in one line
+                if line.startswith(b"minivlm:"):
+                    sys.stderr.buffer.write(line)
+                    sys.stderr.buffer.flush()
+        except KeyboardInterrupt:
+            process.wait()
+            return 130
+    return 1 if process.returncode else 0
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """In a started process: meet the others; all but the first print nothing and read what the first reads."""
+    if MARK not in os.environ:
+        return
+    import torch.distributed as dist
+
+    from minivlm import parallel
+    from minivlm.processing import images
+
+    rank, _ = parallel.start()
+    group = dist.new_group(timeout=PATIENCE, backend="gloo")
+    fetch = images.fetch
+    images.fetch = lambda *given, **more: shared(lambda: fetch(*given, **more))
+    sys.stdin = _SharedInput(sys.stdin, group)
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr = io.StringIO()  # notes are the first one's; errors: see `leave`
+    if getattr(arguments, "out", None) is not None and str(arguments.out) != "-":
+        arguments.out = _own_copy(arguments.out, rank)
+
+
+def leave() -> None:
+    """Before a started process tells its error. That of the first one comes before those of the others, which are most
+    often the same, or follow from it: they wait a while, in which torchrun ends them."""
+    if MARK in os.environ and int(os.environ.get("RANK", 0)):
+        time.sleep(10)
+        sys.stderr = sys.__stderr__
+
+
+def _own_copy(out: Path, rank: int) -> Path:
+    """Where a process writes its answers: the first one to `out`; the others, which go on from the same state, to a
+    folder that nobody reads."""
+    part = out.with_name(out.name + ".part")
+    begun = shared(lambda: part.read_bytes() if part.exists() else None)
+    if not rank:
+        return out
+    mine = Path(tempfile.mkdtemp(prefix="minivlm-")) / out.name
+    if begun is not None:
+        mine.with_name(part.name).write_bytes(begun)
+    return mine
+
+
+class _SharedInput(io.TextIOBase):
+    """stdin of the first process, for all: what it reads goes to everybody."""
+
+    def __init__(self, source: Any, group: Any) -> None:
+        self._source, self._group = source, group
+
+    def isatty(self) -> bool:
+        return shared(self._source.isatty)
+
+    def readline(self, *_: Any) -> str:
+        return shared(self._source.readline, self._group)
+
+    def read(self, *_: Any) -> str:
+        return shared(self._source.read, self._group)
+
+    @property
+    def buffer(self) -> io.BytesIO:
+        return io.BytesIO(shared(self._source.buffer.read, self._group))
+
+
+def shared(make: Any, group: Any = None) -> Any:
+    """What `make` gives in the first process, on all of them. If it raises there, all do."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return make()
+    found: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            found[0] = make()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, group=group, group_src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
