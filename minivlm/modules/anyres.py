@@ -98,12 +98,7 @@ def unpadded_grid(size: Pair, grid_patches: Pair) -> tuple[int, int, int, int]:
 
 
 def image_token_count(
-    size: Pair,
-    pinpoints: Sequence[Pair],
-    tile: int,
-    patch: int,
-    strategy: str = "default",
-    class_tokens: int = 1,
+    size: Pair, pinpoints: Sequence[Pair], tile: int, patch: int, strategy: str = "default", class_tokens: int = 1
 ) -> int:
     """Places that a picture takes in the prompt: the base, then the kept rows of patches with a newline each.
 
