@@ -50,10 +50,7 @@ class KVCache:
         return self.data.shape[2]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, T, D) after the filled slots of `layer`; return views (B, K, length + T, D) of both.
-
-        Raises ValueError if they do not fit.
-        """
+        """Write k, v (B, K, T, D) after the filled slots of `layer`; return views (B, K, length + T, D) of both."""
         end = self.length + k.shape[2]
         if self.grows and end > self.slots:
             self.data = self.expand(1, 2 * end).data
@@ -79,9 +76,8 @@ class KVCache:
     def expand(self, times: int, slots: int) -> "KVCache":
         """A copy with `slots` slots in which each row is repeated `times` times; this cache stays as it is."""
         wide = copy.copy(self)
-        shape = list(self.data.shape)
-        shape[2], shape[4] = self.batch * times, slots
-        wide.data = self.data.new_empty(shape)
+        pair, layers, batch, heads, _, width = self.data.shape
+        wide.data = self.data.new_empty(pair, layers, batch * times, heads, slots, width)
         split = wide.data.unflatten(2, (self.batch, times))  # (2, L, B, times, K, slots, D)
         split[..., : self.length, :] = self.data[:, :, :, None, :, : self.length]
         wide._move_images(torch.arange(self.batch, device=self.data.device).repeat_interleave(times))
