@@ -15,7 +15,7 @@ from minivlm.parity.operations import Blame
 COLUMNS = ("stage", "shape", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
 WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
 WIDTH = 100
-LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: image or row, position, channel"
+LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: image/row, position, channel"
 
 
 @dataclass(frozen=True)
