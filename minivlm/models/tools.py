@@ -3,6 +3,7 @@ evaluation harnesses know these names. Each is a line or two over what exists; n
 
     activation checkpointing    wraps the layers of a finished model from outside
     embeddings                  get, set, resize
+    adapters                    save
     other names                 of what stands elsewhere
 """
 
@@ -10,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,7 @@ from minivlm.modules.attention import attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
 from minivlm.modules.inputs import Inputs
+from minivlm.training import adapters
 
 
 def equip(model_class: type[nn.Module]) -> None:
@@ -128,6 +131,12 @@ class Tools:
         self.decoder.config = config.decoder if flat else config.text_config
         self.tie_weights()
         return self.get_input_embeddings()
+
+    # ---- Adapters ----
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the LoRA adapter that is on the model, as PEFT reads it. ValueError if there is none."""
+        adapters.save(self, folder)
 
     # ---- Other names ----
 
