@@ -55,10 +55,8 @@ class KVCache:
         if self.grows and end > self.slots:
             self.data = self.expand(1, 2 * end).data
         if end > self.slots or k.shape[0] != self.batch:
-            raise ValueError(
-                f"the cache holds {self.batch} rows of {self.slots} tokens; "
-                f"{k.shape[0]} rows of {self.length} + {k.shape[2]} do not fit"
-            )
+            found = f"{k.shape[0]} rows of {self.length} + {k.shape[2]} do not fit"
+            raise ValueError(f"the cache holds {self.batch} rows of {self.slots} tokens; {found}")
         self.data[0, layer, :, :, self.length : end] = k
         self.data[1, layer, :, :, self.length : end] = v
         return self.data[0, layer, :, :, :end], self.data[1, layer, :, :, :end]
@@ -88,8 +86,7 @@ class KVCache:
 
         The first `shared` tokens of rows[i] are those of row i, and so are its images: these stay where they are.
         """
-        rows = rows.to(self.data.device)
-        moved = self.data[..., shared : self.length, :]
+        moved, rows = self.data[..., shared : self.length, :], rows.to(self.data.device)
         moved.copy_(moved.index_select(2, rows))
         if not shared:
             self._move_images(rows)
