@@ -23,6 +23,8 @@ VERBS = {
     "batch": "minivlm.app.verbs.batch",
     "inspect": "minivlm.app.verbs.inspect",
     "quantize": "minivlm.app.verbs.quantize",
+    "finetune": "minivlm.app.verbs.finetune",
+    "merge": "minivlm.app.verbs.merge",
     "parity": "minivlm.app.verbs.parity",
 }
 ABOUT = "Idefics2, LLaVA-NeXT and IDEFICS: ask them about images, look inside them, compare them."
