@@ -1,6 +1,7 @@
 """What a checkpoint is made of: parts, sizes, parameters, memory, from its config alone; what images will cost; and
 whether its files are sound and its answers depend on the images at all."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from minivlm.processing.common import fetch_picture
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.tokenizer import Tokenizer
+from minivlm.training import adapters, targets
 
 # The sizes of a part that are worth showing, and what to call them.
 SIZES = {
@@ -70,6 +72,29 @@ def check(name: str) -> dict[str, int]:
     with hub.blame(f"{name}: tokenizer.json"):
         tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
     return {"tensors": check_weights(model, files), "tokens": len(tokenizer)}
+
+
+def adapter(name: str, folder: str) -> dict[str, Any]:
+    """What an adapter is made of, once every tensor of it has its place in this model; no weight of that is read."""
+    files = hub.source(name)
+    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
+    with torch.device("meta"):
+        model = model_class(loading.read_config(files, model_class.config_class))
+    found = adapters.read(folder)
+    fit = adapters.fit(model, found)
+    numbers: Counter[str] = Counter()
+    for parameter, value in fit.values.items():
+        numbers[targets.part_of(model.config.model_type, parameter)] += value.numel()
+    kind = "DoRA" if found.config.use_dora else "LoRA"
+    about = {"adapter": folder, "kind": kind, "r": found.config.r, "alpha": found.config.lora_alpha}
+    return {**about, "base": found.base, "layers": len(fit.chosen), "parameters": dict(numbers)}
+
+
+def adapter_line(found: dict[str, Any]) -> str:
+    """It in words."""
+    parts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
+    sizes = f"r {found['r']}, alpha {found['alpha']}, {found['layers']} layers"
+    return f"adapter {found['adapter']}: {found['kind']}, {sizes}; parameters: {parts}"
 
 
 def prompt(processor: Any, pictures: list[Any]) -> Inputs:

@@ -56,6 +56,7 @@ class Side:
 
     code: "minivlm" or "transformers".  dtype: of the weights; None keeps what they have.  attn: the backend; None is
     the code's own choice.  quantize: None or one of QUANTIZED, with minivlm only.  device: None is the CPU.
+    adapter: None or a LoRA adapter's folder, which transformers loads by PEFT.
     """
 
     model: Any
@@ -64,6 +65,7 @@ class Side:
     attn: str | None = None
     quantize: str | None = None
     device: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):
@@ -154,10 +156,13 @@ def load(side: Side) -> nn.Module:
     model_class = family(config_of(side).model_type).model_class
     if side.code == "minivlm":
         config = QUANTIZED[side.quantize][0] if side.quantize else None
-        return model_class.from_pretrained(side.model, device_map=side.device, quantization_config=config, **options)
+        options |= {"device_map": side.device, "quantization_config": config, "adapter": side.adapter}
+        return model_class.from_pretrained(side.model, **options)
     try:
         with _quietly():
             model = getattr(transformers(), model_class.__name__).from_pretrained(_folder(side), **options)
+            if side.adapter is not None:  # its layers take their places inside this same model
+                importlib.import_module("peft").PeftModel.from_pretrained(model, side.adapter)
     except Exception as error:  # of many kinds: a cut file is a SafetensorError
         raise OSError(f"{side.version} cannot load {side.model}: {error}") from error
     return model.to(side.device or "cpu").eval()
