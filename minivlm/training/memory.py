@@ -11,13 +11,12 @@ B batch, T tokens, P patches, C hidden width, F MLP width, H and K query and key
 import hashlib
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minivlm.families import family
 from minivlm.modules.config import text_config
@@ -27,31 +26,13 @@ from minivlm.training import loss
 # ---- Activation checkpointing
 
 
-def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of every stack in a model, towers and resamplers included; of pairs (IDEFICS) both halves."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            yield from (layer for layer in module if not isinstance(layer, nn.ModuleList))
-
-
-def checkpoint_layers(model: nn.Module) -> None:
+def checkpoint_layers(model: Any) -> None:
     """Let every layer keep its inputs alone; the backward pass runs it again for the rest. Takes about a third longer.
 
-    Put on from outside: a layer's `forward` is exchanged. Not reentrant, so gradients arrive wherever they are wanted,
-    in a tower above a frozen embedding too.
+    Not reentrant, so gradients arrive wherever they are wanted, in a tower above a frozen embedding too.
     """
     dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    for layer in layers(model):
-        layer.forward = _checkpointed(layer.forward, dropout)
-
-
-def _checkpointed(forward: Callable[..., Any], dropout: bool) -> Callable[..., Any]:
-    def run(*args: Any, **options: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **options)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=dropout, **options)
-
-    return run
+    model.gradient_checkpointing_enable({"preserve_rng_state": dropout})
 
 
 # ---- Frozen towers
