@@ -103,7 +103,12 @@ def compile_kernels(jobs: list[Job], *, ptx: bool = False, timeout: float = 600)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     request = json.dumps({"jobs": [asdict(job) for job in jobs], "ptx": ptx})
     child = subprocess.run(
-        [sys.executable, __file__], input=request, env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, __file__],
+        input=request,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout,
     )
     assert child.returncode == 0, child.stderr[-4000:]
     return [Compiled(**answer) for answer in json.loads(child.stdout.splitlines()[-1])]
@@ -156,7 +161,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return int(registers), int(stack)
 

@@ -89,8 +89,8 @@ def write(folder: Path) -> None:
             tensors[name] = (piece + 1 if norm else piece).view(parameter.shape).clone()
             weight_map[name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({**config.to_hub(), "dtype": "bfloat16"}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**config.to_hub(), "dtype": "bfloat16"}), encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -100,7 +100,8 @@ def test_8b_loads_as_nf4_below_8_gb_and_generates(tmp_path: Path) -> None:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of disk at {tmp_path}")
     write(tmp_path)
     command = [sys.executable, "-c", LOAD, str(tmp_path)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout)
+    child = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=os.environ)
+    found = json.loads(child.stdout)
     shutil.rmtree(tmp_path)
     print(json.dumps(found))
     assert found["bytes_each"] <= 0.56

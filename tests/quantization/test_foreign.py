@@ -82,8 +82,8 @@ def write(plain: Path, folder: Path, config: dict[str, Any], make: Callable[...,
         made, weights[layer] = make(shape, group_size)
         tensors |= {f"{layer}.{leaf}": value for leaf, value in made.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    about = json.loads((plain / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**about, "quantization_config": config}))
+    about = json.loads((plain / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**about, "quantization_config": config}), encoding="utf-8")
     return weights
 
 

@@ -166,9 +166,9 @@ def test_generation_and_training_through_quantised_layers(saved: Path) -> None:
 
 def edit_config(**values: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        about = json.loads((folder / "config.json").read_text())
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         about["quantization_config"] |= values
-        (folder / "config.json").write_text(json.dumps(about))
+        (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
 
     return edit
 
@@ -311,7 +311,7 @@ def test_peak_memory_while_loading(saved: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", PEAK, str(saved), str(tmp_path)],
         capture_output=True,
         check=True,
-        text=True,
+        encoding="utf-8",
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
