@@ -22,6 +22,7 @@ VERBS = {
     "chat": "minivlm.app.verbs.chat",
     "batch": "minivlm.app.verbs.batch",
     "inspect": "minivlm.app.verbs.inspect",
+    "explain": "minivlm.app.verbs.explain",
     "quantize": "minivlm.app.verbs.quantize",
     "finetune": "minivlm.app.verbs.finetune",
     "merge": "minivlm.app.verbs.merge",

@@ -1,5 +1,5 @@
-"""What a checkpoint is made of: parts, sizes, parameters, memory, from its config; what pictures will cost; and whether
-its files are sound and its model looks at pictures at all."""
+"""What a checkpoint is made of: parts, sizes, parameters, memory, from its config alone; what images will cost; and
+whether its files are sound and its answers depend on the images at all."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -98,7 +98,7 @@ def adapter_line(found: dict[str, Any]) -> str:
 
 
 def prompt(processor: Any, pictures: list[Any]) -> Inputs:
-    """A question about these pictures as the model will get it."""
+    """A question about these images as the model will get it."""
     content = [
         *({"type": "image", "image": picture} for picture in pictures),
         {"type": "text", "text": "What is this?"},
@@ -110,7 +110,7 @@ def prompt(processor: Any, pictures: list[Any]) -> Inputs:
 
 
 def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
-    """What these pictures will take, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
+    """What these images will cost, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
     pixels; and that prompt."""
     processor = auto.AutoProcessor.from_pretrained(name)
     pictures = [fetch_picture(processor, image) for image in images]
@@ -125,9 +125,9 @@ def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
 
 @torch.no_grad()
 def sight(name: str, inputs: Inputs) -> float:
-    """How far the next token's distribution moves, KL in nats, when the pictures turn to plain grey.
+    """How far the next token's distribution moves, KL in nats, when the images turn to plain grey.
 
-    Loads the model. ValueError if it does not move at all: answers would be fluent, and not about the pictures.
+    Loads the model. ValueError if it does not move at all: answers would be fluent but not about the images.
     """
     model = auto.AutoModelForImageTextToText.from_pretrained(name, device_map="auto")
     inputs = inputs.to(model.device)
@@ -137,7 +137,7 @@ def sight(name: str, inputs: Inputs) -> float:
     )
     moved = float((seen.exp() * (seen - grey)).sum())
     if torch.equal(seen, grey):
-        raise ValueError(f"{name} answers the same whatever is on its pictures: its vision part has no effect")
+        raise ValueError(f"{name} answers the same whatever its images show: its vision part has no effect")
     return moved
 
 
@@ -210,10 +210,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _pictures(found: dict[str, Any]) -> Iterator[str]:
-    """Lines about the pictures that were given."""
+    """Lines about the images that were given."""
     if "pictures" in found:
         given, cache = found["pictures"], found["cache_bytes_per_token"]["bfloat16"]
-        yield f"these pictures: {', '.join(f'{tokens:,}' for tokens in given['tokens'])} tokens"
+        yield f"these images: {', '.join(f'{tokens:,}' for tokens in given['tokens'])} tokens"
         yield f"all of them in one prompt: {given['prompt_tokens']:,} tokens; in bfloat16 their cache takes " + (
             f"{memory(cache * given['prompt_tokens'])}, their pixels {memory(given['pixel_bytes'] / 2)}"
         )

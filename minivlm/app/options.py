@@ -176,7 +176,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-beams", type=positive, metavar="N", help="follow N continuations, keep the likeliest")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repeated words")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer with this text; may be repeated")
-    group.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
+    group.add_argument("--system", metavar="TEXT", help="the system message, before the first question")
     group.add_argument(
         "--set",
         action="append",

@@ -271,6 +271,8 @@ def source(
     if subfolder and not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", subfolder):
         raise CheckpointFileError(f"subfolder should be a path inside the checkpoint, found {subfolder!r:.80}")
     folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / subfolder).is_dir():
+        raise CheckpointFileError(f"{name} has no folder {subfolder}; found {_listing(folder)}")
     if folder.is_dir():
         return Source(name, folder, subfolder=subfolder)
     if folder.is_file():

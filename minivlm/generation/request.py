@@ -6,7 +6,7 @@ B rows, n copies of each, P prompt ids, K prompt keys (P, or the length of `inpu
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,9 @@ def prepare(
     **options: Any,
 ) -> Run:
     """Check the arguments of `loop.generate`, and make what its loop needs. Errors as described there."""
-    device, V, names = next(model.parameters()).device, vocab_size(model), prompt_inputs(model)
+    device, V, names = next(model.parameters()).device, vocab_size(model), {*model.prompt_inputs, "inputs_embeds"}
     given = {name: value for name, value in options.items() if name not in names}
-    also = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", *names}
+    also = {"input_ids", "attention_mask", "position_ids", "past_key_values", *names}
     settings = resolve(model.generation_config, generation_config, given, also)
     _special_ids(settings, V)
     inputs = _inputs({name: options[name] for name in names if options.get(name) is not None}, device)
@@ -111,11 +111,6 @@ def prepare(
         guess=guess_rule(model, settings, assistant_model, cache, inputs, at, mask),
         outputs=outputs,
     )
-
-
-def prompt_inputs(model: Any) -> Collection[str]:
-    """The names of what enters a model with the prompt, and never later."""
-    return {*model.prompt_inputs, "inputs_embeds"}
 
 
 def vocab_size(model: Any) -> int:

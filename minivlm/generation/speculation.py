@@ -139,5 +139,5 @@ class Assistant:
 
 
 def alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids the two have in common at their beginnings: so much of one's cache serves the other."""
+    """How many ids two texts share at their beginning: the cache of one serves the other so far."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

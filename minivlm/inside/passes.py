@@ -86,15 +86,19 @@ class Passes:
                 handle.remove()
 
     def _begin(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = inspect.signature(inner.forward).bind(*args, **kwargs).arguments
+        bound = inspect.signature(inner.forward).bind(*args, **kwargs)
+        given = bound.arguments
         embeds, cache = given.get("inputs_embeds"), given.get("past_key_values")
+        if embeds is None and given.get("input_ids") is None:
+            return None  # the model itself says what is missing
         ids = given["input_ids"].cpu() if embeds is None else torch.full(embeds.shape[:2], -1)
         found = {name: given[name] for name in FIELDS if given.get(name) is not None}
         inputs = found if "pixel_values" in found else {}
         start = self.now.start + self.now.tokens if self.all else 0
         slot = 0 if cache is None else cache.length
         self.all.append(Pass(len(self.all), start, slot, ids, inputs, self.config))
-        return args, {**kwargs, "last": 0}  # 0: all
+        given["logits_to_keep"] = 0  # all
+        return bound.args, bound.kwargs
 
 
 def _all_logits(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

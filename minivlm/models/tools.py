@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from minivlm.generation import loop
 from minivlm.models.base import Output
 from minivlm.modules.attention import attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
@@ -150,6 +151,8 @@ class Tools:
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, **inputs}
+
+    compute_transition_scores = loop.compute_transition_scores
 
     def can_generate(self) -> bool:
         return hasattr(self, "lm_head")

@@ -17,7 +17,7 @@ LIMITS: dict[float, tuple[str, ...]] = {
     2**20: ("hidden_size", "intermediate_size"),
     2**24: ("vocab_size", "max_position_embeddings"),
     2**31 - 1: ("sliding_window",),
-    0.1: ("rms_norm_eps", "layer_norm_eps"),
+    1.0: ("rms_norm_eps", "layer_norm_eps"),
     1e12: ("rope_theta",),
 }
 MOST = {name: most for most, names in LIMITS.items() for name in names}

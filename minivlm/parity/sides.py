@@ -1,7 +1,7 @@
 """One side of a comparison: which code runs which weights, and how. The only place that knows transformers' calls.
 
     side = Side("shapes-idefics2", "transformers", dtype="float32")
-    model, inputs = load(side), encode(side, [picture], "what is this?")
+    model, inputs = load(side), encode(side, [image], "what is this?")
     forward(model, stages, inputs, sink)
 
 calls sink(stage, call, output) for every stage as its module runs, for the first, second, … time.
@@ -255,7 +255,7 @@ def _pillow(model_type: str) -> Any:
 
 
 def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
-    """What the side's processor makes of a question about pictures: a dict of tensors.
+    """What the side's processor returns for a question about images: a dict of tensors.
 
     The prompt around the question is rendered here for both sides, by the checkpoint's chat template if it has one.
     IDEFICS's processor in transformers takes no such text, so there it is written as the model's documentation does.
