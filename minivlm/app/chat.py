@@ -25,7 +25,6 @@ from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
 from minivlm.generation.speculation import alike
 from minivlm.modules.cache import KVCache
-from minivlm.modules.config import text_config
 from minivlm.processing.common import fetch_picture
 from minivlm.text.chat_template import normalise
 
@@ -148,7 +147,7 @@ class Chat:
 
     def _new_tokens(self, settings: dict[str, Any], length: int) -> int:
         """What is asked for, or what there is room for."""
-        limit = text_config(self.model.config).max_position_embeddings
+        limit = self.model.config.decoder.max_position_embeddings
         if length >= limit:
             raise ValueError(
                 f"the conversation has {length} tokens with this question, but this model has positions for {limit} "
@@ -236,7 +235,7 @@ class Chat:
 
     def _kept(self, prompt: Prompt) -> int:
         """How many ids of the prompt can stay in the cache. One at least is run, and no picture is cut."""
-        scaling = text_config(self.model.config).rope_scaling
+        scaling = self.model.config.decoder.rope_scaling
         if self._cache is None or (scaling is not None and scaling.rope_type in ("dynamic", "longrope")):
             return 0
         known = self._ids[: self._cache.length]

@@ -10,7 +10,6 @@ import torch
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
-from minivlm.modules.config import text_config
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_picture
 from minivlm.quantization import apply, foreign
@@ -41,7 +40,7 @@ def describe(name: str) -> dict[str, Any]:
     stored = None if files is None else files.json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
-    text = text_config(config)
+    text = config.decoder
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "model": name,

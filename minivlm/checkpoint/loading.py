@@ -30,7 +30,6 @@ from minivlm.checkpoint.saving import push_to_hub, save_pretrained  # noqa: F401
 from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.generation.settings import GenerationConfig
-from minivlm.modules.config import text_config
 from minivlm.quantization.arrival import Arrival, choose
 from minivlm.quantization.config import BitsAndBytesConfig
 
@@ -170,7 +169,7 @@ def read_generation_config(files: hub.Source) -> GenerationConfig | None:
 
 def _warn_ids(model: nn.Module, where: str) -> None:
     """Ids beyond the vocabulary never come, so nothing would end with them."""
-    text = text_config(model.config)
+    text = model.config.decoder
     size = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, name)
@@ -324,11 +323,17 @@ def _check(
     """
     parameters = dict(model.named_parameters())
     unreal = f"that are not of {', '.join(FLOATS)}"
-    problems = {kind: [] for kind in ("missing", "unexpected", "of another shape", unreal, "given twice")}
+    untied = "other than the embeddings, which config.json says they are (tie_word_embeddings)"
+    problems = {kind: [] for kind in ("missing", "unexpected", "of another shape", unreal, "given twice", untied)}
     new, left = set(), []
     for name, places in found.items():
         for number, (reader, hub_name) in enumerate(places):
-            if name not in shapes and (is_ignored(hub_name, model) or name in tied(model)):
+            if name in tied(model):
+                table = tied(model)[name]
+                if table in found and not torch.equal(reader.get_tensor(hub_name), read(found, table)):
+                    problems[untied].append(hub_name)
+                continue
+            if name not in shapes and is_ignored(hub_name, model):
                 continue
             part, wanted = reader.get_slice(hub_name), shapes.get(name)
             shape = tuple(part.get_shape())

@@ -18,7 +18,6 @@ from minivlm.generation.settings import OUTPUTS, GenerationConfig, check, is_who
 from minivlm.generation.speculation import Guess, guess_rule
 from minivlm.generation.stopping import Stop, stop_rules
 from minivlm.modules.cache import KVCache
-from minivlm.modules.config import text_config
 
 DEFAULT_NEW_TOKENS = 20  # when neither max_new_tokens nor max_length is set anywhere
 
@@ -80,7 +79,7 @@ def prepare(
     K = P if embeds is None else embeds.shape[1]
     mask = _mask(settings, attention_mask, ids, K).to(device)
     at = positions(mask) if position_ids is None else position_ids.to(device).expand(B, -1)
-    N = _new_tokens(settings, K, int(at.max()) + 1, text_config(model.config).max_position_embeddings)
+    N = _new_tokens(settings, K, int(at.max()) + 1, model.config.decoder.max_position_embeddings)
     least = _least_new_tokens(settings, K, N)
     if settings.eos_ids and B * n > 1:  # rows that have ended go on with pads
         _check_token("pad_token_id", settings.pad_token_id, V)
@@ -120,7 +119,7 @@ def prompt_inputs(model: Any) -> Collection[str]:
 
 def vocab_size(model: Any) -> int:
     """How many tokens have a logit: IDEFICS keeps its image tokens apart from the others."""
-    return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    return model.config.decoder.vocab_size + getattr(model.config, "additional_vocab_size", 0)
 
 
 def _special_ids(settings: GenerationConfig, vocab_size: int) -> None:

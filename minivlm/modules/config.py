@@ -81,8 +81,3 @@ def check_token_ids(where: str, value: Any) -> None:
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(type(token) is int and -1 <= token < 2**31 for token in ids):
         raise ValueError(f"{where} should be made of token ids, found {value!r:.80}")
-
-
-def text_config(config: Any) -> Any:
-    """The decoder's part of a model's config."""
-    return getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat

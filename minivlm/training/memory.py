@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minivlm.families import family
-from minivlm.modules.config import text_config
 from minivlm.quantization import apply as quantise
 from minivlm.training import loss
 
@@ -168,7 +167,7 @@ def estimate(
         if parameter.requires_grad:
             numbers += parameter.numel()
             trained += 4 * parameter.numel() if adapter or item < 4 else 0
-    config = text_config(model.config)
+    config = model.config.decoder
     each, entering = _kept_of_a_layer(config, item), config.hidden_size * item
     depth = config.num_hidden_layers
     activations = tokens * (depth * entering + each if checkpointing else depth * each)
