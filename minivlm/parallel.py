@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minivlm.modules.config import text_config
+
 # Where layers are cut (decoder blocks, and the gated blocks of IDEFICS), and how each of them is, by its name. A weight
 # is (outputs, inputs): "rows" are outputs and take their bias along; "columns" are inputs, and the outputs are summed.
 PARTS = (".text_model.layers.", ".language_model.layers.", ".gated_cross_attn_layers.")
@@ -63,7 +65,7 @@ class Share:
 
 def sizes_that_fit(config: Any, most: int = 64) -> list[int]:
     """Numbers of ranks among which a model can be cut: heads whole, key/value heads whole or held several times."""
-    text = config.decoder
+    text = text_config(config)
     heads, kv = text.num_attention_heads, _kv_heads(text)
     return [n for n in range(1, min(heads, most) + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0)]
 
@@ -71,7 +73,7 @@ def sizes_that_fit(config: Any, most: int = 64) -> list[int]:
 def check_size(config: Any, size: int) -> None:
     """ValueError, the same on every rank, unless a model can be cut among `size` ranks."""
     if size not in (fit := sizes_that_fit(config)):
-        text = config.decoder
+        text = text_config(config)
         raise ValueError(
             f"{text.num_attention_heads} heads and {_kv_heads(text)} key/value heads cannot be cut among {size} "
             f"processes; start {', '.join(map(str, fit))} of them"
@@ -84,7 +86,7 @@ def cut(model: nn.Module, rank: int, size: int, unit: int = 1) -> dict[str, Shar
     unit: MLPs are cut at its multiples where every rank gets some, so that blocks of a four-bit format stay whole.
     """
     check_size(model.config, size)
-    text, shares = model.config.decoder, {}
+    text, shares = text_config(model.config), {}
     for name, layer in list(model.named_modules()):
         leaf = name.rpartition(".")[2]
         if isinstance(layer, nn.Linear) and leaf in CUTS and any(part in f".{name}" for part in PARTS):
@@ -156,7 +158,7 @@ def connected(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _pieces(model: nn.Module, group: Any) -> list[tuple[int, int]]:
-    total = model.config.decoder.vocab_size
+    total = text_config(model.config).vocab_size
     return [_even(total, rank, dist.get_world_size(group)) for rank in range(dist.get_world_size(group))]
 
 

@@ -38,7 +38,7 @@ STEPS = {
     "model.multi_modal_projector": "from vision width to text width, patch by patch",
     "model.text_model.embed_tokens": "token ids become vectors",
     "model.language_model.embed_tokens": "token ids become vectors",
-    "model.embed_tokens": "token ids become vectors",
+    "model.gated_cross_attn_layers.*": "each token attends to the images before it, behind a gate",
     "model.text_model.layers.*": "each token attends to itself and to the tokens before it",
     "model.language_model.layers.*": "each token attends to itself and to the tokens before it",
     "model.text_model.norm": "the last norm, at the last token alone",
@@ -77,7 +77,7 @@ def watched(model: nn.Module) -> tuple[dict[str, list], list[Any]]:
 def rows(name: str) -> tuple[list[tuple[str, str, str]], str]:
     """The steps of one run, (where, what, shape) each, and the answer."""
     processor = AutoProcessor.from_pretrained(name)
-    model = AutoModelForImageTextToText.from_pretrained(name)
+    model = AutoModelForImageTextToText.from_pretrained(name, fast_cpu=False)  # the classes that a reader opens
     content = [{"type": "image", "image": str(ROOT / IMAGE)}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -89,9 +89,9 @@ def rows(name: str) -> tuple[list[tuple[str, str, str]], str]:
     with Image.open(ROOT / IMAGE) as image:
         table = [(f"`{IMAGE}`", "a PNG file", f"{image.width}×{image.height} pixels")]
     table.append((source(type(processor.image_processor)), "resize, scale, normalise", shape(inputs["pixel_values"])))
-    ids = inputs["input_ids"]
-    images = int((ids == model.config.image_token_id).sum())
-    table.append((source(type(processor)), f"template, tokens; {images} of them stand for the image", shape(ids)))
+    ids, pieces = inputs["input_ids"], processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    what = f"template, tokens; {pieces.count('<image>')} of them `<image>`"
+    table.append((source(type(processor)), what, shape(ids)))
     seen, hooks = watched(model)
     with torch.no_grad():
         model(**inputs, logits_to_keep=1)

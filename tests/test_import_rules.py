@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "minivlm.fast_cpu": {"minivlm.modules", "minivlm_kernels"},
     "minivlm.generation": {"minivlm.modules", "minivlm.checkpoint"},
     "minivlm.checkpoint": {
+        "minivlm.training",  # adapters, where one is asked for
         "minivlm.parallel",
         "minivlm.families",
         "minivlm.fast_cpu",
@@ -28,7 +29,7 @@ MAY_IMPORT = {
         "minivlm.modules",
         "minivlm.quantization",
     },
-    "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.checkpoint"},
+    "minivlm.models": {"minivlm.modules", "minivlm.generation", "minivlm.checkpoint", "minivlm.training"},
     "minivlm.text": {"minivlm.modules", "minivlm.checkpoint"},
     "minivlm.processing": {"minivlm.families", "minivlm.text", "minivlm.modules", "minivlm.checkpoint"},
     "minivlm.auto": {"minivlm.checkpoint", "minivlm.families"},

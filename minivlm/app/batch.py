@@ -53,7 +53,7 @@ class Summary:
 class Job:
     """How rows are answered.
 
-    settings: of `generate`.  system: told first, where a row has no system message of its own.  folder: where relative
+    settings: of `generate`.  system: the system message of rows that have none.  folder: where relative
     image paths start.  timed: note when each batch's first token came.
     """
 

@@ -1,15 +1,15 @@
-"""A conversation that remembers what the model has read: a turn runs only what is new in it.
+"""A conversation that keeps its KV cache: a turn runs only what is new in it.
 
-    turn 1   <s> User: picture, question ─► answer
-    turn 2   <s> User: picture, question, Assistant: answer, User: question ─► answer
-             └───────────── already in the KV cache ──────┘ └─ run now ──┘
+    turn 1   <s> User: image, question ─► answer
+    turn 2   <s> User: image, question, Assistant: answer, User: question ─► answer
+             └──────────── already in the KV cache ─────┘ └─ run now ──┘
 
-Every turn renders the whole conversation by the one route, the checkpoint's chat template, and compares its ids with
-those in the cache. What they have in common stays, the rest is cropped away and run again: answers are those of a
-conversation that is recomputed from its beginning. So nothing here knows how a template joins turns, an answer that
-reads back as other tokens than were generated costs these tokens once more, and `Chat.messages` may be edited freely.
+Every turn renders the whole conversation with the checkpoint's chat template and compares its ids with those in the
+cache. The common beginning stays; the rest is cropped and run again, so answers equal those of a conversation that is
+recomputed from its beginning. This file needs no knowledge of how a template joins turns, and `Chat.messages` may be
+edited freely. An answer whose text encodes to other tokens than were generated costs these tokens once more.
 
-P ids of the prompt, N pictures in it.
+P ids of the prompt, N images in it.
 """
 
 import time
@@ -25,6 +25,7 @@ from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
 from minivlm.generation.speculation import alike
 from minivlm.modules.cache import KVCache
+from minivlm.modules.config import text_config
 from minivlm.processing.common import fetch_picture
 from minivlm.text.chat_template import normalise
 
@@ -37,32 +38,31 @@ class Prompt:
     """A rendered conversation."""
 
     ids: list[int]  # P
-    pictures: list[Any]  # N, in order of appearance
-    places: list[tuple[int, int]]  # of each picture: its first id, and the id behind its last
-    inputs: dict[str, Any]  # what the processor has made of all of it
+    images: list[Any]  # N, in order of appearance
+    spans: list[tuple[int, int]]  # of each image: the position of its first id, and one after its last
+    inputs: dict[str, Any]  # what the processor returned for all of it
 
-    def pictures_in(self, length: int) -> int:
-        """How many pictures begin within the first `length` ids."""
-        return sum(first < length for first, _ in self.places)
+    def images_in(self, length: int) -> int:
+        """How many images begin within the first `length` ids."""
+        return sum(first < length for first, _ in self.spans)
 
 
 class Chat:
-    """Questions and answers about pictures, with the KV cache kept from turn to turn.
+    """Questions and answers about images, with the KV cache kept from turn to turn.
 
         chat = Chat(model, processor, max_new_tokens=100)
-        chat.ask("What is this?", [picture])
+        chat.ask("What is this?", [image])
         chat.ask("And what colour is it?")     # costs the tokens of this question alone
 
-    `settings` are those of `generate`, for all turns. A picture goes through the vision tower once, in the turn that
-    brings it, also with IDEFICS: tokens before a new picture still see the last one through the cache. Its
-    conversations are run again from the beginning if the part to be forgotten holds a picture, and those of models
-    whose rotary frequencies change with the length of the text (dynamic, longrope) in every turn.
+    `settings` are those of `generate`, for all turns. An image goes through the vision tower once, in the turn that
+    brings it; the processor handles all images in every turn. A conversation is run again from its beginning with
+    IDEFICS, if the part to forget holds an image, and in every turn with models whose rotary frequencies depend on the
+    length of the text (dynamic, longrope).
 
-    An answer has at most `max_new_tokens` (256 if nobody says), and fewer where positions end. The processor, but not
-    the model, looks at all pictures in every turn.
+    An answer has at most `max_new_tokens` (256 by default), and fewer where the model's positions end.
 
-    messages: the conversation so far, in the form of `apply_chat_template`. A turn enters when its answer is complete,
-    or stopped by `stop`.
+    messages: the conversation so far, in the form of `apply_chat_template`. A turn is added when its answer is
+    complete, or stopped by `stop`.
     last: the latest answer, with why it ended (`last.finish_reason`), how many tokens and seconds it took; None before.
 
     Raises ValueError for a checkpoint without a chat template.
@@ -104,8 +104,8 @@ class Chat:
         """
         self._end_answer()
         sources = images if isinstance(images, list | tuple) else [] if images is None else [images]
-        pictures = [fetch_picture(self.processor, source) for source in sources]
-        messages = [*self.messages, _message("user", text, pictures)]
+        fetched = [fetch_picture(self.processor, source) for source in sources]
+        messages = [*self.messages, _message("user", text, fetched)]
         self._answer = self._turn(messages, {"tokenizer": self.processor.tokenizer, **self.settings, **settings})
         return self._answer
 
@@ -136,22 +136,22 @@ class Chat:
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        pictures, ids = normalise(messages)[1], inputs["input_ids"][0].tolist()
-        slots = [place for place, id in enumerate(ids) if id == self.processor.image_token_id]
-        counts = self._family.image_lengths(self.processor, inputs, len(slots), len(pictures))
-        places, begin = [], 0
+        images, ids = normalise(messages)[1], inputs["input_ids"][0].tolist()
+        positions = [position for position, id in enumerate(ids) if id == self.processor.image_token_id]
+        counts = self._family.image_lengths(self.processor, inputs, len(positions), len(images))
+        spans, begin = [], 0
         for count in counts:
-            places.append((slots[begin], slots[begin + count - 1] + 1))
+            spans.append((positions[begin], positions[begin + count - 1] + 1))
             begin += count
-        return Prompt(ids, pictures, places, inputs)
+        return Prompt(ids, images, spans, inputs)
 
     def _new_tokens(self, settings: dict[str, Any], length: int) -> int:
         """What is asked for, or what there is room for."""
-        limit = self.model.config.decoder.max_position_embeddings
+        limit = text_config(self.model.config).max_position_embeddings
         if length >= limit:
             raise ValueError(
                 f"the conversation has {length} tokens with this question, but this model has positions for {limit} "
-                "with the answer; begin a new one (reset), or ask with fewer or smaller pictures"
+                "with the answer; begin a new one (reset), or ask with fewer or smaller images"
             )
         if settings.get("max_length") is not None:
             raise ValueError("max_length would count the whole conversation; pass max_new_tokens, which counts answers")
@@ -196,12 +196,12 @@ class Chat:
         return self.processor.decode(ids, skip_special_tokens=True)
 
     @torch.no_grad()
-    def _tokens(self, blind: int, pictures: dict[str, Any], settings: dict[str, Any]) -> Iterator[int]:
-        """The answer's ids. The first `blind` ids of the prompt are run before those that come with `pictures`."""
+    def _tokens(self, blind: int, images: dict[str, Any], settings: dict[str, Any]) -> Iterator[int]:
+        """The answer's ids. The first `blind` ids of the prompt are run before those that go with `images`."""
         ids = torch.tensor([self._ids], device=self.model.device)
         if blind > self._cache.length:
             loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
-        inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **pictures}
+        inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **images}
         if (setting_of(self.model, settings, "num_beams") or 1) > 1:
             # the answer is known at the end of the search; this cache keeps the prompt, beams go on in copies of it
             found = loop.generate(self.model, ids, **inputs, **{**settings, "return_dict_in_generate": True})
@@ -223,8 +223,8 @@ class Chat:
             self._answer = None
 
     def _new_images(self, prompt: Prompt, kept: int) -> tuple[int, dict[str, Any]] | None:
-        """What `Family.new_images` says of the images after the first `kept` ids."""
-        return self._family.new_images(prompt.inputs, kept, prompt.pictures_in(kept), len(prompt.pictures))
+        """`Family.new_images` for the images after the first `kept` ids."""
+        return self._family.new_images(prompt.inputs, kept, prompt.images_in(kept), len(prompt.images))
 
     # ---- The cache. Its `length` says how many of `_ids` it holds: the last token of an answer was never run
 
@@ -234,18 +234,18 @@ class Chat:
         self._prompt = Prompt([], [], [], {})
 
     def _kept(self, prompt: Prompt) -> int:
-        """How many ids of the prompt can stay in the cache. One at least is run, and no picture is cut."""
-        scaling = self.model.config.decoder.rope_scaling
+        """How many ids of the prompt can stay in the cache. At least one is run, and no image is cut."""
+        scaling = text_config(self.model.config).rope_scaling
         if self._cache is None or (scaling is not None and scaling.rope_type in ("dynamic", "longrope")):
             return 0
         known = self._ids[: self._cache.length]
         kept = alike(known, prompt.ids[:-1])
-        for number, (first, end) in enumerate(prompt.places):
-            if kept < end or prompt.pictures[number] is not (self._prompt.pictures[number : number + 1] or [None])[0]:
+        for number, (first, end) in enumerate(prompt.spans):
+            if kept < end or prompt.images[number] is not (self._prompt.images[number : number + 1] or [None])[0]:
                 kept = min(kept, first)
                 break
-        crossed = self._prompt.pictures_in(len(known)) != prompt.pictures_in(kept)
-        return 0 if self._cache.cross and crossed else kept  # `cross` holds what the last token sees, and no more
+        crossed = self._prompt.images_in(len(known)) != prompt.images_in(kept)
+        return 0 if self._cache.cross and crossed else kept  # `cross` holds what the last token attends to, no more
 
     def _make_room(self, kept: int, slots: int) -> None:
         """A cache of `kept` ids with `slots` slots. Growing copies as much as a decode step reads."""
@@ -257,9 +257,9 @@ class Chat:
             self._cache = self._cache.expand(1, slots)
 
 
-def _message(role: str, text: str, pictures: Sequence[Any] = ()) -> dict[str, Any]:
-    images = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+def _message(role: str, text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+    items = [{"type": "image", "image": image} for image in images]
+    return {"role": role, "content": [*items, {"type": "text", "text": text}]}
 
 
 # ---- Text as it comes ----
@@ -268,17 +268,17 @@ def _message(role: str, text: str, pictures: Sequence[Any] = ()) -> dict[str, An
 def incremental_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
     """Pieces of text as ids arrive; together they are `decode` of all ids, if that has no U+FFFD.
 
-    All ids are decoded anew at each step, because what a token reads as depends on its neighbours. U+FFFD at the end
-    is held back: it stands for a character that has not all its bytes yet. Where bytes turn out to be no character at
-    all, SentencePiece takes back the whole run of bytes that they are in, and what has been told of it stays told.
+    All ids are decoded again at each step, because the text of a token depends on its neighbours. U+FFFD at the end is
+    held back: it stands for a character whose bytes are not all there yet. Where bytes turn out to form no character,
+    SentencePiece replaces the whole run of bytes; text already yielded is not taken back.
     """
-    seen, told = [], ""
+    seen, sent = [], ""
     for id in ids:
         seen.append(id)
         text = decode(seen).rstrip("\ufffd")
-        if len(text) > len(told) and text.startswith(told):
-            yield text[len(told) :]
-            told = text
-    rest = decode(seen)[len(told) :]
+        if len(text) > len(sent) and text.startswith(sent):
+            yield text[len(sent) :]
+            sent = text
+    rest = decode(seen)[len(sent) :]
     if rest:
         yield rest

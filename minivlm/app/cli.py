@@ -22,7 +22,10 @@ VERBS = {
     "chat": "minivlm.app.verbs.chat",
     "batch": "minivlm.app.verbs.batch",
     "inspect": "minivlm.app.verbs.inspect",
+    "explain": "minivlm.app.verbs.explain",
     "quantize": "minivlm.app.verbs.quantize",
+    "finetune": "minivlm.app.verbs.finetune",
+    "merge": "minivlm.app.verbs.merge",
     "parity": "minivlm.app.verbs.parity",
 }
 ABOUT = "Idefics2, LLaVA-NeXT and IDEFICS: ask them about images, look inside them, compare them."

@@ -13,6 +13,7 @@ import base64
 import html
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,15 +56,23 @@ WORDS = {  # what happens in a stage, by the beginning of its name
 
 @torch.no_grad()
 def gather(
-    model: Any, processor: Any, images: list[Any], question: str, *, layers: list[int] | None = None, **settings: Any
+    model: Any,
+    processor: Any,
+    images: list[Any],
+    question: str,
+    *,
+    layers: list[int] | None = None,
+    room: int = 5_000_000,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Everything the page shows, as plain data.
 
-    images: PIL, RGB.  layers: whose heads are kept one by one; None = all. Of the others the mean over heads stays.
+    images: PIL, RGB.  layers: whose heads are kept one by one; None = as many, evenly spaced, as fit in `room` bytes;
+    of the others the mean over heads stays.
     settings: of `generate`.  Raises ValueError for a prompt without an image, and what `generate` raises.
     """
     if not images:
-        raise ValueError("there is nothing to explain without an image; name one before the question")
+        raise ValueError("there is nothing to explain without an image")
     inputs = dict(_prompt(processor, images, question).to(model.device))
     start = time.perf_counter()
     ids = model.generate(**inputs, **settings)
@@ -74,6 +83,7 @@ def gather(
         probabilities = model(**text, logits_to_keep=len(answer)).logits[0].float().softmax(-1)
     grey = model(**{**text, "pixel_values": torch.zeros_like(text["pixel_values"])}, logits_to_keep=len(answer))
     views = _of_images(seen, processor, images, model.config)
+    layers = layers or _fitting(model, length, len(answer), room)
     return {
         "version": __version__,
         "model": _about(model),
@@ -83,9 +93,9 @@ def gather(
         "images": [_image(model.config, processor, *each) for each in zip(images, views, strict=True)],
         "prompt": _tokens(processor, seen, inputs, views, length),
         "tokens": _answer(model, processor, seen, answer, probabilities, grey.logits[0].float().softmax(-1)),
-        "attention": _attention(model, seen, rollout, inputs, len(answer), length, layers),
+        "attention": _attention(seen, rollout, len(answer), length, layers),
         "latents": _latents(seen),
-        "relevance": _relevance(model, seen, inputs, ids, length),
+        "relevance": _relevance(model, inputs, ids, length),
         "stages": _stages(model, inputs),
     }
 
@@ -95,13 +105,27 @@ def page(found: dict[str, Any]) -> str:
     template = files("minivlm.app").joinpath("explain.html").read_text(encoding="utf-8")
     data = json.dumps(found, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(f"{found['question']} - {found['model']['name']}")
-    return template.replace("{{title}}", title).replace("{{data}}", data)
+    head, between, end = re.split(r"{{title}}|{{data}}", template)
+    return f"{head}{title}{between}{data}{end}"  # what was asked may hold such marks itself
 
 
-def size_of(model: Any, positions: int, tokens: int, layers: int) -> int:
-    """About how many bytes of a page are the heads of so many layers."""
-    heads = model.decoder.config.num_attention_heads
-    return int(4 / 3 * positions * tokens * layers * heads)
+def layers_of(model: Any, text: str | None) -> list[int] | None:
+    """The numbers of `--layers`. ValueError for anything else."""
+    count = model.decoder.config.num_hidden_layers
+    if text is None:
+        return None
+    numbers = [int(each) if each.isdecimal() else -1 for each in text.split(",")]
+    if not all(0 <= number < count for number in numbers):
+        raise ValueError(f"--layers takes numbers from 0 to {count - 1} such as 0,{count - 1}, found {text!r}")
+    return numbers
+
+
+def _fitting(model: Any, positions: int, tokens: int, room: int) -> list[int]:
+    """As many layers as `room` bytes hold with all their heads, evenly spaced, the last one among them."""
+    config = model.decoder.config
+    each = 4 / 3 * positions * tokens * config.num_attention_heads + 6 * tokens * config.num_attention_heads
+    count = min(config.num_hidden_layers, max(1, int(room / each)))
+    return sorted({round((number + 1) * config.num_hidden_layers / count) - 1 for number in range(count)})
 
 
 # ---- Running
@@ -348,25 +372,16 @@ def packed(values: Tensor) -> dict[str, Any]:
     }
 
 
-def _attention(
-    model: Any,
-    seen: Seen,
-    rollout: _Rollout,
-    inputs: dict[str, Any],
-    tokens: int,
-    length: int,
-    layers: list[int] | None,
-) -> dict[str, Any]:
+def _attention(seen: Seen, rollout: _Rollout, tokens: int, length: int, layers: list[int]) -> dict[str, Any]:
     """Weights over the prompt's positions, and over image vectors where these are no tokens.
 
     text: for each layer the mean over heads, (N, P), and if it is one of `layers` each head, (N, H, P).
     vectors: the same for the gated blocks; block: which of them each decoder layer comes after.
     """
     names = [name for name in seen if name.startswith("decoder") and "," in name]
-    wanted = range(len(names)) if layers is None else layers
     crossed = [name for name in seen if name.startswith("gated")]
     found = {
-        "text": [_layer(seen[name][0][..., :length], number in wanted) for number, name in enumerate(names)],
+        "text": [_layer(seen[name][0][..., :length], number in layers) for number, name in enumerate(names)],
         "rollout": {"text": packed(rollout.text[-tokens:, :length].cpu())},
         "vectors": [],
         "block": [],
@@ -375,7 +390,7 @@ def _attention(
         interval = len(names) // len(crossed)
         found["block"] = [layer // interval for layer in range(len(names))]
         found["vectors"] = [
-            _layer(seen[name][0], any(layer // interval == number for layer in wanted))
+            _layer(seen[name][0], any(layer // interval == number for layer in layers))
             for number, name in enumerate(crossed)
         ]
         found["rollout"]["vectors"] = packed(rollout.vectors[-tokens:].cpu())
@@ -395,7 +410,7 @@ def _latents(seen: Seen) -> list[dict[str, Any]]:
     return [packed(grid.flatten(1).cpu()) for image in latents(seen) for grid in image]
 
 
-def _relevance(model: Any, seen: Seen, inputs: dict[str, Any], ids: Tensor, length: int) -> list[Any]:
+def _relevance(model: Any, inputs: dict[str, Any], ids: Tensor, length: int) -> list[Any]:
     """For each answer token its relevance over the patches of every view; [] for large models."""
     if sum(parameter.numel() for parameter in model.parameters()) > RELEVANCE:
         return []

@@ -1,6 +1,7 @@
-"""What a checkpoint is made of: parts, sizes, parameters, memory, from its config; what pictures will cost; and whether
-its files are sound and its model looks at pictures at all."""
+"""What a checkpoint is made of: parts, sizes, parameters, memory, from its config alone; what images will cost; and
+whether its files are sound and its answers depend on the images at all."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
+from minivlm.modules.config import text_config
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_picture
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.tokenizer import Tokenizer
+from minivlm.training import adapters, targets
 
 # The sizes of a part that are worth showing, and what to call them.
 SIZES = {
@@ -40,7 +43,7 @@ def describe(name: str) -> dict[str, Any]:
     stored = None if files is None else files.json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
-    text = config.decoder
+    text = text_config(config)
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "model": name,
@@ -71,8 +74,31 @@ def check(name: str) -> dict[str, int]:
     return {"tensors": check_weights(model, files), "tokens": len(tokenizer)}
 
 
+def adapter(name: str, folder: str) -> dict[str, Any]:
+    """What an adapter is made of, once every tensor of it has its place in this model; no weight of that is read."""
+    files = hub.source(name)
+    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
+    with torch.device("meta"):
+        model = model_class(loading.read_config(files, model_class.config_class))
+    found = adapters.read(folder)
+    fit = adapters.fit(model, found)
+    numbers: Counter[str] = Counter()
+    for parameter, value in fit.values.items():
+        numbers[targets.part_of(model.config.model_type, parameter)] += value.numel()
+    kind = "DoRA" if found.config.use_dora else "LoRA"
+    about = {"adapter": folder, "kind": kind, "r": found.config.r, "alpha": found.config.lora_alpha}
+    return {**about, "base": found.base, "layers": len(fit.chosen), "parameters": dict(numbers)}
+
+
+def adapter_line(found: dict[str, Any]) -> str:
+    """It in words."""
+    parts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
+    sizes = f"r {found['r']}, alpha {found['alpha']}, {found['layers']} layers"
+    return f"adapter {found['adapter']}: {found['kind']}, {sizes}; parameters: {parts}"
+
+
 def prompt(processor: Any, pictures: list[Any]) -> Inputs:
-    """A question about these pictures as the model will get it."""
+    """A question about these images as the model will get it."""
     content = [
         *({"type": "image", "image": picture} for picture in pictures),
         {"type": "text", "text": "What is this?"},
@@ -84,7 +110,7 @@ def prompt(processor: Any, pictures: list[Any]) -> Inputs:
 
 
 def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
-    """What these pictures will take, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
+    """What these images will cost, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
     pixels; and that prompt."""
     processor = auto.AutoProcessor.from_pretrained(name)
     pictures = [fetch_picture(processor, image) for image in images]
@@ -99,9 +125,9 @@ def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
 
 @torch.no_grad()
 def sight(name: str, inputs: Inputs) -> float:
-    """How far the next token's distribution moves, KL in nats, when the pictures turn to plain grey.
+    """How far the next token's distribution moves, KL in nats, when the images turn to plain grey.
 
-    Loads the model. ValueError if it does not move at all: answers would be fluent, and not about the pictures.
+    Loads the model. ValueError if it does not move at all: answers would be fluent but not about the images.
     """
     model = auto.AutoModelForImageTextToText.from_pretrained(name, device_map="auto")
     inputs = inputs.to(model.device)
@@ -111,7 +137,7 @@ def sight(name: str, inputs: Inputs) -> float:
     )
     moved = float((seen.exp() * (seen - grey)).sum())
     if torch.equal(seen, grey):
-        raise ValueError(f"{name} answers the same whatever is on its pictures: its vision part has no effect")
+        raise ValueError(f"{name} answers the same whatever its images show: its vision part has no effect")
     return moved
 
 
@@ -184,10 +210,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _pictures(found: dict[str, Any]) -> Iterator[str]:
-    """Lines about the pictures that were given."""
+    """Lines about the images that were given."""
     if "pictures" in found:
         given, cache = found["pictures"], found["cache_bytes_per_token"]["bfloat16"]
-        yield f"these pictures: {', '.join(f'{tokens:,}' for tokens in given['tokens'])} tokens"
+        yield f"these images: {', '.join(f'{tokens:,}' for tokens in given['tokens'])} tokens"
         yield f"all of them in one prompt: {given['prompt_tokens']:,} tokens; in bfloat16 their cache takes " + (
             f"{memory(cache * given['prompt_tokens'])}, their pixels {memory(given['pixel_bytes'] / 2)}"
         )

@@ -1,8 +1,8 @@
 """One process at a time writes an output: a lock file beside it that names its owner.
 
 Where the system has `fcntl`, it also holds the file locked for as long as the owner lives, so a lock that a killed
-process left behind is taken over. Without `fcntl` (Windows), a lock is stale if its file can be removed while nobody
-has it open, or if this machine runs no process of that number.
+process left behind is taken over. Without `fcntl` (Windows), a lock is stale if its file can be removed (no process
+has it open), or if this machine runs no process of that number.
 """
 
 import contextlib

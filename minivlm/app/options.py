@@ -38,6 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     weights = "of the weights; auto (default): the checkpoint's own on a CPU, bfloat16 on a GPU"
     attention = "attention backend (default: best for the device); triton needs a GPU"
     group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
+    add_adapter_option(group)
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=weights)
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help=attention)
@@ -49,8 +50,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter_option(group: Any) -> None:
+    text = "a LoRA adapter (PEFT's folder) to put on the model; without a model: and on the one that it names"
+    group.add_argument("--adapter", metavar="DIR", help=text)
+
+
 def model_name(arguments: argparse.Namespace) -> str:
-    """The model asked for, or the default one, with a note that says so."""
+    """The model asked for, that of the adapter, or the default one, with a note that says so."""
+    if arguments.model is None and arguments.adapter is not None:
+        return arguments.adapter  # whose folder stands for its base and itself
     if arguments.model is None:
         terminal.note(f"no --model given, asking {DEFAULT_MODEL}, a small model that knows simple shapes")
     return arguments.model or DEFAULT_MODEL
@@ -82,7 +90,9 @@ def load_processor(name: str, arguments: argparse.Namespace) -> Any:
         template = Path(template).read_text(encoding="utf-8")
     elif template is not None and template not in KNOWN and "{" not in template:
         raise ValueError(f"--chat-template: no file {template!r}, and the known names are {', '.join(KNOWN)}")
-    processor = AutoProcessor.from_pretrained(name, chat_template=template)
+    # What training has set for images and prompts lies beside the adapter
+    trained = arguments.adapter is not None and (Path(arguments.adapter) / "preprocessor_config.json").is_file()
+    processor = AutoProcessor.from_pretrained(arguments.adapter if trained else name, chat_template=template)
     if processor.chat_template is None:
         raise ValueError(
             f"{name} has no chat template (it is not tuned for chat); --chat-template takes a file or one of "
@@ -105,6 +115,7 @@ def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str
         dtype=dtype,
         attn_implementation=arguments.attn,
         quantization_config=config,
+        adapter=getattr(arguments, "adapter", None),
         tp_plan="auto" if arguments.gpus > 1 else None,
     )
 
@@ -165,7 +176,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-beams", type=positive, metavar="N", help="follow N continuations, keep the likeliest")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repeated words")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer with this text; may be repeated")
-    group.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
+    group.add_argument("--system", metavar="TEXT", help="the system message, before the first question")
     group.add_argument(
         "--set",
         action="append",

@@ -10,6 +10,7 @@ import torch
 from minivlm import auto, parallel
 from minivlm.app.inspection import memory
 from minivlm.checkpoint import hub, loading
+from minivlm.modules.config import text_config
 from minivlm.quantization import apply
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -28,7 +29,7 @@ def plan(name: str, gpus: int, dtype: str, quantization: Any, context: int, rows
     parallel.check_size(config, gpus)
     block = 1 if quantization is None else parallel.block_of(quantization.format)
     weights = [_weights(config, model_class, rank, gpus, dtype, quantization, block) for rank in range(gpus)]
-    text = config.decoder
+    text = text_config(config)
     heads = max(1, text.num_key_value_heads // gpus)
     cache = 2 * text.num_hidden_layers * heads * text.head_dim * SIZES[dtype if dtype != "auto" else "bfloat16"]
     cache *= context * rows

@@ -25,7 +25,7 @@ COMMANDS = {
     "/image PATH": "add an image (file or URL) to the next question",
     "/images": "list the images of the conversation",
     "/reset": "forget the conversation and its images",
-    "/system TEXT": "tell the model this first; without TEXT, show it",
+    "/system TEXT": "set the system message; without TEXT, show it",
     "/set NAME VALUE": "change a generation setting, as temperature 0.7; without VALUE, back to its default",
     "/save FILE.json": "write the conversation to a file",
     "/load FILE.json": "go on with a saved conversation",
@@ -72,7 +72,7 @@ class Talk:
                     break
                 if line:
                     self._command(word, argument.strip()) if _is_command(line) else self._ask(line)
-            except BrokenPipeError:  # an OSError, but nobody reads on
+            except BrokenPipeError:  # an OSError, but there is no reader left
                 raise
             except ERRORS as error:
                 terminal.fail(error)
@@ -165,7 +165,7 @@ class Talk:
         self.chat.system = argument
         said = [message for message in self.chat.messages if message["role"] != "system"]
         self.chat.messages = [{"role": "system", "content": [{"type": "text", "text": argument}]}, *said]
-        self._confirm("the model is told this first from now on")
+        self._confirm("the system message from now on")
 
     def _set(self, argument: str) -> None:
         name, _, text = argument.replace("=", " ", 1).partition(" ")

@@ -21,8 +21,8 @@ def prepare() -> None:
 
 
 def drop_stdout() -> None:
-    """If stdout cannot be written (nobody reads it, the disk is full), forget what is still buffered for it: Python
-    would try once more at its end, and print a traceback."""
+    """If stdout cannot be written (its reader is gone, the disk is full), discard what is still buffered: Python would
+    try once more as it exits, and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -129,11 +129,6 @@ class ModelConfig(Config):
             return cls.__dataclass_fields__[name].default_factory()
         return read_part(parts(cls)[name], {**cls.preferred.get(name, {}), **section(values, name)})
 
-    @property
-    def decoder(self) -> DecoderConfig:
-        """The decoder's part; IDEFICS keeps its fields flat."""
-        return self.text_config
-
     def to_hub(self) -> dict[str, Any]:
         """A `config.json` that spells every field out."""
         return {**to_hub(self), "model_type": self.model_type, "architectures": [self.architecture]}

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,43 @@ class Source:
     def file(self, filename: str, required: bool = True) -> Path | None:
         """Local path of one file, downloaded if need be; None if it is absent and not `required`.
 
+        What an adapter's folder does not have is taken from the checkpoint that it was trained on.
         Raises CheckpointFileError for anything but a regular file, or a link to one.
         """
+        found = self.own(filename, required=False)
+        if found is None and self.base is not None:
+            return self.base.file(filename, required)
+        return self.own(filename, required) if found is None and required else found
+
+    @cached_property
+    def base(self) -> "Source | None":
+        """For an adapter, the checkpoint that it was trained on, as its configuration names it; None for a model.
+
+        Raises CheckpointFileError if it names none, or another adapter.
+        """
+        path = self.own(ADAPTER, required=False) if self.own(CONFIG, required=False) is None else None
+        if path is None:
+            return None
+        values = read_json(path)
+        name, revision = (values.get(key) for key in ("base_model_name_or_path", "revision"))
+        if not isinstance(name, str) or not name:
+            raise CheckpointFileError(
+                f"{self.name} holds an adapter and no model, and does not name the one that it was trained on: pass "
+                "that model, and this folder as adapter="
+            )
+        where = {"cache_dir": self.cache_dir, "token": self.token, "local_files_only": self.local_files_only}
+        try:
+            found = source(name, revision=revision if isinstance(revision, str) else None, **where)
+            found.own(CONFIG, required=True)
+        except CheckpointError as error:
+            raise CheckpointFileError(
+                f"{self.name} holds an adapter of {name:.200}, which cannot be loaded: {error}. Pass the model from "
+                "where it is now, and this folder as adapter="
+            ) from error
+        return found
+
+    def own(self, filename: str, required: bool) -> Path | None:
+        """`file`, without a base."""
         if self.folder is None:
             return self._download(filename, required)
         path = self.folder / self.subfolder / filename
@@ -114,24 +150,12 @@ class Source:
             raise CheckpointFileError(f"{path} should be a regular file, found {kind}")
         if not required:
             return None
-        if filename == CONFIG:
-            self._refuse_adapter()
         raise CheckpointFileError(f"{self.name} has no {filename}{_unfinished(path)}; found {_listing(path.parent)}")
 
     def json(self, filename: str, required: bool = True) -> dict | None:
         """One JSON file as a dict; None if absent and not `required`. CheckpointError if it is no JSON object."""
         path = self.file(filename, required)
         return None if path is None else read_json(path)
-
-    def _refuse_adapter(self) -> None:
-        """CheckpointFileError if there is an adapter where a model was expected."""
-        adapter = self.json(ADAPTER, required=False)
-        if adapter is not None:
-            base = adapter.get("base_model_name_or_path")
-            raise CheckpointFileError(
-                f"{self.name} holds an adapter ({ADAPTER}) and no model: load the model it was trained on"
-                f"{f' ({base:.200})' if isinstance(base, str) else ''} first, then put the adapter on it"
-            )
 
     def _download(self, filename: str, required: bool) -> Path | None:
         from huggingface_hub import hf_hub_download
@@ -168,8 +192,6 @@ class Source:
         except EntryNotFoundError as error:
             if not required:
                 return None
-            if filename == CONFIG:
-                self._refuse_adapter()
             raise CheckpointFileError(f"{self.name!r} on the Hub has no file {filename}") from error
         except GatedRepoError as error:
             raise CheckpointFileError(
@@ -249,6 +271,8 @@ def source(
     if subfolder and not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", subfolder):
         raise CheckpointFileError(f"subfolder should be a path inside the checkpoint, found {subfolder!r:.80}")
     folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / subfolder).is_dir():
+        raise CheckpointFileError(f"{name} has no folder {subfolder}; found {_listing(folder)}")
     if folder.is_dir():
         return Source(name, folder, subfolder=subfolder)
     if folder.is_file():

@@ -30,6 +30,7 @@ from minivlm.checkpoint.saving import push_to_hub, save_pretrained  # noqa: F401
 from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.generation.settings import GenerationConfig
+from minivlm.modules.config import text_config
 from minivlm.quantization.arrival import Arrival, choose
 from minivlm.quantization.config import BitsAndBytesConfig
 
@@ -60,6 +61,7 @@ def from_pretrained(
     ignore_mismatched_sizes: bool = False,
     generation_config: GenerationConfig | None = None,
     fast_cpu: bool = True,
+    adapter: str | Path | None = None,
     tp_plan: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -84,6 +86,8 @@ def from_pretrained(
     lists all of them; without these two every tensor must have its place. ignore_mismatched_sizes: any parameter of
     another shape is new.
     generation_config: instead of the checkpoint's own.
+    adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Named in place of a checkpoint,
+    such a folder loads the one that it was trained on, and itself.
     fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
     tp_plan="auto": under torchrun, cut the model among all processes (`minivlm.parallel`); each reads its share alone.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
@@ -111,6 +115,10 @@ def from_pretrained(
 
     with torch.device("meta"):
         model = build()
+    adapter = adapter or (name_or_folder if files.base else None)
+    if adapter is not None and tp_plan is not None:
+        raise ValueError("an adapter cannot be put on a model that several devices share; merge it first")
+    attach = _adapter(model, adapter, files)
     shards = weight_files(files)
     wanted = wanted_dtype(options.first(dtype=dtype, torch_dtype=torch_dtype), config.dtype)
     device = wanted_device(device_map)
@@ -124,11 +132,26 @@ def from_pretrained(
     _check_one_dtype(model, files.name, wanted, arrival)
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
+    model.name_or_path = (files.base or files).name
+    attach(model)
     if fast_cpu and device.type == "cpu":
         faster.apply(model)
     if shares:
         parallel.connect(model)
     return model.eval()
+
+
+def _adapter(model: nn.Module, name: str | Path | None, files: hub.Source) -> Callable[[nn.Module], Any]:
+    """What puts an adapter on the model once it has its weights; nothing for None. The adapter's files, and whether
+    every tensor has its place in this (meta-device) model, are checked first."""
+    if name is None:
+        return lambda model: model
+    from minivlm.training import adapters  # stands above this room; nobody else here needs it
+
+    where = {"cache_dir": files.cache_dir, "token": files.token, "local_files_only": files.local_files_only}
+    found = adapters.read(name, **where)
+    fit = adapters.fit(model, found)
+    return lambda model: adapters.attach(model, found, fit)
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -169,7 +192,7 @@ def read_generation_config(files: hub.Source) -> GenerationConfig | None:
 
 def _warn_ids(model: nn.Module, where: str) -> None:
     """Ids beyond the vocabulary never come, so nothing would end with them."""
-    text = model.config.decoder
+    text = text_config(model.config)
     size = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, name)

@@ -54,6 +54,11 @@ def save_pretrained(
     options.refuse_others(others, options.SAVING, inspect.signature(save_pretrained).parameters)
     if not is_main_process:
         return
+    if state_dict is None and getattr(model, "adapter_config", None) is not None:
+        raise ValueError(
+            "this model has an adapter on it: write that with save_adapter(folder), or add it to the weights first "
+            "(minivlm.training.lora.merge)"
+        )
     folder = Path(folder)
     shards = _named(_split(_tensors(model, state_dict), _bytes(max_shard_size)))
     with files.saving() as save:

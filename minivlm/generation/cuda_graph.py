@@ -19,22 +19,22 @@ from minivlm.modules.cache import KVCache
 
 
 class StaticCache:
-    """A KVCache as a decode step sees it that is captured in a CUDA graph, and so repeats what it did at its capture.
+    """The view of a KVCache that a captured decode step uses: a CUDA graph repeats exactly what it did at capture.
 
-    All slots are always in view, and where the new token goes is counted on the device: `filled` is `length` + 1 of the
-    cache behind it, as the models see it during the step. Attention looks at no slot that is not filled.
+    All slots are always in view, and the slot of the new token is counted on the device: during the step `filled` is
+    `length` + 1 of the cache it was made from. Attention masks every slot that is not filled.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self.data = cache.data
-        self.data[..., cache.length :, :] = 0  # where attention masks with weights of 0: 0 · NaN would be NaN
-        self.batch, self.length = cache.batch, cache.slots - 1  # to the host, the new token is always the last
+        self.data[..., cache.length :, :] = 0  # masked slots have weights of 0, but 0 · NaN would be NaN
+        self.batch, self.length = cache.batch, cache.slots - 1  # for the host, the new token is always the last
         self.cross, self.cross_seen = cache.cross, cache.cross_seen
         self.filled = torch.tensor(cache.length + 1, dtype=torch.int32, device=cache.data.device)
         self._slot = torch.tensor([cache.length], device=cache.data.device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, 1, D) behind the filled slots of `layer`; return views (B, K, S, D) of all."""
+        """Write k, v (B, K, 1, D) after the filled slots of `layer`; return views (B, K, S, D) of all slots."""
         keys, values = self.data[0, layer], self.data[1, layer]
         return keys.index_copy_(2, self._slot, k), values.index_copy_(2, self._slot, v)
 

@@ -24,6 +24,7 @@ from minivlm.generation.loop import positions, prefill
 from minivlm.generation.settings import plain
 from minivlm.generation.speculation import alike
 from minivlm.modules.cache import KVCache
+from minivlm.modules.config import text_config
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def _room(model: Any, ids: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask[:, -1].all():
         raise ValueError('a prompt ends in padding, where its candidates would begin; set padding_side="left"')
-    limit = model.config.decoder.max_position_embeddings
+    limit = text_config(model.config).max_position_embeddings
     if (length := int(mask.sum(1).max()) + tokens) > limit:
         raise ValueError(f"prompt and longest candidate have {length} tokens, this model has positions for {limit}")
     return torch.cat([mask, mask.new_ones(len(mask), tokens)], 1)

@@ -6,7 +6,7 @@ B rows, n copies of each, P prompt ids, K prompt keys (P, or the length of `inpu
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from minivlm.generation.settings import OUTPUTS, GenerationConfig, check, is_who
 from minivlm.generation.speculation import Guess, guess_rule
 from minivlm.generation.stopping import Stop, stop_rules
 from minivlm.modules.cache import KVCache
+from minivlm.modules.config import text_config
 
 DEFAULT_NEW_TOKENS = 20  # when neither max_new_tokens nor max_length is set anywhere
 
@@ -66,9 +67,9 @@ def prepare(
     **options: Any,
 ) -> Run:
     """Check the arguments of `loop.generate`, and make what its loop needs. Errors as described there."""
-    device, V, names = next(model.parameters()).device, vocab_size(model), prompt_inputs(model)
+    device, V, names = next(model.parameters()).device, vocab_size(model), {*model.prompt_inputs, "inputs_embeds"}
     given = {name: value for name, value in options.items() if name not in names}
-    also = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", *names}
+    also = {"input_ids", "attention_mask", "position_ids", "past_key_values", *names}
     settings = resolve(model.generation_config, generation_config, given, also)
     _special_ids(settings, V)
     inputs = _inputs({name: options[name] for name in names if options.get(name) is not None}, device)
@@ -79,7 +80,7 @@ def prepare(
     K = P if embeds is None else embeds.shape[1]
     mask = _mask(settings, attention_mask, ids, K).to(device)
     at = positions(mask) if position_ids is None else position_ids.to(device).expand(B, -1)
-    N = _new_tokens(settings, K, int(at.max()) + 1, model.config.decoder.max_position_embeddings)
+    N = _new_tokens(settings, K, int(at.max()) + 1, text_config(model.config).max_position_embeddings)
     least = _least_new_tokens(settings, K, N)
     if settings.eos_ids and B * n > 1:  # rows that have ended go on with pads
         _check_token("pad_token_id", settings.pad_token_id, V)
@@ -112,14 +113,9 @@ def prepare(
     )
 
 
-def prompt_inputs(model: Any) -> Collection[str]:
-    """The names of what enters a model with the prompt, and never later."""
-    return {*model.prompt_inputs, "inputs_embeds"}
-
-
 def vocab_size(model: Any) -> int:
     """How many tokens have a logit: IDEFICS keeps its image tokens apart from the others."""
-    return model.config.decoder.vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
 
 
 def _special_ids(settings: GenerationConfig, vocab_size: int) -> None:

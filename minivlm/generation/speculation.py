@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minivlm.generation.settings import GenerationConfig, check
 from minivlm.modules.cache import KVCache
+from minivlm.modules.config import text_config
 
 Guess = Callable[[list[int]], list[int]]  # all ids so far → some that may come next
 LONGEST_MATCH = 2  # newest ids to look up, where max_matching_ngram_size is not set
@@ -93,12 +94,12 @@ def guess_rule(
     if cache is None or settings.output_attentions or settings.output_hidden_states:
         raise ValueError(f"{name} needs use_cache=True, and goes without output_attentions and output_hidden_states")
     check("assistant_model", assistant, assistant is None or hasattr(assistant, "new_cache"), "a model of minivlm")
-    scaling = model.config.decoder.rope_scaling
+    scaling = text_config(model.config).rope_scaling
     if scaling is not None and scaling.rope_type in ("dynamic", "longrope"):
         return lambda ids: []  # guesses would make the text longer, and so change the frequencies of its real tokens
     if assistant is None:
         return partial(look_up, most=count, longest=settings.max_matching_ngram_size or LONGEST_MATCH)
-    if assistant.config.decoder.vocab_size != model.config.decoder.vocab_size or "inputs_embeds" in inputs:
+    if text_config(assistant.config).vocab_size != text_config(model.config).vocab_size or "inputs_embeds" in inputs:
         raise ValueError("assistant_model needs a prompt of ids, and a model with the same vocabulary")
     return Assistant(assistant, settings, inputs, positions, mask)
 
@@ -138,5 +139,5 @@ class Assistant:
 
 
 def alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids the two have in common at their beginnings: so much of one's cache serves the other."""
+    """How many ids two texts share at their beginning: the cache of one serves the other so far."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

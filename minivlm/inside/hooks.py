@@ -9,7 +9,6 @@ Used by `watch`, `edit` and parity, for models of minivlm and of transformers al
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,9 +75,11 @@ def _input_hook(module: nn.Module, change: Callable[[Tensor], Tensor | None], fi
 def _output_hook(module: nn.Module, stage: Stage, change: Change, first: bool) -> Any:
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         if stage.take != "output":  # a field of the whole model's output
+            if isinstance(output, tuple):
+                raise ValueError(f"{stage.name!r} cannot be told from a tuple; leave return_dict=False out")
             found = getattr(output, stage.take)
             changed = None if found is None else change(stage, found)
-            return None if changed is None else replace(output, **{stage.take: changed})
+            return None if changed is None else type(output)({**output, stage.take: changed})
         if isinstance(output, tuple | list):
             changed = change(stage, output[0])
             return None if changed is None else type(output)([changed, *output[1:]])

@@ -89,6 +89,8 @@ class Passes:
         bound = inspect.signature(inner.forward).bind(*args, **kwargs)
         given = bound.arguments
         embeds, cache = given.get("inputs_embeds"), given.get("past_key_values")
+        if embeds is None and given.get("input_ids") is None:
+            return None  # the model itself says what is missing
         ids = given["input_ids"].cpu() if embeds is None else torch.full(embeds.shape[:2], -1)
         found = {name: given[name] for name in FIELDS if given.get(name) is not None}
         inputs = found if "pixel_values" in found else {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from minivlm.families import Stage, family
 from minivlm.inside.hooks import path_of
+from minivlm.modules.config import text_config
 
 WEIGHTS, HEADS = "attention weights", "attention heads"
 AXES = {  # of a stage's rows
@@ -73,7 +74,7 @@ def _shape(model: Any, stage: Stage) -> tuple[str | int, ...]:
     if stage.take == "heads":
         owner = model.get_submodule(stage.ours.rpartition(".")[0])
         return *axes, module.in_features // owner.head_dim, owner.head_dim
-    text = model.config.decoder
+    text = text_config(model.config)
     if stage.take == "logits":
         return *axes, text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
     if stage.take == "image_hidden_states":

@@ -3,6 +3,7 @@ evaluation harnesses know these names. Each is a line or two over what exists; n
 
     activation checkpointing    wraps the layers of a finished model from outside
     embeddings                  get, set, resize
+    adapters                    save
     other names                 of what stands elsewhere
 """
 
@@ -10,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from minivlm.generation import loop
 from minivlm.models.base import Output
 from minivlm.modules.attention import attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
 from minivlm.modules.inputs import Inputs
+from minivlm.training import adapters
 
 
 def equip(model_class: type[nn.Module]) -> None:
@@ -128,6 +132,12 @@ class Tools:
         self.tie_weights()
         return self.get_input_embeddings()
 
+    # ---- Adapters ----
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the LoRA adapter that is on the model, as PEFT reads it. ValueError if there is none."""
+        adapters.save(self, folder)
+
     # ---- Other names ----
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
@@ -141,6 +151,8 @@ class Tools:
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, **inputs}
+
+    compute_transition_scores = loop.compute_transition_scores
 
     def can_generate(self) -> bool:
         return hasattr(self, "lm_head")

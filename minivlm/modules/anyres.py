@@ -66,18 +66,13 @@ def placement(size: Pair, canvas: Pair) -> tuple[int, int, int, int]:
 
 
 def tile_grid(size: Pair, pinpoints: Sequence[Pair], tile: int) -> Pair:
-    """(rows, columns) of tiles of side `tile` on the canvas of an image. ValueError for a canvas that is no such grid.
-
-    transformers' own image processor has tiles of 224 and canvases of multiples of 336: it cuts the tiles at the edge
-    smaller, and then its model cannot arrange their features. Canvases that are a grid (672x672) work.
-    """
+    """(rows, columns) of tiles of side `tile` on the canvas of an image. ValueError for a canvas that is no such grid:
+    transformers' default image processor cuts canvases of 336x672 into tiles of 224, which no model can arrange."""
     check_pinpoints(pinpoints, tile)
     height, width = best_resolution(size, pinpoints)
     if height % tile or width % tile:
-        raise ValueError(
-            f"an image of {size[0]}x{size[1]} goes on a canvas of {height}x{width} (image_grid_pinpoints), which is "
-            f"not made of whole tiles of {tile}, so their features make no grid; use multiples of {tile}"
-        )
+        canvas = f"an image of {size[0]}x{size[1]} goes on a canvas of {height}x{width} (image_grid_pinpoints)"
+        raise ValueError(f"{canvas}, which is not made of whole tiles of {tile}; use multiples of {tile}")
     return height // tile, width // tile
 
 
@@ -98,12 +93,7 @@ def unpadded_grid(size: Pair, grid_patches: Pair) -> tuple[int, int, int, int]:
 
 
 def image_token_count(
-    size: Pair,
-    pinpoints: Sequence[Pair],
-    tile: int,
-    patch: int,
-    strategy: str = "default",
-    class_tokens: int = 1,
+    size: Pair, pinpoints: Sequence[Pair], tile: int, patch: int, strategy: str = "default", class_tokens: int = 1
 ) -> int:
     """Places that a picture takes in the prompt: the base, then the kept rows of patches with a newline each.
 
@@ -147,10 +137,8 @@ def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:
                 f"the tile's side of {tile}; found {pinpoint!r:.80}"
             )
     if not any(height % tile == width % tile == 0 for height, width in pinpoints):
-        found = ", ".join(map(str, pinpoints))
-        raise ValueError(
-            f"none of image_grid_pinpoints is made of multiples of the tile's side of {tile}; found {found:.80}"
-        )
+        found = f"{', '.join(map(str, pinpoints)):.80}"
+        raise ValueError(f"none of image_grid_pinpoints has multiples of the tile's side of {tile}; found {found}")
 
 
 def _checked_size(size: Pair) -> Pair:

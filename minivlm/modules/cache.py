@@ -50,18 +50,13 @@ class KVCache:
         return self.data.shape[2]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, T, D) after the filled slots of `layer`; return views (B, K, length + T, D) of both.
-
-        Raises ValueError if they do not fit.
-        """
+        """Write k, v (B, K, T, D) after the filled slots of `layer`; return views (B, K, length + T, D) of both."""
         end = self.length + k.shape[2]
         if self.grows and end > self.slots:
             self.data = self.expand(1, 2 * end).data
         if end > self.slots or k.shape[0] != self.batch:
-            raise ValueError(
-                f"the cache holds {self.batch} rows of {self.slots} tokens; "
-                f"{k.shape[0]} rows of {self.length} + {k.shape[2]} do not fit"
-            )
+            found = f"{k.shape[0]} rows of {self.length} + {k.shape[2]} do not fit"
+            raise ValueError(f"the cache holds {self.batch} rows of {self.slots} tokens; {found}")
         self.data[0, layer, :, :, self.length : end] = k
         self.data[1, layer, :, :, self.length : end] = v
         return self.data[0, layer, :, :, :end], self.data[1, layer, :, :, :end]
@@ -79,9 +74,8 @@ class KVCache:
     def expand(self, times: int, slots: int) -> "KVCache":
         """A copy with `slots` slots in which each row is repeated `times` times; this cache stays as it is."""
         wide = copy.copy(self)
-        shape = list(self.data.shape)
-        shape[2], shape[4] = self.batch * times, slots
-        wide.data = self.data.new_empty(shape)
+        pair, layers, batch, heads, _, width = self.data.shape
+        wide.data = self.data.new_empty(pair, layers, batch * times, heads, slots, width)
         split = wide.data.unflatten(2, (self.batch, times))  # (2, L, B, times, K, slots, D)
         split[..., : self.length, :] = self.data[:, :, :, None, :, : self.length]
         wide._move_images(torch.arange(self.batch, device=self.data.device).repeat_interleave(times))
@@ -92,8 +86,7 @@ class KVCache:
 
         The first `shared` tokens of rows[i] are those of row i, and so are its images: these stay where they are.
         """
-        rows = rows.to(self.data.device)
-        moved = self.data[..., shared : self.length, :]
+        moved, rows = self.data[..., shared : self.length, :], rows.to(self.data.device)
         moved.copy_(moved.index_select(2, rows))
         if not shared:
             self._move_images(rows)

@@ -17,7 +17,7 @@ LIMITS: dict[float, tuple[str, ...]] = {
     2**20: ("hidden_size", "intermediate_size"),
     2**24: ("vocab_size", "max_position_embeddings"),
     2**31 - 1: ("sliding_window",),
-    0.1: ("rms_norm_eps", "layer_norm_eps"),
+    1.0: ("rms_norm_eps", "layer_norm_eps"),
     1e12: ("rope_theta",),
 }
 MOST = {name: most for most, names in LIMITS.items() for name in names}
@@ -81,3 +81,8 @@ def check_token_ids(where: str, value: Any) -> None:
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(type(token) is int and -1 <= token < 2**31 for token in ids):
         raise ValueError(f"{where} should be made of token ids, found {value!r:.80}")
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a model's config."""
+    return getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat

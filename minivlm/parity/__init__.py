@@ -1,4 +1,4 @@
-"""Two models on the same question, stage by stage: which is the first place where they disagree?
+"""Two models on the same question, stage by stage: at which stage do they first disagree?
 
     from minivlm.parity import Question, Side, compare, drawn_picture
 

@@ -57,7 +57,7 @@ def compare(
     progress: a bar on stderr. Stages that one side has no module for are skipped and listed.
 
         a, b = Side("shapes-idefics2", "transformers"), Side("shapes-idefics2", attn="eager")
-        report = compare(a, b, Question((picture,), "what is this?"))
+        report = compare(a, b, Question((image,), "what is this?"))
         print(report.table())
         assert report.first is None, f"{report.first.stage} diverges: {report.first.code}"
 
@@ -265,7 +265,7 @@ def against(recording: Recording, side: Side, question: Question | None = None, 
     if question is not None and question.identity != known["question"]:
         raise ValueError(
             f"{recording.path} was made of other inputs: {_words(known['question'])}; here it is "
-            f"{_words(question.identity)}. Pass the same pictures and prompt, or record anew"
+            f"{_words(question.identity)}. Pass the same images and prompt, or record anew"
         )
     return _against(recording, side, question, progress)
 

@@ -1,4 +1,4 @@
-"""How far two tensors are apart, and how far they may be.
+"""How far apart two tensors are, and how far apart they may be.
 
 R rows, C channels.
 """
@@ -14,7 +14,7 @@ CHUNK = 1 << 21  # elements looked at together: they are compared in float64
 
 @dataclass
 class Difference:
-    """What `add` has seen so far of a stage, piece by piece: a is the side that counts as right.
+    """Statistics of a stage, collected piece by piece by `add`; side a counts as right.
 
     largest: max |Δ|, at (row, channel).  peak: max |a|.  eps: of the coarser dtype of the two.
     """
@@ -57,7 +57,7 @@ class Difference:
 
     def add_scores(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[int, int]]:
         """What greedy tokens (B, N) were chosen by, (B, N, V): row by row up to the first step at which the tokens
-        differ, for behind it the texts do. → (row of the batch, step) of each row that was added.
+        differ, since the texts after it do. → (row of the batch, step) of each row that was added.
         """
         places = []
         for row, tokens in enumerate(zip(a["tokens"].tolist(), b["tokens"].tolist(), strict=True)):
@@ -88,7 +88,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """How far side a is from itself when nothing but its attention backend (or dtype) changes, at one stage."""
+    """How far side a is from itself at one stage when only its attention backend (or dtype) changes."""
 
     largest: float = 0.0
     relative: float = 0.0

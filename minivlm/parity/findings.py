@@ -1,4 +1,4 @@
-"""The verdict on one stage: how far apart, how far allowed, where the largest difference lies, whose code made it."""
+"""The verdict on one stage: the difference, the difference allowed, where it is largest, and whose code made it."""
 
 import math
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ def _measured(name: str, shape: tuple[int, int], found: Difference, recording: R
 
 
 def input_findings(a: dict[str, Any], b: dict[str, Any], side: Side, known: dict[str, str]) -> list[Finding]:
-    """What both sides' processors made of the question; `side` is b.  known: see `known_differences`."""
+    """Compare what both sides' processors returned for the question; `side` is b.  known: see `known_differences`."""
     processor = sides.processor_of(side)
     findings = []
     for key in [key for key in INPUTS if key in a or key in b]:

@@ -1,4 +1,4 @@
-"""What both sides are asked, and how one question is told from another."""
+"""The question that both sides answer, and how two questions are distinguished."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ PROMPT = "what is this?"
 
 @dataclass(frozen=True)
 class Question:
-    """PIL pictures and a text, for both sides' processors; or the model's inputs as they are."""
+    """PIL images and a text for both sides' processors, or the model's inputs themselves."""
 
     pictures: tuple[Image.Image, ...] = ()
     prompt: str = PROMPT
     inputs: dict[str, Any] | None = None
 
     def encoded(self, side: Side) -> dict[str, Any]:
-        """The inputs, as the side's processor makes them."""
+        """The inputs that the side's processor returns."""
         return sides.encode(side, list(self.pictures), self.prompt) if self.inputs is None else self.inputs
 
     @property
     def identity(self) -> dict[str, str]:
-        """Sizes and hashes, in words that an error can use."""
+        """Sizes and hashes, as an error can print them."""
         if self.inputs is not None:
             return {name: f"{tuple(self.inputs[name].shape)} {_digest(self.inputs[name])}" for name in self.inputs}
         found = [np.asarray(picture.convert("RGB")) for picture in self.pictures]
@@ -43,7 +43,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def drawn_picture() -> Image.Image:
-    """A picture for those who have none at hand: a disc, a square and a triangle, 333x250, so that it is resized."""
+    """A default image: a disc, a square and a triangle, 333x250, so that it has to be resized."""
     picture = Image.new("RGB", (333, 250), "white")
     draw = ImageDraw.Draw(picture)
     draw.ellipse((20, 30, 120, 130), fill="red")

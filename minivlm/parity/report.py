@@ -1,4 +1,4 @@
-"""What a comparison found: as a table of 100 columns, as JSON, as a picture."""
+"""What a comparison found: as a table of 100 columns, as JSON, as a plot."""
 
 import importlib.util
 import math
@@ -15,7 +15,7 @@ from minivlm.parity.operations import Blame
 COLUMNS = ("stage", "shape", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
 WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
 WIDTH = 100
-LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: image or row, place, channel"
+LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: image/row, position, channel"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _finite(value: Any) -> Any:
 
 
 def check_plot(path: str | Path) -> None:
-    """OSError, before an hour's work, if matplotlib is not installed or the picture's folder is not there."""
+    """OSError, before an hour's work, if matplotlib is not installed or the plot's folder does not exist."""
     if importlib.util.find_spec("matplotlib") is None:
         raise OSError("a plot needs matplotlib: pip install 'minivlm[plot]'")
     if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).absolute().parent.is_dir():

@@ -1,7 +1,7 @@
 """One side of a comparison: which code runs which weights, and how. The only place that knows transformers' calls.
 
     side = Side("shapes-idefics2", "transformers", dtype="float32")
-    model, inputs = load(side), encode(side, [picture], "what is this?")
+    model, inputs = load(side), encode(side, [image], "what is this?")
     forward(model, stages, inputs, sink)
 
 calls sink(stage, call, output) for every stage as its module runs, for the first, second, … time.
@@ -56,6 +56,7 @@ class Side:
 
     code: "minivlm" or "transformers".  dtype: of the weights; None keeps what they have.  attn: the backend; None is
     the code's own choice.  quantize: None or one of QUANTIZED, with minivlm only.  device: None is the CPU.
+    adapter: None or a LoRA adapter's folder, which transformers loads by PEFT.
     """
 
     model: Any
@@ -64,6 +65,7 @@ class Side:
     attn: str | None = None
     quantize: str | None = None
     device: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):
@@ -154,10 +156,13 @@ def load(side: Side) -> nn.Module:
     model_class = family(config_of(side).model_type).model_class
     if side.code == "minivlm":
         config = QUANTIZED[side.quantize][0] if side.quantize else None
-        return model_class.from_pretrained(side.model, device_map=side.device, quantization_config=config, **options)
+        options |= {"device_map": side.device, "quantization_config": config, "adapter": side.adapter}
+        return model_class.from_pretrained(side.model, **options)
     try:
         with _quietly():
             model = getattr(transformers(), model_class.__name__).from_pretrained(_folder(side), **options)
+            if side.adapter is not None:  # its layers take their places inside this same model
+                importlib.import_module("peft").PeftModel.from_pretrained(model, side.adapter)
     except Exception as error:  # of many kinds: a cut file is a SafetensorError
         raise OSError(f"{side.version} cannot load {side.model}: {error}") from error
     return model.to(side.device or "cpu").eval()
@@ -250,7 +255,7 @@ def _pillow(model_type: str) -> Any:
 
 
 def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
-    """What the side's processor makes of a question about pictures: a dict of tensors.
+    """What the side's processor returns for a question about images: a dict of tensors.
 
     The prompt around the question is rendered here for both sides, by the checkpoint's chat template if it has one.
     IDEFICS's processor in transformers takes no such text, so there it is written as the model's documentation does.

@@ -1,12 +1,11 @@
-"""What the three models' processors share: reading and writing their folders, checking their settings, their calls.
+"""What the three models' processors share: reading and writing their folders, checking their settings, their calls."""
 
-The functions whose first argument is `cls` or `self` are methods, written into the classes as they are.
-"""
-
-from collections.abc import Callable, Iterator
+import copy
+import difflib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -14,89 +13,176 @@ from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.files import read_configs, saving, write_json
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
+from minivlm.processing.tools import ImageProcessorTools, ProcessorTools
 from minivlm.text import chat_template as chat
-from minivlm.text.tokenizer import Prompt, Tokenizer, as_texts
+from minivlm.text.tokenizer import TEXT_OPTIONS, Prompt, Tokenizer, as_texts
 
-Processor = TypeVar("Processor", bound=Callable)
 MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
 MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
 # red, green and blue of the pictures that CLIP was trained on
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-
-# ---- Methods of the image processors ---------------------------------------------------------------------------------
-
-
-def image_settings(cls: type, config: dict[str, Any]) -> Any:
-    """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
-    return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+OTHER_OPTIONS = ("return_tensors", "return_mm_token_type_ids")
+GROUPS = ("text_kwargs", "images_kwargs")
 
 
-def read_image_processor(cls: type, name_or_folder: str | Path, **where: Any) -> Any:
-    """From a folder or Hub id; `where` is what `hub.source` takes."""
-    with hub.blame(str(name_or_folder)):
-        return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+class ImageProcessor(ImageProcessorTools):
+    """Base class of dataclasses whose fields are those of preprocessor_config.json."""
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
+        return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> Self:
+        """From a folder or Hub id; `where` is what `hub.source` takes."""
+        with hub.blame(str(name_or_folder)):
+            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, as transformers reads it."""
+        name = type(self).__name__
+        names = {"image_processor_type": name, "processor_class": name.replace("ImageProcessor", "Processor")}
+        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+
+    def changed(self, changes: dict[str, Any]) -> Self:
+        """A copy with other values of some fields; None changes nothing. TypeError for names of no field."""
+        names = [f.name for f in fields(self)]
+        check_names(changes, names)
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
-def write_image_processor(self: Any, folder: str | Path) -> None:
-    """Write preprocessor_config.json, as transformers reads it."""
-    name = type(self).__name__
-    names = {"image_processor_type": name, "processor_class": name.replace("ImageProcessor", "Processor")}
-    write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
+class Processor(ProcessorTools):
+    """Base class: a family adds its constructor and `encode`.
 
-
-# ---- Methods of the processors ---------------------------------------------------------------------------------------
-
-
-def from_pretrained(
-    cls: type[Processor],
-    name_or_folder: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
-    use_auth_token: str | bool | None = None,
-    **changes: Any,
-) -> Processor:
-    """A checkpoint's processor: of a folder, a name that ships with the package, or a Hub id.
-
-    `changes` are the caller's and win over the files: fields of the image processor (do_image_splitting=False,
-    size={…}), `SETTINGS` of the processor, padding_side and chat_template (jinja, or a name of `chat_template.KNOWN`).
-    One of None counts as not given; TypeError for any other name. Other options of `transformers` are accepted where
-    they change nothing here (`checkpoint/options.py`).
+    SETTINGS has its own settings in processor_config.json and, for those that older files lack, where the model's
+    config.json has them.
     """
-    source = hub.source(
-        name_or_folder,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=options.first(token=token, use_auth_token=use_auth_token),
-        local_files_only=local_files_only,
-        subfolder=subfolder,
-    )
-    image_config, config = read_configs(source)
-    with hub.blame(f"{source.name}: the image processor's settings"):
-        image_processor = cls.image_processor_class.from_dict(image_config)
-    tokenizer = Tokenizer.from_source(source)
-    image_fields = {f.name for f in fields(image_processor)}
-    known = image_fields | cls.SETTINGS.keys() | {"padding_side", "chat_template"}
-    others = {name: value for name, value in changes.items() if name not in known}
-    options.refuse_others(others, options.LOADING, known)
-    changes = {name: value for name, value in changes.items() if name in known and value is not None}
-    tokenizer.padding_side = changes.get("padding_side", tokenizer.padding_side)
-    template = chat.find_template(source, config, tokenizer.config)
-    settings = {"chat_template": template} | {name: config.get(name) for name in cls.SETTINGS}
-    settings |= {name: changes[name] for name in settings if name in changes}
-    if missing := {name: path for name, path in cls.SETTINGS.items() if path and settings[name] is None}:
-        settings |= _from_model_config(source, missing)
-    image_changes = {name: value for name, value in changes.items() if name in image_fields}
-    with hub.blame(source.name):
-        known = {name: value for name, value in settings.items() if value is not None}
-        return cls(replace(image_processor, **image_changes), tokenizer, **known)
+
+    image_processor_class: ClassVar[type]
+    SETTINGS: ClassVar[dict[str, str | None]]
+    apply_chat_template = chat.apply
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        use_auth_token: str | bool | None = None,
+        **changes: Any,
+    ) -> Self:
+        """A checkpoint's processor: from a folder, by a name that ships with the package, or by a Hub id.
+
+        `changes` win over the files: fields of the image processor (do_image_splitting=False, size={…}), `SETTINGS` of
+        the processor, padding_side and chat_template (jinja, or a name of `chat_template.KNOWN`). None counts as not
+        given; TypeError for any other name. Other options of `transformers` are accepted where they change nothing
+        here (`checkpoint/options.py`).
+        """
+        source = hub.source(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=options.first(token=token, use_auth_token=use_auth_token),
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        image_config, config = read_configs(source)
+        with hub.blame(f"{source.name}: the image processor's settings"):
+            image_processor = cls.image_processor_class.from_dict(image_config)
+        tokenizer = Tokenizer.from_source(source)
+        image_fields = {f.name for f in fields(image_processor)}
+        known = image_fields | cls.SETTINGS.keys() | {"padding_side", "chat_template"}
+        others = {name: value for name, value in changes.items() if name not in known}
+        options.refuse_others(others, options.LOADING, known)
+        changes = {name: value for name, value in changes.items() if name in known and value is not None}
+        tokenizer.padding_side = changes.get("padding_side", tokenizer.padding_side)
+        template = chat.named(changes.get("chat_template")) or chat.find_template(source, config, tokenizer.config)
+        tokenizer.chat_template = template
+        settings = {"chat_template": template} | {name: changes.get(name, config.get(name)) for name in cls.SETTINGS}
+        if missing := {name: path for name, path in cls.SETTINGS.items() if path and settings[name] is None}:
+            settings |= _from_model_config(source, missing)
+        image_changes = {name: value for name, value in changes.items() if name in image_fields}
+        with hub.blame(source.name):
+            known = {name: value for name, value in settings.items() if value is not None}
+            return cls(replace(image_processor, **image_changes), tokenizer, **known)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
+        config = {name: getattr(self, name) for name in self.SETTINGS} | {"processor_class": type(self).__name__}
+        known = {name: value for name, value in sorted(config.items()) if value is not None}
+        with saving() as save:
+            self.image_processor.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            save.json(Path(folder) / "processor_config.json", known)
+            chat.save(self.chat_template, Path(folder))
+
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
+        """Prompts, images or both → `Inputs`.
+
+        Options: those of `Tokenizer.assemble` (padding, truncation, max_length, add_special_tokens, padding_side,
+        pad_to_multiple_of); `return_tensors` ("pt", "np" or None); every field of the image processor, for this call
+        alone (do_image_splitting, size, …); `return_mm_token_type_ids`, for 1 at image tokens and 0 elsewhere. They may
+        also stand in text_kwargs={…} and images_kwargs={…}, and one of None counts as not given.
+        """
+        if text is None and images is None:
+            raise ValueError("pass text, images or both")
+        if text is not None:
+            return self.encode_prompts([Prompt(each) for each in as_texts(text)], images, **options)
+        processor, options = self.for_call(options)
+        return processor.image_processor(images, options.get("return_tensors"))
+
+    def encode_prompts(self, prompts: list[Prompt], images: Any = None, **options: Any) -> Inputs:
+        """What a call and `apply_chat_template` share. ValueError unless there is one image for every image token."""
+        processor, options = self.for_call(options)
+        return_tensors = options.pop("return_tensors", None)
+        token_types = options.pop("return_mm_token_type_ids", False)
+        rows = image_rows(images, [prompt.text.count(self.image_token) for prompt in prompts], self.image_token)
+        return self.finished(processor.encode(prompts, rows, **options), return_tensors, token_types)
+
+    def finished(self, inputs: Inputs, return_tensors: str | None, token_types: bool) -> Inputs:
+        """Inputs as the caller wants them, on request with mm_token_type_ids."""
+        if token_types:
+            inputs["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in inputs["input_ids"]]
+        return inputs.convert(return_tensors)
+
+    def call_options(self) -> tuple[str, ...]:
+        """Names of the options of a call."""
+        image_fields = (f.name for f in fields(self.image_processor))
+        return (*TEXT_OPTIONS, *OTHER_OPTIONS, *GROUPS, *image_fields)
+
+    def for_call(self, options: dict[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The processor with the image options of one call, and the other options. TypeError for unknown names."""
+        given = {name: value for name, value in options.items() if name not in GROUPS}
+        for group in GROUPS:
+            for name, value in (options.get(group) or {}).items():
+                if name in given:
+                    raise TypeError(f"the option {name!r} is given twice, in {group} too")
+                given[name] = value
+        check_names(given, self.call_options())
+        given = {name: value for name, value in given.items() if value is not None}
+        changes = {f.name: given.pop(f.name) for f in fields(self.image_processor) if f.name in given}
+        if not changes:
+            return self, given
+        processor = copy.copy(self)
+        processor.image_processor = self.image_processor.changed(changes)
+        return processor, given
+
+    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
+        """`Tokenizer.decode`."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """`Tokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
 
 
 def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, Any]:
-    """What the model's config.json, if there is one, says about a processor's settings; None where it says nothing."""
+    """What the model's config.json, if there is one, has for a processor's settings; None where it has nothing."""
     found = {}
     for name, path in paths.items():
         value = source.json("config.json", required=False)
@@ -106,64 +192,15 @@ def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, A
     return found
 
 
-def save_pretrained(self: Any, folder: str | Path) -> None:
-    """Write all small files; `transformers.AutoProcessor.from_pretrained(folder)` reads them."""
-    config = {name: getattr(self, name) for name in self.SETTINGS} | {"processor_class": type(self).__name__}
-    known = {name: value for name, value in sorted(config.items()) if value is not None}
-    with saving() as save:
-        self.image_processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        save.json(Path(folder) / "processor_config.json", known)
-        chat.save(self.chat_template, Path(folder))
-
-
-def call(
-    self: Any,
-    images: Any = None,
-    text: str | list[str] | None = None,
-    *,
-    padding: bool | str = False,
-    truncation: bool | str | None = None,
-    max_length: int | None = None,
-    return_tensors: str | None = None,
-    add_special_tokens: bool = True,
-) -> Inputs:
-    """Prompts, pictures or both → `Inputs`; the options of the text are those of `Tokenizer.assemble`."""
-    if text is None and images is None:
-        raise ValueError("pass text, images or both")
-    if text is None:
-        return self.image_processor(images, return_tensors)
-    options = {"padding": padding, "truncation": truncation, "max_length": max_length}
-    options |= {"return_tensors": return_tensors, "add_special_tokens": add_special_tokens}
-    return self.encode_prompts([Prompt(each) for each in as_texts(text)], images, **options)
-
-
-def encode_prompts(
-    self: Any,
-    prompts: list[Prompt],
-    images: Any = None,
-    *,
-    return_tensors: str | None = None,
-    **options: Any,
-) -> Inputs:
-    """What `call` and `apply_chat_template` share. ValueError unless there is one image for every image token."""
-    rows = image_rows(images, [prompt.text.count(self.image_token) for prompt in prompts], self.image_token)
-    return self.encode(prompts, rows, **options).convert(return_tensors)
-
-
-def call_options(self: Any) -> tuple[str, ...]:
-    """Names of the options of `call` that `apply_chat_template` passes on."""
-    return ("padding", "truncation", "max_length", "return_tensors", "add_special_tokens")
-
-
-def decode(self: Any, *args: Any, **kwargs: Any) -> str | list[str]:
-    """`Tokenizer.decode`."""
-    return self.tokenizer.decode(*args, **kwargs)
-
-
-def batch_decode(self: Any, *args: Any, **kwargs: Any) -> list[str]:
-    """`Tokenizer.batch_decode`."""
-    return self.tokenizer.batch_decode(*args, **kwargs)
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """TypeError for a name that is not known, with the nearest that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(
+                f"got an unexpected keyword argument {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
 
 
 # ---- Pictures and prompts --------------------------------------------------------------------------------------------

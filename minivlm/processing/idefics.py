@@ -24,10 +24,17 @@ from PIL import Image
 
 from minivlm.families.record import Region
 from minivlm.modules.inputs import Inputs
-from minivlm.processing import common
-from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, pixel_table_of
+from minivlm.processing.common import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MAX_EDGE,
+    ImageProcessor,
+    Processor,
+    assemble,
+    check_pixel_options,
+    pixel_table_of,
+)
 from minivlm.processing.images import load_image, nest_images, resize, write_pixels
-from minivlm.text import chat_template as chat
 from minivlm.text.shown import short
 from minivlm.text.tokenizer import Prompt, Tokenizer
 
@@ -38,7 +45,7 @@ FILE_NAME = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 
 @dataclass
-class IdeficsImageProcessor:
+class IdeficsImageProcessor(ImageProcessor):
     """Pictures → pixel values. The fields are those of preprocessor_config.json, in old files and new ones.
 
     Differs from `transformers` 5.23, where the way in decides: here every picture is turned upright first, and what is
@@ -47,6 +54,7 @@ class IdeficsImageProcessor:
     """
 
     background: ClassVar[str] = "white"
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_attention_mask"]
 
     image_size: int = 224
     image_num_channels: int = 3
@@ -74,18 +82,22 @@ class IdeficsImageProcessor:
         if not isinstance(size, dict) or any(side != size.get("height") for side in size.values()):
             raise ValueError(f"IDEFICS's pictures are squares, found size={size!r:.80}")
         config = {"image_size": size.get("height"), **config}
-        return common.image_settings(cls, config)
-
-    from_pretrained = classmethod(common.read_image_processor)
-    save_pretrained = common.write_image_processor
+        return super().from_dict(config)
 
     def __call__(
-        self, images: Any, return_tensors: str | None = None, transform: Callable[[Image.Image], Any] | None = None
+        self,
+        images: Any,
+        return_tensors: str | None = None,
+        transform: Callable[[Image.Image], Any] | None = None,
+        **changes: Any,
     ) -> Any:
         """One picture or lists of them → (N, 3, S, S) float32, an array or, for "pt", a tensor (and no dict, as there).
 
         `transform`, for training, takes the place of all steps: it gets the upright RGB picture and returns a tensor.
+        `changes` are fields with other values for this call.
         """
+        if changes:
+            return self.changed(changes)(images, return_tensors, transform)
         self.__post_init__()  # fields may have been set since
         pictures = self.fetch_images(images)
         if not pictures:
@@ -116,7 +128,7 @@ class IdeficsImageProcessor:
         return [load_image(image, self.background) for row in nest_images(images) for image in row]
 
 
-class IdeficsProcessor:
+class IdeficsProcessor(Processor):
     """Prompts of texts and pictures → everything that the model takes; ids → text.
 
     Differs from `transformers` 5.23 in four ways, and a test names each:
@@ -133,7 +145,7 @@ class IdeficsProcessor:
     """
 
     image_processor_class = IdeficsImageProcessor
-    SETTINGS: ClassVar[dict[str, str | None]] = {"add_end_of_utterance_token": None}  # see `common.from_pretrained`
+    SETTINGS: ClassVar[dict[str, str | None]] = {"add_end_of_utterance_token": None}  # see `Processor`
 
     def __init__(
         self,
@@ -153,23 +165,16 @@ class IdeficsProcessor:
         self.image_token = IMAGE
         self.fake_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids([FAKE, IMAGE])
 
-    from_pretrained = classmethod(common.from_pretrained)
-    save_pretrained = common.save_pretrained
-    apply_chat_template, encode_prompts, call_options = chat.apply, common.encode_prompts, common.call_options
-    decode, batch_decode = common.decode, common.batch_decode
-
     def __call__(
         self,
         images: Any = None,
         text: Any = None,
         *,
-        padding: bool | str = "longest",
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
         return_tensors: str | None = "pt",
         add_end_of_utterance_token: bool | None = None,
         add_eos_token: bool = False,
         transform: Callable[[Image.Image], Any] | None = None,
+        **options: Any,
     ) -> Inputs:
         """input_ids, attention_mask (B, T), pixel_values (B, N, 3, S, S), image_attention_mask (B, T, N).
 
@@ -183,14 +188,18 @@ class IdeficsProcessor:
         Prompts without pictures get one of zeros that no token sees. `add_eos_token` ends every prompt with `</s>`.
         ValueError for marks of pictures in a text and for truncation that would cut a picture.
         """
+        processor, options = self.for_call(options)
+        return_tensors = options.pop("return_tensors", return_tensors)
+        token_types = options.pop("return_mm_token_type_ids", False)
         separator = self._separator(add_end_of_utterance_token)
         prompts = [write_prompt(p, separator, f"prompt {n}") for n, p in enumerate(read_prompts(images, text))]
         begin = self.tokenizer.bos_token or ""
         end = (self.tokenizer.eos_token or "") if add_eos_token else ""
         bodies = [self.tokenizer.encode(begin + text + end, add_special_tokens=False) for text, _ in prompts]
-        options = {"padding": padding, "truncation": truncation, "max_length": max_length, "add_special_tokens": False}
-        ids = self.tokenizer.assemble(bodies, keep=self.fake_token_id, **options)
-        return self._with_pictures(ids, [pictures for _, pictures in prompts], transform).convert(return_tensors)
+        options = {"padding": "longest", **options, "add_special_tokens": False}
+        inputs = self.tokenizer.assemble(bodies, keep=self.fake_token_id, **options)
+        inputs = processor._with_pictures(inputs, [pictures for _, pictures in prompts], transform)
+        return self.finished(inputs, return_tensors, token_types)
 
     def _separator(self, wanted: bool | None) -> str:
         wanted = self.add_end_of_utterance_token if wanted is None else wanted
@@ -202,10 +211,12 @@ class IdeficsProcessor:
     def encode(self, prompts: list[Prompt], rows: list[list[Any]], **options: Any) -> Inputs:
         """For chat templates: prompts with an `<image>` for each image of their row → Inputs."""
         blocks = itertools.repeat([self.fake_token_id, self.image_token_id, self.fake_token_id])
-        inputs = common.assemble(
-            self.tokenizer, prompts, self.image_token_id, blocks, border=self.fake_token_id, **options
-        )
+        inputs = assemble(self.tokenizer, prompts, self.image_token_id, blocks, border=self.fake_token_id, **options)
         return self._with_pictures(inputs, rows)
+
+    def image_counts(self, height: int, width: int) -> tuple[int, int]:
+        """One image token, one image, whatever its size."""
+        return 1, 1
 
     def _with_pictures(self, inputs: Inputs, rows: list[list[Any]], transform: Any = None) -> Inputs:
         """Add pixel_values and image_attention_mask; `keep` above needs only F: no cut takes an I and leaves its Fs."""
@@ -260,7 +271,7 @@ def write_prompt(items: list[Any], separator: str, name: str) -> tuple[str, list
             if isinstance(before, str) and not (before.endswith(END_OF_UTTERANCE) or item.startswith(END_OF_UTTERANCE)):
                 written += separator
             written, before = written + item, item
-        elif isinstance(item, (str, *PICTURES)):
+        elif isinstance(item, (str, *PICTURES)) or (isinstance(item, dict) and (item.get("bytes") or item.get("path"))):
             written += IMAGE + FAKE if before is pictures else FAKE + IMAGE + FAKE
             pictures.append(item.strip() if isinstance(item, str) else item)
             before = pictures

@@ -15,10 +15,8 @@ import numpy as np
 
 from minivlm.families.record import Region
 from minivlm.modules.inputs import Inputs
-from minivlm.processing import common
-from minivlm.processing.common import MAX_EDGE, check_pixel_options, pixel_table_of
+from minivlm.processing.common import MAX_EDGE, ImageProcessor, Processor, assemble, check_pixel_options, pixel_table_of
 from minivlm.processing.images import check_pixel_count, load_image, nest_images, resize, write_pixels
-from minivlm.text import chat_template as chat
 from minivlm.text.tokenizer import Prompt, Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
@@ -51,11 +49,13 @@ def image_block(image_seq_len: int, splitting: bool) -> list[str]:
 
 
 @dataclass
-class Idefics2ImageProcessor:
+class Idefics2ImageProcessor(ImageProcessor):
     """Pictures → pixel_values and pixel_attention_mask. The fields are those of preprocessor_config.json.
 
     `do_convert_rgb` changes nothing: pictures always become upright RGB by the rules of `load_image`.
     """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_attention_mask"]
 
     do_convert_rgb: bool = True
     do_resize: bool = True
@@ -79,14 +79,13 @@ class Idefics2ImageProcessor:
             )
         check_pixel_options(self)
 
-    from_dict = classmethod(common.image_settings)
-    from_pretrained = classmethod(common.read_image_processor)
-    save_pretrained = common.write_image_processor
-
-    def __call__(self, images: Any, return_tensors: str | None = None) -> Inputs:
+    def __call__(self, images: Any, return_tensors: str | None = None, **changes: Any) -> Inputs:
         """One image, a flat list (one prompt's) or a list per prompt → pixel_values (B, N, 3, H, W) float32,
-        pixel_attention_mask (B, N, H, W) int64, 1 on the picture. Padding, right and below, is exactly 0.0.
+        pixel_attention_mask (B, N, H, W) int64, 1 on the picture. Padding, right and below, is exactly 0.0. `changes`
+        are fields with other values for this call.
         """
+        if changes:
+            return self.changed(changes)(images, return_tensors)
         self.__post_init__()  # fields may have been set since
         rows = [[part for image in row for part in self.parts(load_image(image))] for row in nest_images(images)]
         sizes = [part.size for row in rows for part in row]
@@ -141,7 +140,7 @@ class Idefics2ImageProcessor:
         return found
 
 
-class Idefics2Processor:
+class Idefics2Processor(Processor):
     """Prompts and pictures → everything that the model takes; ids → text.
 
     Differs from `transformers` 5.23 in the ids after special tokens, where this follows the checkpoint's tokenizer.json
@@ -149,7 +148,7 @@ class Idefics2Processor:
     """
 
     image_processor_class = Idefics2ImageProcessor
-    SETTINGS: ClassVar[dict[str, str | None]] = {"image_seq_len": None}  # see `common.from_pretrained`
+    SETTINGS: ClassVar[dict[str, str | None]] = {"image_seq_len": None}  # see `Processor`
 
     def __init__(
         self,
@@ -165,27 +164,27 @@ class Idefics2Processor:
         self.image_token, self.fake_image_token, self.end_of_utterance_token = IMAGE, FAKE, END_OF_UTTERANCE
         self.fake_image_token_id, self.image_token_id = tokenizer.convert_tokens_to_ids([FAKE, IMAGE])
 
-    from_pretrained = classmethod(common.from_pretrained)
-    save_pretrained = common.save_pretrained
-    apply_chat_template, encode_prompts, call_options = chat.apply, common.encode_prompts, common.call_options
-    decode, batch_decode = common.decode, common.batch_decode
-
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
         """input_ids and attention_mask (B, T), and with images pixel_values (B, N, 3, H, W) and pixel_attention_mask.
 
         `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
-        `<image>` in a text needs one. Options: see `common.call`.
+        `<image>` in a text needs one. Options: see `Processor.__call__`.
         ValueError for counts that differ and for truncation that would cut a picture.
         """
-        return common.call(self, images, text, **options)
+        return super().__call__(images, text, **options)
 
     def encode(self, prompts: list[Prompt], rows: list[list[Any]], **options: Any) -> Inputs:
-        """Prompts with an `<image>` for each image of their row → Inputs; see `common.encode_prompts`."""
+        """Prompts with an `<image>` for each image of their row → Inputs."""
         tokens = image_block(self.image_seq_len, self.image_processor.do_image_splitting)
         blocks = itertools.repeat(self.tokenizer.convert_tokens_to_ids(tokens))
-        inputs = common.assemble(
+        inputs = assemble(
             self.tokenizer, prompts, self.image_token_id, blocks, border=self.fake_image_token_id, **options
         )
         if any(rows):
             inputs.update(self.image_processor(rows))
         return inputs
+
+    def image_counts(self, height: int, width: int) -> tuple[int, int]:
+        """Image tokens and images, crops included, of an image of this size."""
+        crops = 5 if self.image_processor.do_image_splitting else 1
+        return self.image_seq_len * crops, crops

@@ -13,6 +13,7 @@ Every route by which a picture enters goes through `load_image`, so one rule hol
 """
 
 import io
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -31,11 +32,14 @@ MAX_SIDE = 65_535  # pixels, the most of a JPEG; resizing a longer side needs we
 MAX_FILE = 2**29  # bytes; a TIFF of MAX_PIXELS in 16-bit RGB has 384 MiB
 MAX_READS = 10**6  # a photograph takes a hundred, a PNG of MAX_FILE in pieces of 8 KiB 200,000
 MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
+# how a JPEG, PNG, GIF, WEBP, BMP or TIFF begins in base64
+BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def load_image(source: Any, background: str | None = None) -> Image.Image:
-    """An upright RGB picture from a `PIL.Image`, a path, an http(s) or data URL, bytes, an array or a tensor.
+    """An upright RGB picture from a `PIL.Image`, a path, an http(s) or data URL, base64, bytes, an array or a tensor,
+    or {"bytes": …, "path": …} with one of them.
 
     Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: whole numbers in 0..255, or floats in
     [0, 1] or, if one is above 1, in 0..255.
@@ -55,8 +59,12 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if isinstance(source, str) and (url := URL.match(source)):
         inline = url[0].lower() == "data:"
         return _decode(fetch(source), "the picture in the data: URL" if inline else shown(source))
+    if isinstance(source, str) and source.startswith(BASE64) and not os.path.isfile(source):
+        return _decode(fetch(f"data:;base64,{source}"), f"the picture given as {len(source)} characters of base64")
     if isinstance(source, str | Path):
         return _open_path(source)
+    if isinstance(source, dict) and (inner := source.get("bytes") or source.get("path")):  # as data sets store it
+        return _open(inner)
     if isinstance(source, torch.Tensor):
         source = _tensor_to_array(source)
     if isinstance(source, np.ndarray):

@@ -17,23 +17,32 @@ from PIL import Image
 from minivlm.families.record import Region
 from minivlm.modules.anyres import best_resolution, check_pinpoints, image_token_count, placement
 from minivlm.modules.inputs import Inputs
-from minivlm.processing import common
-from minivlm.processing.common import CLIP_MEAN, CLIP_STD, MAX_EDGE, check_pixel_options, pixel_table_of
+from minivlm.processing.common import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MAX_EDGE,
+    ImageProcessor,
+    Processor,
+    assemble,
+    check_pixel_options,
+    pixel_table_of,
+)
 from minivlm.processing.images import load_image, nest_images, resize, write_pixels
-from minivlm.text import chat_template as chat
 from minivlm.text.tokenizer import Prompt, Tokenizer
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 @dataclass
-class LlavaNextImageProcessor:
+class LlavaNextImageProcessor(ImageProcessor):
     """Pictures → pixel_values and image_sizes. The fields are those of preprocessor_config.json.
 
     The defaults are the values of all released checkpoints; transformers' own, squares of 224, are those of none.
     `do_convert_rgb` changes nothing: pictures always become upright RGB by the rules of `load_image`. (For paths and
     URLs 5.23 does the same. A `PIL.Image` it does not turn, and lays on white what is transparent in it.)
     """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
 
     do_convert_rgb: bool = True
     do_resize: bool = True
@@ -75,15 +84,15 @@ class LlavaNextImageProcessor:
                 "these settings of an image processor have no image_grid_pinpoints, so they are not LLaVA-NeXT's; pass "
                 f"them as [[height, width], …], for the released checkpoints {PINPOINTS}"
             )
-        return common.image_settings(cls, config)
+        return super().from_dict(config)
 
-    from_pretrained = classmethod(common.read_image_processor)
-    save_pretrained = common.write_image_processor
-
-    def __call__(self, images: Any, return_tensors: str | None = None) -> Inputs:
+    def __call__(self, images: Any, return_tensors: str | None = None, **changes: Any) -> Inputs:
         """Images, flat or in lists → pixel_values (N, T, 3, S, S) float32, the base first, then the tiles row by row,
         and image_sizes (N, 2) int64, the (height, width) of the pictures as they came. Missing tiles are exactly 0.0.
+        `changes` are fields with other values for this call.
         """
+        if changes:
+            return self.changed(changes)(images, return_tensors)
         self.__post_init__()  # fields may have been set since
         pictures = [load_image(image) for row in nest_images(images) for image in row]
         if not pictures:
@@ -150,7 +159,7 @@ class LlavaNextImageProcessor:
         return part.crop((left, top, left + self.tile, top + self.tile))
 
 
-class LlavaNextProcessor:
+class LlavaNextProcessor(Processor):
     """Prompts and pictures → everything that the model takes; ids → text.
 
     `num_additional_image_tokens` counts the class token that CLIP puts before its patches. It is 1 unless it is given;
@@ -160,7 +169,7 @@ class LlavaNextProcessor:
     """
 
     image_processor_class = LlavaNextImageProcessor
-    # What older processor files lack is read from the model's config.json; see `common.from_pretrained`.
+    # What older processor files lack is read from the model's config.json; see `Processor`.
     SETTINGS: ClassVar[dict[str, str | None]] = {
         "patch_size": "vision_config.patch_size",
         "vision_feature_select_strategy": "vision_feature_select_strategy",
@@ -188,29 +197,24 @@ class LlavaNextProcessor:
         if patch_size is not None:
             self.image_places(1, 1)  # bad settings are found here, not at the first picture
 
-    from_pretrained = classmethod(common.from_pretrained)
-    save_pretrained = common.save_pretrained
-    apply_chat_template, encode_prompts, call_options = chat.apply, common.encode_prompts, common.call_options
-    decode, batch_decode = common.decode, common.batch_decode
-
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
         """input_ids and attention_mask (B, L), and with images pixel_values (N, T, 3, S, S) and image_sizes (N, 2).
 
         `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
-        `<image>` in a text needs one. Options: see `common.call`.
+        `<image>` in a text needs one. Options: see `Processor.__call__`.
         `processor(prompt, image)`, as older documentation writes it, works too. ValueError for counts that differ and
         for truncation that would cut a picture.
         """
         if self._is_prompt(images) and not self._is_prompt(text):
             images, text = text, images
-        return common.call(self, images, text, **options)
+        return super().__call__(images, text, **options)
 
     def encode(self, prompts: list[Prompt], rows: list[list[Any]], **options: Any) -> Inputs:
-        """Prompts with an `<image>` for each image of their row → Inputs; see `common.encode_prompts`."""
+        """Prompts with an `<image>` for each image of their row → Inputs."""
         pictures = self.image_processor(rows) if any(rows) else Inputs()
         sizes = pictures.image_sizes.tolist() if pictures else []
         blocks = ([self.image_token_id] * self.image_places(*size) for size in sizes)
-        inputs = common.assemble(self.tokenizer, prompts, self.image_token_id, blocks, **options)
+        inputs = assemble(self.tokenizer, prompts, self.image_token_id, blocks, **options)
         inputs.update(pictures)
         return inputs
 
@@ -229,6 +233,10 @@ class LlavaNextProcessor:
             self.vision_feature_select_strategy,
             self.num_additional_image_tokens,
         )
+
+    def image_counts(self, height: int, width: int) -> tuple[int, int]:
+        """Image tokens of an image of this size, and 1: its tiles are one entry of pixel_values."""
+        return self.image_places(height, width), 1
 
     def _is_prompt(self, value: Any) -> bool:
         texts = value if isinstance(value, list | tuple) else [value]

@@ -5,14 +5,14 @@ from typing import Any
 from minivlm.text.shown import short
 
 ROLES = ("system", "user", "assistant")
-IMAGE_KEYS = ("image", "url", "path", "image_url")
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
 def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages in the form that templates receive, and the images in them (None for an image item without one).
 
     A message is {"role": …, "content": …}; content is a list of {"type": "text", "text": …} and {"type": "image"}
-    items, the latter with the image under "image", "url" or "path", or as {"type": "image_url", "image_url":
+    items, the latter with the image under "image", "url", "path" or "base64", or as {"type": "image_url", "image_url":
     {"url": …}}. A plain string as content counts as one text item (Idefics2's template would drop it). Only these two
     keys of a message reach the template.
     """

@@ -85,11 +85,16 @@ class TokenizerTools:
     ) -> Any:
         """`chat_template.apply` without images, by the tokenizer's own `chat_template`.
 
-        Image items become one `<image>` each, as the template writes it. Nothing is put around the prompt.
+        Nothing is put around the prompt, and the rows of a single conversation are flat lists, as in transformers.
         """
         from minivlm.text.chat_template import apply  # which imports the tokenizer
 
-        return apply(_TextProcessor(self), conversation, tokenize=tokenize, return_dict=return_dict, **options)
+        found = apply(_TextProcessor(self), conversation, tokenize=tokenize, return_dict=True, **options)
+        if not tokenize:
+            return found
+        if not isinstance(conversation[0], list | tuple) and options.get("return_tensors") is None:
+            found = Inputs({name: rows[0] for name, rows in found.items()})
+        return found if return_dict else found["input_ids"]
 
 
 class _TextProcessor:
@@ -104,8 +109,10 @@ class _TextProcessor:
         return ("padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of", "return_tensors")
 
     def encode_prompts(
-        self, prompts: list[Any], images: Any = None, return_tensors: str | None = None, **options: Any
+        self, prompts: list[Any], images: list[list[Any]], return_tensors: str | None = None, **options: Any
     ) -> Inputs:
+        if any(images):
+            raise ValueError("a tokenizer takes no images; call apply_chat_template of the processor")
         bodies, marks = zip(*(prompt.encode(self.tokenizer) for prompt in prompts), strict=True)
         marked = any(prompt.learned is not None for prompt in prompts)
         beside = {"assistant_masks": (list(marks), 0)} if marked else {}

@@ -70,26 +70,21 @@ class Fit:
     values: dict[str, Tensor]
 
 
-def is_adapter(source: hub.Source) -> bool:
-    """Whether a folder or repository holds an adapter and no model."""
-    return source.file("config.json", required=False) is None and source.file(CONFIG, required=False) is not None
-
-
 def read(name_or_folder: str | Path, **where: Any) -> Adapter:
     """The files of an adapter: of a folder or a Hub id; `where` is what `hub.source` takes.
 
     Raises CheckpointError for files that are cut, pickled, of another method than LoRA, or hold NaN or infinity.
     """
     source = hub.source(name_or_folder, **where)
-    path = source.file(CONFIG, required=False)
+    path = source.own(CONFIG, required=False)
     if path is None:
         raise CheckpointFileError(f"{source.name:.200} has no {CONFIG}, so it is not an adapter's folder")
     values = hub.read_json(path)
     with hub.blame(f"{source.name}: {CONFIG}"):
         config = _config(values)
-    weights = source.file(WEIGHTS, required=False)
+    weights = source.own(WEIGHTS, required=False)
     if weights is None:
-        pickled = source.file(PICKLE, required=False) is not None
+        pickled = source.own(PICKLE, required=False) is not None
         raise CheckpointFileError(
             f"{source.name} holds only {PICKLE}, a pickle, which can run code when read; save the adapter with a "
             "current PEFT, which writes safetensors"

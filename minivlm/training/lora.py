@@ -9,11 +9,13 @@ Names and arithmetic are PEFT's; what an adapter's folder holds is read and writ
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.quantization import apply as quantise
 from minivlm.quantization.linear import QuantizedLinear
 from minivlm.training import targets
 from minivlm.training.targets import LoraConfig
@@ -25,6 +27,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer: nn.Module, r: int, alpha: float, config: LoraConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         device = next(base_layer.buffers() if self.quantised else base_layer.parameters(), torch.empty(0)).device
@@ -38,14 +41,6 @@ class LoRALinear(nn.Module):
     @property
     def quantised(self) -> bool:
         return isinstance(self.base_layer, QuantizedLinear)
-
-    @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -191,8 +186,8 @@ def targeted(model: nn.Module, config: LoraConfig, names: dict[str, str]) -> lis
     leaves = {theirs: model.get_submodule(ours) for theirs, ours in names.items()}
     leaves = {theirs: module for theirs, module in leaves.items() if not any(True for _ in module.children())}
     linear = nn.Linear | QuantizedLinear
-    linears = [theirs for theirs, module in leaves.items() if isinstance(module, linear) and theirs != "lm_head"]
-    linears = [theirs for theirs in linears if theirs != "language_model.lm_head"]
+    linears = [theirs for theirs, module in leaves.items() if isinstance(module, linear)]
+    linears = [theirs for theirs in linears if theirs.rpartition(".")[2] != "lm_head"]
     chosen = targets.targeted(config, leaves, linears)
     for theirs in chosen:
         if not isinstance(leaves[theirs], linear | nn.Embedding):
@@ -276,6 +271,22 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             model.set_submodule(name, _plain(module.dequantize(torch.float32), module.bias, dtype))
     model.adapter_config = model.quantization_config = None
     return model
+
+
+def merge_quantised(model: nn.Module, config: Any) -> float:
+    """Merge, and quantise the sum by `config`; how much of the change that costs: ‖rounded − exact‖ / ‖exact − base‖.
+
+    Above 1, the rounding is larger than what was learned.
+    """
+    changed = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    bases = {name: module._base_weight() for name, module in changed.items()}
+    exact = {name: module.changed() for name, module in changed.items()}
+    quantise.quantize(merge(model), config)
+    layers = quantise.layers(model)
+    rounded = {name: layers[name].dequantize(torch.float32) for name in exact if name in layers}
+    error = sum(float((rounded[name] - exact[name]).square().sum()) for name in rounded)
+    change = sum(float((exact[name] - bases[name]).square().sum()) for name in rounded)
+    return math.sqrt(error / change) if change else 0.0
 
 
 def _plain(weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Linear:

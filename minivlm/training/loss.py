@@ -29,7 +29,8 @@ def token_loss(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     learned = labels[:, 1:] != IGNORED
     states, wanted = states[:, :-1][learned], labels[:, 1:][learned]  # (n, C), (n,)
     if torch.is_grad_enabled() and len(wanted):
-        head = [parameter for name, parameter in model.named_parameters() if _of_head(name) and parameter.requires_grad]
+        named = model.named_parameters(remove_duplicate=False)  # a head can be tied to the embeddings
+        head = [parameter for name, parameter in named if not name.startswith("model.") and parameter.requires_grad]
         return _Pieces.apply(model, states, wanted, *head), len(wanted)
     return sum((_summed(model, *piece) for piece in _pieces(model, states, wanted)), states.new_zeros(())), len(wanted)
 
@@ -69,10 +70,6 @@ def _pieces(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _summed(model: Any, states: Tensor, wanted: Tensor) -> Tensor:
     return F.cross_entropy(model.head(states).float(), wanted, reduction="sum")
-
-
-def _of_head(name: str) -> bool:
-    return not name.startswith("model.")
 
 
 def count(labels: Tensor) -> int:

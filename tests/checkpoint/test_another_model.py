@@ -141,6 +141,11 @@ def test_random_values_are_those_of_the_constructor(name: str) -> None:
     assert random_values(build, {norm}).keys() == {norm}
 
 
+def test_a_large_epsilon(folder: Path) -> None:
+    breaker.entry("config.json", "text_config.rms_norm_eps", 0.5)(folder)
+    assert Model.from_pretrained(folder).config.text_config.rms_norm_eps == 0.5
+
+
 # ---- Options that scripts pass ---------------------------------------------------------------------------------------
 
 
@@ -173,6 +178,7 @@ def test_options_that_mean_something(folder: Path, tmp_path: Path) -> None:
         ({"dtype": "float16", "torch_dtype": "float32"}, ValueError, "dtype and torch_dtype"),
         ({"load_in_4bit": True, "load_in_8bit": True}, ValueError, "one of load_in_4bit and load_in_8bit"),
         ({"subfolder": "../other"}, ValueError, "subfolder should be a path inside"),
+        ({"subfolder": "none"}, OSError, "has no folder none; found"),
         ({"subfolder": "/etc"}, ValueError, "subfolder should be a path inside"),
     ],
 )

@@ -21,7 +21,7 @@ from minivlm import AutoModelForImageTextToText as Auto
 from minivlm.auto import family
 from minivlm.checkpoint import hub, loading, unread
 from minivlm.checkpoint.hub import BUILT_IN, CheckpointError
-from minivlm.modules import rope
+from minivlm.modules.rope_scaling import RopeScaling
 
 REAL = sorted([*HUB.glob("*/config.json"), *LLAVA.glob("*/config.json"), *BUILT_IN.glob("*/config.json")])
 THEIRS = [oracle.idefics2_config(), oracle_llava.llava_config(), oracle_idefics.idefics_config()]
@@ -58,7 +58,7 @@ def test_configs_of_the_reference_say_nothing_unread(config: Any, whole: bool, t
 
 
 def test_all_rope_entries_are_known() -> None:
-    fields = {item.name for item in dataclasses.fields(rope.RopeScaling)}
+    fields = {item.name for item in dataclasses.fields(RopeScaling)}
     assert fields <= set(unread.ROPE.split())
 
 

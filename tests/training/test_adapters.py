@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import minivlm
 from minivlm.checkpoint.hub import CheckpointError
 from minivlm.training import adapters, lora
 from minivlm.training.targets import LoraConfig
@@ -307,3 +308,52 @@ def test_targets_that_match_nothing_or_too_much(bases: Any) -> None:
         lora.apply(model, LoraConfig(target_modules=r".*input_layernorm"))
     with pytest.raises(ValueError, match="modules_to_save"):
         lora.apply(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_haed"]))
+
+
+# ---- Loading -------------------------------------------------------------------------------------------------------
+
+
+def test_from_pretrained_with_an_adapter(bases: Any, good: Path, tmp_path: Path) -> None:
+    """Beside the base, or the adapter's folder alone; saved again it is the same adapter, and the base is named."""
+    reference, base = bases("idefics2")
+    plain = adapters.load(peft_side.ours(reference, base), good)
+    expected = logits(plain, "idefics2")
+    beside = type(plain).from_pretrained(base, adapter=good)
+    assert torch.equal(logits(beside, "idefics2"), expected)
+    assert not any(parameter.requires_grad for parameter in beside.parameters())
+
+    beside.save_adapter(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / adapters.CONFIG).read_text())["base_model_name_or_path"] == str(base)
+    alone = minivlm.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(alone, "idefics2"), expected)
+    assert alone.name_or_path == str(base)
+    with pytest.raises(ValueError, match="save_adapter"):
+        alone.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(
+    bases: Any, good: Path, tmp_path: Path
+) -> None:
+    _, base = bases("idefics2")
+    folder = shutil.copytree(good, tmp_path / "adapter")
+    change_tensors(folder, TENSORS["another width"][0])
+    empty = shutil.copytree(base, tmp_path / "base")
+    (empty / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="another shape"):
+        minivlm.AutoModelForImageTextToText.from_pretrained(empty, adapter=folder)
+
+
+@pytest.mark.parametrize("name", [None, "/no/such/folder"])
+def test_an_adapter_without_its_base(good: Path, tmp_path: Path, name: str | None) -> None:
+    folder = shutil.copytree(good, tmp_path / "adapter")
+    change_config(folder, {"base_model_name_or_path": name})
+    with pytest.raises(CheckpointError, match="adapter="):
+        minivlm.AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_an_adapter_on_an_adapter(good: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "adapter")
+    change_config(folder, {"base_model_name_or_path": str(folder)})
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        minivlm.AutoModelForImageTextToText.from_pretrained(folder)

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", help="folder, built-in name, Hub id, or the name of a known release (needs no network)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options.add_adapter_option(parser)
     parser.add_argument("--image", nargs="+", metavar="IMAGE", help="how many tokens and bytes these would take")
     parser.add_argument("--gpus", type=options.positive, metavar="N", help="what each of N devices would hold")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="with --gpus")
@@ -42,6 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.check:
             found["sight"] = inspection.sight(arguments.model, inputs)
     table = inspection.table(found)
+    if arguments.adapter:
+        found["adapter"] = inspection.adapter(arguments.model, arguments.adapter)
+        table += "\n" + inspection.adapter_line(found["adapter"])
     if arguments.gpus:
         from minivlm.app import plan
 

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings = "a setting of side {}: attn=eager, dtype=bfloat16, quantize=nf4, model=FOLDER, code=transformers"
     parser.description += ABOUT
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder, built-in name or Hub id")
+    options.add_adapter_option(parser)
     parser.add_argument("--image", action="append", metavar="FILE", help="an image; repeat for more (default: drawn)")
     parser.add_argument("--prompt", metavar="TEXT", help="the question about it (default: what is this?)")
     parser.add_argument(
@@ -108,7 +109,8 @@ def _side(arguments: argparse.Namespace, settings: list[str], dtype: str, code: 
     from minivlm.checkpoint.loading import DTYPES
     from minivlm.parity import Side
 
-    values = {"model": arguments.model, "code": code, "dtype": dtype, "device": arguments.device}
+    values = {"model": arguments.model, "code": code, "dtype": dtype}
+    values |= {"device": arguments.device, "adapter": arguments.adapter}
     known = (*values, "attn", "quantize")
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -1,0 +1,102 @@
+"""The single figures of `minivlm explain`, as PNG files for slides."""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from minivlm.families.record import Region
+from minivlm.inside.geometry import paint
+
+SIDE = 1200  # pixels of the longer side
+GOLD, INK, BLUE = "#ffcf3f", "#1d1c1a", "#0067a5"
+
+
+def write(found: dict[str, Any], images: list[Any], folder: Path) -> int:
+    """Each image with its patch grid, each answer token's spotlight on each image, the logit lens. Return how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, Image.Image] = {}
+    for number, (image, about) in enumerate(zip(images, found["images"], strict=True), 1):
+        for view in about["views"]:
+            drawn[f"image-{number}-{_slug(view['name'])}"] = _grid(image, view)
+        for position, token in enumerate(found["tokens"]):
+            name = f"image-{number}-token-{position:02d}-{_slug(token['text'])}"
+            drawn[name] = _spotlight(image, about["views"], _weights(found, position))
+    drawn["lens"] = _lens(found["tokens"])
+    for name, figure in drawn.items():
+        figure.save(folder / f"{name}.png")
+    return len(drawn)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "-", text.lower()).strip("-") or "token"
+
+
+def unpacked(packed: dict[str, Any]) -> Tensor:
+    """What `explain.packed` packed, rounded."""
+    data = torch.frombuffer(bytearray(base64.b64decode(packed["data"])), dtype=torch.uint8).view(packed["shape"])
+    return (data.float() / 255) ** 2 * torch.tensor(packed["most"]).view(*packed["shape"][:-1], 1)
+
+
+def _weights(found: dict[str, Any], position: int) -> list[Tensor]:
+    """Of each view of the row: relevance."""
+    return [unpacked(each) for each in found["relevance"][position]] if found["relevance"] else []
+
+
+def _enlarged(image: Image.Image) -> tuple[Image.Image, float]:
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS), scale
+
+
+def _spotlight(image: Image.Image, views: list[dict[str, Any]], weights: list[Tensor]) -> Image.Image:
+    """The image, dark where there is no weight."""
+    large, _ = _enlarged(image)
+    if not weights:
+        return large
+    regions = [Region(view["name"], tuple(view["grid"]), *view["box"]) for view in views]
+    grids = [weights[view["view"]].view(*view["grid"]) for view in views]
+    heat = paint(regions, grids, (image.height, image.width)).clamp(min=0)
+    light = (255 * (0.14 + 0.86 * (heat / heat.max().clamp(min=1e-30)).sqrt())).to(torch.uint8)
+    mask = Image.fromarray(light.numpy()).resize(large.size, Image.Resampling.NEAREST)
+    return Image.composite(large, Image.new("RGB", large.size, (8, 8, 14)), mask)
+
+
+def _grid(image: Image.Image, view: dict[str, Any]) -> Image.Image:
+    """A view with its patches; what is beyond the image is black."""
+    (top, left, height, width), (rows, columns) = view["box"], view["grid"]
+    box = (round(left), round(top), round(left + width), round(top + height))
+    large, _ = _enlarged(image.convert("RGB").crop(box))
+    draw = ImageDraw.Draw(large)
+    for row in range(rows + 1):
+        y = min(large.height - 1, round(row * large.height / rows))
+        draw.line([(0, y), (large.width, y)], fill="white", width=2)
+    for column in range(columns + 1):
+        x = min(large.width - 1, round(column * large.width / columns))
+        draw.line([(x, 0), (x, large.height)], fill="white", width=2)
+    return large
+
+
+def _lens(tokens: list[dict[str, Any]]) -> Image.Image:
+    """Layers from bottom to top, a column for each token: the likeliest token there, as blue as it is likely."""
+    width, height, edge = 150, 44, 70
+    layers = len(tokens[0]["lens"])
+    figure = Image.new("RGB", (edge + width * len(tokens), height * (layers + 1)), "white")
+    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
+    for layer in range(layers):
+        y = (layers - 1 - layer) * height
+        draw.text((10, y + 12), str(layer), fill=INK, font=font)
+        for number, token in enumerate(tokens):
+            (text, p), x = token["lens"][layer]["top"][0], edge + number * width
+            colour = tuple(round(255 + p * (part - 255)) for part in (0, 103, 165))
+            draw.rectangle((x, y, x + width - 4, y + height - 4), fill=colour)
+            draw.text((x + 8, y + 10), text.lstrip("·")[:12], fill="white" if p > 0.55 else INK, font=font)
+    for number, token in enumerate(tokens):
+        draw.text(
+            (edge + number * width + 8, layers * height + 10), token["text"].lstrip("·")[:12], fill=BLUE, font=font
+        )
+    return figure

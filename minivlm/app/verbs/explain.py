@@ -1,0 +1,54 @@
+"""Write a page that shows how a model came to its answer."""
+
+import argparse
+from pathlib import Path
+
+from minivlm.app import options, terminal
+from minivlm.app.options import UsageError
+
+USAGE = "IMAGE… QUESTION --out PAGE.html [options]"
+EXAMPLES = """\
+minivlm explain docs/shapes.png "what colour is the star?" --out page.html
+minivlm explain a.jpg b.jpg "What differs?" --out page.html --model HuggingFaceM4/idefics2-8b --layers 0,15,31
+minivlm explain photo.jpg "What is this?" --out page.html --png figures"""
+PAGE = 5_000_000  # bytes that a page may have without choosing layers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="image files, URLs, base64; the question")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="one file that needs nothing else")
+    parser.add_argument(
+        "--layers", metavar="N,N,…", help="whose heads are shown one by one (default: as many as fit in 5 MB)"
+    )
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write the figures one by one, for slides")
+    parser.add_argument("--max-new-tokens", type=options.positive, default=32, metavar="N", help="cut the answer there")
+    options.add_model_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Images and question are checked before any weight is read."""
+    *names, question = arguments.words
+    if not names or not question.strip():
+        raise UsageError("name an image, then ask a question about it")
+    if not arguments.out.absolute().parent.is_dir() or arguments.out.is_dir():
+        raise OSError(f"{arguments.out} cannot be written: name a file in a folder that exists")
+    name = options.model_name(arguments)
+
+    from minivlm.app import explain, figures, images
+    from minivlm.processing.common import fetch_picture
+
+    device, dtype = options.device_and_dtype(arguments)
+    processor = options.load_processor(name, arguments)
+    pictures = [fetch_picture(processor, images.source(each)) for each in names]
+    model = options.load_model(name, arguments, device, dtype)
+    layers = explain.layers_of(model, arguments.layers)
+    found = explain.gather(
+        model, processor, pictures, question, layers=layers, room=PAGE, max_new_tokens=arguments.max_new_tokens
+    )
+    found["model"]["name"] = name
+    text = explain.page(found)
+    terminal.note(f"{arguments.out}: {len(text.encode()) / 1e6:.1f} MB")
+    explain.write(text, arguments.out)
+    if arguments.png:
+        terminal.note(f"{arguments.png}: {figures.write(found, pictures, arguments.png)} figures")
+    print(found["answer"])

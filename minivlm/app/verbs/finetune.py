@@ -1,0 +1,282 @@
+"""Train an adapter, or the whole model, on a file of conversations; interrupted, --resume goes on."""
+
+import argparse
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minivlm.app import options, terminal
+
+EXAMPLES = """\
+minivlm finetune receipts.jsonl runs/receipts --model HuggingFaceM4/idefics2-8b --load nf4 --dry-run
+minivlm finetune receipts.jsonl runs/receipts --model HuggingFaceM4/idefics2-8b --load nf4 --checkpointing
+minivlm ask receipt.jpg "What is the total?" --adapter runs/receipts
+torchrun --nproc-per-node 2 -m minivlm finetune receipts.jsonl runs/receipts --model HuggingFaceM4/idefics2-8b"""
+ABOUT = """
+
+A row is {"messages": […], "images": […]} or LLaVA's {"image": …, "conversations": […]}, in .jsonl, .json, .parquet or
+.tar. Learned are the assistant's words and the mark that ends them. Every row is checked before the first step. OUT
+becomes an adapter's folder (PEFT's form), for `minivlm ask --adapter OUT` and `minivlm merge`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description += ABOUT
+    parser.add_argument("data", type=Path, metavar="DATA", help="conversations to learn from")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder for the result, the log and the state")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show rows, what is trained and its memory; load nothing"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the state in OUT")
+    _model_options(parser.add_argument_group("the model"))
+    _adapter_options(parser.add_argument_group("what is trained"))
+    _data_options(parser.add_argument_group("the data"))
+    _step_options(parser.add_argument_group("the steps"))
+
+
+def _model_options(group: Any) -> None:
+    group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {options.DEFAULT_MODEL})")
+    group.add_argument("--load", choices=options.FORMATS, help="freeze the weights in 4 or 8 bits (QLoRA)")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the weights")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help="attention backend")
+    group.add_argument("--chat-template", metavar="NAME|FILE", help="of the prompts (default: the checkpoint's own)")
+
+
+def _adapter_options(group: Any) -> None:
+    targets = (
+        "text, text+connector, all (with the vision tower), all-linear, a regular expression, or names with commas"
+    )
+    group.add_argument("--method", choices=["lora", "full"], default="lora", help="an adapter, or every weight")
+    group.add_argument("--targets", default="text+connector", metavar="NAMES", help=targets)
+    group.add_argument("--r", type=options.positive, default=8, help="rank of the adapter")
+    group.add_argument("--alpha", type=float, metavar="A", help="scale, alpha / r (default: r)")
+    group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="on what enters the adapter")
+    group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    group.add_argument("--dora", action="store_true", help="train the lengths of weights apart from their directions")
+    group.add_argument("--train", nargs="+", metavar="MODULE", help="train whole: lm_head, embed_tokens, …")
+
+
+def _data_options(group: Any) -> None:
+    group.add_argument("--image-folder", type=Path, metavar="DIR", help="where relative image paths start")
+    group.add_argument("--no-split", action="store_true", help="send each image once, without its four quarters")
+    group.add_argument(
+        "--longest-edge", type=options.positive, metavar="N", help="shrink images to N pixels (Idefics2)"
+    )
+    group.add_argument("--max-tokens", type=options.positive, metavar="N", help="longest row (default: what fits)")
+    group.add_argument("--skip-bad", action="store_true", help="leave rows out that cannot be trained on")
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images")
+    group.add_argument("--eval", type=Path, metavar="FILE", help="rows to measure the loss on")
+    group.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps (0: at the end)")
+
+
+def _step_options(group: Any) -> None:
+    group.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    group.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="cosine", help="of it")
+    group.add_argument("--warmup", type=float, default=0.03, metavar="N", help="steps, or a share of all if below 1")
+    group.add_argument("--decay", type=float, default=0.0, help="weight decay, but of norms and biases")
+    group.add_argument("--clip", type=float, default=1.0, help="norm of the gradient at most")
+    group.add_argument("--batch", type=options.positive, default=2, metavar="N", help="rows at once")
+    group.add_argument("--accumulate", type=options.positive, default=4, metavar="N", help="batches in a step")
+    group.add_argument("--epochs", type=float, default=3.0, metavar="N", help="passes over the data")
+    group.add_argument("--steps", type=options.positive, metavar="N", help="instead of --epochs")
+    group.add_argument("--seed", type=int, default=42, help="of the order and of dropout")
+    group.add_argument(
+        "--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw", help="8bit: bitsandbytes"
+    )
+    group.add_argument("--checkpointing", action="store_true", help="less memory for a third more time")
+    group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep what a frozen tower sees")
+    group.add_argument("--save-every", type=int, default=100, metavar="N", help="steps")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check the rows, load the model, train, and print one line a step."""
+    name = options.model_name(argparse.Namespace(model=arguments.model, adapter=None))
+
+    from minivlm.training import data
+
+    processor = _processor(name, arguments)
+    rows = data.read_rows(arguments.data, arguments.image_folder)
+    held_out = data.read_rows(arguments.eval, arguments.image_folder) if arguments.eval else None
+    model = _skeleton(name, arguments)
+    rows, sizes = _checked(processor, rows, model, arguments)
+    if held_out is not None:
+        held_out, _ = _checked(processor, held_out, model, arguments)
+    if arguments.dry_run:
+        _show(model, processor, rows, sizes, arguments)
+        return
+    with _processes() as (rank, device):
+        _train(name, processor, rows, held_out, arguments, rank, device)
+
+
+def _processor(name: str, arguments: argparse.Namespace) -> Any:
+    wanted = argparse.Namespace(chat_template=arguments.chat_template, no_split=arguments.no_split, adapter=None)
+    processor = options.load_processor(name, wanted)
+    if arguments.longest_edge:
+        images = processor.image_processor
+        if "longest_edge" not in (getattr(images, "size", None) or {}):
+            raise ValueError(f"--longest-edge: {name} has images of a fixed size")
+        shortest = min(images.size["shortest_edge"], arguments.longest_edge)
+        images.size = {"longest_edge": arguments.longest_edge, "shortest_edge": shortest}
+    return processor
+
+
+def _skeleton(name: str, arguments: argparse.Namespace) -> Any:
+    """The model without weights, with what will be trained."""
+    import torch
+
+    from minivlm import auto
+    from minivlm.checkpoint import hub, loading
+
+    files = hub.source(name)
+    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
+    with torch.device("meta"):
+        model = model_class(loading.read_config(files, model_class.config_class))
+    if arguments.method == "full" and (arguments.load or files.json("config.json").get("quantization_config")):
+        raise options.UsageError("quantised weights are not trained; leave --load out, or use --method lora")
+    _choose(model, arguments)
+    return model
+
+
+def _choose(model: Any, arguments: argparse.Namespace) -> None:
+    """Put the adapter on, or unfreeze everything."""
+    from minivlm.training import lora, targets
+
+    if arguments.method == "full":
+        model.requires_grad_(True)
+        return
+    known = arguments.targets in (*targets.PRESETS, targets.ALL_LINEAR) or any(c in arguments.targets for c in r"\*(|[")
+    config = targets.LoraConfig(
+        r=arguments.r,
+        lora_alpha=arguments.alpha if arguments.alpha is not None else arguments.r,
+        target_modules=arguments.targets if known else tuple(arguments.targets.split(",")),
+        lora_dropout=arguments.dropout,
+        modules_to_save=tuple(arguments.train) if arguments.train else None,
+        use_rslora=arguments.rslora,
+        use_dora=arguments.dora,
+    )
+    lora.apply(model, config)
+
+
+def _checked(processor: Any, rows: list[Any], model: Any, arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """The rows that can be trained on, and their sizes."""
+    from minivlm.modules.config import text_config
+    from minivlm.training import data
+
+    text = text_config(model.config)
+    vocabulary = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    most = min(arguments.max_tokens or text.max_position_embeddings, text.max_position_embeddings)
+    sizes = data.measure(data.for_training(processor), rows, arguments.workers)
+    good = data.fitting(rows, sizes, most, vocabulary, arguments.skip_bad)
+    if len(good) < len(rows):
+        terminal.note(f"left out {len(rows) - len(good)} of {len(rows)} rows")
+    kept = {row.where for row in good}
+    return good, [size for row, size in zip(rows, sizes, strict=True) if row.where in kept]
+
+
+def _show(model: Any, processor: Any, rows: list[Any], sizes: list[Any], arguments: argparse.Namespace) -> None:
+    """The first rows with learned tokens in brackets, what is trained, and the estimated memory."""
+    import torch
+
+    from minivlm.app.inspection import memory as readable
+    from minivlm.training import data, lora, memory
+
+    for row in rows[:3]:
+        print(f"{row.where}: {data.shown(data.for_training(processor), row)}\n")
+    longest = max(size.tokens for size in sizes)
+    print(
+        f"{len(rows):,} rows, {sum(size.tokens for size in sizes):,} tokens, "
+        f"{sum(size.learned for size in sizes):,} of them learned; the longest row has {longest:,}"
+    )
+    counts = lora.trained(model)
+    print(
+        "trained: "
+        + ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        + f", {sum(counts.values()):,} in all"
+    )
+    stored = model.config.dtype if arguments.dtype == "auto" else arguments.dtype
+    found = memory.estimate(
+        model,
+        tokens=arguments.batch * longest,
+        learned=arguments.batch * max(size.learned for size in sizes),
+        dtype=torch.float32 if stored == "float32" else torch.bfloat16,
+        quantised=options.quantization(arguments.load) if arguments.load else None,
+        optimiser_bytes=2 if "8bit" in arguments.optimizer else 8,
+        checkpointing=arguments.checkpointing,
+    )
+    parts = ", ".join(f"{part} {readable(size)}" for part, size in vars(found).items() if size)
+    print(f"memory, estimated: {readable(found.total)} ({parts}), and a few hundred MiB of libraries")
+
+
+@contextmanager
+def _processes() -> Any:
+    """(this process, its device or None), having met the others if torchrun has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, None
+        return
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else None
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), device
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(
+    name: str,
+    processor: Any,
+    rows: list[Any],
+    held_out: Any,
+    arguments: argparse.Namespace,
+    rank: int,
+    device: str | None,
+) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from minivlm import AutoModelForImageTextToText
+    from minivlm.app.inspection import memory as readable
+    from minivlm.training import loop
+
+    device, dtype = options.device_and_dtype(
+        argparse.Namespace(**{**vars(arguments), "device": device or arguments.device})
+    )
+    recipe = loop.Recipe(
+        **{
+            key: getattr(arguments, key)
+            for key in ("batch", "accumulate", "epochs", "steps", "lr", "schedule", "warmup")
+        },
+        **{key: getattr(arguments, key) for key in ("decay", "clip", "optimizer", "seed", "checkpointing", "workers")},
+        eval_every=arguments.eval_every,
+        save_every=arguments.save_every,
+        cache_bytes=int(arguments.cache_features * 2**30),
+    )
+    model = AutoModelForImageTextToText.from_pretrained(
+        name,
+        device_map=device,
+        dtype=dtype,
+        attn_implementation=arguments.attn,
+        quantization_config=options.quantization(arguments.load) if arguments.load else None,
+        fast_cpu=False,  # for generating; training takes torch's path
+    )
+    torch.manual_seed(recipe.seed)  # the adapter begins the same in every process
+    _choose(model, arguments)
+    steps = loop.finetune(model, processor, rows, recipe, arguments.out, eval_rows=held_out, resume=arguments.resume)
+    total = recipe.steps or None
+    for step in tqdm(steps, total=total, unit="step", disable=True if rank else None):
+        if rank == 0:
+            speed, held = f"{step.tokens_per_second:.0f} tokens/s", readable(step.memory)
+            line = f"step {step.number}: loss {step.loss:.4f}, lr {step.lr:.2e}, norm {step.norm:.2f}, {speed}, {held}"
+            line += "" if step.eval_loss is None else f", eval loss {step.eval_loss:.4f}"
+            tqdm.write(line)
+    if rank == 0:
+        terminal.note(
+            f"{arguments.out} holds the result; try minivlm ask IMAGE QUESTION "
+            f"{'--adapter' if arguments.method == 'lora' else '--model'} {arguments.out}"
+        )

@@ -1,0 +1,95 @@
+"""`minivlm finetune` and `merge`, and `--adapter` of the other verbs, on a checkpoint that ships here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from minivlm import AutoModelForImageTextToText
+from minivlm.app import cli
+
+STEPS = ["--steps", "2", "--batch", "2", "--accumulate", "1", "--r", "2"]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = []
+    for number, colour in enumerate(("red", "blue", "green", "black")):
+        Image.new("RGB", (64, 48), colour).save(tmp_path / f"{number}.png")
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "colour?"}]}
+        answer = {"role": "assistant", "content": colour}
+        lines.append(json.dumps({"messages": [question, answer], "images": [f"{number}.png"]}))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(capsys: Any, *argv: object) -> tuple[int, str, str]:
+    code = cli.main(list(map(str, argv)))
+    return code, *capsys.readouterr()
+
+
+def test_dry_run_loads_and_writes_nothing(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["--image-folder", tmp_path, "--dry-run"]
+    code, out, _ = run(capsys, "finetune", rows, tmp_path / "out", *options)
+    assert code == 0
+    assert "⟦red <end_of_utterance>⟧" in out
+    assert "trained: " in out
+    assert "memory" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_ask_and_merge(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    train = ["finetune", rows, adapter, "--image-folder", tmp_path, *STEPS]
+    assert run(capsys, *train)[0] == 0
+    assert len((adapter / "log.jsonl").read_text().splitlines()) == 2
+    code, _, err = run(capsys, *train)
+    assert (code, "--resume" in err) == (1, True)
+    question = ["ask", tmp_path / "0.png", "what is the colour?", "--json"]
+    answers = [
+        json.loads(run(capsys, *question, *where)[1])["answer"]
+        for where in (
+            ["--adapter", adapter],
+            ["--model", adapter],
+            ["--model", "shapes-idefics2", "--adapter", adapter],
+        )
+    ]
+    assert len(set(answers)) == 1
+    assert run(capsys, "merge", "shapes-idefics2", adapter, merged)[0] == 0
+    assert json.loads(run(capsys, *question, "--model", merged)[1])["answer"] == answers[0]
+    assert not any("lora" in name for name, _ in AutoModelForImageTextToText.from_pretrained(merged).named_parameters())
+
+
+def test_inspect_and_parity_with_an_adapter(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    """Also where the adapter is on one side alone: then that is what parity finds."""
+    adapter = tmp_path / "adapter"
+    assert run(capsys, "finetune", rows, adapter, "--image-folder", tmp_path, *STEPS, "--lr", "0.01")[0] == 0
+    code, out, _ = run(capsys, "inspect", "shapes-idefics2", "--adapter", adapter, "--json")
+    found = json.loads(out)["adapter"]
+    assert (code, found["kind"], found["r"], set(found["parameters"])) == (0, "LoRA", 2, {"text", "connector"})
+    parity = ["parity", "shapes-idefics2", "--image", tmp_path / "0.png", "--tokens", "4"]
+    assert run(capsys, *parity, "--adapter", adapter)[0] == 0
+    assert run(capsys, *parity, "--b", f"adapter={adapter}")[0] == 1
+
+
+def test_bad_rows_are_named(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    rows.write_text(rows.read_text() + "\n" + json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    code, _, err = run(capsys, "finetune", rows, tmp_path / "out", "--image-folder", tmp_path, *STEPS)
+    assert code == 1
+    assert "line 5" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_a_four_bit_base_gives_16_bits_or_says_what_four_cost(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    adapter, small = tmp_path / "adapter", tmp_path / "small"
+    assert run(capsys, "quantize", "shapes-idefics2", small, "--dtype", "auto")[0] == 0
+    train = ["finetune", rows, adapter, "--image-folder", tmp_path, "--model", small, *STEPS]
+    assert run(capsys, *train)[0] == 0
+    assert run(capsys, "merge", small, adapter, tmp_path / "plain")[0] == 0
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    code, out, _ = run(capsys, "merge", small, adapter, tmp_path / "four", "--format", "nf4")
+    assert code == 0
+    assert "% of the change" in out
