@@ -346,11 +346,17 @@ def _check(
     """
     parameters = dict(model.named_parameters())
     unreal = f"that are not of {', '.join(FLOATS)}"
-    problems = {kind: [] for kind in ("missing", "unexpected", "of another shape", unreal, "given twice")}
+    untied = "other than the embeddings, which config.json says they are (tie_word_embeddings)"
+    problems = {kind: [] for kind in ("missing", "unexpected", "of another shape", unreal, "given twice", untied)}
     new, left = set(), []
     for name, places in found.items():
         for number, (reader, hub_name) in enumerate(places):
-            if name not in shapes and (is_ignored(hub_name, model) or name in tied(model)):
+            if name in tied(model):
+                table = tied(model)[name]
+                if table in found and not torch.equal(reader.get_tensor(hub_name), read(found, table)):
+                    problems[untied].append(hub_name)
+                continue
+            if name not in shapes and is_ignored(hub_name, model):
                 continue
             part, wanted = reader.get_slice(hub_name), shapes.get(name)
             shape = tuple(part.get_shape())

@@ -53,10 +53,7 @@ class DecoderConfig(Config):
             self.sliding_window = None
         super().__post_init__()
         if self.head_dim % 2 or self.rope_theta <= 1:
-            raise ValueError(
-                f"rotary positions need an even head_dim and a rope_theta above 1, found {self.head_dim} and "
-                f"{self.rope_theta}"
-            )
+            raise ValueError(f"rope needs an even head_dim and rope_theta above 1: {self.head_dim}, {self.rope_theta}")
         if self.rope_scaling is not None:
             self.rope_scaling.check_head(self.head_dim)
         if self.model_type != "llama" and (self.attention_bias or self.mlp_bias):
