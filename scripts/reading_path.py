@@ -62,11 +62,18 @@ def first_module(path: Path) -> int:
     raise ValueError(f"{path} has no nn.Module")
 
 
-if __name__ == "__main__":
-    print(
-        "| family | files | lines | first module at line | in the order of imports |\n| --- | --- | --- | --- | --- |"
-    )
-    for name in FAMILIES:
-        path = reading_path(name)
+def table() -> str:
+    """The table of README and docs/reading.md."""
+    rows = [
+        "| family | files | lines | first module at line | in the order of imports |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for family in FAMILIES:
+        path = reading_path(family)
         files = ", ".join(file.relative_to(ROOT / "minivlm").as_posix() for file in path.files)
-        print(f"| {name} | {len(path.files)} | {path.lines:,} | {path.first_module} | {files} |")
+        rows.append(f"| {family} | {len(path.files)} | {path.lines:,} | {path.first_module} | {files} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,66 @@
+"""README and docs say what is so: Python blocks run, links lead somewhere, commands exist, tables are the scripts'."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reading_path
+import walk
+
+from minivlm.app.cli import VERBS, parser_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [page for page in PAGES if page.stem in ("README", "start", "inside", "research")]
+
+
+@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.stem)
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, as a reader would paste them."""
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_exist(page: Path) -> None:
+    """Verbs, their options and scripts in code blocks and in backticks."""
+    text = page.read_text(encoding="utf-8")
+    for script in re.findall(r"(?:python|torchrun[^`\n]*?) (scripts/[\w/]+\.py)", text):
+        assert (ROOT / script).is_file(), script
+    verbs = "|".join(VERBS)
+    for verb, rest in re.findall(rf"minivlm ({verbs})\b([^\n`#|]*)", text):
+        module = __import__(VERBS[verb], fromlist=["add_arguments"])
+        known = parser_of(verb, module).format_help()
+        for option in re.findall(r"(?<!\S)--[a-z][\w-]*", rest):
+            assert option in known, f"minivlm {verb} {option}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "reading.md"], ids=lambda page: page.stem)
+def test_the_reading_path_is_the_script_s(page: Path) -> None:
+    assert f"<!-- path -->\n{reading_path.table()}\n<!-- end of path -->" in page.read_text(encoding="utf-8")
+
+
+def test_the_walk_is_a_real_run() -> None:
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    assert f"{walk.START}\n{walk.markdown(walk.rows('shapes-idefics2')[0])}\n{walk.END}" in text
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_readme_s_main_job() -> None:
+    """Its question about its image, as a program of its own."""
+    command = [sys.executable, "-m", "minivlm", "ask", "docs/shapes.png", "What number is written?"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "47."
