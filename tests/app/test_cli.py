@@ -387,7 +387,7 @@ def test_inspect_finds_out_whether_the_model_looks(name, tmp_path, capsys):
     folder = shutil.copytree(hub.source(name).folder, tmp_path / "blind")
     model.save_pretrained(folder)
     told = fails(capsys, "inspect", str(folder), "--check", "--image", picture)
-    assert "answers the same whatever is on its pictures" in told
+    assert "answers the same whatever its images show" in told
 
 
 def test_inspect_refuses_in_one_line(tmp_path, capsys):

@@ -559,7 +559,7 @@ def test_from_pretrained_options(llava):
     pinpoints = [[336, 336], [672, 672]]
     processor = LlavaNextProcessor.from_pretrained(folder, image_grid_pinpoints=pinpoints, use_fast=True, do_pad=None)
     assert processor(text="<image>", images=noise(60, 50)).pixel_values.shape == (1, 2, 3, 336, 336)
-    assert LlavaNextProcessor.from_pretrained(folder, chat_template="x").chat_template == "x"
+    assert LlavaNextProcessor.from_pretrained(folder, chat_template="{{ x }}").chat_template == "{{ x }}"
     assert LlavaNextProcessor.from_pretrained(folder, image_token="<pad>").image_token_id == 32001
     with pytest.raises(TypeError, match="patch_sise"):
         LlavaNextProcessor.from_pretrained(folder, patch_sise=14)
