@@ -223,3 +223,4 @@ def test_a_text_part_is_exported() -> None:
         expected = decoder(x)
         exported = torch.export.export(decoder, (x,)).module()
         torch.testing.assert_close(exported(x), expected, rtol=2**-5, atol=2**-5)
+        assert torch.equal(decoder(x), expected)  # nothing made while tracing is kept for ordinary calls

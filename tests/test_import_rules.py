@@ -126,3 +126,21 @@ def test_import_is_light() -> None:
         "assert 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_are_read_and_written_in_utf8(path: Path) -> None:
+    """Whatever the locale: every text file is opened with an encoding of its own."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        mode = next(
+            (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)), ""
+        )
+        ours = getattr(getattr(node.func, "value", None), "id", "") == "hub"  # our own reader, which says UTF-8
+        text = (name in ("read_text", "write_text") and not ours) or (
+            isinstance(node.func, ast.Name) and name == "open"
+        )
+        if text and "b" not in mode:
+            assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}:{node.lineno}"

@@ -210,7 +210,7 @@ def _set_limits() -> None:
     if resource is None:
         return
     with contextlib.suppress(OSError, ValueError):  # no /proc, or a lower limit is set already
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with contextlib.suppress(OSError, ValueError):

@@ -241,10 +241,10 @@ class _Run:
         if state.exists():
             self._restore(torch.load(state, weights_only=True, map_location="cpu"))
         if self.rank == 0 and log.exists():  # steps after the state will be done again
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["number"] <= self.first]
             with replacing(log) as path:
-                path.write_text("".join(kept))
+                path.write_text("".join(kept), encoding="utf-8")
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():
