@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minivlm import fast_cpu as faster
@@ -113,7 +114,7 @@ def from_pretrained(
     def build() -> Model:
         return cls(config, attn_implementation=attention)
 
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         model = build()
     adapter = adapter or (name_or_folder if files.base else None)
     if adapter is not None and tp_plan is not None:
@@ -155,6 +156,15 @@ def _adapter(model: nn.Module, name: str | Path | None, files: hub.Source) -> Ca
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Random values are not drawn for a meta-device model, which has none: torch would import its compiler for that."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def read_config(files: hub.Source, config_class: Any) -> Any:

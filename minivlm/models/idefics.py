@@ -251,7 +251,7 @@ def _alpha(config: IdeficsConfig) -> nn.Parameter:
     shape = (1,) if config.alpha_type == "float" else (1, 1, config.hidden_size)
     if config.alpha_initializer in ("zeros", "ones"):
         return nn.Parameter(torch.full(shape, float(config.alpha_initializer == "ones")))
-    return nn.Parameter(torch.randn(shape) * config.alphas_initializer_range)
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=config.alphas_initializer_range))
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class LlavaNextModel(base.VisionLanguageModel):
         width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
         self.vision_tower = ClipVisionTower(config.vision_config, config.class_token)
         self.multi_modal_projector = Projector(channels, width, config.projector_hidden_act, bias)
-        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.language_model = Decoder(config.text_config)
         initialize(self, config.text_config.initializer_range)
 

@@ -23,7 +23,7 @@ class ClipEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         patch, size = config.patch_size, config.hidden_size
-        self.class_embedding = nn.Parameter(torch.randn(size) * size**-0.5) if class_token else None
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(size), std=size**-0.5)) if class_token else None
         self.patch_embedding = nn.Conv2d(config.num_channels, size, patch, stride=patch, bias=not class_token)
         self.position_embedding = nn.Embedding(int(class_token) + config.grid**2, size)
 
