@@ -1,7 +1,7 @@
 """Tiny random reference models, and how far ours may be from them.
 
 The yardstick of every comparison is measured, not typed in: how far the reference's own two attention backends are
-apart on the same input. We allow twice that, with a floor of 1e-5 of the largest value (DESIGN, decision 1).
+apart on the same input. We allow twice that, with a floor of 1e-5 of the largest value.
 """
 
 import itertools
