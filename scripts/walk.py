@@ -54,7 +54,8 @@ def shape(x: Tensor) -> str:
 def source(thing: Any) -> str:
     """`models/idefics2.py Connector`: where the class or function of this name is written."""
     path = Path(inspect.getsourcefile(thing)).resolve()
-    return f"`{path.relative_to(ROOT / 'minivlm').as_posix()}` {thing.__name__}" if ROOT in path.parents else "torch"
+    package = ROOT / "minivlm"
+    return f"`{path.relative_to(package).as_posix()}` {thing.__name__}" if package in path.parents else "torch"
 
 
 def watched(model: nn.Module) -> tuple[dict[str, list], list[Any]]:

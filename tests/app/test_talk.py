@@ -215,7 +215,10 @@ def test_keys_at_a_real_terminal(tmp_path, hidden):
     """Ctrl-C stops an answer and keeps the conversation; pressed twice at the prompt it ends the program."""
     pty = pytest.importorskip("pty", reason="a pseudo-terminal")
     ours, theirs = pty.openpty()
-    code = "import sys\n" + ("sys.modules['readline'] = None\n" if hidden else "")
+    # where the tests run in the background, a shell has them ignore Ctrl-C, and so would this process
+    code = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + (
+        "sys.modules['readline'] = None\n" if hidden else ""
+    )
     code += "from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
     argv = [
         "chat",
