@@ -172,7 +172,7 @@ def demonstrate(name: str, work: Path, arguments: argparse.Namespace) -> str:
     rows = write_rows(work, demo.case, arguments.rows)
     begun = time.process_time()
     steps = ("--steps", arguments.steps, "--batch", 16, "--accumulate", 1, "--lr", arguments.lr, "--warmup", 10)
-    data = ("--image-folder", work, "--r", 8, "--save-every", 0)
+    data = ("--image-folder", work, "--r", 8, "--train", "lm_head", "--save-every", 0)
     run("finetune", rows, adapter, "--model", base, *data, *steps, *demo.options)
     seconds = time.process_time() - begun
     columns["after"] = measured(base, demo, arguments.count, adapter)
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--count", type=int, default=100, help="held-out questions of each old type")
     parser.add_argument("--plot", type=Path, help="PNG file for the losses")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     work = arguments.work / arguments.demo
