@@ -127,6 +127,7 @@ class _Run:
         make = optimisers or adamw(model, recipe.lr, recipe.decay, recipe.optimizer)
         self.optimisation = Optimisation(parameters, make, recipe.clip)
         self.first = 0
+        memory.lean_gates(model)
         memory.freeze_tower(model, recipe.cache_bytes)
         if recipe.checkpointing:
             memory.checkpoint_layers(model)
