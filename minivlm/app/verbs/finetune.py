@@ -49,7 +49,8 @@ def _adapter_options(group: Any) -> None:
     )
     group.add_argument("--method", choices=["lora", "full"], default="lora", help="an adapter, or every weight")
     group.add_argument("--targets", default="text+connector", metavar="NAMES", help=targets)
-    group.add_argument("--r", type=options.positive, default=8, help="rank of the adapter")
+    rank = "rank of the adapter (torchrun takes --r for an option of its own: there --rank)"
+    group.add_argument("--r", "--rank", type=options.positive, default=8, help=rank)
     group.add_argument("--alpha", type=float, metavar="A", help="scale, alpha / r (default: r)")
     group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="on what enters the adapter")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
