@@ -208,6 +208,7 @@ def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[s
 
     chosen: transformers' name → ours; rank and alpha patterns match the former.
     """
+    tied.untie(model, whole(model, config).values())
     ranks = targets.valued(config.rank_pattern, config.r, list(chosen))
     alphas = targets.valued(config.alpha_pattern, config.lora_alpha, list(chosen))
     layers = {}
@@ -216,7 +217,6 @@ def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[s
         kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
         layers[ours] = kind(base, ranks[theirs], alphas[theirs], config).train(base.training)
         model.set_submodule(ours, layers[ours])
-    tied.untie(model, whole(model, config).values())
     model.adapter_config = config
     return layers
 
@@ -226,10 +226,10 @@ def whole(model: nn.Module, config: LoraConfig, generation: int = 0) -> dict[str
     table = targets.generations(model)[generation]
     ours = {targets.spelled(name, table): name for name, _ in model.named_parameters(remove_duplicate=False)}
     modules = list(spelling(model, generation))
-    for entry in config.modules_to_save or ():
-        if not any(module.endswith(entry) for module in modules):
-            raise ValueError(f"modules_to_save names {entry!r:.80}, but no module's name ends so")
     chosen = targets.saved_whole(config, modules, ours)
+    for entry in config.modules_to_save or ():
+        if not targets.saved_whole(replace(config, modules_to_save=(entry,)), modules, ours):
+            raise ValueError(f"modules_to_save names {entry!r:.80}, but no module with weights to train ends so")
     return {theirs: ours[theirs] for theirs in chosen}
 
 

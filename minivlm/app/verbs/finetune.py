@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         _show(model, processor, rows, sizes, arguments)
         return
     with _processes() as (rank, device):
-        _train(name, processor, rows, held_out, arguments, rank, device)
+        _train(name, processor, rows, held_out, arguments, rank, device, model.config.dtype)
 
 
 def _processor(name: str, arguments: argparse.Namespace) -> Any:
@@ -237,6 +237,7 @@ def _train(
     arguments: argparse.Namespace,
     rank: int,
     device: str | None,
+    stored: str | None,
 ) -> None:
     import torch
     from tqdm import tqdm
@@ -248,6 +249,9 @@ def _train(
     device, dtype = options.device_and_dtype(
         argparse.Namespace(**{**vars(arguments), "device": device or arguments.device})
     )
+    if dtype is None and stored == "float16":
+        dtype = "bfloat16"
+        terminal.note("the weights are stored in float16, which loses small gradients; training in bfloat16")
     recipe = loop.Recipe(
         **{
             key: getattr(arguments, key)
