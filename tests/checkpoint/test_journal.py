@@ -62,7 +62,7 @@ def test_it_cannot_be_finished(halfway: Path, monkeypatch: pytest.MonkeyPatch) -
 
     before = contents(halfway)
     monkeypatch.setattr(os, "replace", read_only)
-    with pytest.raises(hub.CheckpointFileError, match="cannot be finished .*Permission denied"):
+    with pytest.raises(hub.CheckpointFileError, match=r"cannot be finished .*Permission denied"):
         hub.source(halfway)
     assert contents(halfway) == before
 
