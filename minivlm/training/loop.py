@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from minivlm.checkpoint import journal
 from minivlm.checkpoint.files import replacing, saving
 from minivlm.training import adapters, data, memory
 from minivlm.training.data import Row
@@ -236,6 +237,7 @@ class _Run:
         if not resume and (state.exists() or log.exists()):
             raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
+        journal.finish(self.out)  # a save that a kill has stopped halfway
         for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:
             unfinished.unlink()  # what a kill has left while files were written
         if state.exists():
