@@ -1,6 +1,7 @@
 """README and docs say what is so: Python blocks run, links lead somewhere, commands exist, tables are the scripts'."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import reading_path
 import walk
+from PIL import Image
 
 from minivlm.app.cli import VERBS, parser_of
 
@@ -17,12 +19,19 @@ SCRIPTS = [page for page in PAGES if page.stem in ("README", "start", "inside", 
 
 
 @pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.stem)
-def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after another, as a reader would paste them."""
-    monkeypatch.chdir(ROOT)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, as a reader would paste them; the images they save are those that the page shows."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        assert len(block.splitlines()) < 30 or page.stem != "inside"
         exec(compile(block, page.name, "exec"), names)
+    shown = set(re.findall(r"!\[.*?\]\((.*?)\)", page.read_text(encoding="utf-8")))
+    made = {path.name for path in tmp_path.glob("*.png")}
+    assert made <= shown
+    for name in made:
+        assert Image.open(name).size == Image.open(page.parent / name).size
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

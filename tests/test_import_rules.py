@@ -60,11 +60,12 @@ MAY_IMPORT = {
 ONLY_IN = {
     "transformers": {"minivlm.parity"},
     "tokenizers": {"minivlm.text"},
-    "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.app"},
+    "PIL": {"minivlm.processing", "minivlm.inside", "minivlm.parity", "minivlm.app"},
     "jinja2": {"minivlm.text"},
     "huggingface_hub": {"minivlm.checkpoint"},
     "safetensors": {"minivlm.checkpoint", "minivlm.parity", "minivlm.training"},
     "matplotlib": {"minivlm.parity"},
+    "nicegui": {"minivlm.app"},
     "triton": {"minivlm_kernels"},
 }
 FILES = [path for top in ("minivlm", "kernels/minivlm_kernels") for path in sorted((ROOT / top).rglob("*.py"))]

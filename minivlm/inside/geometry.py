@@ -150,15 +150,15 @@ def paint(regions: Sequence[Region], grids: Sequence[Tensor], size: tuple[int, i
                 f"{region.name} of an image of {size[0]}x{size[1]} has {region.grid} patches, found "
                 f"{tuple(grid.shape)}; pass the image and the processor that made these inputs"
             )
-        down = _overlap(region.top, region.height, region.grid[0], size[0])  # (h, H)
-        across = _overlap(region.left, region.width, region.grid[1], size[1])  # (w, W)
+        down = overlap(region.top, region.height, region.grid[0], size[0])  # (h, H)
+        across = overlap(region.left, region.width, region.grid[1], size[1])  # (w, W)
         area = (region.height / region.grid[0]) * (region.width / region.grid[1]) if spread else 1.0
         total += (down.T @ grid.double().cpu() @ across / area).float()
         shown += (down.sum(0)[:, None] * across.sum(0)).float()
     return total if spread else total / shown.clamp(min=1e-6)
 
 
-def _overlap(start: float, length: float, cells: int, pixels: int) -> Tensor:
+def overlap(start: float, length: float, cells: int, pixels: int) -> Tensor:
     """(cells, pixels): how much of each pixel each of `cells` equal cells covers, the first from `start` on."""
     edges = start + torch.arange(cells + 1, dtype=torch.float64) * length / cells
     pixel = torch.arange(pixels, dtype=torch.float64)
