@@ -1,22 +1,22 @@
-"""LLaVA-NeXT's "anyres" geometry (Liu et al. 2024): where a picture's pixels and features go. Integers, no tensors.
+"""LLaVA-NeXT's "anyres" geometry (Liu et al. 2024): where an image's pixels and features go. Integers, no tensors.
 
-A picture is seen twice: as a whole, squeezed into one tile (the base), and enlarged, cut into tiles. The processor
-counts places and the model packs features by the same few functions, so the two cannot disagree. A picture of 333x500
+An image is seen twice: as a whole, squeezed into one tile (the base), and enlarged, cut into tiles. The processor
+counts image tokens and the model packs features by the same few functions, so the two cannot disagree. An image of 333x500
 (height x width, as everywhere here), tiles of 336, patches of 14:
 
-    1. best_resolution    the allowed canvas ("pinpoint") that shows most of the picture               336x672
-    2. placement          the picture, enlarged until it touches two edges, in the middle              336x505
+    1. best_resolution    the allowed canvas ("pinpoint") that shows most of the image                 336x672
+    2. placement          the image, enlarged until it touches two edges, in the middle                336x505
                           of the black canvas                                                          83 from the left
     3. tile_grid          the canvas cut into tiles, 1 row of 2, each of them 24x24 patches            24x48 patches
 
                0     6           24          42    48
                ┌─────┬───────────┬───────────┬─────┐ 0
                │     │           ╎           │     │
-               │black│        picture        │black│
+               │black│         image         │black│
                │     │           ╎           │     │
                └─────┴───────────┴───────────┴─────┘ 24
 
-    4. unpadded_grid      of these features the model keeps those of the picture                       24x36, from 0, 6
+    4. unpadded_grid      of these features the model keeps those of the image                         24x36, from 0, 6
     5. image_token_count  the base, then each kept row and a "newline" behind it         24*24 + 24*(36+1) = 1464
 
 Steps 1, 2 and 4 divide and round in floating point. A tidier formula would be off by a row for some sizes, so the order
@@ -29,17 +29,17 @@ from collections.abc import Sequence
 Pair = tuple[int, int]  # (height, width) or (rows, columns)
 
 STRATEGIES = ("default", "full")
-MAX_SIDE = 2**31 - 1  # of a picture; what Pillow can hold
+MAX_SIDE = 2**31 - 1  # of an image; what Pillow can hold
 MAX_PINPOINT = 2**12  # of a canvas: 200 MB of pixel values
-MAX_TOKENS = 2**23  # of one picture; the released checkpoints need up to 2,928
+MAX_TOKENS = 2**23  # of one image; the released checkpoints need up to 2,928
 MAX_CLASS_TOKENS = 64
-MAX_PINPOINTS = 256  # every picture is held against all of them; the released checkpoints have five
+MAX_PINPOINTS = 256  # every image is held against all of them; the released checkpoints have five
 
 
 def best_resolution(size: Pair, pinpoints: Sequence[Pair]) -> Pair:
-    """The pinpoint for a picture of this size: most pixels of its own shown, then least left over, then the first.
+    """The pinpoint for an image of this size: most pixels of its own shown, then least left over, then the first.
 
-    Enlarging shows nothing new, so every canvas that holds the whole picture ties: 336x336 goes on 336x672, half of it
+    Enlarging shows nothing new, so every canvas that holds the whole image ties: 336x336 goes on 336x672, half of it
     black, only because that stands before 672x336 in the list and leaves less over than 672x672.
     """
     height, width = _checked_size(size)
@@ -53,7 +53,7 @@ def best_resolution(size: Pair, pinpoints: Sequence[Pair]) -> Pair:
 
 
 def placement(size: Pair, canvas: Pair) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a picture, resized to fit, on its canvas. An odd pixel of padding goes to the right
+    """(top, left, height, width) of an image, resized to fit, on its canvas. An odd pixel of padding goes to the right
     or below. Rounding up keeps a line of 1x1000 visible: it becomes 2x1008."""
     height, width = _checked_size(size)
     canvas_height, canvas_width = canvas
@@ -80,7 +80,7 @@ def unpadded_grid(size: Pair, grid_patches: Pair) -> tuple[int, int, int, int]:
     """(top, left, height, width) of the patches to keep, of the (rows, columns) of patches that all tiles make.
 
     As many go at one end as at the other, so an odd rest keeps a row too many: of 1080x1920 on 48x48 patches 27 rows
-    are picture, 21 are not, 10 go at either end and 28 stay. A line of 1x1000 keeps no row at all.
+    are image, 21 are not, 10 go at either end and 28 stay. A line of 1x1000 keeps no row at all.
     """
     height, width = _checked_size(size)
     rows, columns = grid_patches
@@ -95,7 +95,7 @@ def unpadded_grid(size: Pair, grid_patches: Pair) -> tuple[int, int, int, int]:
 def image_token_count(
     size: Pair, pinpoints: Sequence[Pair], tile: int, patch: int, strategy: str = "default", class_tokens: int = 1
 ) -> int:
-    """Places that a picture takes in the prompt: the base, then the kept rows of patches with a newline each.
+    """Image tokens of an image in the prompt: the base, then the kept rows of patches with a newline each.
 
     The vision tower gives `class_tokens` features besides those of the patches: one for CLIP. "default" leaves the
     first feature out and "full" does not, so that with CLIP "full" is one place more, and no model can pack its tiles.
@@ -116,7 +116,7 @@ def image_token_count(
     _, _, height, width = unpadded_grid(size, (rows * side, columns * side))
     count = side * side + class_tokens - (strategy == "default") + height * (width + 1)
     if count > MAX_TOKENS:
-        raise ValueError(f"tiles of {tile} in patches of patch_size {patch} make {count:,} tokens of one picture")
+        raise ValueError(f"tiles of {tile} in patches of patch_size {patch} make {count:,} tokens of one image")
     return count
 
 
@@ -143,7 +143,7 @@ def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:
 
 def _checked_size(size: Pair) -> Pair:
     if not _is_pair(size) or not all(1 <= side <= MAX_SIDE for side in size):
-        raise ValueError(f"the size of a picture is (height, width), whole numbers from 1, found {size!r:.80}")
+        raise ValueError(f"the size of an image is (height, width), whole numbers from 1, found {size!r:.80}")
     return size[0], size[1]
 
 

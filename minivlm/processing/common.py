@@ -17,9 +17,9 @@ from minivlm.processing.tools import ImageProcessorTools, ProcessorTools
 from minivlm.text import chat_template as chat
 from minivlm.text.tokenizer import TEXT_OPTIONS, Prompt, Tokenizer, as_texts
 
-MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
-MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
-# red, green and blue of the pictures that CLIP was trained on
+MAX_EDGE = 2**12  # of an image or tile, as settings may ask for: 200 MB of pixel values
+MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the image
+# red, green and blue of the images that CLIP was trained on
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 OTHER_OPTIONS = ("return_tensors", "return_mm_token_type_ids")
 GROUPS = ("text_kwargs", "images_kwargs")
@@ -203,7 +203,7 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
             )
 
 
-# ---- Pictures and prompts --------------------------------------------------------------------------------------------
+# ---- Images and prompts --------------------------------------------------------------------------------------------
 
 
 def check_pixel_options(options: Any) -> None:

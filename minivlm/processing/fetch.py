@@ -1,7 +1,7 @@
-"""Pictures behind URLs: fetched only where a call or a prompt names one, and trusted in nothing.
+"""Images behind URLs: fetched only where a call or a prompt names one, and trusted in nothing.
 
 - http and https, to the address that the caller names, his own network included: a server of one's own is a usual place
-  for pictures. Addresses where clouds keep their keys, link-local ones and KEYS, hold none and are refused.
+  for images. Addresses where clouds keep their keys, link-local ones and KEYS, hold none and are refused.
 - At most REDIRECTS redirects, none from https to http, none from a public address into a private network.
 - TIMEOUT seconds for all of it, and MAX_DOWNLOAD bytes, as they come: nothing is decompressed. What they are is found
   by decoding them; the server's word for it is not asked.
@@ -143,7 +143,7 @@ class _Visit:
             address = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
         address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
         if address.is_link_local or address in KEYS:
-            raise ValueError(f"{address} is a link-local address or one of a cloud's keys, where no pictures are")
+            raise ValueError(f"{address} is a link-local address or one of a cloud's keys, where no images are")
         if self._public and not address.is_global:
             raise ValueError(f"redirected from a public address to {address}, in a private network")
         self._public = address.is_global

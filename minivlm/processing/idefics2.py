@@ -1,10 +1,10 @@
-"""Idefics2's pictures and prompts (Laurençon et al. 2024, "What matters when building vision-language models?").
+"""Idefics2's images and prompts (Laurençon et al. 2024, "What matters when building vision-language models?").
 
-A picture keeps its aspect ratio: its longest side is brought down to 980, both sides are brought up to 378. With image
+An image keeps its aspect ratio: its longest side is brought down to 980, both sides are brought up to 378. With image
 splitting its four quarters go first, each resized by the same rule, then the whole. In the text every `<image>` stands
-for 64 places between `<fake_token_around_image>` marks, five times over when the picture is split.
+for 64 places between `<fake_token_around_image>` marks, five times over when the image is split.
 
-Letters: B prompts, N pictures (crops included) in the fullest prompt, H and W the largest height and width of all.
+Letters: B prompts, N images (crops included) in the fullest prompt, H and W the largest height and width of all.
 """
 
 import itertools
@@ -23,7 +23,7 @@ FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of
 
 
 def resized_size(height: int, width: int, shortest: int = 378, longest: int = 980) -> tuple[int, int]:
-    """Final (height, width) of a picture or crop. int() cuts off: 1001x1500 becomes 653x980 (653.98…).
+    """Final (height, width) of an image or crop. int() cuts off: 1001x1500 becomes 653x980 (653.98…).
 
     The second rule may change the aspect ratio: 100x2000 becomes 378x980.
     """
@@ -50,9 +50,9 @@ def image_block(image_seq_len: int, splitting: bool) -> list[str]:
 
 @dataclass
 class Idefics2ImageProcessor(ImageProcessor):
-    """Pictures → pixel_values and pixel_attention_mask. The fields are those of preprocessor_config.json.
+    """Images → pixel_values and pixel_attention_mask. The fields are those of preprocessor_config.json.
 
-    `do_convert_rgb` changes nothing: pictures always become upright RGB by the rules of `load_image`.
+    `do_convert_rgb` changes nothing: images always become upright RGB by the rules of `load_image`.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_attention_mask"]
@@ -81,7 +81,7 @@ class Idefics2ImageProcessor(ImageProcessor):
 
     def __call__(self, images: Any, return_tensors: str | None = None, **changes: Any) -> Inputs:
         """One image, a flat list (one prompt's) or a list per prompt → pixel_values (B, N, 3, H, W) float32,
-        pixel_attention_mask (B, N, H, W) int64, 1 on the picture. Padding, right and below, is exactly 0.0. `changes`
+        pixel_attention_mask (B, N, H, W) int64, 1 on the image. Padding, right and below, is exactly 0.0. `changes`
         are fields with other values for this call.
         """
         if changes:
@@ -92,10 +92,10 @@ class Idefics2ImageProcessor(ImageProcessor):
         if not sizes:
             raise ValueError("no image: pass at least one, or leave images out for a prompt of text alone")
         width, height = (max(lengths) for lengths in zip(*sizes, strict=True))
-        check_pixel_count(width, height, "a picture, padded to the size of the others,")
+        check_pixel_count(width, height, "an image, padded to the size of the others,")
         count = max(len(row) for row in rows)
         if not self.do_pad and (len(set(sizes)) > 1 or any(len(row) != count for row in rows)):
-            raise ValueError(f"pictures of {len(set(sizes))} sizes are not one tensor without padding; set do_pad=True")
+            raise ValueError(f"images of {len(set(sizes))} sizes are not one tensor without padding; set do_pad=True")
         pixels = np.zeros((len(rows), count, 3, height, width), np.float32)
         mask = np.zeros((len(rows), count, height, width), np.int64)
         table = pixel_table_of(self)
@@ -109,12 +109,12 @@ class Idefics2ImageProcessor(ImageProcessor):
         return inputs.convert(return_tensors)
 
     def parts(self, image: Any) -> list[Any]:
-        """An RGB picture, resized; when splitting, its four resized quarters come first."""
+        """An RGB image, resized; when splitting, its four resized quarters come first."""
         quarters = []
         if self.do_image_splitting:
             if min(image.size) < 2:
                 raise ValueError(
-                    f"a picture of {image.width}x{image.height} has no quarters; leave it out or set "
+                    f"an image of {image.width}x{image.height} has no quarters; leave it out or set "
                     "image_processor.do_image_splitting = False"
                 )
             quarters = [image.crop(box) for box in crop_boxes(image.height, image.width)]
@@ -141,7 +141,7 @@ class Idefics2ImageProcessor(ImageProcessor):
 
 
 class Idefics2Processor(Processor):
-    """Prompts and pictures → everything that the model takes; ids → text.
+    """Prompts and images → everything that the model takes; ids → text.
 
     Differs from `transformers` 5.23 in the ids after special tokens, where this follows the checkpoint's tokenizer.json
     (as transformers 4 does), and in refusing prompts whose `<image>` do not match the images.
@@ -169,7 +169,7 @@ class Idefics2Processor(Processor):
 
         `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
         `<image>` in a text needs one. Options: see `Processor.__call__`.
-        ValueError for counts that differ and for truncation that would cut a picture.
+        ValueError for counts that differ and for truncation that would cut an image.
         """
         return super().__call__(images, text, **options)
 

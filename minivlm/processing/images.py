@@ -1,14 +1,14 @@
-"""Pictures in, normalised float32 pixels out: what the three models' image processors share.
+"""Images in, normalised float32 pixels out: what the three models' image processors share.
 
-Every route by which a picture enters goes through `load_image`, so one rule holds for all of them:
+Every route by which an image enters goes through `load_image`, so one rule holds for all of them:
 
 - the EXIF orientation is applied (a tag that makes no sense is ignored);
 - the result is 8-bit RGB, and **transparency is dropped, not composited**: the colours under it appear. This is what
   `transformers` does when its *processor* is called (its bare image processors composite on white instead). Only
-  IDEFICS asks for a `background`: it was trained on pictures laid on white;
+  IDEFICS asks for a `background`: it was trained on images laid on white;
 - grey becomes three equal channels, palettes, CMYK and YCbCr go through Pillow, 1-bit becomes 0 and 255;
 - 16-bit grey is scaled by 1/257 (65535 → 255), where Pillow's own conversion would turn it white;
-- 32-bit integer and float pictures (modes I and F) carry no range, so they are refused;
+- 32-bit integer and float images (modes I and F) carry no range, so they are refused;
 - of an animation the first frame is taken (of an open `PIL.Image`, the frame it stands at).
 """
 
@@ -38,29 +38,29 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def load_image(source: Any, background: str | None = None) -> Image.Image:
-    """An upright RGB picture from a `PIL.Image`, a path, an http(s) or data URL, base64, bytes, an array or a tensor,
+    """An upright RGB image from a `PIL.Image`, a path, an http(s) or data URL, base64, bytes, an array or a tensor,
     or {"bytes": …, "path": …} with one of them.
 
     Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: whole numbers in 0..255, or floats in
     [0, 1] or, if one is above 1, in 0..255.
     Transparent parts show the colours under them, or `background`, if a colour is named there.
     Raises TypeError for anything else, OSError for missing, unreachable or damaged files, ValueError for data that is
-    no picture, is ambiguous, or is above one of the limits of this file (checked before decoding).
+    no image, is ambiguous, or is above one of the limits of this file (checked before decoding).
     """
     return _to_rgb(*_open(source), background)
 
 
 def _open(source: Any) -> tuple[Image.Image, str]:
-    """The picture, upright and in its own mode, and what to call it in errors."""
+    """The image, upright and in its own mode, and what to call it in errors."""
     if isinstance(source, Image.Image):
         return _finish(source, "the PIL image")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), f"the picture given as {memoryview(source).nbytes} bytes")
+        return _decode(bytes(source), f"the image given as {memoryview(source).nbytes} bytes")
     if isinstance(source, str) and (url := URL.match(source)):
         inline = url[0].lower() == "data:"
-        return _decode(fetch(source), "the picture in the data: URL" if inline else shown(source))
+        return _decode(fetch(source), "the image in the data: URL" if inline else shown(source))
     if isinstance(source, str) and source.startswith(BASE64) and not os.path.isfile(source):
-        return _decode(fetch(f"data:;base64,{source}"), f"the picture given as {len(source)} characters of base64")
+        return _decode(fetch(f"data:;base64,{source}"), f"the image given as {len(source)} characters of base64")
     if isinstance(source, str | Path):
         return _open_path(source)
     if isinstance(source, dict) and (inner := source.get("bytes") or source.get("path")):  # as data sets store it
@@ -70,7 +70,7 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if isinstance(source, np.ndarray):
         return Image.fromarray(_array_to_uint8(source)), "the array"
     raise TypeError(
-        "a picture is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
+        "an image is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
         f"found {type(source).__name__}{' (pass what its read() gives)' if hasattr(source, 'read') else ''}"
     )
 
@@ -81,11 +81,11 @@ def _open_path(source: str | Path) -> tuple[Image.Image, str]:
         is_file = path.is_file()  # and so no folder, pipe or device, which could wait or run for ever
     except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, an unknown ~user
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{str(source)[:200]!r} cannot be a path of a picture: {reason}") from error
+        raise OSError(f"{str(source)[:200]!r} cannot be a path of an image: {reason}") from error
     if not is_file:
-        raise OSError(f"no picture at {str(source)[:200]!r}: give an existing file or a full http(s):// URL")
+        raise OSError(f"no image at {str(source)[:200]!r}: give an existing file or a full http(s):// URL")
     if (size := path.stat().st_size) > MAX_FILE:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_FILE:,} that a picture may have")
+        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_FILE:,} that an image may have")
     return _decode(path, str(path))
 
 
@@ -110,7 +110,7 @@ def _decode(source: Path | bytes, name: str) -> tuple[Image.Image, str]:
         try:
             image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
         except UnidentifiedImageError as error:
-            raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture: {_guess(file)}") from error
+            raise ValueError(f"{name} is not a {', '.join(FORMATS)} image: {_guess(file)}") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
         except _BROKEN as error:
@@ -119,22 +119,22 @@ def _decode(source: Path | bytes, name: str) -> tuple[Image.Image, str]:
 
 
 def _guess(file: io.BufferedReader) -> str:
-    """What a file is that is no picture, as far as its beginning tells."""
+    """What a file is that is no image, as far as its beginning tells."""
     file.seek(0)
     begin = file.read(1024)
     if not begin:
         return "it is empty"
-    for pattern, what in NOT_PICTURES.items():
+    for pattern, what in NOT_IMAGES.items():
         if re.match(pattern, begin, re.IGNORECASE | re.DOTALL):
             return what
     return f"it begins with {begin[:16]!r}"
 
 
-NOT_PICTURES = {
+NOT_IMAGES = {
     rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|RIFF....WEBP": "its header is damaged; fetch or export it again",
     rb"version https://git-lfs": "it is the Git LFS pointer to a file, not the file; fetch it with `git lfs pull`",
     rb"\s*(<\?xml.*)?<svg": "it is an SVG drawing; export it as PNG",
-    rb"\s*<(!doctype html|html|head|\?xml)": "it is a web page or XML, not a picture; give the address of the picture",
+    rb"\s*<(!doctype html|html|head|\?xml)": "it is a web page or XML, not an image; give the address of the image",
     rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "it is a PDF or PostScript document; export its pages as PNG",
     rb"....ftyp": "it is a HEIC, AVIF or video file; export it as JPEG or PNG",
 }
@@ -166,7 +166,7 @@ def _check_encoding(image: Any, name: str) -> None:
 
 
 def check_pixel_count(width: int, height: int, name: str) -> None:
-    """ValueError for an empty picture, or one whose pixels could fill the memory."""
+    """ValueError for an empty image, or one whose pixels could fill the memory."""
     limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
     if min(width, height) < 1:
         raise ValueError(f"{name} is empty ({width}x{height})")
@@ -183,7 +183,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-    except Exception:  # Pillow's parser fails in many ways on a broken tag, and the picture is fine without it
+    except Exception:  # Pillow's parser fails in many ways on a broken tag, and the image is fine without it
         return image
 
 
@@ -222,9 +222,9 @@ def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
 def _array_to_uint8(array: np.ndarray) -> np.ndarray:
     """(H, W), (H, W, C) or (C, H, W), by the rules of `load_image` → uint8 (H, W), (H, W, 3) or (H, W, 4)."""
     if isinstance(array, np.ma.MaskedArray):
-        raise ValueError("a masked array has holes, which a picture cannot have; pass array.filled(…)")
+        raise ValueError("a masked array has holes, which an image cannot have; pass array.filled(…)")
     if array.ndim not in (2, 3):
-        raise ValueError(f"one picture has 2 or 3 dimensions, found shape {array.shape}; pass a list for several")
+        raise ValueError(f"one image has 2 or 3 dimensions, found shape {array.shape}; pass a list for several")
     if array.ndim == 3:
         first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
         if first == last:
@@ -257,7 +257,7 @@ def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.
 def pixel_table(rescale_factor: float | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> np.ndarray:
     """(3, 256) float32: the value of each byte per channel after rescaling and normalising (None skips that step).
 
-    A picture has only 256 values per channel, so a table is both the fastest way and exact by construction: its
+    An image has only 256 values per channel, so a table is both the fastest way and exact by construction: its
     entries are computed in the reference's order, bytes times factor in float64, cast to float32, minus mean, over std.
     """
     values = np.arange(256, dtype=np.float64)
@@ -270,7 +270,7 @@ def pixel_table(rescale_factor: float | None, mean: Sequence[float] | None, std:
 
 
 def write_pixels(image: Image.Image, table: np.ndarray, out: np.ndarray) -> None:
-    """Write an RGB picture's values under `table` (3, 256) into the top left of `out` (3, H, W); the rest stays."""
+    """Write an RGB image's values under `table` (3, 256) into the top left of `out` (3, H, W); the rest stays."""
     pixels = np.asarray(image)  # (h, w, 3)
     height, width, _ = pixels.shape
     for channel in range(3):
@@ -313,7 +313,7 @@ def nest_images(images: Any) -> list[list[Any]]:
     if not _is_nested(images):
         return [list(images)]
     if not all(row is None or isinstance(row, list | tuple) for row in images):
-        raise ValueError("images mixes pictures and lists of pictures; pass a flat list, or one list per prompt")
+        raise ValueError("images mixes images and lists of images; pass a flat list, or one list per prompt")
     return [list(row or []) for row in images]
 
 

@@ -1,10 +1,10 @@
-"""LLaVA-NeXT's pictures and prompts (Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge").
+"""LLaVA-NeXT's images and prompts (Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge").
 
-A picture is seen whole, squeezed into a square, and enlarged, on a canvas that is cut into squares; the geometry is
+An image is seen whole, squeezed into one tile, and enlarged, on a canvas that is cut into tiles; the geometry is
 drawn in `modules/anyres.py`. In the text every `<image>` becomes as many as the model will have features for: 576 to
 2928 with the released settings, and nothing around them.
 
-Letters: B prompts, N pictures of all prompts in order of appearance, T squares of the picture with most, S their side.
+Letters: B prompts, N images of all prompts in order of appearance, T tiles of the image with most, S their side.
 """
 
 from collections.abc import Iterator
@@ -35,10 +35,10 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 @dataclass
 class LlavaNextImageProcessor(ImageProcessor):
-    """Pictures → pixel_values and image_sizes. The fields are those of preprocessor_config.json.
+    """Images → pixel_values and image_sizes. The fields are those of preprocessor_config.json.
 
-    The defaults are the values of all released checkpoints; transformers' own, squares of 224, are those of none.
-    `do_convert_rgb` changes nothing: pictures always become upright RGB by the rules of `load_image`. (For paths and
+    The defaults are the values of all released checkpoints; transformers' own, tiles of 224, are those of none.
+    `do_convert_rgb` changes nothing: images always become upright RGB by the rules of `load_image`. (For paths and
     URLs 5.23 does the same. A `PIL.Image` it does not turn, and lays on white what is transparent in it.)
     """
 
@@ -61,7 +61,7 @@ class LlavaNextImageProcessor(ImageProcessor):
     def __post_init__(self) -> None:
         edge, tile = _side("size", self.size), self.tile
         if edge != tile and not self.do_center_crop:
-            raise ValueError(f"squares of {edge} (size) are no tiles of {tile} (crop_size); set do_center_crop=True")
+            raise ValueError(f"tiles of {edge} (size) do not fit {tile} (crop_size); set do_center_crop=True")
         check_pinpoints(self.image_grid_pinpoints, tile)
         whole = all(side % tile == 0 for pinpoint in self.image_grid_pinpoints for side in pinpoint)
         if not whole and not self.do_center_crop:
@@ -88,35 +88,35 @@ class LlavaNextImageProcessor(ImageProcessor):
 
     def __call__(self, images: Any, return_tensors: str | None = None, **changes: Any) -> Inputs:
         """Images, flat or in lists → pixel_values (N, T, 3, S, S) float32, the base first, then the tiles row by row,
-        and image_sizes (N, 2) int64, the (height, width) of the pictures as they came. Missing tiles are exactly 0.0.
+        and image_sizes (N, 2) int64, the (height, width) of the images as they came. Missing tiles are exactly 0.0.
         `changes` are fields with other values for this call.
         """
         if changes:
             return self.changed(changes)(images, return_tensors)
         self.__post_init__()  # fields may have been set since
-        pictures = [load_image(image) for row in nest_images(images) for image in row]
-        if not pictures:
+        images = [load_image(image) for row in nest_images(images) for image in row]
+        if not images:
             raise ValueError("no image: pass at least one, or leave images out for a prompt of text alone")
-        sizes = [(picture.height, picture.width) for picture in pictures]
+        sizes = [(image.height, image.width) for image in images]
         counts = [1 + len(self._corners(best_resolution(size, self.image_grid_pinpoints))) for size in sizes]
         if not self.do_pad and len(set(counts)) > 1:
             raise ValueError(f"images of {sorted(set(counts))} tiles are not one tensor; set do_pad=True")
-        pixels = np.zeros((len(pictures), max(counts), 3, self.tile, self.tile), np.float32)
+        pixels = np.zeros((len(images), max(counts), 3, self.tile, self.tile), np.float32)
         table = pixel_table_of(self)
-        for n, picture in enumerate(pictures):
-            for t, square in enumerate(self.squares(picture)):
-                write_pixels(square, table, pixels[n, t])
+        for n, image in enumerate(images):
+            for t, tile in enumerate(self.tiles(image)):
+                write_pixels(tile, table, pixels[n, t])
         return Inputs(pixel_values=pixels, image_sizes=np.array(sizes, np.int64)).convert(return_tensors)
 
-    def squares(self, picture: Image.Image) -> Iterator[Image.Image]:
-        """The base and the tiles of an RGB picture. What is padding on the canvas is black, not 0.0."""
+    def tiles(self, image: Image.Image) -> Iterator[Image.Image]:
+        """The base and the tiles of an RGB image. What is padding on the canvas is black, not 0.0."""
         edge, tile = _side("size", self.size), self.tile
-        yield self._centre(resize(picture, edge, edge, self.resample))
-        size = picture.height, picture.width
+        yield self._centre(resize(image, edge, edge, self.resample))
+        size = image.height, image.width
         canvas_height, canvas_width = best_resolution(size, self.image_grid_pinpoints)
         top, left, height, width = placement(size, (canvas_height, canvas_width))
         canvas = Image.new("RGB", (canvas_width, canvas_height))
-        canvas.paste(resize(picture, height, width, self.resample), (left, top))
+        canvas.paste(resize(image, height, width, self.resample), (left, top))
         for y, x in self._corners((canvas_height, canvas_width)):
             part = canvas.crop((x, y, min(x + tile, canvas_width), min(y + tile, canvas_height)))
             yield self._centre(self._resized(part) if self.do_resize else part)
@@ -160,12 +160,12 @@ class LlavaNextImageProcessor(ImageProcessor):
 
 
 class LlavaNextProcessor(Processor):
-    """Prompts and pictures → everything that the model takes; ids → text.
+    """Prompts and images → everything that the model takes; ids → text.
 
     `num_additional_image_tokens` counts the class token that CLIP puts before its patches. It is 1 unless it is given;
     `transformers` 5.23 takes 0 then, which makes one place too few for the model. Batches are padded on the left, as
     generation needs it, unless the checkpoint's files or the caller say otherwise. The chat templates of all seven
-    checkpoints put a message's pictures before its text, whatever order it has them in.
+    checkpoints put a message's images before its text, whatever order it has them in.
     """
 
     image_processor_class = LlavaNextImageProcessor
@@ -188,14 +188,14 @@ class LlavaNextProcessor(Processor):
         num_additional_image_tokens: int = 1,
     ) -> None:
         if not isinstance(image_token, str) or not image_token:
-            raise ValueError(f"image_token is the text that marks the place of a picture, found {image_token!r:.80}")
+            raise ValueError(f"image_token is the text that marks the place of an image, found {image_token!r:.80}")
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.patch_size, self.vision_feature_select_strategy = patch_size, vision_feature_select_strategy
         self.chat_template, self.num_additional_image_tokens = chat_template, num_additional_image_tokens
         tokenizer.add_tokens([image_token], special=True)
         self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
         if patch_size is not None:
-            self.image_places(1, 1)  # bad settings are found here, not at the first picture
+            self.image_places(1, 1)  # bad settings are found here, not at the first image
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options: Any) -> Inputs:
         """input_ids and attention_mask (B, L), and with images pixel_values (N, T, 3, S, S) and image_sizes (N, 2).
@@ -203,7 +203,7 @@ class LlavaNextProcessor(Processor):
         `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
         `<image>` in a text needs one. Options: see `Processor.__call__`.
         `processor(prompt, image)`, as older documentation writes it, works too. ValueError for counts that differ and
-        for truncation that would cut a picture.
+        for truncation that would cut an image.
         """
         if self._is_prompt(images) and not self._is_prompt(text):
             images, text = text, images
@@ -211,15 +211,15 @@ class LlavaNextProcessor(Processor):
 
     def encode(self, prompts: list[Prompt], rows: list[list[Any]], **options: Any) -> Inputs:
         """Prompts with an `<image>` for each image of their row → Inputs."""
-        pictures = self.image_processor(rows) if any(rows) else Inputs()
-        sizes = pictures.image_sizes.tolist() if pictures else []
+        images = self.image_processor(rows) if any(rows) else Inputs()
+        sizes = images.image_sizes.tolist() if images else []
         blocks = ([self.image_token_id] * self.image_places(*size) for size in sizes)
         inputs = assemble(self.tokenizer, prompts, self.image_token_id, blocks, **options)
-        inputs.update(pictures)
+        inputs.update(images)
         return inputs
 
     def image_places(self, height: int, width: int) -> int:
-        """How many `<image>` a picture of this size takes in the prompt; no picture is needed to ask."""
+        """How many `<image>` an image of this size takes in the prompt; no image is needed to ask."""
         if self.patch_size is None:
             raise ValueError(
                 "patch_size, the side of the vision tower's patches, is in none of the checkpoint's files; pass "

@@ -159,7 +159,7 @@ def test_wrong_usage_exits_with_2(capsys, pictures, argv, message):
 def test_bad_pictures_exit_with_1(capsys, tmp_path, checkpoint):
     text = tmp_path / "notes.png"
     text.write_text("not a picture")
-    assert "no picture at 'nowhere.png'" in fails(capsys, "ask", "nowhere.png", "q", "--model", checkpoint)
+    assert "no image at 'nowhere.png'" in fails(capsys, "ask", "nowhere.png", "q", "--model", checkpoint)
     assert "notes.png is not a JPEG, PNG" in fails(capsys, "ask", str(text), "q", "--model", checkpoint)
 
 

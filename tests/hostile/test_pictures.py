@@ -304,8 +304,8 @@ FILES: dict[str, tuple[Made, Any]] = {
     "text": (plain(b"a picture of a cat"), "ValueError: .*it begins with"),
     "only the first bytes of a PNG": (plain(b"\x89PNG\r\n\x1a\n"), "(ValueError|OSError): .*"),
     # ---- paths
-    "no such file": (plain("nowhere.png"), "OSError: no picture at 'nowhere.png'"),
-    "an empty name": (plain(""), "OSError: no picture at ''"),
+    "no such file": (plain("nowhere.png"), "OSError: no image at 'nowhere.png'"),
+    "an empty name": (plain(""), "OSError: no image at ''"),
     "a NUL in the name": (plain("a\0b.png"), "OSError: .*(cannot be|no picture)"),
     "half a surrogate pair in the name": (plain("\ud800.png"), "OSError: .*(cannot be|no picture)"),
     "a name of 5,000 letters": (plain("x" * 5000), "OSError: .*(cannot be|no picture)"),
