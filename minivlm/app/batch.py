@@ -21,7 +21,7 @@ from tqdm import tqdm
 from minivlm.app.answer import Clock, setting_of
 from minivlm.app.questions import Row, numbered, read_row, reason
 from minivlm.checkpoint.files import replacing
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
 Records = list[dict[str, Any]]
@@ -181,7 +181,7 @@ def _answers(job: Job, rows: list[Row], summary: Summary) -> Records:
     records, ready = [], []
     for row in rows:
         try:
-            ready.append((row, [fetch_picture(job.processor, source) for source in row.sources]))
+            ready.append((row, [fetch_image(job.processor, source) for source in row.sources]))
         except ERRORS as error:
             records.append(_record(row, error=reason(error)))
     return records + _generated(job, ready, summary)

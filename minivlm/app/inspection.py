@@ -13,7 +13,7 @@ from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
 from minivlm.modules.config import text_config
 from minivlm.modules.inputs import Inputs
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
     """What these images will cost, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
     pixels; and that prompt."""
     processor = auto.AutoProcessor.from_pretrained(name)
-    pictures = [fetch_picture(processor, image) for image in images]
+    pictures = [fetch_image(processor, image) for image in images]
 
     def tokens(some: list[Any]) -> int:
         return prompt(processor, some)["input_ids"].shape[1]

@@ -17,7 +17,7 @@ from minivlm.app import images, terminal
 from minivlm.app.chat import Chat
 from minivlm.app.options import SAMPLING, check_settings, parse_value, with_sampling
 from minivlm.checkpoint.files import write_json
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 from minivlm.text.chat_template import normalise
 
 COMMANDS = {
@@ -133,7 +133,7 @@ class Talk:
         if not argument:
             raise ValueError("/image takes a file or URL")
         name = _path(argument)
-        image = fetch_picture(self.chat.processor, images.source(name))
+        image = fetch_image(self.chat.processor, images.source(name))
         self._add(image, name)
         self._confirm(f"{_described(self._name(image), image)} goes with the next question")
 
@@ -218,7 +218,7 @@ class Talk:
         for source in sources:
             if not isinstance(source, str):
                 raise ValueError(f"{path}: an image in it has neither a path nor a URL")
-            fetched.append(fetch_picture(self.chat.processor, source))
+            fetched.append(fetch_image(self.chat.processor, source))
             self._names[id(fetched[-1])] = fetched[-1], source
         self.chat.reset()
         self.chat.messages = _with_images(normal, fetched)

@@ -369,7 +369,7 @@ def test_inspect_says_what_pictures_cost(capsys):
     found = json.loads(capsys.readouterr().out)["pictures"]
     processor = minivlm.AutoProcessor.from_pretrained("shapes-llava-next")
     sizes = [Image.open(picture).size[::-1] for picture in pictures]
-    assert found["tokens"] == [processor.image_places(*size) for size in sizes]
+    assert found["tokens"] == [processor.image_tokens(*size) for size in sizes]
     assert cli.main(["ask", *pictures, "What is this?", "--model", "shapes-llava-next", "--json"]) == 0
     assert found["prompt_tokens"] == json.loads(capsys.readouterr().out)["prompt_tokens"]
     assert "README.md" in fails(capsys, "inspect", "shapes-idefics2", "--image", "README.md")

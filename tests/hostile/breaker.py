@@ -1100,8 +1100,8 @@ PICTURES |= _values(
         ("image_size", 10**9, "image_size is the side of a square"),
         ("image_size", 5000, "image_size is the side of a square in pixels, 1 to 4096"),
         ("image_num_channels", 1, "image_num_channels is 3"),
-        ("size", {"height": [], "width": 3}, "pictures are squares"),
-        ("size", 224, "pictures are squares"),
+        ("size", {"height": [], "width": 3}, "images are squares"),
+        ("size", 224, "images are squares"),
     ],
 )
 PICTURES |= _values(

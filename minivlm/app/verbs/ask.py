@@ -33,11 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
     from minivlm.app import images
     from minivlm.app.answer import peak_memory
     from minivlm.app.chat import Chat
-    from minivlm.processing.common import fetch_picture
+    from minivlm.processing.common import fetch_image
 
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    pictures = [fetch_picture(processor, images.source(each)) for each in names]
+    pictures = [fetch_image(processor, images.source(each)) for each in names]
     chat = Chat(options.load_model(name, arguments, device, dtype), processor, system=arguments.system, **settings)
     if not arguments.json:
         terminal.print_pieces(chat.stream(question, pictures))
