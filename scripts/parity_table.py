@@ -27,7 +27,7 @@ from torch import nn
 from minivlm.checkpoint import hub
 from minivlm.checkpoint.loading import DTYPES
 from minivlm.checkpoint.names import local_name
-from minivlm.parity import Question, Side, against, drawn_picture, record
+from minivlm.parity import Question, Side, against, drawn_image, record
 from minivlm.parity.findings import Finding
 from minivlm.parity.sides import config_of, load
 
@@ -47,7 +47,7 @@ class Case:
 def built_in() -> Iterator[Case]:
     """The checkpoints that ship."""
     for name in hub.built_in():
-        yield Case(name, config_of(Side(name)).model_type, name, Question((drawn_picture(),)))
+        yield Case(name, config_of(Side(name)).model_type, name, Question((drawn_image(),)))
 
 
 def random_models(folder: Path) -> Iterator[Case]:

@@ -34,7 +34,7 @@ from minivlm.processing.common import (
     check_pixel_options,
     pixel_table_of,
 )
-from minivlm.processing.images import load_image, nest_images, resize, write_pixels
+from minivlm.processing.images import is_nested, load_image, nest_images, resize, write_pixels
 from minivlm.text.shown import short
 from minivlm.text.tokenizer import Prompt, Tokenizer
 
@@ -259,7 +259,7 @@ def _pairs(images: list[Any], texts: Any) -> list[list[Any]]:
         raise ValueError(f"beside images, text is a string or a list of strings, found {short(texts)}")
     if not texts or len(texts) != len(images):
         raise ValueError(f"{len(images)} images for {len(texts)} texts; pass one per text, or a list of them per text")
-    nested = any(row is None or isinstance(row, list | tuple) for row in images)
+    nested = is_nested(images)
     rows = nest_images(images) if nested else [[image] for image in images]
     rows = [
         [Path(item) if _is_text(item) else item for item in row] for row in rows

@@ -286,7 +286,7 @@ def image_rows(images: Any, found: list[int], image_token: str) -> list[list[Any
     One image, a flat list (dealt out in order of appearance) or one list per prompt. ValueError names the prompt.
     """
     rows = nest_images(images)
-    if images is None or not _is_nested(images):
+    if images is None or not is_nested(images):
         flat = rows[0] if rows else []
         if len(flat) != sum(found):
             raise ValueError(
@@ -312,12 +312,13 @@ def nest_images(images: Any) -> list[list[Any]]:
         return []
     if not isinstance(images, list | tuple):
         return [[images]]
-    if not _is_nested(images):
+    if not is_nested(images):
         return [list(images)]
     if not all(row is None or isinstance(row, list | tuple) for row in images):
         raise ValueError("images mixes images and lists of images; pass a flat list, or one list per prompt")
     return [list(row or []) for row in images]
 
 
-def _is_nested(images: Any) -> bool:
+def is_nested(images: Any) -> bool:
+    """Whether images are given as one list (or None) per prompt."""
     return isinstance(images, list | tuple) and any(isinstance(row, list | tuple) or row is None for row in images)

@@ -449,7 +449,7 @@ JSON = _cases(
         ),
         "model type of another family": (
             entry("config.json", "model_type", "llava_next"),
-            "have no image_grid_pinpoints",
+            "lack image_grid_pinpoints",
         ),
     },
 )
@@ -1122,7 +1122,7 @@ PICTURES |= _values(
     "preprocessor_config.json",
     "content",
     [
-        ("image_grid_pinpoints", GONE, "have no image_grid_pinpoints"),
+        ("image_grid_pinpoints", GONE, "lack image_grid_pinpoints"),
         ("image_grid_pinpoints", [[28, 57]], "multiples of the tile's side of 28"),
         ("image_grid_pinpoints", [[28, 56]] * 999, "at most 256"),
         ("image_grid_pinpoints", [[0, 0]], "whole numbers from 1"),

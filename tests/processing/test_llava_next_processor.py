@@ -390,7 +390,7 @@ def test_truncation_of_text_behind_the_picture_is_fine(processor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_grid_pinpoints": None}, "no image_grid_pinpoints"),
+        ({"image_grid_pinpoints": None}, "lack image_grid_pinpoints"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
         ({"image_grid_pinpoints": [[336, 500]]}, "multiples of the tile's side of 336"),
         ({"image_grid_pinpoints": [[336, 0]]}, "image_grid_pinpoints"),
