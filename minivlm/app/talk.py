@@ -39,7 +39,7 @@ ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  
 class Talk:
     """Answers line after line.
 
-    pictures: for the first question, each with the name it was given.  show: prints the pieces of an answer.
+    first: images for the first question, each with its name.  show: prints the pieces of an answer.
     watched: somebody sits at the terminal, so what a command did is confirmed on stderr.
     verbose: what each answer took, on stderr.
     """
@@ -47,7 +47,7 @@ class Talk:
     def __init__(
         self,
         chat: Chat,
-        pictures: Iterable[tuple[Any, str]],
+        first: Iterable[tuple[Any, str]],
         show: Callable[[Iterator[str]], None],
         *,
         watched: bool,
@@ -57,7 +57,7 @@ class Talk:
         self.failed = 0
         self._names: dict[int, tuple[Any, str]] = {}  # by id: an image and where it came from
         self._waiting: list[Any] = []
-        for image, name in pictures:
+        for image, name in first:
             self._add(image, name)
 
     def run(self, read: Callable[[str], str | None]) -> int:

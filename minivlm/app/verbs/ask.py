@@ -37,16 +37,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    pictures = [fetch_image(processor, images.source(each)) for each in names]
+    fetched = [fetch_image(processor, images.source(each)) for each in names]
     chat = Chat(options.load_model(name, arguments, device, dtype), processor, system=arguments.system, **settings)
     if not arguments.json:
-        terminal.print_pieces(chat.stream(question, pictures))
+        terminal.print_pieces(chat.stream(question, fetched))
         if (cut := chat.last.cut()) is not None:
             terminal.note(cut)
         if arguments.verbose:
             terminal.took(chat.last, device)
         return
-    answer = chat.ask(question, pictures)
+    answer = chat.ask(question, fetched)
     found = {"answer": answer, "model": name, "finish_reason": chat.last.finish_reason}
     found |= {"prompt_tokens": chat.last.prompt_tokens, "new_tokens": chat.last.new_tokens}
     found |= {"seconds": round(chat.last.seconds, 3)}
