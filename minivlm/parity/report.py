@@ -123,27 +123,37 @@ def check_plot(path: str | Path) -> None:
 
 
 def plot(reports: dict[str, Report], path: str | Path) -> None:
-    """Error by depth, on a logarithmic scale: ‖Δ‖/‖a‖ of the stages of each report, by its dtype; dashed, what is
-    allowed. Stages that are equal are gaps; rings are those that diverge.
+    """Error by depth, on a logarithmic scale: ‖Δ‖/‖a‖ of the stages of each report, by its dtype, and as a dashed line
+    the allowed error. Stages without any difference have a triangle at the bottom, diverging stages a ring.
 
     Raises what `check_plot` does.
     """
     check_plot(path)
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
-    for dtype, report in reports.items():
+    for number, (dtype, report) in enumerate(reports.items()):
         shown = [finding for finding in report.findings if finding.allowed_relative]
         error = [finding.relative or math.nan for finding in shown]
         bad = [finding.relative if finding.diverges else math.nan for finding in shown]
+        equal = [index for index, finding in enumerate(shown) if finding.relative == 0]
         (line,) = axes.semilogy(error, marker=".", label=dtype)
         axes.semilogy(bad, "o", markersize=9, markerfacecolor="none", color=line.get_color())
         axes.semilogy([finding.allowed_relative for finding in shown], "--", linewidth=1, color=line.get_color())
+        height = [0.02 + 0.04 * number] * len(equal)  # in parts of the axis
+        axes.plot(equal, height, "v", transform=axes.get_xaxis_transform(), color=line.get_color())
         axes.set_xticks(range(len(shown)), [finding.stage for finding in shown], rotation=90, fontsize=7)
         titles = [f"{name}: {words.replace(f', {dtype}', '')}" for name, words in (("a", report.a), ("b", report.b))]
         axes.set_title("\n".join(titles))
     axes.set_ylabel("‖Δ‖ / ‖a‖")
     axes.grid(alpha=0.3)
-    axes.legend()
+    handles, _ = axes.get_legend_handles_labels()
+    handles += [
+        Line2D([], [], color="grey", linestyle="--", linewidth=1, label="allowed"),
+        Line2D([], [], color="grey", linestyle="", marker="v", label="no difference (0)"),
+        Line2D([], [], color="grey", linestyle="", marker="o", fillstyle="none", markersize=9, label="diverges"),
+    ]
+    axes.legend(handles=handles, fontsize=8)
     figure.savefig(path, dpi=150)
