@@ -10,8 +10,9 @@ from minivlm.quantization import products
 from minivlm.quantization.formats import Format, Tensors
 
 
-class QuantizedLinear(nn.Module):
-    """x Ŵᵀ + b. Gradients flow to x and b; the weight itself is not trained.
+class QuantizedLinear(nn.Linear):
+    """x Ŵᵀ + b. Gradients flow to x and b; the weight itself is not trained. It is an `nn.Linear` for whoever looks for
+    linear layers, PEFT for one, but has no `weight`.
 
     Made empty, it gets its weight from `quantize_` (a floating-point one) or `restore` (the tensors of a file). Its
     tensors are buffers, named by the format: scales keep their dtype whatever dtype the model is cast to.
@@ -26,12 +27,20 @@ class QuantizedLinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         """compute_dtype: in what fp16 inputs are multiplied, None = fp16. Other inputs keep their dtype."""
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a weight
         self.in_features, self.out_features = in_features, out_features
         self.format, self.compute_dtype = format, compute_dtype
         self.dtype = torch.float32  # of the weight that was quantised
         self.bias = bias
         self._names: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "a quantised layer holds codes and has no weight; dequantize() makes one. An adapter is merged into the "
+                "16-bit model: minivlm merge, or minivlm.training.lora.merge"
+            )
+        return super().__getattr__(name)
 
     @property
     def shape(self) -> tuple[int, int]:
