@@ -1,10 +1,10 @@
 """transformers' Trainer, where it saves our models whole.
 
-The stock Trainer trains, evaluates and resumes them as it is. What it saves, though, is `save_pretrained`'s work only for
-subclasses of transformers' own `PreTrainedModel`; of any other model it writes the bare tensors, without config.json and
-by the names they have in memory, and fails where two are tied. There is no hook for that and no attribute that it asks,
-so this is a subclass that overrides one method. Alternatives that were weighed: instances that pretend to be of a class
-that they are not of (which breaks pickling and FSDP), and replacing a name inside transformers (which others use too).
+The stock Trainer trains, evaluates and resumes them as it is. But it calls `save_pretrained` only of subclasses of
+transformers' own `PreTrainedModel`; of any other model it writes the bare tensors, by the names they have in memory and
+without config.json, and fails where two are tied. It asks no attribute that could change that, so this is a subclass
+that overrides one method. Weighed and left: instances that pretend to be of a class that they are not of (pickling and
+FSDP break), and replacing a name inside transformers (which others use too).
 """
 
 from typing import Any

@@ -57,9 +57,10 @@ class Tools:
         offload: bool = False,
     ) -> None:
         """Keep only the input of every (n-th) layer for the backward pass, which runs the layer again: less memory, the
-        same gradients. Layers are those of decoder, towers and resamplers; the options are those of torch's `checkpoint`.
+        same gradients. Layers are those of decoder, towers and resamplers; options are those of torch's `checkpoint`.
 
-        ValueError for use_reentrant=True and for offload=True, which are not supported."""
+        ValueError for use_reentrant=True and for offload=True, which are not supported.
+        """
         options = dict(activation_checkpointing_kwargs or {})
         if options.pop("use_reentrant", False):
             raise ValueError("checkpointing here is non-reentrant; leave use_reentrant out, or at False")
