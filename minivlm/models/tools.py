@@ -186,9 +186,20 @@ class Tools:
         self.attn_implementation = check_implementation(attn_implementation)
         self.config._attn_implementation = attn_implementation
 
-    def get_image_features(self, *args: Any, **inputs: Any) -> Inputs:
-        """The images' vectors as `pooler_output`; arguments as of the `encode_images` of the model without a head."""
-        return Inputs(pooler_output=getattr(self, "model", self).encode_images(*args, **inputs))
+    def get_image_features(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **inputs: Any
+    ) -> Inputs:
+        """`pooler_output`: of Idefics2 the vectors of each row's images, of LLaVA-NeXT those of each image, (n, C) each.
+
+        Arguments as of `encode_images` of the model without a head; IDEFICS has none, as in the reference."""
+        model = self.base_model
+        if not isinstance(getattr(model, "connector", None), nn.Module):
+            return Inputs(pooler_output=model.encode_images(pixel_values, **inputs))
+        vectors = model.encode_images(pixel_values, pixel_attention_mask, **inputs)  # (images, Q, C)
+        patch = self.config.vision_config.patch_size
+        real = model._patch_masks(pixel_values.flatten(0, 1), pixel_attention_mask, patch).flatten(1).any(1)  # (B·N)
+        counts = real.unflatten(0, pixel_values.shape[:2]).sum(1).tolist()
+        return Inputs(pooler_output=[row.flatten(0, 1) for row in vectors.split(counts)])
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, **inputs}
