@@ -189,9 +189,10 @@ class Tools:
     def get_image_features(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **inputs: Any
     ) -> Inputs:
-        """`pooler_output`: of Idefics2 the vectors of each row's images, of LLaVA-NeXT those of each image, (n, C) each.
+        """`pooler_output`: a list of (vectors, C), for each row of Idefics2 and for each image of LLaVA-NeXT.
 
-        Arguments as of `encode_images` of the model without a head; IDEFICS has none, as in the reference."""
+        Arguments as of `encode_images` of the model without a head; IDEFICS has none, as in the reference.
+        """
         model = self.base_model
         if not isinstance(getattr(model, "connector", None), nn.Module):
             return Inputs(pooler_output=model.encode_images(pixel_values, **inputs))

@@ -83,8 +83,8 @@ def test_image_features(pair: Any) -> None:
     names = {"pixel_values", "pixel_attention_mask", "image_sizes"} & inputs.keys()
     given = {name: inputs[name] for name in names}
     expected, found = theirs.get_image_features(**given), ours.get_image_features(**given)
-    for x, y in zip(found.pooler_output, expected.pooler_output, strict=True):
-        close(x, y)
+    assert [len(x) for x in found.pooler_output] == [len(x) for x in expected.pooler_output]
+    close(torch.cat(list(found.pooler_output)), torch.cat(expected.pooler_output))
 
 
 @torch.no_grad()
