@@ -9,12 +9,17 @@ import oracle
 import oracle_peft
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
+from PIL import Image
 from torch import Tensor
 
+from minivlm import AutoModelForImageTextToText, AutoProcessor
+from minivlm.checkpoint import hub
 from minivlm.models.tools import stacked_layers
 
 FAMILIES = oracle_peft.FAMILIES
+SHAPES = Path(__file__).parents[2] / "docs" / "shapes.png"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -150,3 +155,52 @@ def test_accelerate(model: Any, precision: str, tmp_path: Path) -> None:
         assert torch.equal(value, ours.state_dict()[name]), name
         if precision == "no":
             torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-6, atol=1e-7)
+
+
+# ---- Collators -------------------------------------------------------------------------------------------------------
+
+
+def examples() -> list[dict[str, Any]]:
+    """Conversations and their images, of unequal lengths: two turns, several images, none."""
+
+    def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+    picture = Image.open(SHAPES).convert("RGB")
+    long = [turn("user", "What number is written?", 1), turn("assistant", "47."), turn("user", "And what else?")]
+    return [
+        {"messages": [*long, turn("assistant", "A star, a circle and a triangle.")], "images": [picture]},
+        {"messages": [turn("user", "Compare.", 2), turn("assistant", "Equal.")], "images": [picture, picture]},
+        {"messages": [turn("user", "Hello."), turn("assistant", "Hello to you.")], "images": []},
+    ]
+
+
+def collate(processor: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
+    """As TRL's collator for images: chat template to text, all rows padded on the right, pads are not learned."""
+    texts = processor.apply_chat_template([row["messages"] for row in rows], tokenize=False)
+    settings = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": False}
+    output = processor(images=[row["images"] for row in rows], text=texts, **settings, **options)
+    labels = output["input_ids"].clone()
+    labels[output["attention_mask"] == 0] = -100
+    output["labels"] = labels
+    return output
+
+
+@pytest.mark.parametrize("options", [{}, {"pad_to_multiple_of": 32}, {"truncation": True, "max_length": 2048}], ids=str)
+@pytest.mark.parametrize("name", ["shapes-idefics2", "shapes-llava-next"])
+@torch.no_grad()
+def test_collators(name: str, options: dict[str, Any]) -> None:
+    """The ids, labels and loss of the reference's processor and model; IDEFICS takes texts and images in turn."""
+    processor, model = AutoProcessor.from_pretrained(name), AutoModelForImageTextToText.from_pretrained(name)
+    theirs = transformers.AutoProcessor.from_pretrained(hub.BUILT_IN / name)
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(hub.BUILT_IN / name)
+    found, expected = collate(processor, examples(), **options), collate(theirs, examples(), **options)
+    for key in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(found[key], expected[key]), key
+    assert not found["input_ids"].shape[1] % options.get("pad_to_multiple_of", 1)
+    eager, sdpa = oracle.both(reference, lambda side: side(**found).loss)
+    oracle.assert_close(model(**found).loss, eager, sdpa, "loss")
+    singles = [collate(processor, [row]) for row in examples()]
+    counts = [(row["labels"][:, 1:] != -100).sum() for row in singles]
+    mean = sum(model(**row, num_items_in_batch=sum(counts)).loss for row in singles)
+    torch.testing.assert_close(model(**found).loss, mean, rtol=1e-5, atol=0)
