@@ -64,8 +64,12 @@ def test_the_walk_is_a_real_run() -> None:
     assert f"{walk.START}\n{walk.markdown(walk.rows('shapes-idefics2')[0])}\n{walk.END}" in text
 
 
-def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+def test_readme_is_short_and_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    tree = re.search(r"```\nminivlm/\n(.*?)```", text, re.S)[1]
+    rooms = [path.name for path in (ROOT / "minivlm").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert sorted(re.findall(r"^  (\w+)/", tree, re.M)) == sorted(rooms)
 
 
 def test_the_readme_s_main_job() -> None:

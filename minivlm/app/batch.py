@@ -22,7 +22,7 @@ from minivlm.app import parts
 from minivlm.app.answer import Clock, setting_of
 from minivlm.app.parts import Records, Shard
 from minivlm.app.questions import KEYS, QUESTION, Row, numbered, read_row, reason, row_of
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
 
@@ -145,7 +145,7 @@ def _answers(job: Job, rows: list[Row], summary: Summary) -> Records:
     records, ready = [], []
     for row in rows:
         try:
-            ready.append((row, [fetch_picture(job.processor, source) for source in row.sources]))
+            ready.append((row, [fetch_image(job.processor, source) for source in row.sources]))
         except ERRORS as error:
             records.append(_record(row, error=reason(error)))
     return records + _generated(job, ready, summary)

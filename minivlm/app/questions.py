@@ -62,7 +62,7 @@ def about_folder(folder: Path, question: str) -> bytes:
 
 def about_table(path: Path, question: str | None = None) -> bytes:
     """The rows of a parquet file (by pyarrow) as lines of a file would say them; columns of other names stay behind."""
-    from minivlm.training.data import parquet_rows
+    from minivlm.training.rows import parquet_rows
 
     lines = []
     for _, values in parquet_rows(path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from minivlm.families.record import Region, View
 from minivlm.inside.stages import WEIGHTS
 from minivlm.inside.watch import Seen
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 
 Patches = list[list[Tensor]]  # for each image of a row, for each of its views: (…, h, w)
 
@@ -120,7 +120,7 @@ def to_image(
 
     Raises ValueError if image, processor and patches do not belong together.
     """
-    picture = fetch_picture(processor, image)
+    picture = fetch_image(processor, image)
     height, width = picture.height, picture.width
     regions = processor.image_processor.regions(height, width, seen.config.vision_config.patch_size)
     patches = to_patches(seen, weights, row) if isinstance(weights, Tensor) else weights

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minivlm.quantization import apply as quantise
 from minivlm.quantization.linear import QuantizedLinear
 from minivlm.training import targets
+from minivlm.training.lean import low_rank
 from minivlm.training.targets import LoraConfig
 
 
@@ -69,32 +70,35 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is not None:
             return self._dora(x, self.base_layer(x))
         shape, x = x.shape[:-1], x.flatten(0, -2)
-        y = self.base_layer(x)  # (n, out)
-        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (n, r)
+        h = low_rank(self.lora_A, self.dropout(x.to(self.lora_A.dtype)) if self.drops else x)  # (n, r)
+        return self.plus(self.base_layer(x), h).unflatten(0, shape)
+
+    @property
+    def drops(self) -> bool:
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
+    def plus(self, y: Tensor, h: Tensor) -> Tensor:
+        """y + s·B h: y (n, out) of the base, h (n, r) = A x → (n, out), dtype of y."""
         if y.dtype == h.dtype == self.lora_B.dtype:
             # One product that adds, for the sum below; in place where autograd allows it
             add = torch.addmm if self.quantised else torch.Tensor.addmm_
-            y = add(y, h, self.lora_B.T, alpha=self.scaling)
-        else:
-            change = F.linear(h, self.lora_B) * self.scaling
-            y = y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
-        return y.unflatten(0, shape)
+            return add(y, h, self.lora_B.T, alpha=self.scaling)
+        change = F.linear(h, self.lora_B) * self.scaling
+        return y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
 
     def _dora(self, x: Tensor, y: Tensor) -> Tensor:
         """m / ‖W + s·BA‖ · (W + s·BA) x + bias; the norm is a constant for the gradient (their section 4.3)."""
         dropped = self.dropout(x.to(self.lora_A.dtype))
         scale = self.lora_magnitude_vector / self._row_norms()  # (out,)
-        if self.training and isinstance(self.dropout, nn.Dropout):
+        plain = y if self.bias is None else y - self.bias
+        if self.drops:
             plain = F.linear(dropped, self._base_weight())
-        else:
-            plain = y if self.bias is None else y - self.bias
         change = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scaling
         return (y + (scale - 1) * plain + scale * change).to(y.dtype)
 
     def _base_weight(self) -> Tensor:
-        if self.quantised:
-            return self.base_layer.dequantize(torch.float32)
-        return self.base_layer.weight.detach().float()
+        base = self.base_layer
+        return base.dequantize(torch.float32) if self.quantised else base.weight.detach().float()
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:

@@ -102,6 +102,7 @@ def ours(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
     if way != "full":
         lora.apply(model, LoraConfig(r=8, target_modules=TARGETS))
         memory.freeze_tower(model)
+    memory.lean_gates(model)
     if "checkpointing" in way:
         memory.checkpoint_layers(model)
     model.train()

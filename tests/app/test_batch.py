@@ -133,7 +133,7 @@ BAD = [
     ({"question": 3}, "message 0"),
     ({"question": "a", "images": 5}, '"images" is a list'),
     ({"question": "a", "image": "x.png", "images": ["x.png"]}, 'either "messages"'),
-    ({"question": "a", "images": ["nowhere.png"], "id": "gone"}, "no picture at 'nowhere.png'"),
+    ({"question": "a", "images": ["nowhere.png"], "id": "gone"}, "no image at 'nowhere.png'"),
     ({"question": "a", "images": [None]}, "NoneType"),
     ({"question": "very long " * 200}, "positions for 200"),
     ({"question": "half a \ud800 pair", "id": "\ud800"}, "cannot be encoded"),
@@ -370,7 +370,7 @@ def test_the_command_survives_sigkill(pair, pictures, tmp_path, capsys):
     assert err[1].endswith(f"tokens/s; {out}")
     found = read(out)
     assert found[:-1] == expected(pair, lines[:-1])
-    assert "no picture at 'nowhere.png'" in found[-1]["error"]
+    assert "no image at 'nowhere.png'" in found[-1]["error"]
     assert all(line in out.read_bytes().splitlines() for line in left.splitlines()[1:-1])
     assert cli.main(argv) == 1
     assert "exists already" in capsys.readouterr().err

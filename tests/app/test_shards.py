@@ -183,8 +183,8 @@ def test_a_parquet_file(png, tmp_path):
     first, second = (questions.read_row(number, line) for number, line in enumerate(found, 1))
     assert [first.named, second.named] == [{"id": 1}, {"id": 2}]
     assert [row.messages[0]["content"][-1]["text"] for row in (first, second)] == ["What is this?", "And this?"]
-    assert batch.fetch_picture(tiny_processor(), first.sources[0]).size == (20, 27)
-    assert batch.fetch_picture(tiny_processor(), second.sources[0]).size == (20, 27)
+    assert batch.fetch_image(tiny_processor(), first.sources[0]).size == (20, 27)
+    assert batch.fetch_image(tiny_processor(), second.sources[0]).size == (20, 27)
 
 
 def tiny_processor():

@@ -93,11 +93,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Check the rows, load the model, train, and print one line a step."""
     name = options.model_name(argparse.Namespace(model=arguments.model, adapter=None))
 
-    from minivlm.training import data
+    from minivlm.training.rows import read_rows
 
     processor = _processor(name, arguments)
-    rows = data.read_rows(arguments.data, arguments.image_folder)
-    held_out = data.read_rows(arguments.eval, arguments.image_folder) if arguments.eval else None
+    rows = read_rows(arguments.data, arguments.image_folder)
+    held_out = read_rows(arguments.eval, arguments.image_folder) if arguments.eval else None
     model = _skeleton(name, arguments)
     rows, sizes = _checked(processor, rows, model, arguments)
     if held_out is not None:
