@@ -65,7 +65,7 @@ def test_what_can_be_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page explains the answer that was given; old questions are forgotten."""
     monkeypatch.setattr(demo, "KEPT", 2)
     model, processor, _ = tiny_inside.asked("shapes-idefics2")
-    desk, image = demo.Desk(model, processor, "shapes-idefics2", 20), tiny_inside.drawn_picture()
+    desk, image = demo.Desk(model, processor, "shapes-idefics2", 20), tiny_inside.drawn_image()
     answer = desk.chat().ask("Describe the picture.", [image])
     numbers = [desk.keep(image, f"{text} picture.") for text in ("No", "Some", "Describe the")]
     page = desk.inside(numbers[-1])
