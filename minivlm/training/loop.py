@@ -54,7 +54,7 @@ def finetune(
     For another task: collate makes a batch of rows, in place of `data.encode`; loss takes (model, batch) and returns a
     sum and how many terms it has, and if it is a module its own parameters are trained too (they are in the state
     only); optimisers makes others than the recipe's AdamW.
-    Raises ValueError for a state of other rows or settings, and at the first loss that is not finite.
+    Raises ValueError for a state of other rows or settings, for float16, and at the first loss that is not finite.
     """
     folder = None if out is None else Path(out)
     run = _Run(model, data.for_training(processor), rows, recipe, folder, collate, loss, optimisers)
@@ -115,6 +115,8 @@ class _Run:
         optimisers: Make | None = None,
     ) -> None:
         self.model, self.rows, self.recipe, self.out, self.loss = model, rows, recipe, out, loss
+        if model.dtype == torch.float16:
+            raise ValueError("float16 loses small gradients; load the model in bfloat16 or float32 to train it")
         self.collate = collate or partial(data.encode, processor)
         self.rank, self.world = _rank()
         self.per_step = recipe.batch * recipe.accumulate * self.world
@@ -256,7 +258,7 @@ class _Run:
                 torch.save(state, written.file(self.out / STATE))
 
 
-HINT = "nothing was saved of this step. Try a lower learning rate, or bfloat16 or float32 for float16"
+HINT = "nothing was saved of this step. Try a lower learning rate, or float32 in place of bfloat16"
 
 
 def save_result(model: Any, folder: Path, processor: Any) -> None:
