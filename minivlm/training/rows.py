@@ -50,7 +50,7 @@ def read_rows(path: str | Path, images: str | Path | None = None) -> list[Row]:
     ValueError names the line of a row that is none.
     """
     path = Path(path)
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet, ".tar": _tar}
+    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": parquet_rows, ".tar": _tar}
     if path.suffix not in readers:
         raise ValueError(f"{path}: rows are read from {', '.join(readers)}, found {path.suffix or 'no ending'}")
     rows = []
@@ -82,7 +82,8 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path.name}, row {number}", row
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where a row stands, and its columns that have a value. Memory: one batch of rows."""
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -362,8 +362,8 @@ def test_small_numbers_need_tiles(ours):
         return sum(answer == reply for (*_, answer), reply in zip(questions, answers(*ours, questions), strict=True))
 
     with base_alone(model, processor):
-        assert processor.image_places(64, 64) == 16 + 4 * (4 + 1)
+        assert processor.image_tokens(64, 64) == 16 + 4 * (4 + 1)
         without = right()
     assert model.config is model.model.config is config
-    assert processor.image_places(64, 64) == 16 + 8 * (8 + 1)
+    assert processor.image_tokens(64, 64) == 16 + 8 * (8 + 1)
     assert right() >= without + 8
