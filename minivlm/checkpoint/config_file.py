@@ -102,6 +102,7 @@ class ModelConfig(Config):
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     preferred: ClassVar[dict[str, dict[str, Any]]] = {}
+    settable: ClassVar[frozenset[str]] = Config.settable | {"_attn_implementation"}
     _attn_implementation: ClassVar[str | None] = None  # as last set by `set_attn_implementation`
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minivlm.checkpoint.names import local_name, tied
 from minivlm.generation import loop
 from minivlm.models.base import Output
-from minivlm.modules.attention import attention_taps, check_implementation
+from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
 from minivlm.modules.inputs import Inputs
@@ -289,3 +289,18 @@ pytree.register_pytree_node(
     lambda output: (list(output.values()), list(output)),
     lambda values, names: Output(dict(zip(names, values, strict=True))),
 )
+
+
+class _Compilable:
+    """In place of a `cached_property`, which takes a lock in Python 3.11, where torch.compile would have to stop; the
+    compiler sees by itself that it computes the same thing for every layer."""
+
+    def __init__(self, cached: cached_property) -> None:
+        self.cached = cached
+
+    def __get__(self, mask: Any, owner: Any = None) -> Any:
+        return self.cached.func(mask) if torch.compiler.is_compiling() else self.cached.__get__(mask, owner)
+
+
+for _name in ("allowed", "dense"):
+    setattr(Mask, _name, _Compilable(vars(Mask)[_name]))

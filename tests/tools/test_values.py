@@ -65,6 +65,18 @@ def test_one_pass_gives_everything(pair: Any) -> None:
 
 
 @torch.no_grad()
+def test_another_implementation(pair: Any) -> None:
+    theirs, ours, inputs = pair
+    for name in ("eager", "sdpa"):
+        ours.set_attn_implementation(name)
+        assert ours.config._attn_implementation == name
+        close(logits(ours, inputs), logits(theirs, inputs))
+    with pytest.raises(ValueError, match="known: eager"):
+        ours.set_attn_implementation("flex")
+    assert ours.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
 def test_labels_come_first(pair: Any) -> None:
     _, ours, inputs = pair
     output = ours(**inputs, labels=oracle.labels(inputs))
