@@ -27,7 +27,7 @@ from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
 from minivlm.checkpoint.names import is_ignored, local_name, tied
-from minivlm.checkpoint.saving import push_to_hub, save_pretrained  # noqa: F401  (for model classes)
+from minivlm.checkpoint.saving import save_pretrained  # noqa: F401  (for model classes)
 from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.generation.settings import GenerationConfig

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from minivlm.checkpoint import saving
 from minivlm.checkpoint.names import local_name, tied
 from minivlm.generation import loop
-from minivlm.models.base import Output
+from minivlm.models.base import Output, next_token_loss
 from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
@@ -175,6 +176,10 @@ class Tools:
 
     # ---- Adapters ----
 
+    def load_adapter(self, name_or_folder: str | Path, **options: Any) -> None:
+        """Put a LoRA adapter of PEFT's folder on the model; options: see `adapters.load`."""
+        adapters.load(self, name_or_folder, **options)
+
     def save_adapter(self, folder: str | Path) -> None:
         """Write the LoRA adapter that is on the model, as PEFT reads it. ValueError if there is none."""
         adapters.save(self, folder)
@@ -206,6 +211,18 @@ class Tools:
         return {"input_ids": input_ids, **inputs}
 
     compute_transition_scores = loop.compute_transition_scores
+    push_to_hub = saving.push_to_hub
+
+    @staticmethod
+    def loss_function(
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """`next_token_loss`; vocab_size is the logits' last size."""
+        return next_token_loss(logits, labels, num_items_in_batch)
 
     def can_generate(self) -> bool:
         return hasattr(self, "lm_head")

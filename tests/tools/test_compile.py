@@ -47,6 +47,7 @@ def test_compiled_in_one_graph(given: Any, backend: str, gradients: bool) -> Non
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_training(given: Any) -> None:
     """Through AOTAutograd: the gradients of the plain model."""
     model, _, text = given
@@ -61,6 +62,7 @@ def test_compiled_training(given: Any) -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_images_break_the_graph_and_nothing_else(given: Any) -> None:
     """How many images and tiles there are is known from numbers alone, so towers are compiled in pieces."""
