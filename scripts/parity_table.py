@@ -1,14 +1,14 @@
-"""The parity table of the README: families × dtypes × backends, beside `transformers`, in one run.
+"""The parity table of docs/parity.md: families × dtypes × backends, beside `transformers`, in one run.
 
     python scripts/parity_table.py                        built-in checkpoints, and a random model of each family
     python scripts/parity_table.py --only idefics2        one family
     python scripts/parity_table.py --dtype float32        one dtype
     python scripts/parity_table.py --compact              a line for each model, the worst over backends
 
-Pixels and ids are those of the two processors, for a drawn picture. Logits: the largest difference anywhere in the
-prompt, and the first stage that diverges, if one does (see `minivlm.parity`). Gradients: the largest relative
-difference of any parameter's gradient. Greedy: 16 tokens. Random models are small, and asked with random inputs: no
-processor has made these, so pixels and ids are left out.
+Pixels and ids are those of the two processors, for a drawn image. Logits: the largest difference anywhere in the
+prompt, and the first stage that diverges, if any (see `minivlm.parity`). Gradients: the largest relative
+difference of any parameter's gradient. Greedy: 16 tokens. Random models are small and get random inputs without a
+processor, so they have no pixels and ids to compare.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import nn
 from minivlm.checkpoint import hub
 from minivlm.checkpoint.loading import DTYPES
 from minivlm.checkpoint.names import local_name
-from minivlm.parity import Question, Side, against, drawn_picture, record
+from minivlm.parity import Question, Side, against, drawn_image, record
 from minivlm.parity.findings import Finding
 from minivlm.parity.sides import config_of, load
 
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests' tiny 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A checkpoint and what it is asked."""
+    """A checkpoint and its question."""
 
     name: str
     family: str
@@ -47,11 +47,11 @@ class Case:
 def built_in() -> Iterator[Case]:
     """The checkpoints that ship."""
     for name in hub.built_in():
-        yield Case(name, config_of(Side(name)).model_type, name, Question((drawn_picture(),)))
+        yield Case(name, config_of(Side(name)).model_type, name, Question((drawn_image(),)))
 
 
 def random_models(folder: Path) -> Iterator[Case]:
-    """One tiny random model a family, with a left-padded batch of several pictures, one and none."""
+    """A tiny random model of each family, with a left-padded batch of rows with several images, one and none."""
     import oracle
     import oracle_idefics
     import oracle_llava
@@ -75,7 +75,7 @@ def random_models(folder: Path) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one case, dtype and backend; gradient: the largest relative difference, in float32 only."""
+    """The findings for one case, dtype and backend; gradient: the largest relative difference, in float32 only."""
 
     case: Case
     dtype: str
@@ -157,13 +157,13 @@ def gradient(case: Case, side: Side) -> float:
     theirs = {local_name(name, ours.hub_prefixes): grad for name, grad in _gradients(reference, inputs).items()}
     found = _gradients(ours, inputs)
     whole = max(grad.norm() for grad in theirs.values())
-    # A bias of keys moves all scores of a query alike: its gradient is nothing but rounding, as is one of no size.
+    # A key bias shifts all scores of a query equally, so its gradient is only rounding, as is one of negligible size.
     counted = [name for name, grad in theirs.items() if "k_proj.bias" not in name and grad.norm() > 1e-6 * whole]
     return max(((found[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in counted)
 
 
 def _gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Of the mean squared logit at real tokens: a loss that both sides have, with added tokens too."""
+    """Gradients of the mean squared logit at real tokens: a loss that both sides have, with added tokens too."""
     logits = model(**inputs).logits
     logits[inputs["attention_mask"].bool()].square().mean().backward()
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}

@@ -1,9 +1,9 @@
-"""What one has to open to follow a forward pass: a table of files and lines for each family.
+"""The files to open to follow a forward pass: a table of files and lines for each family.
 
     python scripts/reading_path.py
 
 Follows imports of minivlm's own modules, inside functions too, from models/<family>.py through models/ and modules/.
-Left out are rooms that no forward pass enters: files, settings and loops around it (checkpoint, generation, …).
+Rooms that no forward pass enters are left out: files, settings and loops around it (checkpoint, generation, …).
 """
 
 import ast
@@ -18,7 +18,7 @@ FAMILIES = ("idefics2", "llava_next", "idefics")
 
 @dataclass(frozen=True)
 class ReadingPath:
-    """files: in the order in which they are met.  first_module: the line of the family's first nn.Module."""
+    """files: in import order.  first_module: the line of the family's first nn.Module."""
 
     files: list[Path]
     lines: int

@@ -4,7 +4,7 @@
     python scripts/walk.py --model shapes-idefics   the same for another checkpoint
     python scripts/walk.py --write                  put the table of shapes-idefics2 into docs/reading.md
 
-Every row is a call that happened: a hook stands on each module of the list below and notes what came out.
+Every row is a call that happened: a hook on each module of the list below records its output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 IMAGE, QUESTION = "docs/shapes.png", "What number is written?"
 START, END = "<!-- walk: made by scripts/walk.py --write -->", "<!-- end of the walk -->"
 
-# module → what happens there; `*` stands for the number of a layer. Modules that a family lacks are left out.
+# module → a description; `*` is a layer's number. Modules that a family lacks are left out.
 STEPS = {
     "model.vision_model.embeddings": "patches and their positions become vectors",
     "model.vision_model.encoder.layers.*": "every patch attends to every patch of its image",

@@ -1,6 +1,7 @@
 """README and docs say what is so: Python blocks run, links lead somewhere, commands exist, tables are the scripts'."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import reading_path
 import walk
+from PIL import Image
 
 from minivlm.app.cli import VERBS, parser_of
 
@@ -17,12 +19,19 @@ SCRIPTS = [page for page in PAGES if page.stem in ("README", "start", "inside", 
 
 
 @pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.stem)
-def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after another, as a reader would paste them."""
-    monkeypatch.chdir(ROOT)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, as a reader would paste them; the images they save are those that the page shows."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        assert len(block.splitlines()) < 30 or page.stem != "inside"
         exec(compile(block, page.name, "exec"), names)
+    shown = set(re.findall(r"!\[.*?\]\((.*?)\)", page.read_text(encoding="utf-8")))
+    made = {path.name for path in tmp_path.glob("*.png")}
+    assert made <= shown
+    for name in made:
+        assert Image.open(name).size == Image.open(page.parent / name).size
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -55,8 +64,12 @@ def test_the_walk_is_a_real_run() -> None:
     assert f"{walk.START}\n{walk.markdown(walk.rows('shapes-idefics2')[0])}\n{walk.END}" in text
 
 
-def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+def test_readme_is_short_and_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    tree = re.search(r"```\nminivlm/\n(.*?)```", text, re.S)[1]
+    rooms = [path.name for path in (ROOT / "minivlm").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert sorted(re.findall(r"^  (\w+)/", tree, re.M)) == sorted(rooms)
 
 
 def test_the_readme_s_main_job() -> None:

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "minivlm_kernels": set(),
     "minivlm.modules": {"minivlm_kernels"},
     "minivlm.parallel": {"minivlm.modules"},
+    "minivlm.placement": {"minivlm.modules"},
     "minivlm.families": {"minivlm.modules"},  # classes by reference, see `Family`
     "minivlm.quantization": {"minivlm.modules", "minivlm.families", "minivlm_kernels"},
     "minivlm.fast_cpu": {"minivlm.modules", "minivlm_kernels"},
@@ -23,6 +24,7 @@ MAY_IMPORT = {
     "minivlm.checkpoint": {
         "minivlm.training",  # adapters, where one is asked for
         "minivlm.parallel",
+        "minivlm.placement",
         "minivlm.families",
         "minivlm.fast_cpu",
         "minivlm.generation",
@@ -59,11 +61,12 @@ MAY_IMPORT = {
 ONLY_IN = {
     "transformers": {"minivlm.parity", "minivlm.trainer"},
     "tokenizers": {"minivlm.text"},
-    "PIL": {"minivlm.processing", "minivlm.parity", "minivlm.app"},
+    "PIL": {"minivlm.processing", "minivlm.inside", "minivlm.parity", "minivlm.app"},
     "jinja2": {"minivlm.text"},
     "huggingface_hub": {"minivlm.checkpoint"},
     "safetensors": {"minivlm.checkpoint", "minivlm.parity", "minivlm.training"},
     "matplotlib": {"minivlm.parity"},
+    "nicegui": {"minivlm.app"},
     "triton": {"minivlm_kernels"},
 }
 FILES = [path for top in ("minivlm", "kernels/minivlm_kernels") for path in sorted((ROOT / top).rglob("*.py"))]

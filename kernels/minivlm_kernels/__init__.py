@@ -1,4 +1,4 @@
-"""Triton kernels of minivlm: imports torch and triton only, and nothing of `minivlm`.
+"""Triton kernels of minivlm; imports only torch and triton, nothing of `minivlm`.
 
 Importing this package, and reading its references, needs neither a GPU nor triton.
 """
@@ -9,5 +9,5 @@ import importlib.util
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether triton is installed; it is not imported for that."""
+    """Whether triton is installed, found without importing it."""
     return importlib.util.find_spec("triton") is not None

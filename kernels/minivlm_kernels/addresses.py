@@ -1,4 +1,4 @@
-"""Which tensors code outside torch, a page of C or a Triton kernel, may be given by their addresses."""
+"""Checks which tensors may be passed by address to code outside torch: compiled C or Triton kernels."""
 
 import functools
 from collections.abc import Callable
@@ -15,12 +15,12 @@ EXACT = (Tensor, nn.Parameter)
 
 
 def addressable(*tensors: Tensor | None) -> bool:
-    """Whether the numbers of these tensors lie at their addresses, and torch need not know that they are read.
+    """Whether the data of these tensors lies at their addresses and may be read without torch's knowledge.
 
-    Not so: subclasses (DTensor, FakeTensor, torchao's weights), which keep their numbers elsewhere or have none;
-    tensors inside a `torch.func` transform or with a forward-mode derivative; lazy negatives; and any call that is
-    traced, exported or compiled, or that a mode watches, such as torch's counter of operations. (A default device is a
-    mode, too: it does no harm.)
+    False for subclasses (DTensor, FakeTensor, torchao's weights), which keep their data elsewhere or have none; for
+    tensors inside a `torch.func` transform or with a forward-mode derivative; for lazy negatives; and while a call is
+    traced, exported or compiled, or watched by a mode such as torch's operation counter. (A default device is also a
+    mode, but harmless.)
     """
     if torch.compiler.is_compiling():  # which cannot look into what follows
         return False
@@ -40,8 +40,8 @@ def addressable(*tensors: Tensor | None) -> bool:
 
 
 def outside_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that runs as if nothing traced or watched, and makes its tensors on the CPU: for what is kept and
-    handed to later calls, or read by its address. Dtypes it has to name itself."""
+    """Run a function outside all tracing and modes, with the CPU as default device: for tensors that later calls reuse
+    or that are read by address. The function must name its dtypes."""
 
     @functools.wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,8 +1,8 @@
-"""A page of C next to a Python file, compiled by GCC when it is first needed, and kept for the next process.
+"""Compiles a C file next to a Python file with GCC on first use, and keeps the library for later processes.
 
-None of it is needed: whoever calls it has the same in torch. That is what happens without GCC (the pages use its vector
-extensions), without an x86 processor that has AVX2 or AVX-512, without a folder to keep the library in, and where the
-library does not compute what torch does. One line on stderr says so, and one says when a page is compiled.
+The library is optional: every caller can do the same in torch, and does so without GCC (the C uses its vector
+extensions), without an x86 processor with AVX2 or AVX-512, without a folder for the library, and if the library's
+results differ from torch's. One line on stderr reports this, and one reports a compilation.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ import torch
 from minivlm_kernels import processor
 
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-Wno-psabi")
-SECONDS = 60  # for each of gcc's two steps, of which one takes about a second
+SECONDS = 60  # for each of gcc's two steps, which take about a second
 
 
 def library(source: Path) -> ctypes.CDLL | None:
-    """The compiled page; None where there cannot be one. Numbers are passed as 64 bits, tensors by their address."""
+    """The compiled library; None if it cannot be built. Numbers are passed as 64 bits, tensors by address."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
     try:
@@ -31,17 +31,17 @@ def library(source: Path) -> ctypes.CDLL | None:
         if path.exists():
             try:
                 return ctypes.CDLL(str(path))
-            except OSError:  # cut, or of another system: made anew
+            except OSError:  # truncated, or from another system: rebuild it
                 path.unlink()
         _compile(source, path)
         return ctypes.CDLL(str(path))
-    except Exception as error:  # whatever it is, there is another way: torch's
+    except Exception as error:  # whatever the error, torch can compute instead
         _say(f"{source.name} cannot be compiled, so torch computes instead: {_line(error)}")
         return None
 
 
 def agrees(source: Path, check: Callable[[], bool]) -> bool:
-    """Whether a check of the library's numbers succeeds. Where it fails or raises, one line says so."""
+    """Whether a check of the library's results succeeds. A failure is reported in one line."""
     try:
         found = "its numbers are not torch's" if not check() else None
     except Exception as error:
@@ -52,25 +52,25 @@ def agrees(source: Path, check: Callable[[], bool]) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where what is worked out once is kept for this user."""
+    """The user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivlm"
 
 
 def _path(source: Path) -> Path:
-    """Where the library of this source, for this processor, is kept."""
+    """The path of the library for this source and processor."""
     about = repr((source.read_text(encoding="utf-8"), OPTIONS, _threads(), processor.description()))
     return cache_folder() / f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
 
 
 def _threads() -> list[str]:
-    """torch's own OpenMP: the threads of another would wait, spinning, on the same cores."""
+    """torch's own OpenMP: a second one's threads would spin on the same cores."""
     return [str(found) for found in Path(torch.__file__).parent.glob("lib/libgomp*.so*")] or ["-fopenmp"]
 
 
 def _compile(source: Path, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _say(f"compiling {source.name} with gcc, once: the result is kept in {path.parent}")
-    with tempfile.TemporaryDirectory(dir=path.parent) as room:  # several processes may be here at once
+    with tempfile.TemporaryDirectory(dir=path.parent) as room:  # several processes may compile at once
         for command in (["-c", source, *OPTIONS, "-o", f"{room}/a.o"], ["-shared", f"{room}/a.o", *_threads()]):
             subprocess.run(["gcc", *command], check=True, capture_output=True, timeout=SECONDS, cwd=room)
         os.replace(f"{room}/a.out", path)
@@ -81,7 +81,7 @@ def _say(text: str) -> None:
 
 
 def _line(error: Exception) -> str:
-    """The first line of what went wrong; of a compiler's complaint, which is bytes, the first that says error."""
+    """The first line of an error; of a compiler's output, which is bytes, the first with "error"."""
     text = getattr(error, "stderr", None) or str(error)
     lines = (text.decode(errors="replace") if isinstance(text, bytes) else text).strip().splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)[:200]

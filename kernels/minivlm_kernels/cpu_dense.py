@@ -1,7 +1,7 @@
-"""Few rows times a weight of 32 or 16 bits on a CPU, and the norm between products, in a page of C (`cpu_dense.c`).
+"""Multiplies few rows by a 32- or 16-bit weight on a CPU, and computes RMSNorm, in C (`cpu_dense.c`).
 
 A decode step reads every weight once, so it should take as long as reading them. torch takes longer, above all in bf16;
-and between large products it spends more time on calling small operators than they spend on computing.
+and between large products its small operators take longer to call than to compute.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ from torch import Tensor
 from minivlm_kernels import addresses, compiled, processor
 
 SOURCE = Path(__file__).with_suffix(".c")
-# dtype → numbers in a weight from which on a product is worth its call; rows of x up to which it is faster than torch.
+# dtype → (least elements of a weight that repay the call, most rows of x for which it is faster than torch).
 WORTH = {torch.float32: (2**17, 1), torch.bfloat16: (2**13, 8)}
-MOST_NUMBERS = 2**18  # of x: for more, torch's threads are worth their start
+MOST_NUMBERS = 2**18  # of x: for more, starting torch's threads pays off
 
 
 def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

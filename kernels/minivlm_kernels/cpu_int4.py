@@ -1,10 +1,10 @@
-"""Few rows times a weight of four bits on a CPU, in a page of C (`cpu_int4.c`).
+"""Multiplies few rows by a 4-bit weight on a CPU, in C (`cpu_int4.c`).
 
 A decode step reads every weight once, so it should take as long as reading them. torch has no operator that looks
-weights up in a table of 16 numbers, as NF4 and FP4 are.
+weights up in a table of 16 numbers, as NF4 and FP4 need.
 
-A weight (N, K) is repacked once (`pack`), so that 16 outputs lie in the 16 lanes of a register, and
-everything that a product reads comes in one sequential stream. For each tile of 16 outputs, the last filled up:
+A weight (N, K) is repacked once (`pack`), so that 16 outputs lie in the 16 lanes of a register, and a product reads one
+sequential stream. It holds, for each tile of 16 outputs (the last one padded):
 
     scales   (G, 16), as the format holds them: fp32, bf16, fp16, or the bytes of double quantisation
     zeros    (G, 16) uint8, of formats with zero points
@@ -67,26 +67,26 @@ def pack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> T
     parts = [(scales, groups), *([] if zeros is None else [(zeros, groups)]), (qweight, words)]
     sizes = [LANES * count * (4 if part is qweight else part.itemsize) for part, count in parts]
     stream = _sequential(tiles * sum(sizes)).view(tiles, -1)
-    for (part, count), place in zip(parts, stream.split(sizes, dim=1), strict=True):
+    for (part, count), target in zip(parts, stream.split(sizes, dim=1), strict=True):
         if part is qweight:
             part = _filled(part, tiles * LANES, words * 4).view(torch.int32)
         else:
             part = _filled(part, tiles * LANES, groups)
-        place.view(part.dtype).unflatten(1, (count, LANES)).copy_(part.view(tiles, LANES, count).transpose(1, 2))
+        target.view(part.dtype).unflatten(1, (count, LANES)).copy_(part.view(tiles, LANES, count).transpose(1, 2))
     return stream
 
 
 def unpack(
     stream: Tensor, shape: tuple[int, int], group: int, scales: torch.dtype, zeros: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The way back: qweight, scales and zeros as `pack` took them."""
+    """The inverse of `pack`: qweight, scales and zeros."""
     rows, columns = shape
     groups = -(-columns // group)
     parts = [(scales, groups), *([(torch.uint8, groups)] if zeros else []), (torch.int32, groups * group // WORD)]
-    places = stream.split([LANES * count * dtype.itemsize for dtype, count in parts], dim=1)
+    sources = stream.split([LANES * count * dtype.itemsize for dtype, count in parts], dim=1)
     found = []
-    for (dtype, count), place in zip(parts, places, strict=True):
-        part = place.view(dtype).unflatten(1, (count, LANES)).transpose(1, 2)
+    for (dtype, count), source in zip(parts, sources, strict=True):
+        part = source.view(dtype).unflatten(1, (count, LANES)).transpose(1, 2)
         found.append(part.reshape(len(stream) * LANES, count)[:rows].contiguous())
     qweight = found[-1].view(torch.uint8)[:, : -(-columns // 2)].contiguous()
     return qweight, found[0], found[1] if zeros else None
@@ -97,7 +97,7 @@ def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _sequential(size: int) -> Tensor:
-    """Memory of a number of bytes, in 2 MiB pages where it fills some: the processor looks up fewer addresses."""
+    """Memory of `size` bytes, in 2 MiB pages if it is large enough, which saves address look-ups."""
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -111,7 +111,7 @@ def _sequential(size: int) -> Tensor:
 
 
 def product(x: Tensor, weight: Tiles) -> Tensor:
-    """x (M, K) → (M, N) fp32. What is read and looked up is multiplied with up to eight rows."""
+    """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows."""
     rows = x.float().contiguous()
     y = rows.new_empty(len(rows), len(weight.stream) * LANES)
     if _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape):
@@ -160,7 +160,7 @@ def _described(weight: Tiles) -> _Weight:
 
 
 def _call(name: str, *arguments: object) -> int:
-    """What a function of the library returns. Tensors are passed as pointers, numbers as 64 bits."""
+    """Call a function of the library. Tensors are passed as pointers, numbers as 64 bits."""
     passed = []
     for value in arguments:
         if isinstance(value, Tensor):

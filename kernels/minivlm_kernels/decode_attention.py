@@ -1,8 +1,8 @@
 """Attention of one query token, or a few, over a long preallocated cache ("flash-decoding", Dao et al. 2023).
 
-A decode step does next to no arithmetic: its time is that of reading the keys and values once. Two things make that
-fast. The H/K query heads that share a key head, times the T query tokens, are the rows of one tile, so that a key is
-read once for all of them. And the keys are split among many programs, for B·K of them would leave most of a GPU idle:
+A decode step does almost no arithmetic: it takes as long as reading keys and values once. Two things make that fast.
+The H/K query heads that share a key head, times the T query tokens, form the rows of one tile, so each key is read once
+for all of them. And the keys are split among many programs, because only B·K programs would leave most of a GPU idle:
 
     slots of the cache   0 ····· first ├─ split 0 ─┼─ split 1 ─┼─ split 2 ─┤ length ····· S
                           out of every       │           │           │       not written yet
@@ -10,13 +10,13 @@ read once for all of them. And the keys are split among many programs, for B·K 
                                              └───────────┼───────────┘
                                                 combine: out (ROWS, D)
 
-`length` is read on the device, and the grid follows from S alone: a captured CUDA graph stays right as the cache grows.
-Whatever lies in [first, length) is shared out evenly; splits that are left without keys exit at once.
+`length` is read on the device, and the grid depends on S alone, so a captured CUDA graph stays correct as the cache
+grows. The slots [first, length) are divided evenly; splits without keys exit at once.
 
 B batch, H query heads, K key/value heads, T query tokens, S slots, D head width, ROWS = H/K · T.
 """
 
-from __future__ import annotations  # so that `tl.constexpr` is not looked up where there is no triton
+from __future__ import annotations  # so that `tl.constexpr` is not evaluated without triton
 
 import functools
 
@@ -29,15 +29,15 @@ from minivlm_kernels.launching import LOG2_E, Launch, check_device, check_heads,
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the reference works without
+except ImportError:  # the reference works without it
     triton = None
 
-MAX_QUERIES = 8  # more of them are a prefill
-MAX_ROWS = {2: 64, 4: 16}  # of one tile, by bytes a number; where there are more, keys are read once for so many each
-WARPS = {2: 4, 4: 8}  # fp32 has no tensor cores: with fewer, its operands do not fit into registers
+MAX_QUERIES = 8  # more queries are a prefill
+MAX_ROWS = {2: 64, 4: 16}  # of one tile, by bytes per number; keys are read once for each so many rows
+WARPS = {2: 4, 4: 8}  # fp32 has no tensor cores, and with fewer warps its operands do not fit into registers
 MAX_SPLITS = 64  # the combine kernel holds the partial results of a row at once
-TILE_BYTES = 16 * 1024  # of keys, and as many of values, that a program reads at a time
-STAGES = {"cuda": 3, "hip": 2}  # such tiles on their way or in use; RTX cards with 99 KiB of shared memory do, too
+TILE_BYTES = 16 * 1024  # of keys, and as many of values, read by a program at a time
+STAGES = {"cuda": 3, "hip": 2}  # tiles loading or in use; they also fit RTX cards with 99 KiB of shared memory
 
 # ---- Reference -------------------------------------------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ def decode_attention_reference(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """What `decode_attention` computes, in plain PyTorch and in the dtype of its arguments; (B, H, T, D)."""
+    """`decode_attention` in plain PyTorch, in the dtype of its arguments; (B, H, T, D)."""
     B, T, S = len(q), q.shape[2], k.shape[2]
     slots = torch.arange(S, device=q.device)
     length = torch.full((B,), S, device=q.device) if lengths is None else lengths.clamp(max=S).expand(B)
@@ -62,7 +62,7 @@ def decode_attention_reference(
         seen = seen & (slots > own_slots - window)
     if mask is not None:
         seen = seen & mask[:, None]
-    unseen = ~seen.any(1)[:, None, :, None]  # slots that are not written yet may hold NaN, and 0 · NaN is NaN
+    unseen = ~seen.any(1)[:, None, :, None]  # unwritten slots may hold NaN, and 0 · NaN is NaN
     return attention_reference(q, k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), scale=scale, mask=seen)[0]
 
 
@@ -71,11 +71,11 @@ def decode_attention_reference(
 
 @jit
 def _shares(lengths_ptr, S, window, splits, T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The slots [first, length) that any query of a batch row sees, and how many of them each split takes."""
+    """The slots [first, length) that any query of a batch row attends to, and the number per split."""
     length = S
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr).to(tl.int32), S)
-    first = tl.maximum(length - T - window + 1, 0)  # the first query sees farthest back
+    first = tl.maximum(length - T - window + 1, 0)  # the first query reaches farthest back
     share = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
     return first, length, tl.maximum(share, BLOCK_N)
 
@@ -89,7 +89,7 @@ def _split_kernel(
     lengths_ptr,  # (B,) or None
     partial_ptr,  # (B, K, splits, ROWS, D), contiguous
     lse_ptr,  # (B, K, splits, ROWS), contiguous, to base 2
-    stride_q,  # (batch, head, row), in units of 8 elements: so the compiler knows that they keep the alignment
+    stride_q,  # (batch, head, row), in units of 8 elements: so the compiler knows the alignment
     stride_k,
     stride_v,
     stride_m,
@@ -115,7 +115,7 @@ def _split_kernel(
     start = first + split * share
     stop = tl.minimum(start + share, length)
     if (split > 0) & (start >= length):
-        return  # split 0 never does: where there is nothing to see, it writes zeros
+        return  # split 0 never exits: without keys it writes zeros
 
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # row = query head of the group · T + query token
     offs_n = tl.arange(0, BLOCK_N)
@@ -153,10 +153,10 @@ def _split_kernel(
 
     total = tl.where(total == 0.0, 1.0, total)  # rows that saw nothing, whose `top` is −inf
     mixed, lse = mixed / total[:, None], top + tl.log2(total)
-    place = (pair * splits + split) * ROWS + offs_m
-    partials = partial_ptr + place[:, None] * D + offs_d[None, :]
+    index = (pair * splits + split) * ROWS + offs_m
+    partials = partial_ptr + index[:, None] * D + offs_d[None, :]
     tl.store(partials, mixed.to(partial_ptr.dtype.element_ty), mask=rows & columns)
-    tl.store(lse_ptr + place, lse, mask=offs_m < ROWS)
+    tl.store(lse_ptr + index, lse, mask=offs_m < ROWS)
 
 
 @jit
@@ -185,9 +185,9 @@ def _combine_kernel(
     first, length, share = _shares(lengths_ptr, S, window, splits, T, BLOCK_N)
     offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     written = (offs_s == 0) | (first + offs_s * share < length)  # the others have exited
-    place = (pair * splits + offs_s) * ROWS + row % ROWS
-    lse = tl.load(lse_ptr + place, mask=written, other=-float("inf"))
-    partials = partial_ptr + place[:, None] * D + offs_d[None, :]
+    index = (pair * splits + offs_s) * ROWS + row % ROWS
+    lse = tl.load(lse_ptr + index, mask=written, other=-float("inf"))
+    partials = partial_ptr + index[:, None] * D + offs_d[None, :]
     partial = tl.load(partials, mask=written[:, None] & (offs_d < D)[None, :], other=0.0)  # (BLOCK_S, BLOCK_D)
     top = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
@@ -210,18 +210,18 @@ def decode_attention(
     mask: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """softmax(q·kᵀ·scale + mask)·v for the T newest tokens of each row, which see themselves and what came before.
+    """softmax(q·kᵀ·scale + mask)·v for the T newest tokens of each row, which attend to themselves and earlier tokens.
 
     q: (B, H, T, D), T ≤ 8, D a multiple of 8 up to 128.  k, v: (B, K, S, D), views of a cache.  All fp16, bf16 or fp32,
-    with any strides that are multiples of 8, but the last, which is 1; sums are in fp32.
-    lengths: (B,) or one number for all, int32 or int64 on the device: slots that are filled, the T newest tokens
-    included, so that query i stands in slot lengths − T + i. What lies behind is never read. None: all S are.
-    scale: D^−½ if None.  window: a query sees the last so many slots, its own included; None = all.
-    mask: (B, S) bool, False = a slot that nobody sees, such as padding.
+    with strides that are multiples of 8, except the last, which is 1; sums are in fp32.
+    lengths: (B,) or one number for all, int32 or int64 on the device: filled slots, including the T
+    newest tokens, so query i is in slot lengths − T + i. Later slots are never read. None: all S are filled.
+    scale: D^−½ if None.  window: the number of last slots a query attends to, its own included; None = all.
+    mask: (B, S) bool, False = a slot to which no query attends, such as padding.
     splits: programs that share the keys of one head; None: as many as fill the device.
 
-    Returns (B, H, T, D), contiguous; a row that sees nothing is zeros. There is no gradient.
-    Raises ValueError for arguments that do not fit each other or this list, and without a GPU.
+    Returns (B, H, T, D), contiguous; a row that attends to nothing is zeros. There is no gradient.
+    Raises ValueError for arguments that violate this list or do not fit each other, and without a GPU.
     """
     _check(q, k, v, lengths, window, mask, splits)
     B, H, T, D = q.shape
@@ -249,7 +249,7 @@ def launches(
     mask: Tensor | None,
     splits: int,
 ) -> list[Launch]:
-    """The one or two launches that fill `out`, from arguments that are known to fit."""
+    """The one or two launches that fill `out`, from checked arguments."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     rows = H // K * T
@@ -275,7 +275,7 @@ def launches(
     }
     stages = STAGES["hip" if torch.version.hip else "cuda"]
     grid = (B * K, splits, triton.cdiv(rows, BLOCK_M))
-    # Newer versions of triton fuse multiplications and additions only where one asks for it.
+    # Newer versions of triton fuse multiplications and additions only on request.
     options = {"num_warps": WARPS[q.element_size()], "num_stages": stages, "enable_fp_fusion": True}
     first = Launch(_split_kernel, grid, split, options)
     if one:

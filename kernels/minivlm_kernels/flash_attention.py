@@ -1,24 +1,24 @@
-"""Attention without its matrix of scores: FlashAttention-2 (Dao 2023), forward and backward, for few or many keys.
+"""Attention without storing its scores: FlashAttention-2 (Dao 2023), forward and backward, for few or many keys.
 
     out = softmax(q·kᵀ·scale)·v        out (B, H, T, D), lse (B, H, T) = log Σ exp(q·kᵀ·scale)
 
 A program of the forward kernel owns BLOCK_M queries of one head and walks over the keys, BLOCK_N at a time. Per query
-it keeps the largest score so far (`m_i`), the sum of exp(score − m_i) (`l_i`) and the same sum over values (`acc`);
-when a larger score appears, both sums shrink by `alpha`. The backward kernels recompute the weights from `lse`: one
-owns queries and makes dq, one owns keys and makes dk and dv, so that no two programs add to the same memory.
+it keeps the largest score so far (`m_i`), the sum of exp(score − m_i) (`l_i`) and the same sum weighted by values
+(`acc`); when a larger score appears, both sums shrink by `alpha`. The backward kernels recompute the weights from
+`lse`: one owns queries and makes dq, one owns keys and makes dk and dv, so no two programs add to the same memory.
 
           keys →   lo       full_lo         full_hi       hi
                    ├── edge ───┼──── inner ────┼─── edge ──┤       blocks outside [lo, hi) are never visited,
                    window begins               diagonal            those in [full_lo, full_hi) need no comparisons
 
-Triton's tiles are powers of two. A head width that is not is held as two tiles, BODY and TAIL columns wide: 72 and 80
-as 64 + 16, 96 as 64 + 32, where a single one would be 128. So q, k, v and all like them are tuples of one or two tiles.
-kernels/README.md draws all this against the names used here.
+Triton's tiles are powers of two. Other head widths are held as two tiles, BODY and TAIL columns wide: 72 and 80 as
+64 + 16, 96 as 64 + 32, where one tile would need 128. So q, k, v and the like are tuples of one or two tiles.
+kernels/README.md has drawings with the names used here.
 
 B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys, D head width.
 """
 
-from __future__ import annotations  # so that `tl.constexpr` is not looked up where there is no triton
+from __future__ import annotations  # so that `tl.constexpr` is not evaluated without triton
 
 import math
 from typing import Any, NamedTuple
@@ -32,14 +32,14 @@ from minivlm_kernels.launching import LOG2_E, Launch, check_device, check_heads,
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the reference works without
+except ImportError:  # the reference works without it
     triton = None
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv, for heads up to a width, and for any with a mask
-# (B, T, S), whose tiles take registers too. All compile without spills and within the chip's shared memory
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of forward, dq and dk+dv, by the largest head width, and for calls with a
+# mask (B, T, S), whose tiles take registers too. All compile without spills and within the chip's shared memory
 # (tests/kernels). Not yet tuned on a GPU: kernels/benchmarks/tune_attention.py.
 BLOCKS = {
-    "ampere": {  # sm_80 and what is smaller: within 99 KiB of shared memory
+    "ampere": {  # sm_80 and smaller chips: within 99 KiB of shared memory
         64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
         96: ((128, 64, 8, 2), (64, 32, 4, 2), (16, 64, 4, 2)),
         128: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
@@ -74,7 +74,7 @@ def attention_reference(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `flash_attention` computes, in plain PyTorch and in the dtype of its arguments: out and lse."""
+    """`flash_attention` in plain PyTorch, in the dtype of its arguments: out and lse."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, D)
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)  # (B, H, T, S)
@@ -89,7 +89,7 @@ def attention_reference(
         seen = seen & (mask[:, None] if mask.ndim == 2 else mask)
     scores = scores.masked_fill(~seen[:, None], -math.inf)
     top = scores.detach().amax(dim=3, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    weights = (scores - top).exp()  # a row that sees nothing has only zeros
+    weights = (scores - top).exp()  # all zeros in a row that attends to nothing
     total = weights.sum(dim=3, keepdim=True)
     blind = total == 0
     total = total.masked_fill(blind, 1)
@@ -101,7 +101,7 @@ def attention_reference(
 
 @jit
 def _head(ptr, strides, batch, head):
-    """Where a head's rows begin. Strides (batch, head, row) count 8 elements: so the compiler knows their alignment."""
+    """The start of a head's rows. Strides (batch, head, row) count 8 elements, so the alignment is known."""
     return ptr + (strides[0].to(tl.int64) * batch + strides[1].to(tl.int64) * head) * 8
 
 
@@ -199,7 +199,7 @@ def _seen(
     BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """Which of BLOCK_M queries see which of BLOCK_N keys: (BLOCK_M, BLOCK_N) bool, or the other way round."""
+    """Which of BLOCK_M queries attend to which of BLOCK_N keys: (BLOCK_M, BLOCK_N) bool, or transposed."""
     if TRANSPOSED:
         m, n = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
     else:
@@ -222,7 +222,7 @@ def _seen(
 def _keys_of(
     m, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """lo, full_lo, full_hi, hi: which keys, in blocks of N, the M queries from m on see, and which all of them see."""
+    """lo, full_lo, full_hi, hi: the keys, in blocks of N, that any, and that all, of the M queries from m on reach."""
     slot = m + keys - queries  # of the first query
     lo, hi = 0, keys
     full_lo, full_hi = 0, keys // N * N
@@ -240,9 +240,9 @@ def _keys_of(
 def _queries_of(
     n, queries, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """The same from the other side: which queries, in blocks of M, see any of the N keys from n on, and which see all.
+    """The transpose: the queries, in blocks of M, that reach any of the N keys from n on, and those that reach all.
 
-    Rows behind the last query do no harm (their `base` gives them 0), so the last block need not be an edge.
+    Rows after the last query are harmless (their `base` gives them 0), so the last block need not be an edge.
     """
     query = n - (keys - queries)  # the one in the slot of the first key
     lo, hi = 0, queries
@@ -337,7 +337,7 @@ def _forward_kernel(
             acc = _mix(p, v, _times(acc, alpha[:, None]))
             m_i = m_new
 
-    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a query that sees nothing has acc = 0 and m_i = −∞
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a query that attends to nothing has acc = 0 and m_i = −∞
     out = _times(acc, 1.0 / l_i[:, None])
     _store(out, _head(out_ptr, stride_o, batch, head), stride_o, start_m, queries, BLOCK_M, D, BODY, TAIL)
     lse_ptr += (batch * tl.num_programs(1) + head) * queries
@@ -380,7 +380,7 @@ def _dq_kernel(
 ):
     """dq = scale·ds·k, where ds = p·(do·vᵀ − delta) and delta = Σ do·out − dlse, for BLOCK_M queries of one head.
 
-    p = 2^(score − base): `base` is lse to base 2, and +∞ for queries that see nothing or do not exist.
+    p = 2^(score − base): `base` is lse to base 2, and +∞ for queries that attend to nothing or do not exist.
     """
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start_m = tl.program_id(0) * BLOCK_M
@@ -505,15 +505,15 @@ def flash_attention(
     """softmax(q·kᵀ·scale + mask)·v, with gradients for q, k and v.
 
     q: (B, H, T, D), k and v: (B, K, S, D); D a multiple of 8 up to 128; all fp16, bf16 or fp32; sums are in fp32, and
-    for fp32 so are the products (no tf32). Any strides that are multiples of 8, but the last, which is 1.
+    for fp32 so are the products (no tf32). Strides are multiples of 8, except the last, which is 1.
     scale: positive; D^−½ if None.
-    causal: query i stands in slot S − T + i and sees no later one.
-    window: with causal, a query sees the last so many slots, its own included; others are never read.
-    mask: (B, S) bool, False = a slot that nobody sees, such as padding; or (B, T, S) where queries differ.
+    causal: query i is in slot S − T + i and attends to no later one.
+    window: with causal, the number of last slots a query attends to, its own included; others are never read.
+    mask: (B, S) bool, False = a slot to which no query attends, such as padding; or (B, T, S) if queries differ.
 
     Returns out (B, H, T, D), its dimensions in memory in the order of q's, and with return_lse also lse (B, H, T) in
-    fp32. A query that sees nothing gets out = 0, lse = −∞ and no gradient.
-    Raises ValueError for arguments that do not fit each other or this list, empty ones included, and without a GPU.
+    fp32. A query that attends to nothing gets out = 0, lse = −∞ and no gradient.
+    Raises ValueError for arguments that violate this list or do not fit each other, empty ones, and without a GPU.
     """
     scale = max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
     _check(q, k, v, scale, causal, window, mask)
@@ -580,7 +580,7 @@ def backward_launches(
     _, for_dq, for_dkdv = _blocks(family, problem)
     (batch, heads, queries, _), (_, kv_heads, keys, _) = problem.q.shape, problem.k.shape
     most = max(for_dq[0], for_dkdv[0])
-    padded = triton.cdiv(queries, most) * most  # so that no tile of rows reaches behind the end: none asks
+    padded = triton.cdiv(queries, most) * most  # so that no tile reaches past the end, and none has to check
     rows = lse.new_empty(batch, heads, 2, padded)
     shared = _shared(problem) | {"rows_ptr": rows, "stride_rows": padded // 16}
     shared |= {"do_ptr": do, "stride_do": strides_of(do)}
@@ -638,7 +638,7 @@ def _shared(problem: Problem) -> dict[str, Any]:
 
 def _planned(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], blocks: tuple[int, ...]) -> Launch:
     block_m, block_n, warps, stages = blocks
-    # From triton 3.10 on, products and sums are fused only if one asks.
+    # From triton 3.10 on, products and sums are fused only on request.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return Launch(kernel, grid, arguments | {"BLOCK_M": block_m, "BLOCK_N": block_n}, options)
 

@@ -37,7 +37,7 @@ except ImportError:  # the reference works without
     triton = None
 
 NESTED_BLOCK = 256  # scales that share one second-level scale
-ALIGNMENT = 16  # bytes, of what a thread loads at once
+ALIGNMENT = 16  # bytes that a thread loads at once
 MAX_CHUNK = 32  # weights in 16 bytes
 MIN_CHUNK = 8  # weights in a word
 BLOCK_N, BLOCK_K = 16, 256  # of a program that dequantises: a chunk for each of 128 threads
@@ -84,10 +84,10 @@ def load_chunks(
     BLOCK: tl.constexpr,  # weights under one scale
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ONCE: tl.constexpr = False,  # nobody else reads the same words: they need no room in the cache
+    ONCE: tl.constexpr = False,  # the words are read only once, so they need no room in the cache
 ):
     """Columns [first, first + BLOCK_K) of rows `offs_n`, in fp32: weights (BLOCK_N, CHUNKS, CHUNK) yet to be multiplied
-    by scales (BLOCK_N, CHUNKS). What stands outside the weight is finite and means nothing.
+    by scales (BLOCK_N, CHUNKS). Values outside the weight are finite and meaningless.
 
     `reshape` adds the inner dimensions, not `[:, None]`: it keeps each word's weights in the thread that loaded them.
     """
@@ -101,7 +101,7 @@ def load_chunks(
     number = offs_n.to(tl.int64)[:, None] * (K // CHUNK) + chunk[None, :]  # of a chunk in the whole weight
     if CHUNK > 1:
         WORDS: tl.constexpr = CHUNK // 8
-        width = K // CHUNK * WORDS  # words in a row, said so that the compiler knows that WORDS divides it
+        width = K // CHUNK * WORDS  # words in a row, written so that the compiler knows WORDS divides it
         offs_w = first // CHUNK * WORDS + tl.arange(0, CHUNKS * WORDS)
         words = qweight_ptr.to(tl.pointer_type(tl.int32)) + offs_n.to(tl.int64)[:, None] * width + offs_w[None, :]
         policy: tl.constexpr = "evict_first" if ONCE else ""
@@ -120,20 +120,20 @@ def load_chunks(
         q = byte >> (4 - 4 * odd) & 15 if TABLE else byte >> (4 * odd) & 15 | 0x4B000000
 
     if TABLE:
-        place = number * CHUNK // BLOCK
+        index = number * CHUNK // BLOCK
         code = tl.load(code_ptr + tl.arange(0, 16))
         weights = tl.gather(code, tl.reshape(q, (BLOCK_N * BLOCK_K,)), 0)
         weights = tl.reshape(weights, (BLOCK_N, CHUNKS, CHUNK))
     else:
-        place = offs_n.to(tl.int64)[:, None] * tl.cdiv(K, BLOCK) + (chunk * CHUNK // BLOCK)[None, :]
-        zero = tl.load(zeros_ptr + place, mask=inside, other=0).to(tl.float32)
+        index = offs_n.to(tl.int64)[:, None] * tl.cdiv(K, BLOCK) + (chunk * CHUNK // BLOCK)[None, :]
+        zero = tl.load(zeros_ptr + index, mask=inside, other=0).to(tl.float32)
         # (2²³ + q·16^i) / 16^i − (2²³ / 16^i + zero) is exact, and one fused operation: faster than a conversion.
         unit = ((127 - 4 * (tl.arange(0, CHUNK) % 8 % 5)) << 23).to(tl.float32, bitcast=True)[None, None, :]  # 16⁻ⁱ
         bits = tl.reshape(q, (BLOCK_N, CHUNKS, CHUNK)).to(tl.float32, bitcast=True)
         weights = bits * unit - (8388608.0 * unit + zero[:, :, None])
-    scales = tl.load(scales_ptr + place, mask=inside, other=0)
+    scales = tl.load(scales_ptr + index, mask=inside, other=0)
     if nested_code_ptr is not None:
-        second = tl.load(nested_absmax_ptr + place // 256, mask=inside, other=0.0)
+        second = tl.load(nested_absmax_ptr + index // 256, mask=inside, other=0.0)
         scales = tl.load(nested_code_ptr + scales.to(tl.int32)) * second + tl.load(offset_ptr)
     return weights, scales.to(tl.float32)
 
@@ -189,7 +189,7 @@ class Packed:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What every kernel that reads the weight is given."""
+        """The arguments of every kernel that reads the weight."""
         nested = self.nested_code, self.nested_absmax, self.offset
         weight = (self.qweight, self.scales, self.code, self.zeros, *nested)
         return {"weight": weight, "N": self.shape[0], "K": self.shape[1], "BLOCK": self.block, "CHUNK": self.chunk}

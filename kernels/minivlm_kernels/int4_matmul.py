@@ -1,6 +1,6 @@
 """Linear layers on four-bit weights: y = x · Wᵀ + bias, with W decoded on its way to the arithmetic.
 
-What limits the speed changes with the rows M of x, so there are three ways:
+The bottleneck depends on the number of rows M of x, so there are three ways:
 
     M = 1       matvec_kernel: a decode step. The time is that of reading W, half a byte a weight, so warps lie side by
                 side along a few rows of W, 16 bytes a lane, and sum with ordinary arithmetic. Nothing is rounded but
@@ -42,7 +42,7 @@ REDUCE_BLOCK = 1024
 
 
 class Tile(NamedTuple):
-    """What one program computes: BLOCK_M rows of x by BLOCK_N rows of W, BLOCK_K columns at a time."""
+    """The tile of one program: BLOCK_M rows of x by BLOCK_N rows of W, BLOCK_K columns at a time."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
     programs: int  # fewer than so many: split K
 
 
-# Chosen by what the compiler says (registers, instructions a weight), not yet by a clock: `bench_int4.py --tune` will.
+# Chosen by the compiler's output (registers, instructions per weight), not yet by time: `bench_int4.py --tune` will.
 # For one row, by N from so many on: a lane takes 16 bytes, so a warp covers 1,024 columns of each row of W.
 MATVEC = {0: Tile(1, 4, 4096, 4, 1, 256), 8192: Tile(1, 4, 1024, 1, 1, 256)}
 # For more, by the rows of x up to so many; 99 KiB of shared memory at most, which consumer cards have, too.
@@ -68,7 +68,7 @@ MATMUL_FP32 = {16: Tile(16, 32, 64, 4, 2, 256), 64: Tile(64, 32, 32, 4, 2, 256)}
 
 
 def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What the kernels compute; `weight` is (N, K) from `nf4_reference` or `int4_reference`."""
+    """The product in plain PyTorch; `weight` is (N, K) from `nf4_reference` or `int4_reference`."""
     return F.linear(x, weight.to(x.dtype), bias)
 
 
@@ -181,7 +181,7 @@ def nf4_matmul(
     """x · Wᵀ + bias with W in the table format (NF4, FP4); its arguments are those of `nf4_dequantize`.
 
     x: (…, K), fp16, bf16 or fp32.  bias: (N,) of the same dtype.  Returns (…, N) of that dtype; sums are in fp32.
-    x and bias may require a gradient. Raises ValueError for what does not fit, and without a GPU.
+    x and bias may require a gradient. Raises ValueError for arguments that do not fit, and without a GPU.
     """
     return _matmul(x, table(qweight, absmax, code, shape, block_size, nested), bias)
 

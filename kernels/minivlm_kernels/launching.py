@@ -1,4 +1,4 @@
-"""What the kernels' launchers share: `jit` that does without triton, a launch as data, and the checks of arguments."""
+"""Code the kernels' launchers share: a `jit` that works without triton, launches as data, argument checks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from minivlm_kernels.addresses import EXACT
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the references work without
+except ImportError:  # the references work without it
     triton = None
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 128  # of an attention head
 LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
 if triton is not None:
-    LOG2_E = tl.constexpr(LOG2_E)  # kernels see no other globals
-# Arguments of the attention kernels of which another value must not mean another compilation.
+    LOG2_E = tl.constexpr(LOG2_E)  # kernels may only use constexpr globals
+# Arguments of the attention kernels whose values must not trigger recompilation.
 LENGTHS = ("queries", "keys", "group", "S", "window", "splits", "stride_rows", "stride_mb", "stride_mt", "stride_lb")
 STRIDES = (
     "stride_q",
@@ -37,12 +37,12 @@ STRIDES = (
 
 
 def jit(kernel: Callable) -> Any:
-    """`triton.jit`, where there is triton."""
+    """`triton.jit` if triton is installed."""
     return kernel if triton is None else triton.jit(do_not_specialize=LENGTHS + STRIDES)(kernel)
 
 
 class Launch(NamedTuple):
-    """One kernel launch: `kernel[grid](**arguments, **options)`. Tensors on the meta device will do to compile it."""
+    """One kernel launch: `kernel[grid](**arguments, **options)`. Meta tensors suffice to compile it."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -51,27 +51,27 @@ class Launch(NamedTuple):
 
 
 def run(*launches: Launch) -> None:
-    """In order, on the device of the tensors, which need not be the current one."""
+    """Run launches in order on their tensors' device, which need not be the current one."""
     for kernel, grid, arguments, options in launches:
         with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
             kernel[grid](**arguments, **options)
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:
-    """Of batch, head and row, in units of 8 elements: so the compiler knows the alignment."""
+    """Strides of batch, head and row in units of 8 elements, which tells the compiler the alignment."""
     return tuple(stride // 8 for stride in tensor.stride()[:3])
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """What the attention kernels are compiled for: rows contiguous, beginning at multiples of 16 bytes and 8 elements,
-    and so close that 128 of them span less than 2³¹ elements."""
+    """Whether a tensor has the layout the attention kernels are compiled for: contiguous rows that begin at multiples
+    of 16 bytes and 8 elements, 128 of which span less than 2³¹ elements."""
     steps = [stride if size > 1 else 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
     multiples = tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
     return multiples and tensor.stride(3) == 1 and steps[2] < 2**24
 
 
 def check_heads(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError for tensors that no attention kernel takes."""
+    """ValueError for tensors that no attention kernel accepts."""
     check_exact(what, q, k, v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (len(q), q.shape[3]) != (len(k), k.shape[3]):
@@ -94,21 +94,21 @@ def check_heads(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_exact(what: str, *tensors: Tensor | None) -> None:
-    """Raises ValueError for tensors whose numbers may lie elsewhere than at their addresses."""
+    """ValueError for tensors whose data may not lie at their addresses."""
     for tensor in tensors:
         if tensor is not None and type(tensor) not in EXACT:
             raise ValueError(f"{what} takes plain tensors, found a {type(tensor).__name__}; use torch's own operators")
 
 
 def check_one_device(what: str, *tensors: Tensor | None) -> None:
-    """Raises ValueError where tensors are on several devices."""
+    """ValueError for tensors on several devices."""
     devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
     if len(devices) > 1:
         raise ValueError(f"{what} should be on one device, found {', '.join(devices)}")
 
 
 def check_device(what: str, *tensors: Tensor | None, instead: str = "") -> None:
-    """Raises ValueError where no kernel can run; `instead` says what to do."""
+    """ValueError if no kernel can run; `instead` is appended as advice."""
     check_exact(what, *tensors)
     check_one_device(f"all tensors of {what}", *tensors)
     if triton is None:

@@ -1,4 +1,4 @@
-"""One answer: its text, why it ended, what it took."""
+"""One answer with its finish reason, token counts and times."""
 
 import contextlib
 import sys
@@ -11,11 +11,11 @@ import torch
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it took.
+    """An answer with token counts and times.
 
-    finish_reason: "stop", the model or a stop string ended it; "length", it was cut at `limit` new tokens; "time", it
-    was cut by `max_time`; "interrupted", somebody stopped it.
-    prompt_tokens: all of them.  cached_tokens: those kept from earlier turns.  first_token: seconds until it came.
+    finish_reason: as `generate` gives it ("stop", "length" or "time"), or "interrupted" if the caller stopped it.
+    limit: the most new tokens.  prompt_tokens: all of them.  cached_tokens: those kept from earlier turns.
+    first_token: seconds until it came.
     """
 
     text: str
@@ -29,29 +29,29 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens after the first, per second: the speed of decoding, without reading the prompt."""
+        """New tokens after the first, per second: the speed of decoding without the prefill."""
         elapsed = self.seconds - self.first_token
         return (self.new_tokens - 1) / elapsed if self.new_tokens > 1 and elapsed > 0 else 0.0
 
     def cut(self) -> str | None:
-        """A sentence for the person who reads it, if it did not end by itself."""
+        """A sentence for the user if the answer did not end by itself."""
         sentences = {
             "length": f"the answer was cut at {self.limit} new tokens; --max-new-tokens allows more",
             "time": "the answer was cut by max_time",
-            "interrupted": "stopped; the conversation keeps what there is of the answer",
+            "interrupted": "stopped; the conversation keeps the answer so far",
         }
         return sentences.get(self.finish_reason)
 
 
 def setting_of(model: Any, settings: dict[str, Any], name: str) -> Any:
-    """A setting of a call, or else of its `generation_config`, or else of the checkpoint."""
+    """A setting of a call, else of its `generation_config`, else of the checkpoint."""
     configs = (settings.get("generation_config"), model.generation_config)
     found = [settings.get(name), *(getattr(config, name, None) for config in configs)]
     return next((value for value in found if value is not None), None)
 
 
 def peak_memory(device: Any) -> int | None:
-    """The most bytes in use so far: torch's on a GPU, else the whole process's; None where the system does not tell."""
+    """The most bytes in use so far: torch's on a GPU, else the process's; None if the system does not report it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(ImportError):  # Windows has no `resource`

@@ -1,10 +1,9 @@
 """Many questions, answered in batches: whatever interrupts it, nothing is lost or done twice.
 
-    questions ─► lines without answer yet ─► batches of like length ─► generate ─► answers.jsonl.part, as they come
-                                                                all lines, in order ─► answers.jsonl, by renaming
+    questions ─► lines without answer yet ─► batches of like length ─► generate ─► part files, as they come
+                                                          all answers, in order ─► answers.jsonl, by renaming
 
-The part file's first line says what it belongs to, each other one is the whole answer to one line. A batch is appended
-by one write; what a kill leaves of a line is cut off by the next run, which asks for everything that is not there.
+`parts` has the files, and how several processes share the questions; `Answerer` is the same for other schedulers.
 """
 
 import hashlib
@@ -13,18 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from minivlm.app import parts
 from minivlm.app.answer import Clock, setting_of
-from minivlm.app.questions import Row, numbered, read_row, reason
-from minivlm.checkpoint.files import replacing
-from minivlm.processing.common import fetch_picture
+from minivlm.app.parts import Records, Shard
+from minivlm.app.questions import KEYS, QUESTION, Row, numbered, read_row, reason, row_of
+from minivlm.processing.common import fetch_image
 
 ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
-Records = list[dict[str, Any]]
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Summary:
     tokens: int = 0  # new ones
     seconds: float = 0.0
     first_tokens: list[float] = field(default_factory=list)  # seconds, one a batch
+    missing: int = 0  # answers that other shards have not given yet
 
     def count(self, records: Records) -> None:
         for record in records:
@@ -46,7 +47,8 @@ class Summary:
 
     def __str__(self) -> str:
         speed = f"; {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else ""
-        return f"{self.answered:,} answered, {self.failed:,} failed, {self.cut:,} cut{speed}"
+        others = f"; {self.missing:,} lines left for other shards" if self.missing else ""
+        return f"{self.answered:,} answered, {self.failed:,} failed, {self.cut:,} cut{speed}{others}"
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,35 @@ class Job:
     timed: bool = False
 
 
-def run(job: Job, text: bytes, out: Path, about: dict[str, Any]) -> Summary:
-    """Answer every line of `text` in `out`, which appears when all are done.
+def run(job: Job, text: bytes, out: Path, about: dict[str, Any], shard: Shard = parts.ALL) -> Summary:
+    """Answer every line of `text`, or a shard of them; `out` appears when all lines are answered, by any process.
 
     Out comes {"line": 1, "id": …, "answer": "…", "finish_reason": "stop"}, or {"line": 1, "error": "why"}. Empty lines
     are passed over. `about` names what the answers depend on.
 
     Raises ValueError if `out` exists, or if what an earlier run left of it belongs to other questions or settings.
     """
-    check_new(out)
+    if shard.count > 1 and out.exists() and not parts.all_parts(out):
+        return Summary()  # the other shards, begun earlier, have done it all since this one was started
+    parts.check_new(out)
     lines, summary = numbered(text), Summary()
+    mine = shard.of(lines)
     header = {"prompts": hashlib.sha256(text).hexdigest(), **about}
-    with part_of(out).open("a+b") as part:
-        done = _resume(part, header, out)
-        summary.count(list(done.values()))
-        with _bar(len(lines), len(done)) as bar:
-            waiting = {number: line for number, line in lines.items() if number not in done}
+    done = parts.read_all(out, header)
+    with shard.part(out).open("a+b") as part:
+        parts.resume(part, header)
+        waiting = {number: line for number, line in mine.items() if number not in done}
+        summary.count([done[number] for number in mine.keys() & done.keys()])
+        with _bar(len(mine), len(mine) - len(waiting)) as bar:
             for answers in _all_answers(job, waiting, summary):
-                _append(part, answers)
-                done |= {answer["line"]: answer for answer in answers}
+                parts.append(part, answers)
                 bar.update(len(answers))
-    _finish(out, [done[number] for number in lines])
+    done = parts.read_all(out, header)
+    summary.missing = len(lines.keys() - done.keys())
+    if not summary.missing:
+        parts.finish(out, [done[number] for number in lines])
+    elif out.exists() and not parts.all_parts(out):  # another shard has done so since
+        summary.missing = 0
     return summary
 
 
@@ -105,54 +115,8 @@ def run_to(job: Job, text: bytes, write: Callable[[str], Any]) -> Summary:
     return summary
 
 
-def check_new(out: Path) -> None:
-    """ValueError if the answers have no folder, or are there already, and not because a run was killed as it ended."""
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: there is no folder {out.parent}; make it first")
-    if out.exists() and not part_of(out).exists():
-        raise ValueError(f"{out} exists already; remove it, or write to another file")
-
-
-def part_of(out: Path) -> Path:
-    """Where answers are kept until all are there."""
-    return out.with_name(out.name + ".part")
-
-
 def _bar(total: int, done: int) -> tqdm:
     return tqdm(total=total, initial=done, unit="line", disable=None)  # None: only at a terminal
-
-
-# ---- The files
-
-
-def _resume(part: BinaryIO, header: dict[str, Any], out: Path) -> dict[int, dict[str, Any]]:
-    """The answers in `part`, by line. Cuts off half a line at its end; begins the file if it is empty."""
-    part.seek(0)
-    text = part.read()
-    whole = text.rfind(b"\n") + 1
-    part.truncate(whole)
-    if not whole:
-        _append(part, [header])
-        return {}
-    found, *answers = map(json.loads, text[:whole].splitlines())
-    for name in header:
-        if found.get(name) != header[name]:
-            what = "other prompts" if name == "prompts" else f"{name}={found.get(name)!r}, not {header[name]!r}"
-            raise ValueError(f"{part_of(out)} was begun with {what}; go on as it was begun, or remove it to begin anew")
-    return {answer["line"]: answer for answer in answers}
-
-
-def _append(part: BinaryIO, records: Records) -> None:
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    part.write(lines.encode(errors="backslashreplace"))  # half a surrogate pair is written as JSON writes it
-    part.flush()
-
-
-def _finish(out: Path, answers: Records) -> None:
-    """Write `out` as a whole or not at all; killed in between, the next run does it again."""
-    with replacing(out) as path, path.open("wb") as file:
-        _append(file, answers)
-    part_of(out).unlink()
 
 
 # ---- The answers
@@ -181,7 +145,7 @@ def _answers(job: Job, rows: list[Row], summary: Summary) -> Records:
     records, ready = [], []
     for row in rows:
         try:
-            ready.append((row, [fetch_picture(job.processor, source) for source in row.sources]))
+            ready.append((row, [fetch_image(job.processor, source) for source in row.sources]))
         except ERRORS as error:
             records.append(_record(row, error=reason(error)))
     return records + _generated(job, ready, summary)
@@ -247,3 +211,61 @@ def _with_system(messages: Records, system: str | None) -> Records:
 
 def _record(row: Row, **result: str) -> dict[str, Any]:
     return {"line": row.line, **row.named, **result}
+
+
+# ---- Other schedulers
+
+
+class Answerer:
+    """A model that answers tables of rows, for schedulers that keep it in a worker. Ray Data:
+
+        ray.data.read_parquet("s3://…").map_batches(
+            Answerer, fn_constructor_kwargs={"model": "HuggingFaceM4/idefics2-8b", "question": "Describe the image."},
+            batch_size=8, compute=ray.data.ActorPoolStrategy(size=4), num_gpus=1)
+
+    model: as `from_pretrained` takes it; load: options of that (dtype, device_map, quantization_config, …).
+    question: of rows that have none.  system: the system message.  settings: of `generate`; greedy, 256 tokens by
+    default. Back-pressure, retries and the number of workers are the scheduler's.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        question: str | None = None,
+        system: str | None = None,
+        load: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        from minivlm import AutoModelForImageTextToText, AutoProcessor
+
+        self.question = question
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **({"device_map": "auto"} | (load or {})))
+        settings = {"max_new_tokens": 256, "do_sample": False} | settings
+        self.job = Job(loaded, AutoProcessor.from_pretrained(model), settings, system=system)
+
+    def __call__(self, table: dict[str, Any]) -> dict[str, Any]:
+        """Columns of equal length, one of them "question" (or as `questions` spells it), "image" or "images" (paths,
+        URLs, bytes, or {"bytes", "path"}) → all of them, and "answer", "finish_reason", "error" (None where there is
+        none)."""
+        count = len(next(iter(table.values())))
+        rows, records = [], []
+        for number in range(count):
+            values = {name: _plain(column[number]) for name, column in table.items() if name in KEYS}
+            if self.question is not None and not values.keys() & {"messages", *QUESTION}:
+                values["question"] = self.question
+            try:
+                rows.append(row_of(number, values))
+            except (ValueError, RecursionError) as error:
+                records.append({"line": number, "error": reason(error)})
+        records += _answers(self.job, rows, Summary()) if rows else []
+        found = {record["line"]: record for record in records}
+        new = {name: [found[n].get(name) for n in range(count)] for name in ("answer", "finish_reason", "error")}
+        return {**table, **{name: np.array(column, dtype=object) for name, column in new.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """What a table's cell holds, without numpy."""
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value

@@ -26,7 +26,7 @@ from minivlm.generation.settings import check, is_whole
 from minivlm.generation.speculation import alike
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 from minivlm.text.chat_template import normalise
 
 NEW_TOKENS = 256  # of an answer, where max_new_tokens is not set
@@ -104,7 +104,7 @@ class Chat:
         """
         self._end_answer()
         sources = images if isinstance(images, list | tuple) else [] if images is None else [images]
-        fetched = [fetch_picture(self.processor, source) for source in sources]
+        fetched = [fetch_image(self.processor, source) for source in sources]
         messages = [*self.messages, _message("user", text, fetched)]
         self._answer = self._turn(messages, {"tokenizer": self.processor.tokenizer, **self.settings, **settings})
         return self._answer

@@ -23,6 +23,7 @@ VERBS = {
     "batch": "minivlm.app.verbs.batch",
     "inspect": "minivlm.app.verbs.inspect",
     "explain": "minivlm.app.verbs.explain",
+    "demo": "minivlm.app.verbs.demo",
     "quantize": "minivlm.app.verbs.quantize",
     "finetune": "minivlm.app.verbs.finetune",
     "merge": "minivlm.app.verbs.merge",

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from minivlm.families.record import Region
+from minivlm.inside.drawing import spotlight, table
 from minivlm.inside.geometry import paint
 
 SIDE = 1200  # pixels of the longer side
-GOLD, INK, BLUE = "#ffcf3f", "#1d1c1a", "#0067a5"
 
 
 def write(found: dict[str, Any], images: list[Any], folder: Path) -> int:
@@ -47,30 +47,26 @@ def _weights(found: dict[str, Any], position: int) -> list[Tensor]:
     return [unpacked(each) for each in found["relevance"][position]] if found["relevance"] else []
 
 
-def _enlarged(image: Image.Image) -> tuple[Image.Image, float]:
+def _enlarged(image: Image.Image) -> Image.Image:
     scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS), scale
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _spotlight(image: Image.Image, views: list[dict[str, Any]], weights: list[Tensor]) -> Image.Image:
     """The image, dark where there is no weight."""
-    large, _ = _enlarged(image)
     if not weights:
-        return large
+        return _enlarged(image)
     regions = [Region(view["name"], tuple(view["grid"]), *view["box"]) for view in views]
     grids = [weights[view["view"]].view(*view["grid"]) for view in views]
-    heat = paint(regions, grids, (image.height, image.width)).clamp(min=0)
-    light = (255 * (0.14 + 0.86 * (heat / heat.max().clamp(min=1e-30)).sqrt())).to(torch.uint8)
-    mask = Image.fromarray(light.numpy()).resize(large.size, Image.Resampling.NEAREST)
-    return Image.composite(large, Image.new("RGB", large.size, (8, 8, 14)), mask)
+    return spotlight(image, paint(regions, grids, (image.height, image.width)), SIDE)
 
 
 def _grid(image: Image.Image, view: dict[str, Any]) -> Image.Image:
     """A view with its patches; what is beyond the image is black."""
     (top, left, height, width), (rows, columns) = view["box"], view["grid"]
     box = (round(left), round(top), round(left + width), round(top + height))
-    large, _ = _enlarged(image.convert("RGB").crop(box))
+    large = _enlarged(image.convert("RGB").crop(box))
     draw = ImageDraw.Draw(large)
     for row in range(rows + 1):
         y = min(large.height - 1, round(row * large.height / rows))
@@ -83,20 +79,8 @@ def _grid(image: Image.Image, view: dict[str, Any]) -> Image.Image:
 
 def _lens(tokens: list[dict[str, Any]]) -> Image.Image:
     """Layers from bottom to top, a column for each token: the likeliest token there, as blue as it is likely."""
-    width, height, edge = 150, 44, 70
-    layers = len(tokens[0]["lens"])
-    figure = Image.new("RGB", (edge + width * len(tokens), height * (layers + 1)), "white")
-    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(18)
-    for layer in range(layers):
-        y = (layers - 1 - layer) * height
-        draw.text((10, y + 12), str(layer), fill=INK, font=font)
-        for number, token in enumerate(tokens):
-            (text, p), x = token["lens"][layer]["top"][0], edge + number * width
-            colour = tuple(round(255 + p * (part - 255)) for part in (0, 103, 165))
-            draw.rectangle((x, y, x + width - 4, y + height - 4), fill=colour)
-            draw.text((x + 8, y + 10), text.lstrip("·")[:12], fill="white" if p > 0.55 else INK, font=font)
-    for number, token in enumerate(tokens):
-        draw.text(
-            (edge + number * width + 8, layers * height + 10), token["text"].lstrip("·")[:12], fill=BLUE, font=font
-        )
-    return figure
+    layers = range(len(tokens[0]["lens"]))[::-1]
+    likeliest = [[token["lens"][layer]["top"][0] for token in tokens] for layer in layers]
+    heads = [token["text"].lstrip("·") for token in tokens]
+    texts = [[text.lstrip("·") for text, _ in row] for row in likeliest]
+    return table([[p for _, p in row] for row in likeliest], [f"layer {layer}" for layer in layers], heads, texts)

@@ -13,7 +13,7 @@ from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
 from minivlm.modules.config import text_config
 from minivlm.modules.inputs import Inputs
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.tokenizer import Tokenizer
@@ -97,10 +97,10 @@ def adapter_line(found: dict[str, Any]) -> str:
     return f"adapter {found['adapter']}: {found['kind']}, {sizes}; parameters: {parts}"
 
 
-def prompt(processor: Any, pictures: list[Any]) -> Inputs:
+def prompt(processor: Any, images: list[Any]) -> Inputs:
     """A question about these images as the model will get it."""
     content = [
-        *({"type": "image", "image": picture} for picture in pictures),
+        *({"type": "image", "image": image} for image in images),
         {"type": "text", "text": "What is this?"},
     ]
     messages = [{"role": "user", "content": content}]
@@ -113,12 +113,12 @@ def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
     """What these images will cost, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
     pixels; and that prompt."""
     processor = auto.AutoProcessor.from_pretrained(name)
-    pictures = [fetch_picture(processor, image) for image in images]
+    fetched = [fetch_image(processor, image) for image in images]
 
     def tokens(some: list[Any]) -> int:
         return prompt(processor, some)["input_ids"].shape[1]
 
-    each, inputs = [tokens([picture]) - tokens([]) for picture in pictures], prompt(processor, pictures)
+    each, inputs = [tokens([image]) - tokens([]) for image in fetched], prompt(processor, fetched)
     whole = inputs["input_ids"].shape[1]
     return {"tokens": each, "prompt_tokens": whole, "pixel_bytes": inputs["pixel_values"].nbytes}, inputs
 
@@ -204,12 +204,12 @@ def table(found: dict[str, Any]) -> str:
             f"positions: {found['max_position_embeddings']:,}",
             *(f"checked: {count:,} {what}" for what, count in found.get("checked", {}).items()),
             f"cache per 1,000 tokens: {', '.join(f'{memory(1000 * cache[dtype])} in {dtype}' for dtype in BYTES)}",
-            *_pictures(found),
+            *_image_lines(found),
         ]
     )
 
 
-def _pictures(found: dict[str, Any]) -> Iterator[str]:
+def _image_lines(found: dict[str, Any]) -> Iterator[str]:
     """Lines about the images that were given."""
     if "pictures" in found:
         given, cache = found["pictures"], found["cache_bytes_per_token"]["bfloat16"]

@@ -4,6 +4,7 @@ Several spellings are read as one: "prompt" and "text" for "question", a single 
 "images", and LLaVA's {"question_id": …, "image": …, "text": …, "category": …}.
 """
 
+import base64
 import json
 import os
 import sys
@@ -35,9 +36,16 @@ class Row:
         return len(self.sources), sum(map(len, texts))
 
 
-def read_file(path: Path) -> bytes:
-    """The lines of a file, or of stdin for `-`."""
-    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+def read_file(path: Path, question: str | None = None) -> bytes:
+    """The lines of a file, of stdin for `-`, or of a folder or parquet file of images.
+
+    question: the one about every image of a folder; in a parquet file, for rows that have none.
+    """
+    if str(path) == "-":
+        return sys.stdin.buffer.read()
+    if path.is_dir():
+        return about_folder(path, question)
+    return about_table(path, question) if path.suffix == ".parquet" else path.read_bytes()
 
 
 def about_folder(folder: Path, question: str) -> bytes:
@@ -50,6 +58,26 @@ def about_folder(folder: Path, question: str) -> bytes:
         raise ValueError(f"{folder} has no image ({', '.join(images.SUFFIXES)})")
     rows = [{"id": path.name, "question": question, "images": [str(path)]} for path in paths]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def about_table(path: Path, question: str | None = None) -> bytes:
+    """The rows of a parquet file (by pyarrow) as lines of a file would say them; columns of other names stay behind."""
+    from minivlm.training.rows import parquet_rows
+
+    lines = []
+    for _, values in parquet_rows(path):
+        row = {name: value for name, value in values.items() if name in KEYS}
+        if question is not None and not row.keys() & {"messages", *QUESTION}:
+            row["question"] = question
+        lines.append(json.dumps(row, default=_in_json) + "\n")
+    return "".join(lines).encode()
+
+
+def _in_json(data: Any) -> str:
+    """The bytes of an image, as JSON can hold them."""
+    if not isinstance(data, bytes):
+        raise ValueError(f"a question cannot hold {type(data).__name__}")
+    return "data:image;base64," + base64.b64encode(data).decode()
 
 
 def numbered(text: bytes) -> dict[int, bytes]:
@@ -68,6 +96,11 @@ def read_row(line: int, text: bytes, folder: Path | None = None) -> Row:
         raise ValueError(f"no JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"a line is a JSON object, found {text[:80].decode(errors='replace')}")
+    return row_of(line, values, folder)
+
+
+def row_of(line: int, values: dict[str, Any], folder: Path | None = None) -> Row:
+    """As `read_row`, of a line's object; images may also be bytes, or {"bytes": …, "path": …}."""
     if unknown := values.keys() - KEYS:
         raise ValueError(f"unknown key {min(unknown)!r}; a line has question, images and id, or messages")
     questions = [name for name in ("messages", *QUESTION) if name in values]
@@ -83,7 +116,7 @@ def read_row(line: int, text: bytes, folder: Path | None = None) -> Row:
 
 def _message(values: dict[str, Any], question: str, given: list[str]) -> list[dict[str, Any]]:
     found = values[given[0]] if given else []
-    found = [found] if isinstance(found, str) else [] if found is None else found
+    found = [found] if isinstance(found, str | bytes | dict) else [] if found is None else found
     if not isinstance(found, list):
         raise ValueError(f'"{given[0]}" is a list of paths and URLs, found {short(found)}')
     items = [{"type": "image", "image": image} for image in found]

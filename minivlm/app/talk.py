@@ -17,7 +17,7 @@ from minivlm.app import images, terminal
 from minivlm.app.chat import Chat
 from minivlm.app.options import SAMPLING, check_settings, parse_value, with_sampling
 from minivlm.checkpoint.files import write_json
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 from minivlm.text.chat_template import normalise
 
 COMMANDS = {
@@ -39,7 +39,7 @@ ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  
 class Talk:
     """Answers line after line.
 
-    pictures: for the first question, each with the name it was given.  show: prints the pieces of an answer.
+    first: images for the first question, each with its name.  show: prints the pieces of an answer.
     watched: somebody sits at the terminal, so what a command did is confirmed on stderr.
     verbose: what each answer took, on stderr.
     """
@@ -47,7 +47,7 @@ class Talk:
     def __init__(
         self,
         chat: Chat,
-        pictures: Iterable[tuple[Any, str]],
+        first: Iterable[tuple[Any, str]],
         show: Callable[[Iterator[str]], None],
         *,
         watched: bool,
@@ -57,7 +57,7 @@ class Talk:
         self.failed = 0
         self._names: dict[int, tuple[Any, str]] = {}  # by id: an image and where it came from
         self._waiting: list[Any] = []
-        for image, name in pictures:
+        for image, name in first:
             self._add(image, name)
 
     def run(self, read: Callable[[str], str | None]) -> int:
@@ -133,7 +133,7 @@ class Talk:
         if not argument:
             raise ValueError("/image takes a file or URL")
         name = _path(argument)
-        image = fetch_picture(self.chat.processor, images.source(name))
+        image = fetch_image(self.chat.processor, images.source(name))
         self._add(image, name)
         self._confirm(f"{_described(self._name(image), image)} goes with the next question")
 
@@ -218,7 +218,7 @@ class Talk:
         for source in sources:
             if not isinstance(source, str):
                 raise ValueError(f"{path}: an image in it has neither a path nor a URL")
-            fetched.append(fetch_picture(self.chat.processor, source))
+            fetched.append(fetch_image(self.chat.processor, source))
             self._names[id(fetched[-1])] = fetched[-1], source
         self.chat.reset()
         self.chat.messages = _with_images(normal, fetched)

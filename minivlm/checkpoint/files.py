@@ -6,6 +6,7 @@
         save.remove(folder / "older.safetensors")
 
 A `saving()` inside another joins it, so what is made of parts that can be saved alone is still saved as a whole.
+A process that is killed leaves the old files, or a journal from which the next reader makes the new ones (`journal`).
 """
 
 import contextlib
@@ -15,13 +16,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from minivlm.checkpoint import hub
+from minivlm.checkpoint import hub, journal
 
 
 class WriteError(OSError):
@@ -43,7 +44,7 @@ class Save:
     def file(self, path: str | Path) -> Path:
         """The path to write to. Its folder is made if need be."""
         path = Path(path)
-        self.written[path] = path.with_name(f".{path.name}.{self.mark}.new")
+        self.written[path] = journal.new(path, self.mark)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -66,29 +67,32 @@ class Save:
             raise OSError("a part of it could not be written")
         for temporary in self.written.values():
             _flush(temporary)
+        removed = sorted(set(self.removed) - self.written.keys())
+        for folder in {path.parent for path in [*self.written, *removed]}:
+            journal.finish(folder)
         kept: list[tuple[Path, Path | None]] = []  # path → where its old file is now
+        journals = journal.plan(self.mark, self.written, removed)
         try:
+            for path, text in journals.items():
+                journal.write(path, text)
             for path, temporary in self.written.items():
                 kept.append((path, self._keep(path)))
                 os.replace(temporary, path)
-            for path in set(self.removed) - self.written.keys():
+            for path in removed:
                 kept.append((path, self._keep(path)))
                 path.unlink(missing_ok=True)
         except BaseException:
-            for path, old in reversed(kept):
-                with contextlib.suppress(OSError):
-                    _restore(path, old)
+            _undo(kept, journals)
             raise
-        for _, old in kept:
-            if old is not None:
-                with contextlib.suppress(OSError):
-                    old.unlink()
+        for path in [*(old for _, old in kept if old is not None), *journals]:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _keep(self, path: Path) -> Path | None:
         """Give an old file a second name, or another one where the file system knows no links; None: there is none."""
         if not os.path.lexists(path):
             return None
-        old = path.with_name(f".{path.name}.{self.mark}.old")
+        old = journal.old(path, self.mark)
         try:
             os.link(path, old, follow_symlinks=False)
         except (OSError, NotImplementedError):
@@ -161,6 +165,16 @@ def read_configs(source: hub.Source) -> tuple[dict[str, Any], dict[str, Any]]:
     config = source.json("processor_config.json", required=False) or {}
     nested = config.get("image_processor")
     return nested if isinstance(nested, dict) else source.json("preprocessor_config.json"), config
+
+
+def _undo(kept: Iterable[tuple[Path, Path | None]], journals: Iterable[Path]) -> None:
+    """Put the old files back, then remove the journals."""
+    for path, old in reversed(list(kept)):
+        with contextlib.suppress(OSError):
+            _restore(path, old)
+    for path in journals:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _restore(path: Path, old: Path | None) -> None:

@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minivlm.checkpoint import journal
+
 BUILT_IN = Path(__file__).parents[1] / "builtin"
 MAX_JSON = 2**23  # bytes; parsed, they can take twenty times as much
 MAX_DEPTH = 16  # of objects and lists in each other; files need 4
@@ -274,6 +276,7 @@ def source(
     if folder.is_dir() and not (folder / subfolder).is_dir():
         raise CheckpointFileError(f"{name} has no folder {subfolder}; found {_listing(folder)}")
     if folder.is_dir():
+        _finish_saves(folder / subfolder)
         return Source(name, folder, subfolder=subfolder)
     if folder.is_file():
         raise CheckpointFileError(f"{name} is a file; pass the folder that holds config.json and the safetensors files")
@@ -283,6 +286,14 @@ def source(
         raise CheckpointFileError(f"no such folder: {name!r}")
     cache = None if cache_dir is None else str(cache_dir)
     return Source(name, None, revision, cache, token, local_files_only, subfolder)
+
+
+def _finish_saves(folder: Path) -> None:
+    """Finish what a killed process left of a save into this folder; CheckpointFileError where that cannot be done."""
+    try:
+        journal.finish(folder)
+    except OSError as error:
+        raise CheckpointFileError(str(error)) from error
 
 
 def upload(

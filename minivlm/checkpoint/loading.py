@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minivlm import fast_cpu as faster
-from minivlm import parallel
+from minivlm import parallel, placement
 from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
@@ -32,6 +32,7 @@ from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.generation.settings import GenerationConfig
 from minivlm.modules.config import text_config
+from minivlm.quantization import apply
 from minivlm.quantization.arrival import Arrival, choose
 from minivlm.quantization.config import BitsAndBytesConfig
 
@@ -50,6 +51,7 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    max_memory: dict | None = None,
     quantization_config: Any = None,
     load_in_4bit: bool | None = None,
     load_in_8bit: bool | None = None,
@@ -75,7 +77,8 @@ def from_pretrained(
     """Load a checkpoint: a folder, a name that ships with the package, or a Hub id. It comes back in eval mode.
 
     dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
-    device_map: None, "auto" (the GPU if there is one) or one device; models here live on one device.
+    device_map: None (the CPU), one device, "auto" (all GPUs there are, and the CPU where these are too small), or a
+    dict from names of parts to devices; max_memory: bytes for each device (`minivlm.placement`).
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
     that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) says so itself and needs none.
     load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig of this alone.
@@ -122,23 +125,27 @@ def from_pretrained(
     attach = _adapter(model, adapter, files)
     shards = weight_files(files)
     wanted = wanted_dtype(options.first(dtype=dtype, torch_dtype=torch_dtype), config.dtype)
-    device = wanted_device(device_map)
     asked = quantization_config or _quantization(load_in_4bit, load_in_8bit)
     allowed = Allowed(_patterns(new), _patterns(unused), ignore_mismatched_sizes)
     with hub.blame(files.name):
         arrival = choose(files.json(hub.CONFIG).get("quantization_config"), asked)
         shares = {} if tp_plan is None else parallel.share(model, tp_plan, arrival and arrival.config.format)
-        fill(model, shards, wanted, device, arrival, allowed, build, shares)
+        places = _place(model, device_map, max_memory, wanted, arrival)
+        if shares and not places.is_single:
+            raise ValueError("with tp_plan each process has one device; pass that as device_map=, or none")
+        fill(model, shards, wanted, places.of, arrival, allowed, build, shares)
     model.tie_weights()
     _check_one_dtype(model, files.name, wanted, arrival)
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
     model.name_or_path = (files.base or files).name
     attach(model)
-    if fast_cpu and device.type == "cpu":
+    if fast_cpu and places.home.type == "cpu" and places.is_single:
         faster.apply(model)
     if shares:
         parallel.connect(model)
+    if not places.is_single:
+        placement.connect(model, places)
     return model.eval()
 
 
@@ -263,7 +270,7 @@ def fill(
     model: nn.Module,
     shards: list[Path],
     dtype: torch.dtype | None,
-    device: torch.device,
+    place: Callable[[str], torch.device],
     arrival: Arrival | None = None,
     allowed: Allowed = Allowed(),
     build: Callable[[], nn.Module] | None = None,
@@ -271,8 +278,9 @@ def fill(
 ) -> None:
     """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
 
-    dtype None keeps each tensor's own. arrival: which layers are quantised, in the files or as they are read; then
-    only the weight at hand is in memory unquantised. build: makes the model, for parameters that `allowed` lets be new.
+    dtype None keeps each tensor's own. place: where a parameter is to live, by its name.
+    arrival: which layers are quantised, in the files or as they are read; then only the weight at hand is in memory
+    unquantised. build: makes the model, for parameters that `allowed` lets be new.
     shares: of parameters that the model holds in part; nothing else of them is read.
     """
     with contextlib.ExitStack() as stack:
@@ -284,14 +292,16 @@ def fill(
                 tensor = drawn[name] if name in drawn else read(found, name, shares.get(name))
                 wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 # Beside quantised layers, a view of the file would keep what they were made of in memory
-                _assign(model, name, tensor.to(device, wanted, copy=arrival is not None and not arrival.stored))
+                _assign(model, name, tensor.to(place(name), wanted, copy=arrival is not None and not arrival.stored))
                 progress.update()
             for name, layer in layers.items():
                 share = shares.get(f"{name}.weight")
                 part = None if arrival.stored else share  # what is stored quantised is cut when it has been read
                 leaves = {leaf: f"{name}.{leaf}" for leaf in arrival.files(layer, share)}
                 tensors = {leaf: drawn[at] if at in drawn else read(found, at, part) for leaf, at in leaves.items()}
-                arrival.take(name, layer, {leaf: tensor.to(device) for leaf, tensor in tensors.items()}, dtype, share)
+                arrival.take(
+                    name, layer, {leaf: tensor.to(place(name)) for leaf, tensor in tensors.items()}, dtype, share
+                )
                 progress.update(len(tensors))
 
 
@@ -438,18 +448,29 @@ def wanted_dtype(asked: torch.dtype | str | None, stored: str | None) -> torch.d
     return DTYPES[name]
 
 
+def _place(
+    model: nn.Module, device_map: Any, max_memory: dict | None, dtype: torch.dtype | None, arrival: Arrival | None
+) -> placement.Placement:
+    """Where every tensor goes. ValueError for weights that would be quantised and wait on a CPU for a GPU: they are
+    laid out for the one or the other."""
+    quantised = () if arrival is None else apply.selected(model, arrival.config.skip_modules)
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in quantised:
+            sizes[name] = arrival.config.format.nbytes(tuple(parameter.shape))
+        else:
+            sizes[name] = parameter.numel() * (dtype or parameter.dtype).itemsize
+    places = placement.place(model, device_map, max_memory, sizes)
+    for device in {places.home, *places.blocks.values()}:
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device_map names {device}, and torch finds {torch.cuda.device_count()} GPUs")
+    if arrival is not None and places.home != placement.CPU and placement.CPU in places.blocks.values():
+        raise ValueError("quantised blocks cannot wait on the CPU; use more devices, or no quantization_config")
+    return places
+
+
 def wanted_device(device_map: Any) -> torch.device:
-    """One device from a `device_map`: None → cpu, "auto" → the GPU if there is one, a device, or {"": device}."""
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map is None:
-        return torch.device("cpu")
+    """One device: "auto" → the GPU if there is one; see `placement.one_device`."""
     if device_map == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device_map={device_map!r} is not supported: a model lives on one device here; "
-            'pass "auto", "cpu", "cuda" or "cuda:0"'
-        ) from error
+    return placement.one_device(device_map)

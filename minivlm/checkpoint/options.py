@@ -18,10 +18,9 @@ LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     "resume_download": ((None, True, False), ""),  # the Hub's client always does
     "proxies": ((None,), "set HTTPS_PROXY in the environment"),
     "variant": ((None,), "files are called model.safetensors here; save them under that name"),
-    "max_memory": ((None,), "a model lives on one device here"),
-    "offload_folder": ((None,), "a model lives on one device here"),
-    "offload_state_dict": ((None, False), "a model lives on one device here"),
-    "offload_buffers": ((None, False), "a model lives on one device here"),
+    "offload_folder": ((None,), "blocks wait in main memory, not on a disk (device_map)"),
+    "offload_state_dict": ((None, True, False), ""),  # weights are never in memory twice
+    "offload_buffers": ((None, True, False), ""),  # models here have none
     "use_kernels": ((None, False), "attn_implementation chooses kernels"),
     "key_mapping": ((None,), "a model class's hub_prefixes names what files may call its parts"),
     "mirror": ((None,), "set HF_ENDPOINT in the environment"),

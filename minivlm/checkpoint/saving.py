@@ -3,7 +3,8 @@
     tensors by Hub name ─ shards ─ written beside their places, with config.json ─ renamed, the index last
                                                                                         └─ older shards removed
 
-Where a machine dies between two renames, loading notices: all shards of one save and their index carry the same id.
+A save that is killed between two renames is finished by the next reader (`journal`). Where a copy stopped halfway,
+loading notices: all shards of one save and their index carry the same id.
 """
 
 import hashlib

@@ -100,8 +100,8 @@ def slicing(height: int, width: int, regions: list[Region], options: Any, config
         f"patches of {patch} x {patch} pixels, and a class token."
     ]
     if config.use_resampler:
-        found.append(f"The resampler turns them into {perceiver.resampler_n_latents} latents, which are no tokens:")
-    return [*found, "the text attends to them from gated blocks of its own. An <image> token only marks the place."]
+        found.append(f"The resampler turns them into {perceiver.resampler_n_latents} latents.")
+    return [*found, "The text attends to them from gated blocks; the <image> token only marks where the image stands."]
 
 
 def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]] | None:

@@ -101,7 +101,7 @@ def slicing(height: int, width: int, regions: list[Region], options: Any, config
 
 def image_lengths(processor: Any, inputs: dict[str, Any], image_tokens: int, images: int) -> list[int]:
     """How many tokens an image takes follows from its size."""
-    return [processor.image_places(*size) for size in inputs["image_sizes"].tolist()] if images else []
+    return [processor.image_tokens(*size) for size in inputs["image_sizes"].tolist()] if images else []
 
 
 def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]]:

@@ -3,8 +3,8 @@
     scores (B·n, V) ──+ the sum of each beam──► C candidates a prompt ──► those that end ──► pool of the n best
                                                          └── the n best of the others: the beams of the next step
 
-What ends, what enters the pool and when the search stops follow transformers 5.23 to the last tie, so sums and orders
-of candidates are those of the reference: a score that must not win gets −1e9, not −inf.
+Ends, pool and stopping follow transformers 5.23 to the last tie, so sums and candidate order are those of the
+reference: a score that must not win gets −1e9, not −inf.
 
 B prompts, n beams each, P prompt ids, N new tokens at most, V vocabulary, C candidates, R sequences returned.
 """
@@ -43,7 +43,7 @@ class Beams:
 
 @torch.no_grad()
 def beam_search(decoding: Any) -> tuple[Tensor, Beams]:
-    """Follow n = `num_beams` beams: the best sequences (B·R, P + M), best first, and what else is known of them.
+    """Follow n = `num_beams` beams: the best sequences (B·R, P + M), best first, and their `Beams`.
 
     decoding: a `loop.Decoding`, whose rows are the beams. M is the longest answer; shorter ones are filled with the pad
     id (0 counts as none, as in the reference), or else the first eos id.
@@ -78,7 +78,7 @@ def _sequences(prompts: Tensor, beams: Beams, length: int) -> Tensor:
 
 
 def _start(B: int, N: int, settings: GenerationConfig, device: torch.device) -> tuple[Beams, Beams]:
-    """The beams before the first token, of which only the first counts because they are alike; an empty pool."""
+    """The beams before the first token, of which only the first counts because all are equal; an empty pool."""
     n = settings.num_beams
     tokens = torch.full((B, n, N), _filler(settings), device=device)
     sources = torch.full((B, n, N), -1, dtype=torch.int32, device=device)
@@ -90,9 +90,9 @@ def _start(B: int, N: int, settings: GenerationConfig, device: torch.device) -> 
 
 
 def _filler(settings: GenerationConfig) -> int:
-    """The id after the end of an answer: pad or the first eos. The reference tests `pad or …`, so pad 0 is none.
+    """The id after the end of an answer: pad or the first eos. The reference tests `pad or …`, so 0 is ignored.
 
-    Without eos ids only stop strings and the like end a beam: then pad, or −1 if there is none (the reference: −1).
+    Without eos ids, where only other rules end a beam: pad, or −1 without one (the reference: −1).
     """
     pad, eos = settings.pad_token_id, settings.eos_ids
     if eos:
@@ -103,7 +103,7 @@ def _filler(settings: GenerationConfig) -> int:
 def _candidates(
     running: Beams, scores: Tensor, step: int, settings: GenerationConfig, generator: torch.Generator | None
 ) -> Beams:
-    """The C best (or as many drawn) of the n·V beams that are one token longer: enough for n that do not end."""
+    """The C best (or C drawn) of the n·V beams one token longer: enough that n of them do not end."""
     B, n = running.scores.shape
     V = scores.shape[-1]
     C = min(max(2, 1 + len(settings.eos_ids)), V) * n
@@ -130,9 +130,9 @@ def _next_beams(candidates: Beams, n: int) -> Beams:
 
 
 def _next_pool(pool: Beams, candidates: Beams, improvable: Tensor, step: int, settings: GenerationConfig) -> Beams:
-    """The n best of the pool and of the candidates that have just ended, if among the first n candidates.
+    """The n best of the pool and of those among the first n candidates that have just ended.
 
-    A prompt that cannot improve (or, with early_stopping, has a full pool) takes in nothing more.
+    The pool of a prompt that cannot improve (or, with early_stopping, is full) is closed.
     """
     n = settings.num_beams
     closed = pool.ends.all(1, keepdim=True) & (settings.early_stopping is True)
@@ -147,11 +147,11 @@ def _next_pool(pool: Beams, candidates: Beams, improvable: Tensor, step: int, se
 def _may_improve(running: Beams, pool: Beams, step: int, N: int, settings: GenerationConfig) -> Tensor:
     """Whether the best beam could still beat the worst of the pool, (B, 1) bool.
 
-    A guess, since scores may grow with length: it takes the beam's length as it is, or as long as it may become for
-    early_stopping="never" where the penalty favours length.
+    A heuristic, since scores may grow with length: it uses the beam's current length, or the longest possible for
+    early_stopping="never" if the penalty favours length.
     """
     penalty = settings.length_penalty
     length = N if settings.early_stopping == "never" and penalty > 0 else step + 1
     hope = running.scores[:, :1] / length**penalty
-    worst = torch.where(pool.ends, pool.scores.amin(1, keepdim=True), NEVER)  # (B, n): an empty seat is the worst
+    worst = torch.where(pool.ends, pool.scores.amin(1, keepdim=True), NEVER)  # (B, n): an unfilled entry is the worst
     return (hope > worst).any(1, keepdim=True)

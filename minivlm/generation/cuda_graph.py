@@ -1,8 +1,8 @@
-"""A decode step that a CUDA graph can repeat: fixed shapes, fixed addresses, nothing for the host to decide.
+"""A decode step that a CUDA graph can repeat: fixed shapes, fixed addresses, no decisions on the host.
 
 A GPU runs the few hundred kernels of a step faster than Python launches them. A graph launches them all at once, but
-exactly as they were when it was captured. So the new token and its position are copied into tensors that stay where
-they are, and the number of filled cache slots is counted on the device:
+exactly as captured. So the new token and its position are copied into tensors with fixed addresses, and the number of
+filled cache slots is counted on the device:
 
     token (B,), position (B,) ──copy──► self.token, self.position ──► model ──► self.logits ──clone──► (B, V)
                                          StaticCache.filled: + 1 ◄──────┘
@@ -19,7 +19,7 @@ from minivlm.modules.cache import KVCache
 
 
 class StaticCache:
-    """The view of a KVCache that a captured decode step uses: a CUDA graph repeats exactly what it did at capture.
+    """The view of a KVCache that a captured decode step uses.
 
     All slots are always in view, and the slot of the new token is counted on the device: during the step `filled` is
     `length` + 1 of the cache it was made from. Attention masks every slot that is not filled.
@@ -69,11 +69,11 @@ class CapturedStep:
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         """Logits after one more token at `position`. Raises ValueError if the cache is full."""
         if self.cache.length >= self.cache.slots:
-            raise ValueError(f"the cache holds {self.cache.slots} tokens a row, and is full")
+            raise ValueError(f"the cache holds {self.cache.slots} tokens per row and is full")
         self.token.copy_(token[:, None])
         self.position.copy_(position[:, None])
         if self.graph is None and self.logits is not None and token.is_cuda:
-            self._capture()  # in the second call: the first one compiles kernels and fills what is computed once
+            self._capture()  # in the second call: the first compiles kernels and fills caches
         if self.graph is not None:
             self.graph.replay()
         else:

@@ -1,6 +1,6 @@
-"""Why logits are not finite: a second look at the model, taken only once generation has failed.
+"""Explains why logits are not finite, by a second run after generation has failed.
 
-The same input is run again while forward hooks watch every module from outside; what they compute does not change.
+The same input runs again with read-only forward hooks on every module.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ REMEDY = "load with dtype=torch.bfloat16 or torch.float32"
 
 
 def explain(model: nn.Module, inputs: dict[str, Any], rerun: Callable[[], Any]) -> str:
-    """For the user: the input that is not finite, or the first module whose output is not, and what to do about it.
+    """A message that names the input that is not finite, or the first module whose output is not, and a remedy.
 
-    inputs: what the model took besides ids, by name. rerun: runs the model on the same once more.
+    inputs: the model's inputs besides ids, by name. rerun: runs the model on the same input again.
     """
     for name, value in inputs.items():
         if not _are_finite(value):
-            return f"{name} holds NaN or infinity already"
+            return f"{name} already contains NaN or infinity"
     overflow = f"weights or activations overflow; {REMEDY}, and check the inputs for NaN"
     return first_not_finite(model, rerun) or overflow
 
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, rerun: Callable[[], Any]) -> str | None:
-    """What to know of the first module, innermost first, whose output is not finite during `rerun`; None without one.
+    """A message about the first module, innermost first, whose output is not finite during `rerun`; None without one.
 
-    None too if the input cannot be run again, as where an earlier call has left part of it in a cache.
+    None too if the input cannot run again, for instance because an earlier call has cached part of it.
     """
     found: list[str] = []
 
@@ -51,17 +51,17 @@ def first_not_finite(model: nn.Module, rerun: Callable[[], Any]) -> str | None:
 
 
 def _blame(name: str, module: nn.Module, given: Any, dtype: torch.dtype) -> str:
-    """What is wrong with a module, or with what it was given; `dtype` is that of its output."""
+    """The fault of a module or of its input; `dtype` is that of its output."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if not _are_finite([own, getattr(module, "tensors", own)]):  # a quantised layer's scales
-        return f"the weights of {name} hold NaN or infinity; `minivlm inspect MODEL --check` lists all such"
+        return f"the weights of {name} contain NaN or infinity; `minivlm inspect MODEL --check` lists all of them"
     largest = max((x.abs().max().item() for x in _floats(given) if x.numel()), default=0.0)
-    blamed = f"{name}, which was given numbers up to {largest:.3g}"
+    blamed = f"{name}, whose inputs reach {largest:.3g}"
     if dtype == torch.float16:
-        return f"float16 ends at 65,504, and it first overflows at {blamed}; {REMEDY}"
+        return f"float16 ends at 65,504 and first overflows at {blamed}; {REMEDY}"
     return (
-        f"the first that is not finite comes from {blamed}, too much for {dtype}; are the weights whole, and of "
-        "this model? `minivlm inspect MODEL --check` reads them"
+        f"the first such value comes from {blamed}, too much for {dtype}; are the weights complete, and of "
+        "this model? `minivlm inspect MODEL --check` checks them"
     )
 
 

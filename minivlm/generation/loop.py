@@ -1,13 +1,13 @@
-"""Text from logits, one token at a time: `prefill` the prompt, then `decode_step` after `decode_step`.
+"""Generates text one token at a time: `prefill` the prompt once, then repeat `decode_step`.
 
     ids (B, P) ──prefill──► logits (B, V) ──rules──► scores ──argmax or sample──► token (B,) ──decode_step──► logits …
                     └──────────── KVCache, P + N slots, allocated once ────────────┘
 
 The files in the order of a call: `generate` here → request.py checks the arguments and makes a `Run` → `Decoding` here
 runs the model → sampling.py turns scores into a token, stopping.py ends rows → `_tokens` here repeats that.
-beams.py follows several continuations instead. All of it knows token ids, not text or images: the model's other inputs
-(`pixel_values`, …) enter with the prefill and never with a decode step, so an image token that the model writes
-itself is just a token.
+beams.py follows several continuations instead. These files handle token ids, not text or images: the model's other
+inputs (`pixel_values`, …) enter with the prefill and never with a decode step, so an image token that the model itself
+writes is an ordinary token.
 
 B rows, n copies of each (beams, or samples) that differ from the first new token on, P prompt ids, K prompt keys (P, or
 the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The rules act on float32 scores in the order
@@ -45,10 +45,10 @@ def prefill(
     outputs: list | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """Run ids (B, T), and the images with them, into `cache`; the last position's logits, (B, V) float32.
+    """Run ids (B, T) and their images, and fill `cache`; returns the last position's logits, (B, V) float32.
 
-    `attention_mask` (B, cached + T) is True at real tokens; None if there are no pads. `position_ids` is (B, T).
-    `outputs` is a list that receives all that the model returns.
+    `attention_mask` (B, cached + T) is True at real tokens; None without padding. `position_ids` is (B, T). `outputs`
+    is a list to which the model's whole output is appended.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = positions(attention_mask)[:, 0 if cache is None else cache.length :]
@@ -68,22 +68,22 @@ def prefill(
 def decode_step(
     model: Any, token: Tensor, cache: KVCache, position: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> Tensor:
-    """Run one more token (B,) at `position` (B,); the logits for the one after it, (B, V) float32."""
+    """Run one more token (B,) at `position` (B,); returns the next token's logits, (B, V) float32."""
     return prefill(model, token[:, None], cache, attention_mask, position[:, None], **more)
 
 
-# ---- What a user calls ----
+# ---- The user's functions ----
 
 
 @dataclass
 class GenerateOutput:
-    """What `return_dict_in_generate` returns, in the reference's words; None where a call did not ask for it.
+    """The result with `return_dict_in_generate`, named as in the reference; None for fields that were not requested.
 
-    T is P (the tokens that were not cached) in the first step, then 1; all tokens so far without a cache.
+    T is the number of uncached prompt tokens in the first step, then 1; without a cache, all tokens so far.
     """
 
     sequences: Tensor  # (B·R, P + M): R sequences for each row
-    scores: tuple[Tensor, ...] | None = None  # for each step (B·n, V): what the tokens were chosen by
+    scores: tuple[Tensor, ...] | None = None  # for each step (B·n, V): the scores the tokens were chosen by
     logits: tuple[Tensor, ...] | None = None  # for each step (B·n, V)
     attentions: tuple[tuple[Tensor, ...], ...] | None = None  # for each step and block (B·n, H, T, keys)
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # for each step: embeddings, each block: (B·n, T, C)
@@ -93,7 +93,7 @@ class GenerateOutput:
     finish_reasons: list[str] | None = None  # (B·R): "stop" by a rule (eos, string, criterion); cut: "length" or "time"
 
     def __getitem__(self, key: str | int) -> Any:
-        """`output["sequences"]`, and `output[0]`, as in a tuple of all that was asked for."""
+        """`output["sequences"]`, and `output[0]`, as in a tuple of the requested fields."""
         return getattr(self, key) if isinstance(key, str) else [v for v in vars(self).values() if v is not None][key]
 
 
@@ -115,18 +115,18 @@ def generate(
     Options are settings (the fields of `GenerationConfig`; they win over `generation_config`, which wins over the
     checkpoint's), the model's own inputs (`pixel_values`, `inputs_embeds`, …), and
 
-    attention_mask: (B, P), 1 = real; rows of different lengths are padded on the left. Without it, pad ids are pads.
-    past_key_values: a cache from `model.new_cache`, empty or with the first ids in it; it is extended.
-    generator, seed: what sampling draws from; without either, torch's own generator.
-    streamer: gets the prompt and then each step's tokens by `put`, and `end` at the end; not with beams.
-    tokenizer: reads the answer for `stop_strings`.
+    attention_mask: (B, P), 1 = real; pad rows of different lengths on the left. By default, pad ids are padding.
+    past_key_values: a cache from `model.new_cache`, empty or holding the first ids; it is extended.
+    generator, seed: the random source of sampling; by default torch's own generator.
+    streamer: receives the prompt and then each step's tokens by `put`, then `end`; not with beams.
+    tokenizer: decodes the answer for `stop_strings`.
     logits_processor: a list of functions (ids (B·n, S), scores (B·n, V)) → scores, called before the rules of sampling.
     stopping_criteria: a list of functions (ids (B·n, S), tuple of all scores or None) → which rows end, (B·n,) bool.
     prefix_allowed_tokens_fn: a function (row, its ids (S,)) → the ids that may come next.
-    assistant_model: a smaller model with the same vocabulary that guesses tokens ahead: the same answer, sooner.
+    assistant_model: a smaller model with the same vocabulary that guesses tokens ahead: same answer, faster.
 
-    With `inputs_embeds` and no ids only the new tokens come back; R is `num_return_sequences`. The images and the
-    prompt are run once for each row, however many beams or samples continue it.
+    With `inputs_embeds` instead of ids, only the new tokens are returned; R is `num_return_sequences`. The images and
+    the prompt run once per row, however many beams or samples continue it.
 
     Raises ValueError for unknown, unsupported or impossible settings, for a prompt that does not fit the model, and
     for logits that are not finite.
@@ -152,17 +152,17 @@ def generate(
 
 
 def stream(model: Any, input_ids: Tensor | None = None, **options: Any) -> "Decoding":
-    """An iterator of the new tokens, (B·n,) a step, without the prompt; arguments and errors as in `generate`.
+    """An iterator over the new tokens, (B·n,) per step, without the prompt; arguments and errors as in `generate`.
 
         tokens = stream(model, **inputs, max_new_tokens=100)
         for token in tokens: …
         tokens.finish_reasons       # ["length"]: the answer was cut
 
-    Raises ValueError for beams too: which of them a token belongs to is known only at the end.
+    Raises ValueError for beams too, because the best beam is known only at the end.
     """
     run = prepare(model, input_ids, **options)
     if run.settings.num_beams > 1 or run.settings.return_dict_in_generate:
-        raise ValueError("a stream knows neither num_beams nor return_dict_in_generate; call generate")
+        raise ValueError("a stream has neither num_beams nor return_dict_in_generate; call generate")
     return Decoding(model, run)
 
 
@@ -185,14 +185,14 @@ def compute_transition_scores(
     beam_indices: Tensor | None = None,
     normalize_logits: bool = False,
 ) -> Tensor:
-    """The score of each chosen token, (B·R, M), from what `generate` returned; 0 after the end of a beam.
+    """The score of each chosen token, (B·R, M), from the output of `generate`; 0 after the end of a beam.
 
     sequences: (B·R, P + M). scores: M of (B·n, V). normalize_logits: make log-probabilities of the scores first.
     """
     stacked = torch.stack(list(scores))  # (M, B·n, V)
     if normalize_logits:
         stacked = stacked.log_softmax(-1)
-    if beam_indices is None:  # each row was found in itself
+    if beam_indices is None:  # each row continues itself
         beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(stacked))
     M = int((beam_indices >= 0).sum(1).max())
     rows, tokens = beam_indices[:, :M].long(), sequences[:, sequences.shape[1] - M :]
@@ -204,19 +204,19 @@ def compute_transition_scores(
 
 
 class Decoding(Iterator[Tensor]):
-    """A request at work: each `next` chooses one token for every row. All that changes from step to step is here."""
+    """A running request: each `next` chooses one token for every row. Holds everything that changes between steps."""
 
     def __init__(self, model: Any, run: Run) -> None:
         self.model, self.run = model, run
         self.count, self.over = 0, False  # of new tokens
         self.ids = torch.cat([run.ids, run.ids.new_zeros(len(run.ids), run.new_tokens)], 1)  # (B·n, P + N)
-        self.cache = run.cache  # of B rows until the prompt is in it, then of B·n
-        self.step: CapturedStep | SpeculativeStep | None = None  # stands in for `decode_step`
+        self.cache = run.cache  # B rows until the prompt is in it, then B·n
+        self.step: CapturedStep | SpeculativeStep | None = None  # replaces `decode_step`
         self.done = torch.zeros(len(run.ids), dtype=torch.bool, device=run.ids.device)  # a rule has ended the row
         self.finite = ~self.done  # all logits of the row have been finite so far
         self.limit = "length"  # cuts the other rows, or "time"
         self.kept = {name: [] for name in run.outputs}  # of every step
-        self.seen: list[Any] = []  # what the model has returned in this step, if more than logits is wanted
+        self.seen: list[Any] = []  # the model's outputs of this step, if more than logits is wanted
         self.wanted = {f"output_{name}": True for name in ("attentions", "hidden_states") if name in self.kept}
         if self.wanted:
             self.wanted["outputs"] = self.seen
@@ -228,13 +228,13 @@ class Decoding(Iterator[Tensor]):
             raise StopIteration
         scores, run = self.next_scores(), self.run
         token = sample(scores, run.generator) if run.settings.do_sample else scores.argmax(-1)
-        if run.settings.eos_ids:  # without, rows that a rule has ended go on until all have, as in the reference
+        if run.settings.eos_ids:  # without them, ended rows continue until all have ended, as in the reference
             token = token.masked_fill(self.done, run.settings.pad_token_id)
         self.over = self.is_last_step()
         self.append(token)
         self.done |= self.ended(self.text)
         self.over = self.over or bool(run.stops and self.done.all())
-        if self.over or run.stops:  # the device has been waited for just now
+        if self.over or run.stops:  # the device is synchronised at this point anyway
             self.check_finite(self.count - 1)
         return token
 
@@ -249,7 +249,7 @@ class Decoding(Iterator[Tensor]):
         return finish_reasons(self.done, self.limit)
 
     def append(self, token: Tensor, rows: Tensor | None = None) -> None:
-        """Every row goes on with its token (B·n,); before, with beams, row i becomes what row rows[i] was."""
+        """Append a token (B·n,) to every row; with beams, row i first becomes a copy of row rows[i]."""
         if rows is not None:
             self.text.copy_(self.text[rows])
             if self.cache is not None:
@@ -258,24 +258,24 @@ class Decoding(Iterator[Tensor]):
         self.text[:, -1] = token
 
     def ended(self, ids: Tensor) -> Tensor:
-        """Which of the rows ids (R, S) a rule ends, (R,) bool."""
+        """The rows of ids (R, S) that a rule ends, (R,) bool."""
         return ended(self.run.stops, ids, tuple(self.kept["scores"]) if "scores" in self.kept else None)
 
     def is_last_step(self) -> bool:
-        """Whether a limit cuts all rows after the next token."""
+        """Whether a limit ends all rows after the next token."""
         if self.count + 1 < self.run.new_tokens and self.run.deadline < math.inf:
             late = time.monotonic() > self.run.deadline
-            if self.model.agreed(late) if hasattr(self.model, "agreed") else late:  # processes have clocks of their own
+            if self.model.agreed(late) if hasattr(self.model, "agreed") else late:  # each process has its own clock
                 self.limit = "time"
         return self.count + 1 == self.run.new_tokens or self.limit == "time"
 
     def next_scores(self) -> Tensor:
-        """Scores (B·n, V) to choose the next token by: logits (log-softmax for beams) after all rules."""
+        """Scores (B·n, V) of the next token: logits (log-softmax for beams) after all rules."""
         logits = self.next_logits()
         if not self.run.settings.remove_invalid_values:
             logits = self._watched(logits)
         if "logits" in self.kept:
-            self.kept["logits"].append(logits.clone())  # a processor may write into what it is given
+            self.kept["logits"].append(logits.clone())  # a processor may modify its argument
         scores = logits.log_softmax(-1) if self.run.settings.num_beams > 1 else logits
         for rule in self.run.rules:
             scores = rule(scores, self.text)
@@ -288,7 +288,7 @@ class Decoding(Iterator[Tensor]):
         if self.count and self.cache is not None:
             logits = self._decode(self.text[:, -1], self.run.keys + self.count)
         else:
-            differing = range(self.run.copies if self.count else 1)  # before the first token, copies of a row are alike
+            differing = range(self.run.copies if self.count else 1)  # before the first token, copies of a row are equal
             logits = self._rows([self._prefill(self.count, copy, self.cache, **self.wanted) for copy in differing])
             if self.cache is not None and self.run.copies > 1:
                 self.cache = self.cache.expand(self.run.copies, self.run.positions.shape[1])
@@ -299,15 +299,15 @@ class Decoding(Iterator[Tensor]):
         return logits
 
     def _prefill(self, count: int, copy: int, cache: KVCache | None, **wanted: Any) -> Tensor:
-        """Run all that is not in the cache, images too, for one copy of each row with `count` new tokens: (B, V)."""
+        """Run everything not yet in the cache, images too, for one copy of each row with `count` new tokens: (B, V)."""
         run, rows, S = self.run, slice(copy, None, self.run.copies), self.run.keys + count
-        start = 0 if cache is None else cache.length  # ids that an earlier call has left in the cache
+        start = 0 if cache is None else cache.length  # ids that an earlier call has cached
         ids = None if "inputs_embeds" in run.inputs else self.ids[rows, start : run.ids.shape[1] + count]
         mask = None if run.mask is None else run.mask[rows, :S]
         return prefill(self.model, ids, cache, mask, run.positions[rows, start:S], **run.inputs, **wanted)
 
     def _decode(self, token: Tensor, S: int) -> Tensor:
-        """Run the newest token (B·n,), the S-th that the model reads: (B·n, V)."""
+        """Run the newest token (B·n,), the S-th of the sequence: (B·n, V)."""
         run, position = self.run, self.run.positions[:, S - 1]
         if self.step is None and run.guess is not None:
             prompt = run.ids[0].tolist()
@@ -320,21 +320,21 @@ class Decoding(Iterator[Tensor]):
         return decode_step(self.model, token, self.cache, position, mask, **self.wanted)
 
     def _rows(self, copies: Sequence[Tensor]) -> Tensor:
-        """All B·n rows (B·n, …), from (B, …) of each copy, or of one that stands for all; or as they are."""
+        """All B·n rows (B·n, …), from (B, …) for each copy or for one copy of each row; or unchanged."""
         x = torch.stack(list(copies), 1)
         return x.repeat_interleave(len(self.ids) // x.shape[0] // x.shape[1], 1).flatten(0, 1)
 
     def _watched(self, logits: Tensor) -> Tensor:
-        """The logits, once it is noted which rows are finite."""
-        # NaN wins both, so the two see NaN and either infinity; on a CPU `isfinite().all()` takes three times as long
+        """Note which rows have finite logits, and return them."""
+        # amin and amax propagate NaN and find both infinities; on a CPU `isfinite().all()` takes three times as long
         self.finite &= logits.amin(-1).isfinite() & logits.amax(-1).isfinite()
-        if self.count == 0 or logits.device.type == "cpu":  # looking waits for the device: later, `__next__` does it
+        if self.count == 0 or logits.device.type == "cpu":  # checking waits for the device, so later `__next__` does it
             self.check_finite(self.count)
             return logits
-        return logits.masked_fill(~self.finite[:, None], 0)  # drawing from NaN would bring the device down
+        return logits.masked_fill(~self.finite[:, None], 0)  # sampling from NaN would crash the device
 
     def check_finite(self, count: int) -> None:
-        """Raise ValueError if a row's logits are not finite, up to those after `count` tokens: which row, and why."""
+        """Raise ValueError, with the row and the cause, if logits are not finite, up to those after `count` tokens."""
         if self.finite.all():
             return
         row = int((~self.finite).nonzero()[0])
@@ -349,5 +349,5 @@ def _can_capture(cache: KVCache, run: Run) -> bool:
 
 
 def _is_hooked(model: Any) -> bool:
-    """Hooks run when a graph is captured, and not when it is repeated: with them every step runs as it is written."""
+    """Whether the model has hooks, which a captured graph would not run: then every step runs as written."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -1,12 +1,12 @@
-"""Rank classification: the likelihood of each of some given answers, instead of an answer the model writes.
+"""Rank classification: the likelihoods of given answers, instead of an answer that the model writes.
 
     prompt and images ──prefill, once──► cache      to run for each candidate
                                            ├─ blue           nothing: the prefill scores every first token
                                            ├─ red circle     red
                                            └─ red square     nothing: "red" is still in the cache
 
-Candidates are scored one after another against the one cache, in the order of their ids: those with the same beginning
-are then neighbours, and the cache is cropped only to where two of them part. The last token of one is never run.
+Candidates are scored one after another with one cache, sorted by ids: those with a common beginning are neighbours, and
+the cache is cropped only to where two of them differ. A candidate's last token never has to run.
 
 B prompts, P prompt ids, T tokens to run, V vocabulary.
 """
@@ -31,9 +31,9 @@ from minivlm.modules.config import text_config
 def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]], mean: bool = False) -> Tensor:
     """log P(candidate | prompt, images) of every candidate after every prompt: (B, candidates) float32.
 
-    `inputs` is what a processor returns, with padding on the left. A candidate is a list of token ids, such as
-    `tokenizer("red circle", add_special_tokens=False).input_ids`. More tokens are less likely: end all candidates the
-    same way (with the id that ends an answer), or compare the `mean` over the tokens of each.
+    `inputs` are a processor's, with padding on the left. A candidate is a list of token ids, such as
+    `tokenizer("red circle", add_special_tokens=False).input_ids`. Longer candidates are less likely: end all of them
+    the same way (with the id that ends an answer), or compare the `mean` over each one's tokens.
 
         best = rank(model, processor(prompts), labels).argmax(1)      # (B,)
 
@@ -65,7 +65,7 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
 
 
 def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Tensor]:
-    """Run the same tokens (T) after every row of the cache: the log-probabilities (B, V) after each of them."""
+    """Run the same tokens (T) after every row of the cache; returns the log-probabilities (B, V) after each of them."""
     if not tokens:
         return []
     end = cache.length + len(tokens)
@@ -90,7 +90,7 @@ def _checked(candidates: Any) -> list[list[int]]:
 
 
 def _room(model: Any, ids: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
-    """The padding mask (B, P + tokens) bool of the prompts and so many more tokens. ValueError if they do not fit."""
+    """The padding mask (B, P + tokens) bool, with room for `tokens` more. ValueError if they do not fit."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask[:, -1].all():
         raise ValueError('a prompt ends in padding, where its candidates would begin; set padding_side="left"')

@@ -1,4 +1,4 @@
-"""A call of `generate`, checked before any work: settings, prompt, padding, limits, room in the cache.
+"""Checks a call of `generate` before any work: settings, prompt, padding, limits, cache size.
 
 B rows, n copies of each, P prompt ids, K prompt keys (P, or the length of `inputs_embeds`), N new tokens, V vocabulary.
 """
@@ -20,7 +20,7 @@ from minivlm.generation.stopping import Stop, stop_rules
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
-DEFAULT_NEW_TOKENS = 20  # when neither max_new_tokens nor max_length is set anywhere
+DEFAULT_NEW_TOKENS = 20  # if neither max_new_tokens nor max_length is set
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Run:
     cache: KVCache | None  # of B rows; None: every step recomputes everything
     rules: list[Rule]
     stops: list[Stop]
-    deadline: float  # in seconds of `time.monotonic`: no token is begun after it
+    deadline: float  # in seconds of `time.monotonic`; no token is started after it
     generator: torch.Generator | None
-    guess: Guess | None  # of the tokens to come, for speculative decoding
-    outputs: list[str]  # what to keep of every step: scores, logits, attentions, hidden_states
+    guess: Guess | None  # guesses the next tokens, for speculative decoding
+    outputs: list[str]  # kept of every step: scores, logits, attentions, hidden_states
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def prepare(
     assistant_model: Any = None,
     **options: Any,
 ) -> Run:
-    """Check the arguments of `loop.generate`, and make what its loop needs. Errors as described there."""
+    """Check the arguments of `loop.generate` and build its `Run`. Errors as described there."""
     device, V, names = next(model.parameters()).device, vocab_size(model), {*model.prompt_inputs, "inputs_embeds"}
     given = {name: value for name, value in options.items() if name not in names}
     also = {"input_ids", "attention_mask", "position_ids", "past_key_values", *names}
@@ -82,7 +82,7 @@ def prepare(
     at = positions(mask) if position_ids is None else position_ids.to(device).expand(B, -1)
     N = _new_tokens(settings, K, int(at.max()) + 1, text_config(model.config).max_position_embeddings)
     least = _least_new_tokens(settings, K, N)
-    if settings.eos_ids and B * n > 1:  # rows that have ended go on with pads
+    if settings.eos_ids and B * n > 1:  # ended rows continue with pads
         _check_token("pad_token_id", settings.pad_token_id, V)
     cache = _cache(model, past_key_values, B, K, K + N if n == 1 else K, settings.use_cache or embeds is not None)
 
@@ -114,19 +114,19 @@ def prepare(
 
 
 def vocab_size(model: Any) -> int:
-    """How many tokens have a logit: IDEFICS keeps its image tokens apart from the others."""
+    """The number of logits: IDEFICS counts its image tokens separately."""
     return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
 
 
 def _special_ids(settings: GenerationConfig, vocab_size: int) -> None:
-    """Leave out eos ids that can never be chosen; −1 means no pad, and without a pad the first eos id is it."""
+    """Drop eos ids outside the vocabulary; the pad id defaults to the first eos id, also if it is −1 (none)."""
     settings.eos_token_id = [id for id in settings.eos_ids if 0 <= id < vocab_size]
     if settings.pad_token_id in (None, -1):
         settings.pad_token_id = settings.eos_token_id[0] if settings.eos_token_id else None
 
 
 def _inputs(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Images and the like, on the model's device. ValueError for arrays of other libraries, and for meta tensors."""
+    """The inputs besides ids, on the model's device. ValueError for arrays of other libraries and meta tensors."""
     for name, value in given.items():
         fits = not value.is_meta if isinstance(value, Tensor) else not hasattr(value, "__array__")
         check(name, value, fits, 'a tensor with numbers; processors make them with return_tensors="pt"')
@@ -134,7 +134,7 @@ def _inputs(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _prompt(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, Any], vocab_size: int) -> Tensor:
-    """The prompt's ids (B, P): as given, or none beside `inputs_embeds`, or just bos."""
+    """The prompt's ids (B, P): the given ones, none with `inputs_embeds`, or only bos."""
     if ids is None and "inputs_embeds" in inputs:
         return torch.zeros(len(inputs["inputs_embeds"]), 0, dtype=torch.long)
     if ids is None:
@@ -161,7 +161,7 @@ def _check_token(name: str, id: Any, vocab_size: int) -> None:
 
 
 def _mask(settings: GenerationConfig, mask: Tensor | None, ids: Tensor, K: int) -> Tensor:
-    """The prompt's padding mask (B, K), True = real: the caller's, or every token that is not a pad id."""
+    """The prompt's padding mask (B, K), True = real: the caller's, or True except at pad ids."""
     B, pad = len(ids), settings.pad_token_id
     if mask is None:
         pads = pad is not None and pad not in settings.eos_ids and ids.shape[1] == K
@@ -175,7 +175,7 @@ def _mask(settings: GenerationConfig, mask: Tensor | None, ids: Tensor, K: int) 
 
 
 def _new_tokens(settings: GenerationConfig, K: int, length: int, limit: int) -> int:
-    """N, from the limit that applies. `length`: the longest row without pads, `limit`: positions of the decoder."""
+    """N, the most new tokens. `length`: of the longest row without pads, `limit`: the decoder's positions."""
     if length >= limit:
         raise ValueError(
             f"the prompt has {length} tokens, but this model has positions for {limit} with the answer; "
@@ -197,7 +197,7 @@ def _new_tokens(settings: GenerationConfig, K: int, length: int, limit: int) -> 
 
 
 def _least_new_tokens(settings: GenerationConfig, K: int, N: int) -> int:
-    """How many new tokens come before any row may end."""
+    """The number of new tokens before any row may end."""
     least = settings.min_new_tokens
     least = max((settings.min_length or 0) - K, 0) if least is None else least
     if least > N:
@@ -206,7 +206,7 @@ def _least_new_tokens(settings: GenerationConfig, K: int, N: int) -> int:
 
 
 def _cache(model: Any, cache: KVCache | None, B: int, K: int, slots: int, use_cache: bool) -> KVCache | None:
-    """The caller's cache if it leaves something to run, else a new one (None without `use_cache`)."""
+    """The caller's cache if it leaves tokens to run, else a new one (None without `use_cache`)."""
     if cache is None:
         return _new_cache(model, B, slots) if use_cache else None
     if not isinstance(cache, KVCache):
@@ -224,7 +224,7 @@ def _cache(model: Any, cache: KVCache | None, B: int, K: int, slots: int, use_ca
 def _new_cache(model: Any, B: int, slots: int) -> KVCache:
     try:
         return model.new_cache(B, slots)
-    except RuntimeError as error:  # a CPU's; the error of a full GPU is clear as it is
+    except RuntimeError as error:  # on a CPU; a full GPU has a clear error already
         if isinstance(error, torch.OutOfMemoryError) or "memory" not in str(error):
             raise
         raise MemoryError(f"a cache of {B} rows of {slots:,} tokens does not fit; pass max_new_tokens") from error
@@ -240,7 +240,7 @@ def _functions(name: str, given: list[Callable] | None) -> list[Callable]:
 def _generator(
     model: Any, settings: GenerationConfig, generator: torch.Generator | None, seed: int | None, device: torch.device
 ) -> torch.Generator | None:
-    """What sampling draws from; None = torch's own. Processes that share a model draw alike (`minivlm.parallel`)."""
+    """The random source of sampling; None = torch's own. Processes sharing a model draw alike (`minivlm.parallel`)."""
     if seed is None and generator is None and settings.do_sample and hasattr(model, "agreed"):
         seed = model.agreed(int(torch.randint(2**62, ())))
     if seed is None:

@@ -1,8 +1,8 @@
-"""From scores to a token: the rules that scores go through, in their order, and the draw.
+"""From scores to a token: the rules applied to scores, in order, and the random draw.
 
 B rows, S ids so far, V vocabulary. Scores (B, V) are float32; forbidden tokens get -inf. The rules follow
-transformers 5.23, including its oddities. Those for sampling leave at least `keep` tokens: 1, and with beams one more
-than there are eos ids, so that not every candidate ends.
+transformers 5.23, including its oddities. Sampling rules keep at least `keep` tokens: 1, and with beams one more than
+there are eos ids, so that not every candidate ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ Rule = Callable[[Tensor, Tensor], Tensor]  # (scores (B, V), ids (B, S)) -> scor
 
 
 def repetition_penalty(scores: Tensor, ids: Tensor, penalty: float, padding: Tensor | None = None) -> Tensor:
-    """Make every id so far, prompt included, less likely: negative scores × penalty, others ÷ penalty.
+    """Penalise every id so far, prompt included: negative scores × penalty, others ÷ penalty.
 
-    The first `padding` (B,) ids of a row are left pads and do not count. CTRL (arXiv 1909.05858), section 4.1.
+    The first `padding` (B,) ids of a row are left pads and are ignored. CTRL (arXiv 1909.05858), section 4.1.
     """
     V = scores.shape[-1]
     if padding is not None:
@@ -29,17 +29,17 @@ def repetition_penalty(scores: Tensor, ids: Tensor, penalty: float, padding: Ten
 
 
 def no_repeat_ngram(scores: Tensor, ids: Tensor, n: int) -> Tensor:
-    """Ban every id that would repeat n ids in a row that have occurred before, in the prompt (with pads) or since."""
+    """Ban every id that would repeat n consecutive ids from earlier, prompt and its pads included."""
     S, V = ids.shape[1], scores.shape[-1]
     if n > S:
         return scores
     grams = ids.unfold(1, n, 1)  # (B, S - n + 1, n)
-    begun = (grams[..., :-1] == ids[:, None, S - n + 1 :]).all(-1)  # begins as the ids end
+    begun = (grams[..., :-1] == ids[:, None, S - n + 1 :]).all(-1)  # begins as the ids so far end
     return scores.masked_fill(_among(grams[..., -1].masked_fill(~begun, V), V), -torch.inf)
 
 
 def _among(ids: Tensor, V: int) -> Tensor:
-    """Which of the V tokens are among ids (B, S), (B, V) bool; ids ≥ V are ignored."""
+    """The tokens of V that occur in ids (B, S), (B, V) bool; ids ≥ V are ignored."""
     found = torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device)
     return found.scatter_(1, ids.clamp(max=V), True)[:, :V]
 
@@ -62,7 +62,7 @@ def ban_early_end(scores: Tensor, ids: Tensor, eos: Tensor, length: int) -> Tens
 def allow_only(scores: Tensor, ids: Tensor, allowed: Callable[[int, Tensor], Sequence[int]], beams: int = 1) -> Tensor:
     """Ban all ids but allowed(prompt number, ids (S,)); `beams` rows belong to one prompt (arXiv 2010.00904).
 
-    If nothing that is allowed to any beam of a prompt has a score above -inf, it gets 0, as in the reference.
+    If all allowed tokens of all beams of a prompt have -inf, they get 0, as in the reference.
     """
     banned = torch.ones_like(scores, dtype=torch.bool)
     for row, row_ids in enumerate(ids):
@@ -89,7 +89,7 @@ def top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
 
 
 def top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """Keep the likeliest tokens that reach p together: a tail of mass ≤ 1 − p goes (arXiv 1904.09751)."""
+    """Keep the likeliest tokens that together reach p; a tail of mass ≤ 1 − p is removed (arXiv 1904.09751)."""
     ascending, order = scores.sort()
     tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
     tail[:, -keep:] = False
@@ -123,7 +123,7 @@ def epsilon_cutoff(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
 
 
 def eta_cutoff(scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
-    """Keep tokens with p ≥ min(ε, √ε · exp(−entropy)): a flat distribution cuts lower (arXiv 2210.15191)."""
+    """Keep tokens with p ≥ min(ε, √ε · exp(−entropy)), a lower threshold for flat distributions (arXiv 2210.15191)."""
     probabilities = scores.softmax(-1)
     entropy = torch.special.entr(probabilities).sum(-1, keepdim=True)
     unlikely = probabilities < (epsilon**0.5 * (-entropy).exp()).clamp(max=epsilon)
@@ -144,10 +144,10 @@ def logits_rules(
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
     allowed: Callable[[int, Tensor], Sequence[int]] | None = None,
 ) -> list[Rule]:
-    """The rules that `settings` switches on, in the order in which the reference applies them.
+    """The rules that `settings` enables, in the reference's order.
 
-    `padding` (B,) counts each row's left pads, no row ends with fewer than `min_length` ids, `processors` are rules of
-    the caller's, called with (ids, scores) as in the reference, `allowed` is its `prefix_allowed_tokens_fn`.
+    padding: (B,) left pads of each row.  min_length: no row ends with fewer ids.  processors: the caller's rules,
+    called with (ids, scores) as in the reference.  allowed: the reference's `prefix_allowed_tokens_fn`.
     ValueError for bad words outside the vocabulary.
     """
     rules: list[Rule] = []
@@ -170,7 +170,7 @@ def logits_rules(
 
 
 def _own_rule(scores: Tensor, ids: Tensor, processor: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """A rule of the caller's, whose arguments come the other way round; its `return` may be missing."""
+    """Call a rule of the caller's, whose arguments are in the other order, and check its result."""
     processed = processor(ids, scores)
     if not isinstance(processed, Tensor) or processed.shape != scores.shape:
         found = tuple(processed.shape) if isinstance(processed, Tensor) else processed
@@ -192,7 +192,7 @@ def _sampling_rules(settings: GenerationConfig) -> list[Rule]:
 
 
 def _bad_words(settings: GenerationConfig, vocab_size: int) -> list[list[int]]:
-    """The words, without those that are just an eos id (which would never let a row end)."""
+    """The words, except single eos ids (banning these would keep rows from ending)."""
     if (highest := max(id for word in settings.bad_words_ids for id in word)) >= vocab_size:
         raise ValueError(f"bad_words_ids has the id {highest}, but the vocabulary has {vocab_size} tokens")
     return [list(word) for word in settings.bad_words_ids if not (len(word) == 1 and word[0] in settings.eos_ids)]

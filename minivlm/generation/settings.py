@@ -1,7 +1,7 @@
-"""The settings of `generate`: their names, defaults and allowed values, and which source wins.
+"""The settings of `generate`: names, defaults, allowed values, and the order of their sources.
 
-A keyword of the call wins over its `generation_config`, that over the checkpoint's `generation_config.json`, and that
-over `DEFAULTS`, which are the reference's.
+A keyword of the call overrides its `generation_config`, which overrides the checkpoint's `generation_config.json`,
+which overrides `DEFAULTS`, those of the reference.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from minivlm.checkpoint.files import write_json
 from minivlm.modules.config import check_token_ids
 
 FILE = "generation_config.json"
-MAX_COPIES = 256  # of a prompt, when a file asks for them: each takes a cache
+MAX_COPIES = 256  # of a prompt, if a file requests them: each needs a cache
 DEFAULTS = {
     "do_sample": False,
     "num_beams": 1,
@@ -29,7 +29,7 @@ DEFAULTS = {
     "length_penalty": 1.0,
     "early_stopping": False,
     "temperature": 1.0,
-    "top_k": 50,  # active whenever sampling: 0 or None switches it off
+    "top_k": 50,  # active in all sampling; 0 or None disables it
     "top_p": 1.0,
     "typical_p": 1.0,
     "repetition_penalty": 1.0,
@@ -38,7 +38,7 @@ DEFAULTS = {
     "use_cache": True,
 }
 
-# Settings of transformers that are missing here, by the value that changes nothing; any other value is an error.
+# Settings of transformers that are missing here → the value without effect; any other value is an error.
 UNSUPPORTED: dict[str, Any] = {
     name: neutral
     for neutral, names in [
@@ -52,7 +52,7 @@ UNSUPPORTED: dict[str, Any] = {
     ]
     for name in names.split()
 }
-# Settings of transformers that never change the ids of what is supported.
+# Settings of transformers that never change the ids of supported calls.
 HARMLESS = frozenset(
     """transformers_version _from_model_config _commit_hash decoder_start_token_id synced_gpus labels
     cache_implementation cache_config max_cache_len low_memory compile_config prefill_chunk_size
@@ -63,14 +63,14 @@ HARMLESS = frozenset(
 
 @dataclass(slots=True, init=False)
 class GenerationConfig:
-    """How to generate, in the Hub's words. None means not set: the checkpoint's value, else that of `DEFAULTS`."""
+    """How to generate, with the Hub's names. None means not set: the checkpoint's value, else that of `DEFAULTS`."""
 
-    max_new_tokens: int | None  # wins over max_length
+    max_new_tokens: int | None  # overrides max_length
     max_length: int | None  # prompt and new tokens together
-    min_new_tokens: int | None  # wins over min_length; no row ends before
+    min_new_tokens: int | None  # overrides min_length
     min_length: int | None  # prompt and new tokens together
     stop_strings: str | list[str] | None  # a row ends with the token that completes one; needs `tokenizer`
-    max_time: float | None  # seconds after which no further token is begun
+    max_time: float | None  # seconds after which no further token is started
     do_sample: bool | None
     num_beams: int | None
     num_return_sequences: int | None  # samples, or best beams, for each prompt
@@ -86,25 +86,25 @@ class GenerationConfig:
     repetition_penalty: float | None
     no_repeat_ngram_size: int | None
     bad_words_ids: list[list[int]] | None
-    remove_invalid_values: bool | None  # generate although logits are NaN or infinite: these count as 0 or the largest
-    prompt_lookup_num_tokens: int | None  # guess so many tokens ahead from the text so far; the answer is the same
-    max_matching_ngram_size: int | None  # by so many of the newest ids, or fewer; 2 if not set
+    remove_invalid_values: bool | None  # generate despite NaN or infinite logits, which become 0 or the largest number
+    prompt_lookup_num_tokens: int | None  # guess so many tokens ahead from the text so far; same answer
+    max_matching_ngram_size: int | None  # look up so many of the newest ids, or fewer; 2 if not set
     num_assistant_tokens: int | None  # guess so many tokens ahead by `assistant_model`
-    assistant_confidence_threshold: float | None  # and no further after a guess less probable than this
+    assistant_confidence_threshold: float | None  # stop guessing below this probability
     eos_token_id: int | list[int] | None
     pad_token_id: int | None  # fills rows that have ended; the first eos id if not set
     bos_token_id: int | None
     use_cache: bool | None
-    disable_compile: bool | None  # on CUDA, launch each step from Python instead of capturing one in a graph
+    disable_compile: bool | None  # on CUDA, launch each step from Python instead of a captured graph
     return_dict_in_generate: bool | None  # return a `GenerateOutput`
     output_scores: bool | None  # with the scores of each step in it
     output_logits: bool | None  # with the logits of each step in it
     output_attentions: bool | None  # with the attention weights of each step and decoder block in it
     output_hidden_states: bool | None  # with those of each step in it, the embeddings and each block's output
-    other: dict[str, Any]  # settings that are kept for the file; `generate` refuses those it cannot follow
+    other: dict[str, Any]  # settings kept for the file; `generate` refuses those it does not support
 
     def __init__(self, *, other: dict[str, Any] | None = None, **settings: Any) -> None:
-        """Keywords are the fields above, and others of the reference's. ValueError for a name that is neither."""
+        """Keywords are the fields above and others of the reference's settings. ValueError for other names."""
         for name in SETTINGS:
             setattr(self, name, plain(settings.pop(name, None)))
         for name in settings:
@@ -113,9 +113,9 @@ class GenerationConfig:
 
     @classmethod
     def from_hub(cls, values: dict[str, Any]) -> "GenerationConfig":
-        """From generation_config.json; unknown entries are kept in `other`, where `generate` refuses them.
+        """From generation_config.json; unknown entries are kept in `other`, and `generate` refuses them.
 
-        Raises ValueError for a setting of a wrong type, and for more copies of a prompt than any checkpoint needs.
+        Raises ValueError for a setting of the wrong type, and for more copies of a prompt than any checkpoint needs.
         """
         known = {name: value for name, value in values.items() if name in SETTINGS}
         other = {name: value for name, value in values.items() if name not in SETTINGS}
@@ -145,11 +145,11 @@ class GenerationConfig:
         return cls(**ids)
 
     def to_hub(self) -> dict[str, Any]:
-        """The contents of generation_config.json: everything that is set."""
+        """The contents of generation_config.json: all settings that are set."""
         return {name: plain(getattr(self, name)) for name in SETTINGS if getattr(self, name) is not None} | self.other
 
     def save_pretrained(self, folder: str | Path, config_file_name: str = FILE) -> None:
-        """Write `to_hub()` into `folder`, which is made if need be."""
+        """Write `to_hub()` into `folder`, which is created if missing."""
         write_json(Path(folder) / config_file_name, self.to_hub(), sort_keys=True)
 
     def over(self, base: "GenerationConfig") -> "GenerationConfig":
@@ -158,7 +158,7 @@ class GenerationConfig:
         return replace(base, **given, other=base.other | self.other)
 
     def active(self, name: str) -> Any:
-        """The value of a setting; None also if it has the value that switches its rule off."""
+        """The value of a setting; None also if its value disables its rule."""
         value = getattr(self, name)
         return None if name in OFF and value == OFF[name] else value
 
@@ -169,7 +169,7 @@ class GenerationConfig:
 
     @property
     def copies(self) -> int:
-        """How many sequences continue each prompt: its beams, or its samples."""
+        """The number of sequences that continue each prompt: its beams or samples."""
         return max(self.num_beams, self.num_return_sequences)
 
 
@@ -191,7 +191,7 @@ def _is_float(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """numpy's numbers and arrays as Python's own, inside lists and tuples too."""
+    """Convert numpy's numbers and arrays to Python's, inside lists and tuples too."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
@@ -212,7 +212,7 @@ def _are_words(value: Any) -> bool:
     return lists and len(value) > 0 and all(is_whole(id) for word in value for id in word)
 
 
-# What a value should be, how to tell, and of which settings. Beyond the bounds of floats, scores could overflow.
+# A description of allowed values, the test, and the settings. The bounds of floats keep scores from overflowing.
 ALLOWED = [
     ("an integer > 0", lambda value: is_whole(value, 1), "max_new_tokens num_beams num_return_sequences top_k"),
     ("an integer > 0", lambda value: is_whole(value, 1), "no_repeat_ngram_size max_matching_ngram_size"),
@@ -228,13 +228,13 @@ ALLOWED = [
     ("a string or a list of strings, none of them empty", _are_strings, "stop_strings"),
     ("a list of words, each a list of token ids, such as [[5], [2, 7]]", _are_words, "bad_words_ids"),
 ]
-# Values besides None that switch a rule off.
+# Values besides None that disable a rule.
 OFF = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "stop_strings": [], "temperature": 1, "top_k": 0}
 OFF |= {"top_p": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
-# Settings that count only with do_sample, with more than one beam, and with return_dict_in_generate.
+# Settings that need do_sample, more than one beam, and return_dict_in_generate.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")
-OUTPUTS = ("scores", "logits", "attentions", "hidden_states")  # each with output_ before it
+OUTPUTS = ("scores", "logits", "attentions", "hidden_states")  # each prefixed by output_
 
 
 def resolve(
@@ -242,10 +242,10 @@ def resolve(
 ) -> GenerationConfig:
     """The settings of one call: keywords `given`, over its `config`, over the checkpoint's `stored`, over `DEFAULTS`.
 
-    Raises ValueError for unknown, unsupported and impossible settings. `also`: what else a misspelt name may mean.
+    Raises ValueError for unknown, unsupported and impossible settings. `also`: names to suggest for a misspelt one.
     """
     settings = stored.over(GenerationConfig(**DEFAULTS))
-    settings.use_cache = True  # LLaVA 34B ships False: the same ids, but it would encode the images at every token
+    settings.use_cache = True  # LLaVA 34B ships False, which gives the same ids but encodes the images at every token
     if config is not None:
         check("generation_config", config, isinstance(config, GenerationConfig), "a minivlm.GenerationConfig")
         settings = config.over(settings)
@@ -253,7 +253,7 @@ def resolve(
     settings = replace(settings, **{name: value for name, value in given.items() if name in SETTINGS})
     for name, value in other.items():
         _refuse(name, value, also)
-    for name in {*DEFAULTS} - {*SAMPLING, "repetition_penalty"}:  # None switches these off
+    for name in {*DEFAULTS} - {*SAMPLING, "repetition_penalty"}:  # for these, None means the default
         if getattr(settings, name) is None:
             setattr(settings, name, DEFAULTS[name])
     for expected, fits, names in ALLOWED:
@@ -278,18 +278,18 @@ def check_known(name: str, also: Collection[str] = ()) -> None:
 
 
 def _refuse(name: str, value: Any, also: Collection[str]) -> None:
-    """Raise ValueError unless leaving `name` out changes nothing."""
+    """Raise ValueError unless the setting has no effect."""
     if value is None or name in HARMLESS:
         return
     check_known(name, also)
     if value != (neutral := UNSUPPORTED[name]) and value != []:
         raise ValueError(
-            f"{name}={value!r:.80} is not supported, leave it at {neutral!r}; GenerationConfig has what is"
+            f"{name}={value!r:.80} is not supported, leave it at {neutral!r}; GenerationConfig lists the supported ones"
         )
 
 
 def _warn_unused(settings: GenerationConfig, given: dict[str, Any]) -> None:
-    """Some settings do nothing without another one, which the caller probably forgot."""
+    """Warn of settings that have no effect without another one, which the caller probably forgot."""
     for names, present, need in [
         (SAMPLING, settings.do_sample, "do_sample=True"),
         (BEAMS, settings.num_beams > 1, "num_beams above 1"),

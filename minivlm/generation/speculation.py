@@ -1,12 +1,12 @@
-"""Speculative decoding: several tokens in one decode step, where the next ones can be guessed.
+"""Speculative decoding: several tokens in one decode step, if the next ones can be guessed.
 
     … the cat sat. the cat │ sat . the            the newest token, then guesses: what followed "the cat" before
                        └───┴─────────────► one forward pass ──► logits after "cat", "sat", ".", "the"
-                                                 a guess that the loop then chooses costs no pass of its own
+                                                 a guess that the loop also chooses needs no pass of its own
 
-The loop chooses every token as always, from logits of the model itself, so the answer is the same as without guesses,
-except where two tokens are equally likely within rounding: sums over several tokens round differently from those over
-one. arXiv 2211.17192 (a smaller model guesses), section 2.
+The loop chooses every token as usual, from the model's own logits, so the answer is the same as without guesses, except
+if two tokens are equally likely within rounding: sums over several tokens round differently from sums over one.
+arXiv 2211.17192 (a smaller model guesses), section 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from minivlm.generation.settings import GenerationConfig, check
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
-Guess = Callable[[list[int]], list[int]]  # all ids so far → some that may come next
-LONGEST_MATCH = 2  # newest ids to look up, where max_matching_ngram_size is not set
+Guess = Callable[[list[int]], list[int]]  # all ids so far → guesses of the next ones
+LONGEST_MATCH = 2  # newest ids to look up if max_matching_ngram_size is not set
 
 
 class SpeculativeStep:
@@ -30,8 +30,8 @@ class SpeculativeStep:
         step = SpeculativeStep(model, cache, guess, prompt_ids, positions)
         logits = step(token)      # (1,) → (1, V) float32
 
-    positions: (1, slots), of all tokens to come and those in the cache. attention_mask: (1, slots), True = real token.
-    The cache's `length` counts no guess before the loop has chosen it, so others may use the cache at any time.
+    positions: (1, slots), of the tokens in the cache and all later ones. attention_mask: (1, slots), True = real token.
+    The cache's `length` excludes guesses until the loop has chosen them, so the cache may be used at any time.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SpeculativeStep:
         newest, cache = int(token), self.cache
         self.ids.append(newest)
         if self.ahead and self.ahead[0][0] == newest:
-            cache.advance(1)  # its keys and values are there already
+            cache.advance(1)  # its keys and values are already there
             return self.ahead.pop(0)[1][None]
         length, room = cache.length, min(cache.slots, self.positions.shape[1]) - cache.length - 1
         guesses = self.guess(self.ids)[: max(room, 0)]
@@ -59,7 +59,7 @@ class SpeculativeStep:
 def _run(
     model: Any, cache: KVCache, ids: list[int], positions: Tensor, mask: Tensor | None, keep: int, **inputs: Any
 ) -> Tensor:
-    """Run `ids` after those in the cache: the logits of the last `keep` of them, (keep, V) float32."""
+    """Run `ids` after those in the cache; returns the logits of the last `keep` of them, (keep, V) float32."""
     start, end = cache.length, cache.length + len(ids)
     output = model(
         input_ids=torch.tensor([ids], device=positions.device),
@@ -84,7 +84,7 @@ def guess_rule(
     positions: Tensor,
     mask: Tensor | None,
 ) -> Guess | None:
-    """How to guess tokens, if that is asked for. ValueError where guesses cannot be used."""
+    """The function that guesses tokens, if requested. ValueError if guesses cannot be used."""
     count = settings.prompt_lookup_num_tokens
     if assistant is None and count is None:
         return None
@@ -96,7 +96,7 @@ def guess_rule(
     check("assistant_model", assistant, assistant is None or hasattr(assistant, "new_cache"), "a model of minivlm")
     scaling = text_config(model.config).rope_scaling
     if scaling is not None and scaling.rope_type in ("dynamic", "longrope"):
-        return lambda ids: []  # guesses would make the text longer, and so change the frequencies of its real tokens
+        return lambda ids: []  # guesses would lengthen the text, and with it change the rotary frequencies
     if assistant is None:
         return partial(look_up, most=count, longest=settings.max_matching_ngram_size or LONGEST_MATCH)
     if text_config(assistant.config).vocab_size != text_config(model.config).vocab_size or "inputs_embeds" in inputs:
@@ -105,7 +105,7 @@ def guess_rule(
 
 
 def look_up(ids: list[int], most: int, longest: int) -> list[int]:
-    """Up to `most` ids that followed the newest `longest` ids, or fewer of them, where these first occurred."""
+    """Up to `most` ids that followed the first earlier occurrence of the newest `longest` ids, or of fewer of them."""
     for n in range(min(longest, len(ids) - 1), 0, -1):
         newest = ids[-n:]
         for start in range(len(ids) - n):
@@ -139,5 +139,5 @@ class Assistant:
 
 
 def alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two texts share at their beginning: the cache of one serves the other so far."""
+    """The number of ids two texts share at their beginning, where the cache of one serves the other."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,7 +1,7 @@
-"""When a row ends: at an eos id, with a text, or by a rule of the caller's. The loop itself counts tokens and time.
+"""Rules that end a row: an eos id, a stop string, or a rule of the caller's. The loop itself counts tokens and time.
 
-R rows, S ids so far, prompt included. Every rule is called after every new token, as the reference calls its criteria:
-with the ids (R, S) and the scores of all steps so far, or None where they are not kept. A row that has ended stays so.
+R rows, S ids so far, prompt included. Every rule is called after every new token, with the ids (R, S) and the scores of
+all steps so far (None if they are not kept), as in the reference. A row that has ended stays ended.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ def at_eos(ids: Tensor, eos: Tensor) -> Tensor:
 def at_strings(ids: Tensor, strings: Sequence[str], decode: Callable[[list[int]], str]) -> Tensor:
     """The rows in which the newest token completes one of `strings`, even if the token continues past it.
 
-    A string may begin in the prompt, and special tokens count as their text. Each token adds at least a byte, so only
-    as many tokens are decoded as the longest string has bytes, and a few more.
+    A string may begin in the prompt, and special tokens count as their text. Each token adds at least one byte, so it
+    suffices to decode as many tokens as the longest string has bytes, and a few more.
     """
     window = max(len(string.encode()) for string in strings)
     rows = ids[:, -window - 4 :].tolist()
@@ -45,14 +45,14 @@ def _completes(ids: list[int], strings: Sequence[str], decode: Callable[[list[in
 
 
 def stop_rules(settings: GenerationConfig, tokenizer: Any, criteria: Sequence[Stop], device: Any) -> list[Stop]:
-    """The rules that `settings` switches on, then the caller's own. ValueError for stop strings without tokenizer."""
+    """The rules that `settings` enables, then the caller's own. ValueError for stop strings without tokenizer."""
     rules: list[Stop] = []
     if settings.eos_ids:
         eos = torch.tensor(settings.eos_ids, device=device)
         rules.append(lambda ids, scores: at_eos(ids, eos))
     if (strings := settings.active("stop_strings")) is not None:
         if not hasattr(tokenizer, "decode"):
-            raise ValueError("stop_strings need the tokenizer to read the answer: pass tokenizer=processor.tokenizer")
+            raise ValueError("stop_strings need a tokenizer to decode the answer: pass tokenizer=processor.tokenizer")
         strings = [strings] if isinstance(strings, str) else strings
         rules.append(lambda ids, scores: at_strings(ids, strings, tokenizer.decode))
     return [*rules, *criteria]

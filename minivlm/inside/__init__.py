@@ -11,6 +11,7 @@ docs/inside.md has eight short scripts.
 """
 
 from minivlm.inside.attribution import Attribution, attribute
+from minivlm.inside.drawing import sheet, spotlight, table
 from minivlm.inside.edit import Edit, add, block, edit, replace, zero
 from minivlm.inside.geometry import latents, to_image, to_patches
 from minivlm.inside.lens import Lens, logit_lens
@@ -29,7 +30,10 @@ __all__ = [
     "latents",
     "logit_lens",
     "replace",
+    "sheet",
+    "spotlight",
     "stages",
+    "table",
     "to_image",
     "to_patches",
     "watch",

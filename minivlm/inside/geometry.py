@@ -12,7 +12,7 @@ from torch import Tensor
 from minivlm.families.record import Region, View
 from minivlm.inside.stages import WEIGHTS
 from minivlm.inside.watch import Seen
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 
 Patches = list[list[Tensor]]  # for each image of a row, for each of its views: (…, h, w)
 
@@ -120,7 +120,7 @@ def to_image(
 
     Raises ValueError if image, processor and patches do not belong together.
     """
-    picture = fetch_picture(processor, image)
+    picture = fetch_image(processor, image)
     height, width = picture.height, picture.width
     regions = processor.image_processor.regions(height, width, seen.config.vision_config.patch_size)
     patches = to_patches(seen, weights, row) if isinstance(weights, Tensor) else weights
@@ -150,15 +150,15 @@ def paint(regions: Sequence[Region], grids: Sequence[Tensor], size: tuple[int, i
                 f"{region.name} of an image of {size[0]}x{size[1]} has {region.grid} patches, found "
                 f"{tuple(grid.shape)}; pass the image and the processor that made these inputs"
             )
-        down = _overlap(region.top, region.height, region.grid[0], size[0])  # (h, H)
-        across = _overlap(region.left, region.width, region.grid[1], size[1])  # (w, W)
+        down = overlap(region.top, region.height, region.grid[0], size[0])  # (h, H)
+        across = overlap(region.left, region.width, region.grid[1], size[1])  # (w, W)
         area = (region.height / region.grid[0]) * (region.width / region.grid[1]) if spread else 1.0
         total += (down.T @ grid.double().cpu() @ across / area).float()
         shown += (down.sum(0)[:, None] * across.sum(0)).float()
     return total if spread else total / shown.clamp(min=1e-6)
 
 
-def _overlap(start: float, length: float, cells: int, pixels: int) -> Tensor:
+def overlap(start: float, length: float, cells: int, pixels: int) -> Tensor:
     """(cells, pixels): how much of each pixel each of `cells` equal cells covers, the first from `start` on."""
     edges = start + torch.arange(cells + 1, dtype=torch.float64) * length / cells
     pixel = torch.arange(pixels, dtype=torch.float64)

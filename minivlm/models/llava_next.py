@@ -59,7 +59,6 @@ class LlavaVisionConfig(VisionConfig):
 VISION = LlavaVisionConfig(1024, 4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
 # Llama's 32000 tokens, <image>, and room up to a multiple of 64.
 TEXT = read_decoder({"model_type": "llama", "vocab_size": 32064})
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # canvases of 2 to 4 tiles, (height, width)
 
 
 @dataclass
@@ -73,7 +72,7 @@ class LlavaNextConfig(ModelConfig):
     vision_config: LlavaVisionConfig = field(default_factory=lambda: replace(VISION))
     text_config: DecoderConfig = field(default_factory=lambda: replace(TEXT))
     image_token_index: int = 32000
-    image_grid_pinpoints: list | tuple = PINPOINTS
+    image_grid_pinpoints: list | tuple = anyres.PINPOINTS
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     vision_feature_layer: int | list | tuple = -2  # a hidden state of the tower, or several, joined channel by channel

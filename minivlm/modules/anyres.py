@@ -1,26 +1,26 @@
-"""LLaVA-NeXT's "anyres" geometry (Liu et al. 2024): where a picture's pixels and features go. Integers, no tensors.
+"""LLaVA-NeXT's "anyres" geometry (Liu et al. 2024): where an image's pixels and features go. Integers, no tensors.
 
-A picture is seen twice: as a whole, squeezed into one tile (the base), and enlarged, cut into tiles. The processor
-counts places and the model packs features by the same few functions, so the two cannot disagree. A picture of 333x500
-(height x width, as everywhere here), tiles of 336, patches of 14:
+An image enters twice: as a whole, squeezed into one tile (the base), and enlarged, cut into tiles. The processor
+counts image tokens and the model packs features with the same functions, so the two cannot disagree. An example, with
+an image of 333x500 (height x width, as everywhere here), tiles of 336, patches of 14:
 
-    1. best_resolution    the allowed canvas ("pinpoint") that shows most of the picture               336x672
-    2. placement          the picture, enlarged until it touches two edges, in the middle              336x505
-                          of the black canvas                                                          83 from the left
-    3. tile_grid          the canvas cut into tiles, 1 row of 2, each of them 24x24 patches            24x48 patches
+    1. best_resolution    the allowed canvas ("pinpoint") that keeps most of the image                 336x672
+    2. placement          the image, enlarged until it touches two edges, centred on                   336x505
+                          the black canvas                                                             83 from the left
+    3. tile_grid          the canvas cut into tiles, 1 row of 2, of 24x24 patches each                 24x48 patches
 
                0     6           24          42    48
                ┌─────┬───────────┬───────────┬─────┐ 0
                │     │           ╎           │     │
-               │black│        picture        │black│
+               │black│         image         │black│
                │     │           ╎           │     │
                └─────┴───────────┴───────────┴─────┘ 24
 
-    4. unpadded_grid      of these features the model keeps those of the picture                       24x36, from 0, 6
-    5. image_token_count  the base, then each kept row and a "newline" behind it         24*24 + 24*(36+1) = 1464
+    4. unpadded_grid      the features that lie on the image, which the model keeps                    24x36, from 0, 6
+    5. image_token_count  the base, then each kept row with a "newline" after it        24*24 + 24*(36+1) = 1464
 
-Steps 1, 2 and 4 divide and round in floating point. A tidier formula would be off by a row for some sizes, so the order
-of operations is that of `transformers` 5.23.
+Steps 1, 2 and 4 divide and round in floating point, in the order of `transformers` 5.23: a tidier formula would be off
+by a row for some sizes.
 """
 
 import math
@@ -29,32 +29,33 @@ from collections.abc import Sequence
 Pair = tuple[int, int]  # (height, width) or (rows, columns)
 
 STRATEGIES = ("default", "full")
-MAX_SIDE = 2**31 - 1  # of a picture; what Pillow can hold
-MAX_PINPOINT = 2**12  # of a canvas: 200 MB of pixel values
-MAX_TOKENS = 2**23  # of one picture; the released checkpoints need up to 2,928
+MAX_EXTENT = 2**31 - 1  # the longest side of an image in Pillow
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # of the released checkpoints: 2 to 4 tiles
+MAX_PINPOINT = 2**12  # side of a canvas: 200 MB of pixel values
+MAX_TOKENS = 2**23  # per image; the released checkpoints need up to 2,928
 MAX_CLASS_TOKENS = 64
-MAX_PINPOINTS = 256  # every picture is held against all of them; the released checkpoints have five
+MAX_PINPOINTS = 256  # every image is compared with all of them; the released checkpoints have five
 
 
 def best_resolution(size: Pair, pinpoints: Sequence[Pair]) -> Pair:
-    """The pinpoint for a picture of this size: most pixels of its own shown, then least left over, then the first.
+    """The pinpoint for an image of this size: it keeps most of its pixels, then leaves least empty, then comes first.
 
-    Enlarging shows nothing new, so every canvas that holds the whole picture ties: 336x336 goes on 336x672, half of it
-    black, only because that stands before 672x336 in the list and leaves less over than 672x672.
+    Enlarging adds no pixels, so all canvases that hold the whole image tie: 336x336 goes on 336x672, half of it black,
+    because that leaves less empty than 672x672 and comes before 672x336 in the list.
     """
     height, width = _checked_size(size)
     check_pinpoints(pinpoints)
     ranked = []
-    for place, (canvas_height, canvas_width) in enumerate(pinpoints):
+    for index, (canvas_height, canvas_width) in enumerate(pinpoints):
         scale = min(canvas_width / width, canvas_height / height)
         shown = min(int(width * scale) * int(height * scale), height * width)
-        ranked.append((-shown, canvas_height * canvas_width - shown, place, (canvas_height, canvas_width)))
+        ranked.append((-shown, canvas_height * canvas_width - shown, index, (canvas_height, canvas_width)))
     return min(ranked)[-1]
 
 
 def placement(size: Pair, canvas: Pair) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a picture, resized to fit, on its canvas. An odd pixel of padding goes to the right
-    or below. Rounding up keeps a line of 1x1000 visible: it becomes 2x1008."""
+    """(top, left, height, width) of an image on its canvas, resized to fit. An odd pixel of padding goes to the right
+    or below. Sides are rounded up, so a line of 1x1000 stays visible: it becomes 2x1008."""
     height, width = _checked_size(size)
     canvas_height, canvas_width = canvas
     down, across = canvas_height / height, canvas_width / width
@@ -66,21 +67,21 @@ def placement(size: Pair, canvas: Pair) -> tuple[int, int, int, int]:
 
 
 def tile_grid(size: Pair, pinpoints: Sequence[Pair], tile: int) -> Pair:
-    """(rows, columns) of tiles of side `tile` on the canvas of an image. ValueError for a canvas that is no such grid:
-    transformers' default image processor cuts canvases of 336x672 into tiles of 224, which no model can arrange."""
+    """(rows, columns) of tiles of side `tile` on the canvas of an image. ValueError for a canvas that is
+    not such a grid: transformers' default image processor cuts 336x672 into tiles of 224, which cannot be packed."""
     check_pinpoints(pinpoints, tile)
     height, width = best_resolution(size, pinpoints)
     if height % tile or width % tile:
         canvas = f"an image of {size[0]}x{size[1]} goes on a canvas of {height}x{width} (image_grid_pinpoints)"
-        raise ValueError(f"{canvas}, which is not made of whole tiles of {tile}; use multiples of {tile}")
+        raise ValueError(f"{canvas}, which does not consist of whole tiles of {tile}; use multiples of {tile}")
     return height // tile, width // tile
 
 
 def unpadded_grid(size: Pair, grid_patches: Pair) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the patches to keep, of the (rows, columns) of patches that all tiles make.
+    """(top, left, height, width) of the patches to keep, among the (rows, columns) of patches of all tiles.
 
-    As many go at one end as at the other, so an odd rest keeps a row too many: of 1080x1920 on 48x48 patches 27 rows
-    are picture, 21 are not, 10 go at either end and 28 stay. A line of 1x1000 keeps no row at all.
+    Both ends lose equally many, so an odd remainder keeps one row too many: for 1080x1920 on 48x48 patches 27 rows are
+    image and 21 are not; 10 go at either end and 28 stay. A line of 1x1000 keeps no row at all.
     """
     height, width = _checked_size(size)
     rows, columns = grid_patches
@@ -95,10 +96,10 @@ def unpadded_grid(size: Pair, grid_patches: Pair) -> tuple[int, int, int, int]:
 def image_token_count(
     size: Pair, pinpoints: Sequence[Pair], tile: int, patch: int, strategy: str = "default", class_tokens: int = 1
 ) -> int:
-    """Places that a picture takes in the prompt: the base, then the kept rows of patches with a newline each.
+    """How many image tokens an image becomes: the base, then the kept rows of patches with a newline each.
 
-    The vision tower gives `class_tokens` features besides those of the patches: one for CLIP. "default" leaves the
-    first feature out and "full" does not, so that with CLIP "full" is one place more, and no model can pack its tiles.
+    The vision tower returns `class_tokens` features besides those of the patches: one for CLIP. "default" drops the
+    first feature and "full" does not, so with CLIP "full" counts one token more, and no model can pack its tiles.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"vision_feature_select_strategy is one of {', '.join(STRATEGIES)}, found {strategy!r:.80}")
@@ -116,12 +117,12 @@ def image_token_count(
     _, _, height, width = unpadded_grid(size, (rows * side, columns * side))
     count = side * side + class_tokens - (strategy == "default") + height * (width + 1)
     if count > MAX_TOKENS:
-        raise ValueError(f"tiles of {tile} in patches of patch_size {patch} make {count:,} tokens of one picture")
+        raise ValueError(f"tiles of {tile} in patches of patch_size {patch} make {count:,} tokens of one image")
     return count
 
 
 def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:
-    """ValueError unless there are pinpoints, and at least one of them is made of whole tiles of side `tile`."""
+    """ValueError unless there are pinpoints, at least one of which consists of whole tiles of side `tile`."""
     if type(tile) is not int or not 1 <= tile <= MAX_PINPOINT:
         raise ValueError(f"the side of a tile is a whole number from 1 to {MAX_PINPOINT}, found {tile!r:.80}")
     if not isinstance(pinpoints, list | tuple) or not 1 <= len(pinpoints) <= MAX_PINPOINTS:
@@ -142,8 +143,8 @@ def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:
 
 
 def _checked_size(size: Pair) -> Pair:
-    if not _is_pair(size) or not all(1 <= side <= MAX_SIDE for side in size):
-        raise ValueError(f"the size of a picture is (height, width), whole numbers from 1, found {size!r:.80}")
+    if not _is_pair(size) or not all(1 <= side <= MAX_EXTENT for side in size):
+        raise ValueError(f"the size of an image is (height, width), whole numbers from 1, found {size!r:.80}")
     return size[0], size[1]
 
 

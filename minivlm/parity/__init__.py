@@ -1,16 +1,16 @@
-"""Two models on the same question, stage by stage: at which stage do they first disagree?
+"""Runs two models on the same question and finds the first stage at which they disagree.
 
-    from minivlm.parity import Question, Side, compare, drawn_picture
+    from minivlm.parity import Question, Side, compare, drawn_image
 
     a, b = Side("shapes-idefics2", "transformers"), Side("shapes-idefics2", attn="eager")
-    report = compare(a, b, Question((drawn_picture(),), "what is this?"))
+    report = compare(a, b, Question((drawn_image(),), "what is this?"))
     print(report.table())
 
-`stages` says where is compared, `sides` loads and runs, `recording` stores, `difference` measures, `findings` judges.
+`stages` lists what is compared, `sides` loads and runs, `recording` stores, `difference` measures, `findings` judges.
 """
 
 from minivlm.parity.compare import against, compare, record
-from minivlm.parity.question import Question, drawn_picture
+from minivlm.parity.question import Question, drawn_image, drawn_picture
 from minivlm.parity.recording import Recording
 from minivlm.parity.report import Report, check_plot, plot
 from minivlm.parity.sides import Side
@@ -23,6 +23,7 @@ __all__ = [
     "against",
     "check_plot",
     "compare",
+    "drawn_image",
     "drawn_picture",
     "plot",
     "record",

@@ -1,12 +1,12 @@
-"""Record one side, compare another with the recording, name the first stage at which they are too far apart.
+"""Records one side, compares the other with the recording, and finds the first stage that differs too much.
 
     side a ── backend 1 ─► recording (a file) ◄─ compared as it runs ── side b
                                 ▲
     side a ── backend 2 ────────┘ the yardstick
 
-One model is in memory at a time, and of its activations one stage: a's go to the file as its modules run, b's are
-compared with them as its own do. Both models get a's inputs, so that a difference between the processors, which is
-reported, does not hide one between the models.
+Only one model, and one stage of its activations, is in memory at a time: a's modules write to the file as they run, and
+b's are compared with it as they run. Both models get a's inputs, so a difference between the processors, which is
+reported separately, does not hide one between the models.
 """
 
 import json
@@ -48,33 +48,34 @@ def compare(
     ops: bool = False,
     progress: bool = False,
 ) -> Report:
-    """Run both sides on one question, stage by stage. Side a counts as right.
+    """Run both sides on one question and compare them stage by stage. Side a is the reference.
 
-    a, b: a `Side`, or what stands for one: a loaded model of minivlm or transformers, or the name of a checkpoint (then
-    minivlm runs it). a can also be a `Recording`.  question: a `Question`, or the model's inputs as a dict of tensors.
-    layers: numbers of the layers to look at, None for all.  inside: look at the parts of layers too.  tokens: how many
-    greedy ones are compared, 0 for none.  ops: if a stage diverges, find the operation in it that does (torch 2.10 on).
-    progress: a bar on stderr. Stages that one side has no module for are skipped and listed.
+    a, b: a `Side`, or a loaded model of minivlm or transformers, or the name of a checkpoint (which minivlm then runs).
+    a can also be a `Recording`.  question: a `Question`, or the model's inputs as a dict of tensors.  layers: numbers
+    of the layers to compare, None for all.  inside: compare the parts of layers too.  tokens: how many greedy tokens
+    to compare, 0 for none.  ops: if a stage diverges, find the operation that does (torch 2.10 or later).  progress:
+    a bar on stderr. Stages without a module on one side are skipped and listed.
 
         a, b = Side("shapes-idefics2", "transformers"), Side("shapes-idefics2", attn="eager")
         report = compare(a, b, Question((image,), "what is this?"))
         print(report.table())
         assert report.first is None, f"{report.first.stage} diverges: {report.first.code}"
 
-    Raises ValueError for sides that cannot be compared, OSError for what cannot be read or loaded, MemoryError for what
-    will not fit. An error that b raises while it runs is part of the report. ops wants inputs without padding.
+    Raises ValueError for sides that cannot be compared, OSError for files that cannot be read or loaded, MemoryError
+    for models that do not fit. An error that b raises while running is part of the report. ops needs inputs without
+    padding.
     """
     b = b if isinstance(b, Side) else Side(b)
     question = question if isinstance(question, Question) else Question(inputs=question)
     mask = (question.inputs or {}).get("attention_mask")
     if ops and mask is not None and not mask.all():
-        raise ValueError("ops compares whole results, and padding may hold anything: pass inputs without padding")
+        raise ValueError("ops compares whole results, whose padding is arbitrary: pass inputs without padding")
     if isinstance(a, Recording):
         return against(a, b, question, progress=progress)
     a = a if isinstance(a, Side) else Side(a)
-    for side in (a, b):  # before either has run for an hour
+    for side in (a, b):  # check both before running either, possibly for an hour
         sides.foresee(side)
-    # Windows keeps a file that is still mapped
+    # on Windows a file that is still mapped cannot be removed
     with tempfile.TemporaryDirectory(prefix="minivlm-parity-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "a.safetensors"
         options = {"layers": layers, "inside": inside, "tokens": tokens, "other_dtype": b.dtype, "progress": progress}
@@ -84,7 +85,7 @@ def compare(
 
 
 def _with_operations(report: Report, a: Side, b: Side, recording: Recording) -> Report:
-    """The report, and the first operation that goes wrong in its first stage."""
+    """The report, with the first wrong operation in its first diverging stage."""
     known, inputs = recording.metadata, recording.group("inputs")
     every = stages_of(sides.config_of(b), None, known["inside"])
     stages = [stage for stage in every if stage.name not in report.skipped]
@@ -93,18 +94,18 @@ def _with_operations(report: Report, a: Side, b: Side, recording: Recording) -> 
         return report
     index = names.index(first.stage)
     if a.code != b.code and len(rows_of(inputs, sides.config_of(b))[stages[index].rows].select["minivlm"]) > 1:
-        return report  # ours sends images of several sizes through one by one: its results have other sizes
+        return report  # minivlm runs images of several sizes one by one, so its results have other shapes
     found = [operations.operations(sides.load(side), stages, index, inputs) for side in (a, b)]
     relative = max(1e-5, first.allowed / max(1e-30, first.peak))
     return replace(report, operations=operations.blame(*found, relative))
 
 
-# ---- What every run has in common ------------------------------------------------------------------------------------
+# ---- A run on either side ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is compared, and of which inputs; tokens: how many greedy ones."""
+    """What to compare, and for which inputs; tokens: how many greedy ones."""
 
     stages: list[Stage]
     rows: dict[str, Rows]
@@ -127,11 +128,11 @@ class _Job:
             yield lambda _stage, call: None if call else bar.update()
 
     def had_by(self, model: nn.Module) -> list[Stage]:
-        """The stages whose modules this model has: an edit may have put others in their places."""
+        """The stages whose modules this model has: an edit may have replaced some."""
         return [stage for stage in self.stages if sides.path_of(model, stage) is not None]
 
     def store(self, model: nn.Module, name: str, writer: Writer) -> None:
-        """Inputs, stages and greedy tokens."""
+        """Write inputs, stages and greedy tokens."""
         for key, value in self.inputs.items():
             writer.add(f"inputs/{key}", value)
         with self.bar(name) as seen:
@@ -148,7 +149,7 @@ class _Job:
     def differences(
         self, model: nn.Module, recording: Recording, name: str
     ) -> tuple[dict[str, Difference | str], Exception | None]:
-        """What each stage differs by, in words where the shapes do; and the error that ended the run, if one did."""
+        """Each stage's difference, or a message if the shapes differ; and the error that ended the run, if any."""
         code = sides.code_of(model)
         found: dict[str, Difference | str] = {}
         stages = [stage for stage in self.had_by(model) if f"{stage.name}#0" in recording.names]
@@ -169,7 +170,7 @@ class _Job:
                 sides.forward(model, stages, self.inputs, look)
             except MemoryError:
                 raise
-            except Exception as error:  # whatever an edit may have broken: the stages up to there say where
+            except Exception as error:  # an edit may break anything: the stages so far show where
                 return found, error
         return found, None
 
@@ -188,26 +189,28 @@ def record(
     other_dtype: str | None = None,
     progress: bool = False,
 ) -> Recording:
-    """Run one side and store all that a comparison needs of it: inputs, stages, greedy tokens, and the yardstick.
+    """Run one side and store everything a comparison needs: inputs, stages, greedy tokens, and the yardstick.
 
-    The yardstick is the side itself with its other attention backend; or, if `other_dtype` is not its own, in that
-    dtype: rounding is what one then asks about. Raises what `compare` raises.
+    The yardstick is the side itself with its other attention backend, or in `other_dtype` if that is not its own: then
+    it measures rounding. Raises what `compare` raises.
     """
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OSError(f"{path} cannot be written: name a file in a folder that there is")
+        raise OSError(f"{path} cannot be written: name a file in an existing folder")
     if tokens < 0:
-        raise ValueError(f"tokens is how many greedy ones are compared, 0 for none, found {tokens}")
+        raise ValueError(f"tokens is the number of greedy tokens to compare, at least 0, found {tokens}")
     config, inputs = sides.config_of(side), question.encoded(side)
     job = _Job.of(config, inputs, layers, inside, tokens, progress)
     dtype = side.dtype or config.dtype
     about = {FORMAT: 1, "dtype": other_dtype or dtype, "config": _plain(config), "question": question.identity}
     about |= {"layers": layers, "inside": inside, "torch": torch.__version__}
-    # an interruption leaves what was there; two runs for one file do not meet
+    # an interruption leaves an earlier file intact, and two runs for one file do not collide
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
-        writer = Writer(unfinished, (1 << 17) + 400 * calls, path)  # settings; each tensor and its yardstick
+        writer = Writer(
+            unfinished, (1 << 17) + 400 * calls, path
+        )  # for settings, and for each tensor with its yardstick
         model = sides.load(side)
         about["side"] = side.words(sides.backend(model))
         about["lacking"] = [stage.name for stage in job.stages if stage not in job.had_by(model)]
@@ -215,7 +218,7 @@ def record(
         writer.finish(about)
         other, name = sides.other_backend(model), f"{about['side']}, now with its other attention"
         if other_dtype not in (None, dtype):
-            model = None  # before the other one is loaded
+            model = None  # freed before the other one is loaded
             model = sides.load(replace(side, dtype=other_dtype))
             other, name = nullcontext(), f"{side.version}, {other_dtype}, for the yardstick"
         with other:
@@ -238,7 +241,7 @@ def _yardsticks(job: _Job, model: nn.Module, recording: Recording, name: str) ->
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it, without the dtype of the stored weights."""
+    """A configuration in JSON's types, without the dtype of the stored weights."""
     return {name: value for name, value in json.loads(json.dumps(config.to_hub())).items() if name != "dtype"}
 
 
@@ -246,7 +249,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def against(recording: Recording, side: Side, question: Question | None = None, *, progress: bool = False) -> Report:
-    """Compare a side with a recording. Its processor is compared too if there is a question for it to encode.
+    """Compare a side with a recording. With a question, its processor is compared too.
 
     Raises ValueError if the recording is of another configuration, dtype or question.
     """
@@ -259,12 +262,12 @@ def against(recording: Recording, side: Side, question: Question | None = None, 
         raise ValueError(f"{recording.path} is of a model with another configuration: {listed}{more}")
     if (dtype := side.dtype or config.dtype) != known["dtype"]:
         raise ValueError(
-            f"{recording.path} is for sides in {known['dtype']}, and this one is in {dtype}: its yardstick does not "
-            f"apply. Compare with dtype {known['dtype']}, or record anew"
+            f"{recording.path} is for sides in {known['dtype']}, and this one is in {dtype}, where its yardstick "
+            f"does not apply. Compare with dtype {known['dtype']}, or record anew"
         )
     if question is not None and question.identity != known["question"]:
         raise ValueError(
-            f"{recording.path} was made of other inputs: {_words(known['question'])}; here it is "
+            f"{recording.path} was made with other inputs: {_words(known['question'])}; here it is "
             f"{_words(question.identity)}. Pass the same images and prompt, or record anew"
         )
     return _against(recording, side, question, progress)
@@ -294,7 +297,7 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
     model = sides.load(side)
     name = side.words(sides.backend(model))
     found, error = job.differences(model, recording, name)
-    if error is not None:  # what a model returns at its end never came, and is no fault of what came before
+    if error is not None:  # the stages that never ran are not the fault of those before
         last = max((index for index, stage in enumerate(stages) if stage.name in found), default=0)
         stages = [stage for index, stage in enumerate(stages) if index >= last or stage.name in found]
     skipped = [name for name in _lacking(job, model, known) if name in {stage.name for stage in stages}]
@@ -306,7 +309,7 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
 
 
 def _lacking(job: _Job, model: nn.Module, known: dict[str, Any]) -> list[str]:
-    """Names of the stages that one side has no module for."""
+    """Names of the stages without a module on one side."""
     had = {stage.name for stage in job.had_by(model)} - set(known.get("lacking", ()))
     return [stage.name for stage in job.stages if stage.name not in had]
 
@@ -314,4 +317,4 @@ def _lacking(job: _Job, model: nn.Module, known: dict[str, Any]) -> list[str]:
 def _check_family(recording: Recording, side: Side) -> None:
     family, other = recording.metadata["config"]["model_type"], sides.config_of(side).model_type
     if other != family:
-        raise ValueError(f"side a is of the family {family}, side b of {other}: they have no stages in common")
+        raise ValueError(f"side a is of the family {family}, side b of {other}, so they have no common stages")

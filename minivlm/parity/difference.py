@@ -1,4 +1,4 @@
-"""How far apart two tensors are, and how far apart they may be.
+"""Measures how far apart two tensors are, and how far apart they may be.
 
 R rows, C channels.
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 21  # elements looked at together: they are compared in float64
+CHUNK = 1 << 21  # elements compared at a time, in float64
 
 
 @dataclass
 class Difference:
-    """Statistics of a stage, collected piece by piece by `add`; side a counts as right.
+    """Statistics of a stage, collected piece by piece by `add`; side a is the reference.
 
     largest: max |Δ|, at (row, channel).  peak: max |a|.  eps: of the coarser dtype of the two.
     """
@@ -56,20 +56,20 @@ class Difference:
         self.products += (a * b).sum().item()
 
     def add_scores(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[int, int]]:
-        """What greedy tokens (B, N) were chosen by, (B, N, V): row by row up to the first step at which the tokens
-        differ, since the texts after it do. → (row of the batch, step) of each row that was added.
+        """Add the scores (B, N, V) that greedy tokens (B, N) were chosen by, for each row up to the first step at which
+        the tokens differ, since the texts differ after it. → (row of the batch, step) of each row that was added.
         """
-        places = []
+        steps_added = []
         for row, tokens in enumerate(zip(a["tokens"].tolist(), b["tokens"].tolist(), strict=True)):
             same = next(
                 (n for n, (one, other) in enumerate(zip(*tokens, strict=False)) if one != other), len(tokens[0])
             )
             pair = [side["scores"][row, : same + 1] for side in (a, b)]
             steps = min(map(len, pair))
-            # -inf stands for tokens that a rule forbids: as a number of its own it would be the peak.
+            # forbidden tokens have -inf, which would become the peak
             self.add(*(scores[:steps].masked_fill(scores[:steps] == -math.inf, 0) for scores in pair))
-            places += [(row, step) for step in range(steps)]
-        return places
+            steps_added += [(row, step) for step in range(steps)]
+        return steps_added
 
     @property
     def mean(self) -> float:
@@ -94,16 +94,16 @@ class Yardstick:
     relative: float = 0.0
 
     def bounds(self, found: Difference) -> tuple[float, float]:
-        """The most that max |Δ| and ‖Δ‖/‖a‖ may be: twice the yardstick, with a floor.
+        """The largest allowed max |Δ| and ‖Δ‖/‖a‖: twice the yardstick, with a floor.
 
-        Once would do if a's two ways of rounding were independent; but both may round the same intermediate results,
-        which a third way (weights of attention before they are normalised, in our kernels) does not.
+        Once would do if a's two backends rounded independently; but both may round the same intermediate results, which
+        a third (attention weights before normalisation, in our kernels) does not.
 
-        The floor is for stages in front of any attention, where a's backends agree to the bit and another order of
-        summing does not. In float32 a sum of a thousand products is off by some 10 steps of its last place: 1e-5 of the
+        The floor is for stages before any attention, where a's backends agree to the bit and another order of summation
+        does not. In float32 a sum of a thousand products is off by some 10 steps of its last place: 1e-5 of the
         largest value (84 steps) is out of reach, and so is 1e-6 (8 steps) for all values together. In half precision
-        sums are kept in float32 and only results are rounded. A value is rounded twice before we see it, as a product
-        and again as a sum, so it may land 2 steps (eps) away; and if each side rounded each value anew, ‖Δ‖ would be
+        sums are kept in float32 and only results are rounded. Each value is rounded twice, as a product and again as a
+        sum, so it may end 2 steps (eps) away; and if each side rounded each value anew, ‖Δ‖ would be
         0.41 steps of the values' own, so half a step of relative difference is not reached by rounding alone.
         """
         largest = max(2 * self.largest, max(1e-5, 2 * found.eps) * found.peak)

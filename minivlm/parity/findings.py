@@ -1,4 +1,4 @@
-"""The verdict on one stage: the difference, the difference allowed, where it is largest, and whose code made it."""
+"""The verdict on one stage: its difference, the allowed difference, where it is largest, and the code responsible."""
 
 import math
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from minivlm.parity.sides import INPUTS, Side
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a report. Differences are NaN where there was nothing to compare; `note` says why.
+    """One line of a report. Differences are NaN if there was nothing to compare; `note` gives the reason.
 
-    shape: (rows, channels) of a stage, or that of an input.  where: the largest difference.  yardstick: of max |Δ|.
-    allowed, allowed_relative: the most that max |Δ| and ‖Δ‖/‖a‖ may be.  excess: the larger of both in units of what is
-    allowed for it; above 1 the stage diverges.  path, code: the module of side b that is to blame.
+    shape: (rows, channels) of a stage, or that of an input.  where: of the largest difference.  yardstick: of max |Δ|.
+    allowed, allowed_relative: limits of max |Δ| and ‖Δ‖/‖a‖.  excess: the larger ratio of either to its limit; above 1
+    the stage diverges.  path, code: the responsible module of side b.
     """
 
     stage: str
@@ -59,7 +59,7 @@ def stage_finding(
     rows: Rows,
     model: nn.Module,
 ) -> Finding:
-    """found: what b differs by, in words if the shapes do, None if it never came so far; error: what ended its run."""
+    """found: b's difference, a message if shapes differ, None if b did not get that far; error: what ended its run."""
     shape = recording.shape(stage.name)
     path, code = sides.blamed(model, stage)
     if isinstance(found, Difference) and found.rows != shape[0]:
@@ -71,20 +71,24 @@ def stage_finding(
 
 
 def _measured(name: str, shape: tuple[int, int], found: Difference, recording: Recording, rows: Rows) -> dict[str, Any]:
-    """A finding's fields, but for whose code it is."""
+    """A finding's fields except path and code."""
     yardstick = recording.yardstick(name)
     allowed, allowed_relative = yardstick.bounds(found)
     return {
         "stage": name,
         "shape": shape,
         "where": f"{rows.place(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else "",
-        **{"yardstick": yardstick.largest, "allowed": allowed, "allowed_relative": allowed_relative},
-        **{"excess": yardstick.excess(found), "peak": found.peak, **_numbers(found)},
+        "yardstick": yardstick.largest,
+        "allowed": allowed,
+        "allowed_relative": allowed_relative,
+        "excess": yardstick.excess(found),
+        "peak": found.peak,
+        **_numbers(found),
     }
 
 
 def input_findings(a: dict[str, Any], b: dict[str, Any], side: Side, known: dict[str, str]) -> list[Finding]:
-    """Compare what both sides' processors returned for the question; `side` is b.  known: see `known_differences`."""
+    """Compare the outputs of both sides' processors for the question; `side` is b.  known: see `known_differences`."""
     processor = sides.processor_of(side)
     findings = []
     for key in [key for key in INPUTS if key in a or key in b]:
@@ -108,22 +112,22 @@ def _input_finding(key: str, a: Tensor | None, b: Tensor | None, code: str) -> F
         note = f"shape {tuple(b.shape)} instead of {shape}"
         return Finding(name, shape, path, code, excess=math.inf, note=note)
     found.add(a.reshape(-1, shape[-1]), b.reshape(-1, shape[-1]))
-    place = (*(int(index) for index in np.unravel_index(found.at[0], shape[:-1])), found.at[1])
-    where, excess = (f"{place}", math.inf) if found.largest else ("", 0.0)
+    position = (*(int(index) for index in np.unravel_index(found.at[0], shape[:-1])), found.at[1])
+    where, excess = (f"{position}", math.inf) if found.largest else ("", 0.0)
     return Finding(name, shape, path, code, where=where, excess=excess, **_numbers(found))
 
 
 def greedy_findings(recording: Recording, model: nn.Module, inputs: dict[str, Any]) -> list[Finding]:
-    """What greedy decoding chooses by, step by step, and what it chooses.
+    """Compare the scores of greedy decoding step by step, and the tokens it chose.
 
-    Tokens must be equal up to a tie: a step at which b took a token that a's own choice led by less than two logits may
-    move (what is allowed, each). What follows a tie is another text and is left out.
+    Tokens must be equal up to a tie: a step where a's choice led b's token by less than twice the difference allowed
+    for a logit. Steps after a tie belong to another text and are ignored.
     """
     a, code = recording.group("greedy"), sides.code_at(loop.generate)
     shape, difference = tuple(a["tokens"].shape), Difference()
     try:
         b = sides.greedy(model, inputs, shape[1])
-    except Exception as error:  # whatever an edit may have broken
+    except Exception as error:  # an edit may break anything
         note = f"{type(error).__name__}: {error}"
         return [Finding("greedy tokens", shape, "generate", code, excess=math.inf, note=note)]
     rows = Rows({}, ("row", "new token"), torch.tensor(difference.add_scores(a, b)))

@@ -19,7 +19,8 @@ END = "in transformers, text after </s> does not attend to its image"
 def known_differences(a: str, side: Side, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
     """The inputs that differ for a known reason → that reason.
 
-    a: the other side in words.  side: this side, b.  theirs, ours: what the processors of a and b returned, one row.
+    a: a description of the other side.  side: this side, b.  theirs, ours: the outputs of the processors of a and b,
+    one row each.
     """
     codes = {a.split()[0], side.code}
     versions = [words for words in (a, side.version) if words.startswith("transformers ")]
@@ -54,7 +55,7 @@ def _reasons(theirs: dict[str, Any], ours: dict[str, Any], tokenizer: Any) -> di
 
 
 def _aligned(theirs: list[int], ours: list[int], tokenizer: Any) -> list[tuple[int, int]] | None:
-    """Positions (theirs, ours) of the tokens that both have, if nothing differs but blanks after special tokens."""
+    """Positions (theirs, ours) of the common tokens; None if more than blanks after special tokens differs."""
     special = set(tokenizer.backend.get_added_tokens_decoder())
     segments = _segments(theirs, special), _segments(ours, special)
     if len(segments[0]) != len(segments[1]):
@@ -73,13 +74,13 @@ def _aligned(theirs: list[int], ours: list[int], tokenizer: Any) -> list[tuple[i
 
 
 def _segments(ids: list[int], special: set[int]) -> list[range]:
-    """The positions from one special token up to the next."""
+    """The positions from each special token up to the next."""
     bounds = sorted({0, len(ids), *(position for position, id in enumerate(ids) if id in special)})
     return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def _only_blanks(theirs: list[int], ours: list[int], backend: Any) -> bool:
-    """Whether two segments are the same text but for one blank at the beginning, each as this vocabulary spells it."""
+    """Whether two segments, each as this vocabulary encodes it, are the same text except for one blank at the start."""
     texts = []
     for ids in (theirs[1:], ours[1:]):
         text = _text([backend.id_to_token(id) for id in ids])
@@ -90,7 +91,7 @@ def _only_blanks(theirs: list[int], ours: list[int], backend: Any) -> bool:
 
 
 def _text(tokens: list[str | None]) -> str | None:
-    """The text that a vocabulary's tokens spell; None where bytes (<0x0A>) form no character."""
+    """The text of some vocabulary tokens; None if byte tokens (<0x0A>) form no valid character."""
     data = b""
     for token in tokens:
         is_byte = token is not None and len(token) == 6 and token.startswith("<0x")

@@ -1,8 +1,8 @@
-"""Inside one stage, operation by operation: the first that goes wrong, by torch's DebugMode (torch 2.10 on).
+"""Finds the first wrong operation inside one stage, with torch's DebugMode (torch 2.10 or later).
 
-Two codes do not run the same operations: one has a fused kernel where the other spells the formula out. So an operation
-of side b is right if side a has a result with the same values, in whatever order; and a detour is forgiven if it leads
-back: the first operation is blamed from whose result nothing follows that side a has too.
+The two codes run different operations: one uses a fused kernel where the other writes the formula out. So an operation
+of side b counts as right if side a has a result with the same values, in any order; and a deviation is forgiven if it
+leads back. Blamed is the first operation from whose result nothing follows that side a has too.
 """
 
 import sys
@@ -40,7 +40,7 @@ class _Tape:
     """Results that depend on the data, not on weights and shapes alone."""
 
     operations: list[Operation] = field(default_factory=list)
-    alive: list[Any] = field(default_factory=list)  # so that no id is given twice
+    alive: list[Any] = field(default_factory=list)  # keeps ids unique
     owner: dict[int, int | None] = field(default_factory=dict)  # id of a tensor → its operation, None for a constant
     weights: set[int] = field(default_factory=set)  # storages
 
@@ -67,7 +67,7 @@ class _Tape:
 
 
 def _line() -> str:
-    """The innermost line that is not torch's, nor of a layer that stands in for one of torch's:
+    """The innermost line outside torch and outside replacements of its layers:
     "minivlm/modules/decoder.py:153 forward"."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -92,7 +92,7 @@ def _recording(tape: _Tape) -> Iterator[None]:
 
 @torch.no_grad()
 def operations(model: nn.Module, stages: list[Stage], index: int, inputs: dict[str, Any]) -> list[Operation]:
-    """What runs between the stage before stages[index] (or the beginning) and that stage itself."""
+    """The operations between the stage before stages[index] (or the beginning) and that stage itself."""
     stage, tape, running = stages[index], _Tape(), ExitStack()
     tape.weights = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
 
@@ -117,8 +117,7 @@ def operations(model: nn.Module, stages: list[Stage], index: int, inputs: dict[s
 
 @dataclass(frozen=True)
 class Blame:
-    """last: the last operation of b before the blamed one whose result a has too, None if there is none.  first: the
-    blamed one."""
+    """last: the last operation of b before the blamed one whose result a has too, or None.  first: the blamed one."""
 
     last: Operation | None
     first: Operation
@@ -133,14 +132,14 @@ class Blame:
 
 
 def blame(a: list[Operation], b: list[Operation], relative: float) -> Blame | None:
-    """The first operation of b that goes wrong. relative: how far a result may be, of its own largest value. None if b
-    runs no operation, or none goes wrong."""
+    """The first wrong operation of b, or None. relative: the allowed deviation of a result, relative to its largest
+    value."""
     sizes: dict[int, list[Tensor]] = {}
     for operation in a:
         sizes.setdefault(len(operation.values), []).append(operation.values)
     right = [_known(operation.values, sizes.get(len(operation.values), []), relative) for operation in b]
     healed = list(right)
-    for number in range(len(b) - 1, -1, -1):  # whoever is right vouches for what it was made of
+    for number in range(len(b) - 1, -1, -1):  # a right result makes its sources right
         if healed[number]:
             for source in b[number].sources:
                 healed[source] = True

@@ -1,4 +1,4 @@
-"""The question that both sides answer, and how two questions are distinguished."""
+"""The question that both sides answer, and its identity."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ PROMPT = "what is this?"
 class Question:
     """PIL images and a text for both sides' processors, or the model's inputs themselves."""
 
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
     prompt: str = PROMPT
     inputs: dict[str, Any] | None = None
 
     def encoded(self, side: Side) -> dict[str, Any]:
         """The inputs that the side's processor returns."""
-        return sides.encode(side, list(self.pictures), self.prompt) if self.inputs is None else self.inputs
+        return sides.encode(side, list(self.images), self.prompt) if self.inputs is None else self.inputs
 
     @property
     def identity(self) -> dict[str, str]:
-        """Sizes and hashes, as an error can print them."""
+        """The prompt with sizes and hashes of the images or inputs, for recordings and errors."""
         if self.inputs is not None:
             return {name: f"{tuple(self.inputs[name].shape)} {_digest(self.inputs[name])}" for name in self.inputs}
-        found = [np.asarray(picture.convert("RGB")) for picture in self.pictures]
-        pictures = [f"{p.shape[1]}x{p.shape[0]} {_digest(torch.from_numpy(p.copy()))}" for p in found]
-        return {"prompt": self.prompt, "pictures": ", ".join(pictures)}
+        found = [np.asarray(image.convert("RGB")) for image in self.images]
+        images = [f"{p.shape[1]}x{p.shape[0]} {_digest(torch.from_numpy(p.copy()))}" for p in found]
+        return {"prompt": self.prompt, "pictures": ", ".join(images)}  # the key that recordings have
 
 
 def _digest(tensor: Tensor) -> str:
@@ -42,11 +42,14 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(data.numpy().data).hexdigest()[:12]
 
 
-def drawn_picture() -> Image.Image:
+def drawn_image() -> Image.Image:
     """A default image: a disc, a square and a triangle, 333x250, so that it has to be resized."""
-    picture = Image.new("RGB", (333, 250), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (333, 250), "white")
+    draw = ImageDraw.Draw(image)
     draw.ellipse((20, 30, 120, 130), fill="red")
     draw.rectangle((180, 40, 300, 160), fill="blue")
     draw.polygon([(60, 230), (170, 230), (115, 150)], fill="green")
-    return picture
+    return image
+
+
+drawn_picture = drawn_image  # its earlier name

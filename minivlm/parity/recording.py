@@ -1,7 +1,7 @@
 """A recording: one side's inputs, stages and greedy tokens in a safetensors file, written while the model runs.
 
-The header of a safetensors file stands at its beginning and is known at the end, so room is left for it; readers take
-the blanks that fill it up. Until `finish` there is no header, and the file cannot be mistaken for a whole one.
+A safetensors file starts with its header, which is only known at the end, so space is reserved for it and padded with
+blanks, which readers accept. Until `finish` writes the header, the file cannot be mistaken for a complete one.
 """
 
 import json
@@ -17,16 +17,22 @@ from minivlm.parity.difference import Yardstick
 
 FORMAT = "minivlm_parity"
 NAMES = {
-    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
 class Writer:
-    """Appends tensors to a file, one at a time, so that none has to be kept."""
+    """Appends tensors to a file one at a time, so none has to stay in memory."""
 
     def __init__(self, path: Path, room: int, name: Path | None = None) -> None:
-        """room: bytes for the header, 8 less than the offset of the first tensor.  name: what errors call the file."""
+        """room: bytes reserved for the header, which the first 8 bytes precede.  name: of the file in errors."""
         self.path, self.room, self.offset, self.name = path, room, 0, name or path
         self.entries: dict[str, Any] = {}
         with write_errors(self.name), path.open("wb") as file:
@@ -48,7 +54,7 @@ class Writer:
         self.offset = end
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        """Write the header, over an earlier one if need be. Values of `metadata` become JSON."""
+        """Write the header, replacing an earlier one. Values of `metadata` become JSON."""
         values = {key: json.dumps(value) for key, value in metadata.items()}
         header = json.dumps({"__metadata__": values, **self.entries}).encode()
         if len(header) > self.room:
@@ -58,10 +64,10 @@ class Writer:
 
 
 class Recording:
-    """What `Writer` has written. Rows are read from the file as they are asked for."""
+    """A file written by `Writer`. Rows are read from it on request."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises OSError for a file that is cut or missing, ValueError for one that holds something else."""
+        """Raises OSError for a missing or truncated file, ValueError for a file with other contents."""
         self.path = Path(path)
         if not self.path.is_file():
             raise OSError(f"there is no recording {path}; make one with --record {path}")
@@ -69,12 +75,12 @@ class Recording:
             self.file = safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise OSError(
-                f"{path} is no complete recording ({error}); found {self.path.stat().st_size:,} bytes. "
-                "The run that made it was interrupted, or the copy was cut: record it again"
+                f"{path} is not a complete recording ({error}); found {self.path.stat().st_size:,} bytes. "
+                "The run that made it was interrupted, or the copy was truncated: record it again"
             ) from error
         metadata = self.file.metadata() or {}
         if FORMAT not in metadata:
-            raise ValueError(f"{path} holds tensors, but is no recording of this tool; make one with --record {path}")
+            raise ValueError(f"{path} holds tensors but is not a parity recording; make one with --record {path}")
         self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in metadata.items()}
         self.names = set(self.file.keys())
 
@@ -82,12 +88,12 @@ class Recording:
         return self.file.get_tensor(name)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose name starts with `prefix/`, by the rest of their name."""
+        """All tensors named `prefix/…`, by the rest of their names."""
         found = sorted(name for name in self.names if name.startswith(f"{prefix}/"))
         return {name.removeprefix(f"{prefix}/"): self.tensor(name) for name in found}
 
     def rows(self, stage: str, start: int, count: int) -> Tensor:
-        """Rows of a stage, fewer where it ends: they may lie in several parts, one for each time the module ran."""
+        """Up to `count` rows of a stage, which may be stored in several parts, one for each call of the module."""
         found, part = [], 0
         while count > 0 and f"{stage}#{part}" in self.names:
             piece = self.file.get_slice(f"{stage}#{part}")
@@ -99,7 +105,7 @@ class Recording:
         return torch.cat(found) if found else torch.empty(0, 0)
 
     def shape(self, stage: str) -> tuple[int, int]:
-        """(R, C) of a stage, all parts together; (0, 0) if there is none."""
+        """(R, C) of a stage, all parts together; (0, 0) without one."""
         rows, width, part = 0, 0, 0
         while f"{stage}#{part}" in self.names:
             length, width = self.file.get_slice(f"{stage}#{part}").get_shape()

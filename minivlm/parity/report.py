@@ -1,4 +1,4 @@
-"""What a comparison found: as a table of 100 columns, as JSON, as a plot."""
+"""The report of a comparison: as a table of 100 columns, as JSON, as a plot."""
 
 import importlib.util
 import math
@@ -13,15 +13,15 @@ from minivlm.parity.findings import Finding
 from minivlm.parity.operations import Blame
 
 COLUMNS = ("stage", "shape", "max |Δ|", "mean |Δ|", "relative", "1 - cos", "allowed", "excess", "largest at")
-WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with a blank between them and a mark at the end: 100 columns
+WIDTHS = (21, 14, 7, 8, 8, 7, 7, 6, 12)  # with blanks between and a mark at the end: 100 columns
 WIDTH = 100
-LEGEND = "excess: of what is allowed; above 1 a stage diverges (!). largest at: image/row, position, channel"
+LEGEND = "excess: ratio to the allowed; above 1 a stage diverges (!). largest at: image/row, position, channel"
 
 
 @dataclass(frozen=True)
 class Report:
-    """a, b: both sides in words.  findings: in the order in which data flows.  skipped: stages that one side has no
-    module for.  operations: inside the first stage that diverges, if that was asked for and is known."""
+    """a, b: descriptions of the sides.  findings: in data-flow order.  skipped: stages without a module on one side.
+    operations: inside the first stage that diverges, if requested and known."""
 
     a: str
     b: str
@@ -35,7 +35,7 @@ class Report:
         return next((finding for finding in self.findings if finding.diverges), None)
 
     def verdict(self) -> str:
-        """What diverges first, by how much, and whose code that is."""
+        """The first divergence, its size, and the code responsible."""
         found = self.first
         if found is None:
             ties = [finding.note for finding in self.findings if finding.note]
@@ -56,13 +56,13 @@ class Report:
         return [f"skipped, since one side has no such module: {', '.join(self.skipped)}"] if self.skipped else []
 
     def table(self) -> str:
-        """Both sides, a line for each stage, the verdict."""
+        """Both sides, one line for each stage, the verdict."""
         head = [f"a: {self.a}", f"b: {self.b}", "", _line(COLUMNS), _line(["-" * width for width in WIDTHS])]
         lines = [*head, *map(_row, self.findings), LEGEND, "", self.verdict()]
         return "\n".join(line.rstrip() for line in lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; what is no finite number becomes None."""
+        """Plain data; numbers that are not finite become None."""
         findings = [
             {name: _finite(value) for name, value in asdict(finding).items()} | {"diverges": finding.diverges}
             for finding in self.findings
@@ -80,19 +80,19 @@ def _row(finding: Finding) -> str:
         room = sum(WIDTHS[2:]) + len(WIDTHS) - 3
         return _line([_name(finding), shape, note if len(note) <= room else note[: room - 1] + "…"]) + mark
     numbers = [finding.largest, finding.mean, finding.relative, 1 - finding.cosine, finding.allowed]
-    place = ",".join(re.findall(r"\d+", finding.where))
-    return _line([_name(finding), shape, *map(_short, numbers), _times(finding.excess), place]) + mark
+    largest_at = ",".join(re.findall(r"\d+", finding.where))
+    return _line([_name(finding), shape, *map(_short, numbers), _times(finding.excess), largest_at]) + mark
 
 
 def _name(finding: Finding) -> str:
-    """A part's own name alone, for its layer stands in the line below its last part."""
+    """A stage's name; of a part only its own, because its layer follows below."""
     _, comma, part = finding.stage.partition(", ")
     name = f"  {part}" if comma else finding.stage
     return name if len(name) <= WIDTHS[0] else name[: WIDTHS[0] - 1] + "…"
 
 
 def _line(cells: Sequence[str]) -> str:
-    """Cells side by side: words from the left, numbers from the right."""
+    """Cells side by side: words left-aligned, numbers right-aligned."""
     words = {0, 1, len(WIDTHS) - 1} if len(cells) == len(WIDTHS) else range(len(cells))
     padded = [
         cell.ljust(width) if index in words else cell.rjust(width)
@@ -106,7 +106,7 @@ def _short(value: float) -> str:
 
 
 def _times(excess: float) -> str:
-    """An excess in few letters: 0.31, 12, 3e+05, inf."""
+    """An excess in few characters: 0.31, 12, 3e+05, inf."""
     return f"{excess:.2f}" if excess < 10 else f"{excess:.0f}" if excess < 1000 else f"{excess:.0e}"
 
 
@@ -119,31 +119,41 @@ def check_plot(path: str | Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise OSError("a plot needs matplotlib: pip install 'minivlm[plot]'")
     if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).absolute().parent.is_dir():
-        raise OSError(f"{path} cannot be drawn: name a .png, .pdf or .svg in a folder that there is")
+        raise OSError(f"{path} cannot be drawn: name a .png, .pdf or .svg in an existing folder")
 
 
 def plot(reports: dict[str, Report], path: str | Path) -> None:
-    """Error by depth, on a logarithmic scale: ‖Δ‖/‖a‖ of the stages of each report, by its dtype; dashed, what is
-    allowed. Stages that are equal are gaps; rings are those that diverge.
+    """Error by depth, on a logarithmic scale: ‖Δ‖/‖a‖ of the stages of each report, by its dtype, and as a dashed line
+    the allowed error. Stages without any difference have a triangle at the bottom, diverging stages a ring.
 
     Raises what `check_plot` does.
     """
     check_plot(path)
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
-    for dtype, report in reports.items():
+    for number, (dtype, report) in enumerate(reports.items()):
         shown = [finding for finding in report.findings if finding.allowed_relative]
         error = [finding.relative or math.nan for finding in shown]
         bad = [finding.relative if finding.diverges else math.nan for finding in shown]
+        equal = [index for index, finding in enumerate(shown) if finding.relative == 0]
         (line,) = axes.semilogy(error, marker=".", label=dtype)
         axes.semilogy(bad, "o", markersize=9, markerfacecolor="none", color=line.get_color())
         axes.semilogy([finding.allowed_relative for finding in shown], "--", linewidth=1, color=line.get_color())
+        height = [0.02 + 0.04 * number] * len(equal)  # in parts of the axis
+        axes.plot(equal, height, "v", transform=axes.get_xaxis_transform(), color=line.get_color())
         axes.set_xticks(range(len(shown)), [finding.stage for finding in shown], rotation=90, fontsize=7)
         titles = [f"{name}: {words.replace(f', {dtype}', '')}" for name, words in (("a", report.a), ("b", report.b))]
         axes.set_title("\n".join(titles))
     axes.set_ylabel("‖Δ‖ / ‖a‖")
     axes.grid(alpha=0.3)
-    axes.legend()
+    handles, _ = axes.get_legend_handles_labels()
+    handles += [
+        Line2D([], [], color="grey", linestyle="--", linewidth=1, label="allowed"),
+        Line2D([], [], color="grey", linestyle="", marker="v", label="no difference (0)"),
+        Line2D([], [], color="grey", linestyle="", marker="o", fillstyle="none", markersize=9, label="diverges"),
+    ]
+    axes.legend(handles=handles, fontsize=8)
     figure.savefig(path, dpi=150)

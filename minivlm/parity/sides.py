@@ -1,4 +1,4 @@
-"""One side of a comparison: which code runs which weights, and how. The only place that knows transformers' calls.
+"""One side of a comparison: which code runs which weights, and how. Only this file calls transformers.
 
     side = Side("shapes-idefics2", "transformers", dtype="float32")
     model, inputs = load(side), encode(side, [image], "what is this?")
@@ -32,14 +32,14 @@ from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 Sink = Callable[[Stage, int, Tensor], None]
 
 CODES = ("minivlm", "transformers")
-# `quantize`: the configuration, and about how many bytes a weight takes with its scale, tables in 16 bits among them.
+# For `quantize`: the configuration, and the approximate bytes per weight with scales and 16-bit embeddings included.
 QUANTIZED: dict[str, tuple[Any, float]] = {
     "nf4": (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 0.6),
     "fp4": (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), 0.6),
     "int8": (BitsAndBytesConfig(load_in_8bit=True), 1.1),
     "int4": (Int4Config(), 0.6),
 }
-# What models take of what processors make (transformers 4 adds token_type_ids), by its name in reports, in their order.
+# The processor outputs that models take (transformers 4 adds token_type_ids) → their names in reports, in their order.
 INPUTS = {
     "pixel_values": "pixels",
     "pixel_attention_mask": "pixel mask",
@@ -52,10 +52,10 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Side:
-    """model: a folder, a built-in name, a Hub id, or a loaded model of either code, which tells all but the dtype.
+    """model: a folder, a built-in name, a Hub id, or a loaded model of either code, which fixes all but the dtype.
 
-    code: "minivlm" or "transformers".  dtype: of the weights; None keeps what they have.  attn: the backend; None is
-    the code's own choice.  quantize: None or one of QUANTIZED, with minivlm only.  device: None is the CPU.
+    code: "minivlm" or "transformers".  dtype: of the weights; None keeps theirs.  attn: the attention backend;
+    None leaves it to the code.  quantize: None or one of QUANTIZED, with minivlm only.  device: None is the CPU.
     adapter: None or a LoRA adapter's folder, which transformers loads by PEFT.
     """
 
@@ -77,12 +77,14 @@ class Side:
         if self.quantize is not None and self.quantize not in QUANTIZED:
             raise ValueError(f"quantize is one of {', '.join(QUANTIZED)}, found {self.quantize!r}")
         if self.quantize is not None and self.code != "minivlm":
-            raise ValueError(f"quantize={self.quantize} is for sides that minivlm runs, and this one runs {self.code}")
+            raise ValueError(
+                f"quantize={self.quantize} works only in sides that minivlm runs, and this one runs {self.code}"
+            )
         if self.code == "minivlm" and self.attn is not None:
             check_implementation(self.attn)
 
     def words(self, attn: str | None) -> str:
-        """The side in words, with the backend that its model has chosen (None: one for each call)."""
+        """A description of the side, with the attention backend its model has chosen (None: one for each call)."""
         settings = (self.dtype or "dtype as stored", attn or "best attention", self.quantize, self.device)
         return ", ".join([self.version, *filter(None, settings)])
 
@@ -93,19 +95,19 @@ class Side:
 
 
 def transformers() -> Any:
-    """The reference's package. OSError that says how to do without it if it is not installed."""
+    """Import transformers. OSError, with alternatives, if it is not installed."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise OSError(
-            f"transformers cannot be imported ({error}); install it with pip install 'minivlm[parity]', or do without: "
+            f"transformers cannot be imported ({error}); install it with pip install 'minivlm[parity]', or avoid it: "
             "--against a recording, or --reference minivlm"
         ) from error
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' bars and warnings (it warns at every change of backend, of parts that have none)."""
+    """Silence transformers' progress bars and warnings (it warns about parts without a backend at every change)."""
     logging = transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -122,7 +124,7 @@ def _quietly() -> Iterator[None]:
 
 
 def config_of(side: Side) -> Any:
-    """The model's configuration as one of ours, whoever runs it. ValueError for a family that is not ours."""
+    """The model's configuration in minivlm's classes, whichever code runs it. ValueError for an unknown family."""
     if isinstance(side.model, nn.Module):
         config = side.model.config
         if side.code == "minivlm":
@@ -133,20 +135,20 @@ def config_of(side: Side) -> Any:
 
 
 def family(model_type: Any) -> Family:
-    """The record of a side's family. ValueError for one that is not ours."""
+    """The record of a side's family. ValueError for an unknown one."""
     return auto.family(model_type, "the model")
 
 
 def _folder(side: Side) -> Any:
-    """What transformers knows the checkpoint by."""
+    """The folder or name under which transformers finds the checkpoint."""
     return hub.source(side.model).folder or side.model
 
 
 def load(side: Side) -> nn.Module:
-    """The side's model, in eval mode. A loaded one is copied only if it should have another dtype.
+    """The side's model, in eval mode. A loaded model is copied only to change its dtype.
 
-    Raises MemoryError, with the figures, before anything is loaded that does not fit, and OSError for what transformers
-    cannot load.
+    Raises MemoryError, with figures, before loading anything that does not fit, and OSError for checkpoints that
+    transformers cannot load.
     """
     if isinstance(side.model, nn.Module):
         wanted = loading.DTYPES[side.dtype]
@@ -161,17 +163,17 @@ def load(side: Side) -> nn.Module:
     try:
         with _quietly():
             model = getattr(transformers(), model_class.__name__).from_pretrained(_folder(side), **options)
-            if side.adapter is not None:  # its layers take their places inside this same model
+            if side.adapter is not None:  # PEFT replaces layers inside this same model
                 importlib.import_module("peft").PeftModel.from_pretrained(model, side.adapter)
-    except Exception as error:  # of many kinds: a cut file is a SafetensorError
+    except Exception as error:  # of many kinds: a truncated file raises SafetensorError
         raise OSError(f"{side.version} cannot load {side.model}: {error}") from error
     return model.to(side.device or "cpu").eval()
 
 
 def foresee(side: Side) -> None:
-    """MemoryError if the weights, and logits for a thousand tokens, do not fit into what is free on the device.
+    """MemoryError if the weights, and logits for a thousand tokens, do not fit into the device's free memory.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that does not exist.
     """
     if isinstance(side.model, nn.Module):
         return
@@ -180,7 +182,7 @@ def foresee(side: Side) -> None:
         model = family(config.model_type).model_class(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
-    quantize = side.quantize or (stored and ("int8" if stored.get("load_in_8bit") else "nf4"))  # or as small as that
+    quantize = side.quantize or (stored and ("int8" if stored.get("load_in_8bit") else "nf4"))  # or about as small
     size = QUANTIZED[quantize][1] if quantize else dtype.itemsize
     needed, free = weights * size + 1000 * model.lm_head.out_features * dtype.itemsize, available(side.device)
     if free is not None and needed > free:
@@ -192,10 +194,10 @@ def foresee(side: Side) -> None:
 
 
 def available(device: str | None) -> float | None:
-    """Free bytes of a device; None where the system does not tell. ValueError if there is no such device."""
+    """Free bytes of a device; None where the system does not report them. ValueError if there is no such device."""
     if loading.wanted_device(device).type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} is not there: torch {torch.__version__} sees no GPU; pass cpu")
+            raise ValueError(f"device {device!r} does not exist: torch {torch.__version__} finds no GPU; pass cpu")
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -206,13 +208,13 @@ def available(device: str | None) -> float | None:
 
 
 def backend(model: nn.Module) -> str | None:
-    """The attention backend that a model is set to."""
+    """A model's attention backend."""
     return model.attn_implementation if code_of(model) == "minivlm" else model.config._attn_implementation
 
 
 @contextlib.contextmanager
 def other_backend(model: nn.Module) -> Iterator[None]:
-    """For a while, the model's other backend: eager, or where it is eager already, sdpa."""
+    """Within the block, the model uses its other backend: eager, or if it is eager already, sdpa."""
     before = backend(model)
     _set_backend(model, "sdpa" if before == "eager" else "eager")
     try:
@@ -235,7 +237,7 @@ def _set_backend(model: nn.Module, name: str | None) -> None:
 def processor_of(side: Side) -> Any:
     """The side's processor; transformers' with its Pillow image backend, which gives equal pixels everywhere."""
     if isinstance(side.model, nn.Module):
-        raise ValueError("a loaded model has no processor; pass `inputs`, or the checkpoint's name as the model")
+        raise ValueError("a loaded model has no processor; pass `inputs`, or give the checkpoint's name as the model")
     if side.code == "minivlm":
         return auto.AutoProcessor.from_pretrained(side.model)
     with _quietly():
@@ -245,7 +247,7 @@ def processor_of(side: Side) -> Any:
 
 
 def _pillow(model_type: str) -> Any:
-    """transformers' image processor on Pillow: a class of its own since version 5, the plain one before."""
+    """transformers' Pillow-based image processor: a separate class since version 5, before that the only one."""
     package = f"transformers.models.{model_type}.image_processing"
     name = family(model_type).processor_class.__name__.removesuffix("Processor") + "ImageProcessor"
     try:
@@ -254,26 +256,26 @@ def _pillow(model_type: str) -> Any:
         return getattr(importlib.import_module(f"{package}_{model_type}"), name)
 
 
-def encode(side: Side, pictures: list[Any], prompt: str) -> dict[str, Any]:
-    """What the side's processor returns for a question about images: a dict of tensors.
+def encode(side: Side, images: list[Any], prompt: str) -> dict[str, Any]:
+    """The inputs that the side's processor returns for a question about images: a dict of tensors.
 
-    The prompt around the question is rendered here for both sides, by the checkpoint's chat template if it has one.
-    IDEFICS's processor in transformers takes no such text, so there it is written as the model's documentation does.
+    Both sides get the same prompt, rendered here by the checkpoint's chat template if it has one. IDEFICS's processor
+    in transformers takes no such text, so there the prompt is the one of the model's documentation.
     """
     processor, options = processor_of(side), {"return_tensors": "pt"}
     if family(config_of(side).model_type).takes_items:
-        found = processor(text=[["User:", *pictures, f"{prompt}\nAssistant:"]], **options)
+        found = processor(text=[["User:", *images, f"{prompt}\nAssistant:"]], **options)
     else:
-        images = {"images": [pictures]} if pictures else {}
-        found = processor(text=[_rendered(side, len(pictures), prompt)], **images, **options)
+        options |= {"images": [images]} if images else {}
+        found = processor(text=[_rendered(side, len(images), prompt)], **options)
     return {name: found[name] for name in INPUTS if name in found}
 
 
-def _rendered(side: Side, pictures: int, prompt: str) -> str:
+def _rendered(side: Side, images: int, prompt: str) -> str:
     template = auto.AutoProcessor.from_pretrained(side.model)
     if not template.chat_template:
-        return "<image>" * pictures + prompt
-    content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": prompt}]
+        return "<image>" * images + prompt
+    content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
     return template.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
@@ -282,14 +284,14 @@ def _rendered(side: Side, pictures: int, prompt: str) -> str:
 
 @torch.no_grad()
 def forward(model: nn.Module, stages: list[Stage], inputs: dict[str, Any], sink: Sink) -> None:
-    """One pass over the prompt; hooks that only read hand every stage's tensor to `sink`, with how often it came."""
+    """Run the prompt once; read-only hooks pass every stage's tensor to `sink`, with the number of its call."""
     calls = dict.fromkeys(stages, 0)
 
-    def see(stage: Stage, value: Tensor) -> None:
+    def watch(stage: Stage, value: Tensor) -> None:
         calls[stage] += 1
         sink(stage, calls[stage] - 1, value.detach())
 
-    with hooked(model, dict.fromkeys(stages, see)):
+    with hooked(model, dict.fromkeys(stages, watch)):
         model(**moved(inputs, model))
 
 
@@ -300,7 +302,7 @@ def moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, Tensor]:
-    """Up to so many new tokens (B, N), and what each was chosen by, (B, N, V) in the model's dtype."""
+    """At most `tokens` new tokens (B, N), and the scores each was chosen by, (B, N, V) in the model's dtype."""
     options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
     with _quietly() if code_of(model) == "transformers" else contextlib.nullcontext():
         found = model.generate(**moved(inputs, model), **options, return_dict_in_generate=True, output_scores=True)
@@ -323,8 +325,8 @@ def code_at(thing: Any) -> str:
 
 
 def blamed(model: nn.Module, stage: Stage) -> tuple[str, str]:
-    """(path, code) of the module that makes a stage, and of up to two around it, whose forward pass calls it: an edit
-    may lie there. Modules of torch's own are passed over, and so is one that is gone."""
+    """(path, code) of the module that computes a stage, and of up to two modules around it: an edit may be in their
+    forward pass. torch's own modules are skipped, and so are missing ones."""
     modules = dict(model.named_modules())
     path = stage.blame or path_of(model, stage) or stage.ours
     around = [path.rsplit(".", n)[0] for n in range(path.count(".") + 1)]

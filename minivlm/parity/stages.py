@@ -1,8 +1,8 @@
-"""Which stages of a model are compared, and which of their vectors count. The stages themselves are data of each family
+"""Selects the stages of a model that are compared, and which of their vectors count. Each family lists its stages
 (`minivlm.families`).
 
-The rows of a stage are the same on both sides, though ours sends Idefics2's images through the tower in groups of one
-size, the reference all at once.
+Both sides have the same rows in a stage, although minivlm runs Idefics2's images through the tower in groups of one
+size and transformers runs them all at once.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from minivlm.families import Rows, Stage, family
 
 
 def stages_of(config: Any, layers: list[int] | None = None, inside: bool = False) -> list[Stage]:
-    """The stages of a model with this configuration (one of ours), of numbered layers only those of `layers`; with
-    `inside` also their parts.
+    """The stages of a model with this configuration; of the numbered layers only `layers`, if given; with `inside` also
+    their parts.
 
-    Raises ValueError for numbers that no layer has.
+    Raises ValueError for layer numbers that do not exist.
     """
     stages = family(config.model_type).stages(config)
     most = max(stage.number for stage in stages if stage.number is not None)
@@ -28,7 +28,7 @@ def stages_of(config: Any, layers: list[int] | None = None, inside: bool = False
 
 
 def rows_of(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
-    """The kinds of rows that stages have, for these inputs; without images only "tokens"."""
+    """The kinds of rows that stages have for these inputs; without images only "tokens"."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()  # (B, T)
     tokens = {"tokens": Rows({"minivlm": [real], "transformers": [real]}, ("row", "token"), real.nonzero())}

@@ -1,1 +1,1 @@
-"""From pictures and text to the tensors that a model takes: one file per concern, one per model's prompt format."""
+"""From images and text to the model's input tensors: one file per concern, one per model's prompt format."""

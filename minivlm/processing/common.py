@@ -1,4 +1,4 @@
-"""What the three models' processors share: reading and writing their folders, checking their settings, their calls."""
+"""Code the three processors share: reading and writing their folders, checking settings, and their calls."""
 
 import copy
 import difflib
@@ -17,9 +17,9 @@ from minivlm.processing.tools import ImageProcessorTools, ProcessorTools
 from minivlm.text import chat_template as chat
 from minivlm.text.tokenizer import TEXT_OPTIONS, Prompt, Tokenizer, as_texts
 
-MAX_EDGE = 2**12  # of a picture or tile, as settings may ask for: 200 MB of pixel values
-MOST = 10**6  # of a mean or deviation of bytes; beyond, float32 would forget the picture
-# red, green and blue of the pictures that CLIP was trained on
+MAX_EDGE = 2**12  # the largest image or tile that settings may request: 200 MB of pixel values
+MAX_STATISTIC = 10**6  # of image_mean and image_std; beyond it the pixels would be lost to float32 rounding
+# per channel (red, green, blue), of CLIP's training images
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 OTHER_OPTIONS = ("return_tensors", "return_mm_token_type_ids")
 GROUPS = ("text_kwargs", "images_kwargs")
@@ -30,7 +30,7 @@ class ImageProcessor(ImageProcessorTools):
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
-        """From the JSON of any transformers version; keys that are not fields (its class names) are left aside."""
+        """From the JSON of any transformers version; keys that are not fields (such as class names) are ignored."""
         return cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
 
     @classmethod
@@ -46,7 +46,7 @@ class ImageProcessor(ImageProcessorTools):
         write_json(Path(folder) / "preprocessor_config.json", asdict(self) | names)
 
     def changed(self, changes: dict[str, Any]) -> Self:
-        """A copy with other values of some fields; None changes nothing. TypeError for names of no field."""
+        """A copy with some fields changed; None leaves a field as it is. TypeError for unknown names."""
         names = [f.name for f in fields(self)]
         check_names(changes, names)
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
@@ -55,8 +55,8 @@ class ImageProcessor(ImageProcessorTools):
 class Processor(ProcessorTools):
     """Base class: a family adds its constructor and `encode`.
 
-    SETTINGS has its own settings in processor_config.json and, for those that older files lack, where the model's
-    config.json has them.
+    SETTINGS maps each setting of processor_config.json to its path in the model's config.json, which is read where
+    older processor files lack it (None: it is not there).
     """
 
     image_processor_class: ClassVar[type]
@@ -78,10 +78,10 @@ class Processor(ProcessorTools):
     ) -> Self:
         """A checkpoint's processor: from a folder, by a name that ships with the package, or by a Hub id.
 
-        `changes` win over the files: fields of the image processor (do_image_splitting=False, size={…}), `SETTINGS` of
-        the processor, padding_side and chat_template (jinja, or a name of `chat_template.KNOWN`). None counts as not
-        given; TypeError for any other name. Other options of `transformers` are accepted where they change nothing
-        here (`checkpoint/options.py`).
+        `changes` override the files: fields of the image processor (do_image_splitting=False, size={…}), `SETTINGS`,
+        padding_side and chat_template (jinja, or a name in `chat_template.KNOWN`). None means not given; TypeError for
+        any other name. Other options of `transformers` are accepted if they would change nothing
+        (`checkpoint/options.py`).
         """
         source = hub.source(
             name_or_folder,
@@ -126,8 +126,8 @@ class Processor(ProcessorTools):
 
         Options: those of `Tokenizer.assemble` (padding, truncation, max_length, add_special_tokens, padding_side,
         pad_to_multiple_of); `return_tensors` ("pt", "np" or None); every field of the image processor, for this call
-        alone (do_image_splitting, size, …); `return_mm_token_type_ids`, for 1 at image tokens and 0 elsewhere. They may
-        also stand in text_kwargs={…} and images_kwargs={…}, and one of None counts as not given.
+        alone (do_image_splitting, size, …); `return_mm_token_type_ids`, which adds 1 at image tokens and 0 elsewhere.
+        They may also be given in text_kwargs={…} and images_kwargs={…}; None means not given.
         """
         if text is None and images is None:
             raise ValueError("pass text, images or both")
@@ -137,7 +137,7 @@ class Processor(ProcessorTools):
         return processor.image_processor(images, options.get("return_tensors"))
 
     def encode_prompts(self, prompts: list[Prompt], images: Any = None, **options: Any) -> Inputs:
-        """What a call and `apply_chat_template` share. ValueError unless there is one image for every image token."""
+        """The part that calls and `apply_chat_template` share. ValueError unless every image token has an image."""
         processor, options = self.for_call(options)
         return_tensors = options.pop("return_tensors", None)
         token_types = options.pop("return_mm_token_type_ids", False)
@@ -145,7 +145,7 @@ class Processor(ProcessorTools):
         return self.finished(processor.encode(prompts, rows, **options), return_tensors, token_types)
 
     def finished(self, inputs: Inputs, return_tensors: str | None, token_types: bool) -> Inputs:
-        """Inputs as the caller wants them, on request with mm_token_type_ids."""
+        """Inputs as tensors, arrays or lists, and with mm_token_type_ids if requested."""
         if token_types:
             inputs["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in row] for row in inputs["input_ids"]]
         return inputs.convert(return_tensors)
@@ -156,7 +156,7 @@ class Processor(ProcessorTools):
         return (*TEXT_OPTIONS, *OTHER_OPTIONS, *GROUPS, *image_fields)
 
     def for_call(self, options: dict[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """The processor with the image options of one call, and the other options. TypeError for unknown names."""
+        """The processor with this call's image options applied, and the other options. TypeError for unknown names."""
         given = {name: value for name, value in options.items() if name not in GROUPS}
         for group in GROUPS:
             for name, value in (options.get(group) or {}).items():
@@ -182,7 +182,7 @@ class Processor(ProcessorTools):
 
 
 def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, Any]:
-    """What the model's config.json, if there is one, has for a processor's settings; None where it has nothing."""
+    """The processor's settings found in the model's config.json; None for those it lacks."""
     found = {}
     for name, path in paths.items():
         value = source.json("config.json", required=False)
@@ -193,7 +193,7 @@ def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, A
 
 
 def check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    """TypeError for a name that is not known, with the nearest that is."""
+    """TypeError for an unknown name; the message suggests the nearest known one."""
     known = list(known)
     for name in given:
         if name not in known:
@@ -203,11 +203,11 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
             )
 
 
-# ---- Pictures and prompts --------------------------------------------------------------------------------------------
+# ---- Images and prompts --------------------------------------------------------------------------------------------
 
 
 def check_pixel_options(options: Any) -> None:
-    """ValueError unless an image processor's switches, resample, mean, deviation and rescale_factor make sense."""
+    """Check an image processor's switches, resample, mean, deviation and rescale_factor; ValueError for bad ones."""
     for switch in (f.name for f in fields(options) if f.name.startswith("do_")):
         if not isinstance(getattr(options, switch), bool):
             raise ValueError(f"{switch} is true or false, found {getattr(options, switch)!r:.80}")
@@ -217,21 +217,23 @@ def check_pixel_options(options: Any) -> None:
         found = getattr(options, name)
         values = [found] * 3 if name == "rescale_factor" else found
         numbers = isinstance(values, list | tuple) and len(values) == 3
-        if not numbers or not all(type(v) in (int, float) and abs(v) <= MOST for v in values):
-            raise ValueError(f"{name} is made of numbers up to {MOST}, one per channel (3), found {found!r:.80}")
-        if name != "image_mean" and min(values) < 1 / MOST:
+        if not numbers or not all(type(v) in (int, float) and abs(v) <= MAX_STATISTIC for v in values):
+            raise ValueError(
+                f"{name} is made of numbers up to {MAX_STATISTIC}, one per channel (3), found {found!r:.80}"
+            )
+        if name != "image_mean" and min(values) < 1 / MAX_STATISTIC:
             verb = "divides" if name == "image_std" else "multiplies"
             raise ValueError(f"{name} {verb} the pixels and so must not be 0, less, or almost 0; found {found!r:.80}")
 
 
 def pixel_table_of(options: Any) -> np.ndarray:
-    """`pixel_table` (3, 256) by the fields of an image processor."""
+    """`pixel_table` (3, 256) for an image processor's settings."""
     mean, std = (options.image_mean, options.image_std) if options.do_normalize else (None, None)
     return pixel_table(options.rescale_factor if options.do_rescale else None, mean, std)
 
 
-def fetch_picture(processor: Any, source: Any) -> Any:
-    """`load_image` by the rules of the processor: IDEFICS lays what is transparent on white."""
+def fetch_image(processor: Any, source: Any) -> Any:
+    """`load_image` by the processor's rules: IDEFICS composites transparent images on white."""
     return load_image(source, getattr(processor.image_processor, "background", None))
 
 
@@ -243,10 +245,10 @@ def assemble(
     border: int | None = None,
     **options: Any,
 ) -> Inputs:
-    """input_ids and attention_mask (B, T), with the next of `blocks` for every image token.
+    """input_ids and attention_mask (B, T); each image token is replaced by the next of `blocks`.
 
-    The ids are those of the text with the blocks written out. Where two `border` tokens meet, one is left. Prompts with
-    learned spans give assistant_masks as well.
+    The ids equal those of the text with the blocks written out. Two adjacent `border` tokens become one. Prompts with
+    learned spans also give assistant_masks.
     """
     bodies, learned = [], []
     for prompt in prompts:
@@ -261,7 +263,7 @@ def assemble(
 def expand(
     ids: list[int], marks: list[int], image_token_id: int, blocks: Iterator[list[int]], border: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Each image token replaced by the next block; the block's tokens get its mark. For `border` see `assemble`."""
+    """Replace each image token by the next block, whose tokens all get its mark. For `border` see `assemble`."""
     if image_token_id not in ids and border not in ids:
         return ids, marks
     new_ids: list[int] = []

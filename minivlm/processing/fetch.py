@@ -1,12 +1,12 @@
-"""Pictures behind URLs: fetched only where a call or a prompt names one, and trusted in nothing.
+"""Downloads images from URLs, only where a call or a prompt names one, and trusts nothing that comes back.
 
-- http and https, to the address that the caller names, his own network included: a server of one's own is a usual place
-  for pictures. Addresses where clouds keep their keys, link-local ones and KEYS, hold none and are refused.
+- http and https, to the address the caller names, private networks included: images often lie on one's own server.
+  Link-local addresses and KEYS, where clouds serve credentials, are refused.
 - At most REDIRECTS redirects, none from https to http, none from a public address into a private network.
-- TIMEOUT seconds for all of it, and MAX_DOWNLOAD bytes, as they come: nothing is decompressed. What they are is found
-  by decoding them; the server's word for it is not asked.
-- No name, password, cookie or token is sent; a URL that holds a password is refused. Proxies are used as the
-  environment names them; the addresses behind a proxy are its own affair.
+- At most TIMEOUT seconds in all and MAX_DOWNLOAD bytes; nothing is decompressed. The format is found by decoding; the
+  server's content type is ignored.
+- No name, password, cookie or token is sent; a URL that contains a password is refused. Proxies come from the
+  environment; addresses that a proxy connects to are not checked.
 """
 
 import base64
@@ -32,7 +32,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def fetch(url: str) -> bytes:
-    """The bytes behind an http(s) or data: URL. ValueError for what is none, OSError for what cannot be fetched."""
+    """The bytes of an http(s) or data: URL. ValueError for any other URL, OSError if it cannot be fetched."""
     scheme, _, rest = url.partition(":")
     if scheme.lower() == "data":
         return _from_data_url(rest)
@@ -56,7 +56,7 @@ def shown(url: str) -> str:
 
 
 def _from_data_url(rest: str) -> bytes:
-    """What stands behind "data:"."""
+    """The bytes in a data: URL, given without its "data:"."""
     header, _, payload = rest.partition(",")
     if not header.lower().endswith(";base64") or len(payload) > MAX_DOWNLOAD * 4 // 3 + 4:
         raise ValueError(f"a data: URL holds base64 of at most {MAX_DOWNLOAD // 2**20} MiB, found {header[:60]!r}")
@@ -67,11 +67,11 @@ def _from_data_url(rest: str) -> bytes:
 
 
 class _Visit:
-    """One URL with its redirects: how much time is left, where they have led, and what is open."""
+    """One URL and its redirects: the time left, whether the last server was public, the open connections."""
 
     def __init__(self) -> None:
         self._deadline = time.monotonic() + TIMEOUT
-        self._public = False  # has the last server been outside of private networks?
+        self._public = False  # whether the last server was outside private networks
         self._open: list[socket.socket] = []
         self._timer = threading.Timer(TIMEOUT, self._cut)
         self._timer.daemon = True
@@ -86,13 +86,13 @@ class _Visit:
             connection.close()
 
     def _cut(self) -> None:
-        """The time is up: whatever waits for a server, which may send a byte now and then, gets an end of file."""
+        """Time is up: close the connections, so that reads from a slow server end."""
         for connection in self._open:
-            with contextlib.suppress(OSError):  # it has ended by itself
+            with contextlib.suppress(OSError):  # already closed
                 connection.shutdown(socket.SHUT_RDWR)
 
     def get(self, url: str) -> bytes:
-        """The body behind an http(s) URL."""
+        """Download an http(s) URL, following redirects."""
         opener = urllib.request.OpenerDirector()  # with no handler of files or FTP
         http_handler, https_handler = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()
         http_handler.http_open = partial(_open, http_handler, self, http.client.HTTPConnection)
@@ -117,14 +117,14 @@ class _Visit:
             if len(body) > MAX_DOWNLOAD:
                 raise ValueError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
         if self.remaining() <= 0:
-            raise TimeoutError  # what came is what there was when it was cut
+            raise TimeoutError  # the body is incomplete: the connection was cut
         return bytes(body)
 
     def connect(self, host: str, port: int, direct: bool) -> socket.socket:
-        """A connection to the first address that takes one. Not `direct`: to a proxy."""
+        """A connection to the first address that accepts one. Not `direct`: to a proxy."""
         problem: Exception = OSError(f"{host} has no address")
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            if direct:  # looked at here, for a name that is asked twice may give two addresses
+            if direct:  # checked here, because a second DNS lookup may give another address
                 self._check(ipaddress.ip_address(address[0].partition("%")[0]))
             connection = socket.socket(family, kind, protocol)
             connection.settimeout(max(0.001, self.remaining()))
@@ -143,14 +143,14 @@ class _Visit:
             address = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
         address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
         if address.is_link_local or address in KEYS:
-            raise ValueError(f"{address} is a link-local address or one of a cloud's keys, where no pictures are")
+            raise ValueError(f"{address} is a link-local address or one of a cloud's keys, where no images are")
         if self._public and not address.is_global:
             raise ValueError(f"redirected from a public address to {address}, in a private network")
         self._public = address.is_global
 
 
 def _cleaned(url: str) -> str:
-    """The URL in ASCII, as browsers send what is pasted into them. ValueError if it names a user, or no host."""
+    """The URL in ASCII, as browsers send it. ValueError if it names a user, or no host."""
     parts = urllib.parse.urlsplit(url.strip())
     if "@" in parts.netloc:
         raise ValueError("it holds a user's name or password, which would be sent on")
@@ -162,7 +162,7 @@ def _cleaned(url: str) -> str:
 
 
 def _redirected(url: str, location: str | None) -> str:
-    """Where a redirect leads. ValueError for another scheme, http after https included."""
+    """The target of a redirect. ValueError for another scheme, http after https included."""
     if not location:
         raise ValueError("a redirect that leads nowhere")
     new = urllib.parse.urljoin(url, location)
@@ -173,7 +173,7 @@ def _redirected(url: str, location: str | None) -> str:
 
 
 class _Redirect(urllib.request.BaseHandler):
-    """Gives redirects back to `_Visit.get`; urllib's own handler reads their bodies, however long."""
+    """Returns redirects to `_Visit.get`; urllib's own handler would read their bodies, however long."""
 
     def http_error_302(self, request: Any, response: Any, code: int, message: str, headers: Any) -> Any:
         return response
@@ -182,8 +182,8 @@ class _Redirect(urllib.request.BaseHandler):
 
 
 def _open(handler: Any, visit: _Visit, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
-    """What urllib's handlers do, with a connection of the visit; TLS certificates are checked."""
-    direct = request.host == urllib.parse.urlsplit(request.full_url).netloc  # else it is the proxy's
+    """As urllib's handlers do, but with the visit's own connection; TLS certificates are checked."""
+    direct = request.host == urllib.parse.urlsplit(request.full_url).netloc  # else the host is the proxy's
 
     def connection(host: str, **options: Any) -> http.client.HTTPConnection:
         made = kind(host, **options)

@@ -1,10 +1,10 @@
-"""Idefics2's pictures and prompts (Laurençon et al. 2024, "What matters when building vision-language models?").
+"""Idefics2's images and prompts (Laurençon et al. 2024, "What matters when building vision-language models?").
 
-A picture keeps its aspect ratio: its longest side is brought down to 980, both sides are brought up to 378. With image
-splitting its four quarters go first, each resized by the same rule, then the whole. In the text every `<image>` stands
-for 64 places between `<fake_token_around_image>` marks, five times over when the picture is split.
+An image keeps its aspect ratio: the longest side is reduced to 980, then both sides are raised to at least 378. With
+image splitting, four crops (its quarters) precede the whole image, each resized by the same rule. In the text every
+`<image>` becomes 64 image tokens between `<fake_token_around_image>` marks, five times over when the image is split.
 
-Letters: B prompts, N pictures (crops included) in the fullest prompt, H and W the largest height and width of all.
+Letters: B prompts, N images (crops included) in the prompt with most, H and W the largest height and width.
 """
 
 import itertools
@@ -23,7 +23,7 @@ FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of
 
 
 def resized_size(height: int, width: int, shortest: int = 378, longest: int = 980) -> tuple[int, int]:
-    """Final (height, width) of a picture or crop. int() cuts off: 1001x1500 becomes 653x980 (653.98…).
+    """Final (height, width) of an image or crop. int() truncates: 1001x1500 becomes 653x980 (653.98…).
 
     The second rule may change the aspect ratio: 100x2000 becomes 378x980.
     """
@@ -42,7 +42,7 @@ def crop_boxes(height: int, width: int) -> list[tuple[int, int, int, int]]:
 
 
 def image_block(image_seq_len: int, splitting: bool) -> list[str]:
-    """The tokens that an `<image>` of a prompt stands for. Adjacent images share one mark between them."""
+    """The tokens that replace an `<image>` of a prompt. Adjacent images share the mark between them."""
     if type(image_seq_len) is not int or not 1 <= image_seq_len <= 2**13:
         raise ValueError(f"image_seq_len is the number of image tokens per image or crop, found {image_seq_len!r:.80}")
     return [FAKE, *[IMAGE] * image_seq_len] * (5 if splitting else 1) + [FAKE]
@@ -50,9 +50,9 @@ def image_block(image_seq_len: int, splitting: bool) -> list[str]:
 
 @dataclass
 class Idefics2ImageProcessor(ImageProcessor):
-    """Pictures → pixel_values and pixel_attention_mask. The fields are those of preprocessor_config.json.
+    """Images → pixel_values and pixel_attention_mask. The fields are those of preprocessor_config.json.
 
-    `do_convert_rgb` changes nothing: pictures always become upright RGB by the rules of `load_image`.
+    `do_convert_rgb` has no effect: `load_image` always returns upright RGB.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_attention_mask"]
@@ -81,21 +81,21 @@ class Idefics2ImageProcessor(ImageProcessor):
 
     def __call__(self, images: Any, return_tensors: str | None = None, **changes: Any) -> Inputs:
         """One image, a flat list (one prompt's) or a list per prompt → pixel_values (B, N, 3, H, W) float32,
-        pixel_attention_mask (B, N, H, W) int64, 1 on the picture. Padding, right and below, is exactly 0.0. `changes`
-        are fields with other values for this call.
+        pixel_attention_mask (B, N, H, W) int64, 1 on the image. Padding, right and below, is exactly 0.0. `changes`
+        replace fields for this call.
         """
         if changes:
             return self.changed(changes)(images, return_tensors)
-        self.__post_init__()  # fields may have been set since
+        self.__post_init__()  # fields may have changed since construction
         rows = [[part for image in row for part in self.parts(load_image(image))] for row in nest_images(images)]
         sizes = [part.size for row in rows for part in row]
         if not sizes:
-            raise ValueError("no image: pass at least one, or leave images out for a prompt of text alone")
+            raise ValueError("no image: pass at least one, or leave images out for a text-only prompt")
         width, height = (max(lengths) for lengths in zip(*sizes, strict=True))
-        check_pixel_count(width, height, "a picture, padded to the size of the others,")
+        check_pixel_count(width, height, "an image, padded to the size of the others,")
         count = max(len(row) for row in rows)
         if not self.do_pad and (len(set(sizes)) > 1 or any(len(row) != count for row in rows)):
-            raise ValueError(f"pictures of {len(set(sizes))} sizes are not one tensor without padding; set do_pad=True")
+            raise ValueError(f"images of {len(set(sizes))} sizes are not one tensor without padding; set do_pad=True")
         pixels = np.zeros((len(rows), count, 3, height, width), np.float32)
         mask = np.zeros((len(rows), count, height, width), np.int64)
         table = pixel_table_of(self)
@@ -109,12 +109,12 @@ class Idefics2ImageProcessor(ImageProcessor):
         return inputs.convert(return_tensors)
 
     def parts(self, image: Any) -> list[Any]:
-        """An RGB picture, resized; when splitting, its four resized quarters come first."""
+        """An RGB image, resized; when splitting, its four resized crops come first."""
         quarters = []
         if self.do_image_splitting:
             if min(image.size) < 2:
                 raise ValueError(
-                    f"a picture of {image.width}x{image.height} has no quarters; leave it out or set "
+                    f"an image of {image.width}x{image.height} has no quarters; leave it out or set "
                     "image_processor.do_image_splitting = False"
                 )
             quarters = [image.crop(box) for box in crop_boxes(image.height, image.width)]
@@ -126,7 +126,7 @@ class Idefics2ImageProcessor(ImageProcessor):
         return [resize(part, *size, self.resample) for part, size in zip(parts, sizes, strict=True)]
 
     def regions(self, height: int, width: int, patch: int) -> list[Region]:
-        """Where the patch grid of each part lies on an image of this size; `parts` in numbers."""
+        """Where the patch grid of each of `parts` lies on an image of this size."""
         edges = self.size["shortest_edge"], self.size["longest_edge"]
         boxes = crop_boxes(height, width) if self.do_image_splitting else []
         names = [f"quarter {number}" for number in range(1, len(boxes) + 1)] + ["whole image"]
@@ -134,17 +134,17 @@ class Idefics2ImageProcessor(ImageProcessor):
         for name, (left, top, right, bottom) in zip(names, [*boxes, (0, 0, width, height)], strict=True):
             size = bottom - top, right - left
             down, across = resized_size(*size, *edges) if self.do_resize else size
-            rows, columns = down // patch, across // patch  # what fills no patch falls away
+            rows, columns = down // patch, across // patch  # pixels that do not fill a patch are cut off
             high, wide = rows * patch * size[0] / down, columns * patch * size[1] / across
             found.append(Region(name, (rows, columns), top, left, high, wide))
         return found
 
 
 class Idefics2Processor(Processor):
-    """Prompts and pictures → everything that the model takes; ids → text.
+    """Prompts and images → the model's inputs; ids → text.
 
-    Differs from `transformers` 5.23 in the ids after special tokens, where this follows the checkpoint's tokenizer.json
-    (as transformers 4 does), and in refusing prompts whose `<image>` do not match the images.
+    Two differences from `transformers` 5.23: ids after special tokens follow the checkpoint's tokenizer.json (as in
+    transformers 4), and prompts whose `<image>` tokens do not match the images are refused.
     """
 
     image_processor_class = Idefics2ImageProcessor
@@ -157,7 +157,7 @@ class Idefics2Processor(Processor):
         image_seq_len: int = 64,
         chat_template: str | None = None,
     ) -> None:
-        image_block(image_seq_len, False)  # a bad setting is found here, not at the first image
+        image_block(image_seq_len, False)  # report a bad setting now rather than at the first image
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_len, self.chat_template = image_seq_len, chat_template
         tokenizer.add_tokens([FAKE, IMAGE, END_OF_UTTERANCE], special=True)
@@ -169,7 +169,7 @@ class Idefics2Processor(Processor):
 
         `images` is one image, a flat list in order of appearance, or one list per prompt ([] or None for none). Every
         `<image>` in a text needs one. Options: see `Processor.__call__`.
-        ValueError for counts that differ and for truncation that would cut a picture.
+        ValueError for counts that differ and for truncation that would cut an image.
         """
         return super().__call__(images, text, **options)
 
@@ -185,6 +185,6 @@ class Idefics2Processor(Processor):
         return inputs
 
     def image_counts(self, height: int, width: int) -> tuple[int, int]:
-        """Image tokens and images, crops included, of an image of this size."""
+        """How many image tokens, and images with crops, an image of this size becomes."""
         crops = 5 if self.image_processor.do_image_splitting else 1
         return self.image_seq_len * crops, crops

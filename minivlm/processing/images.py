@@ -1,15 +1,15 @@
-"""Pictures in, normalised float32 pixels out: what the three models' image processors share.
+"""Code the three image processors share: images in, normalised float32 pixels out.
 
-Every route by which a picture enters goes through `load_image`, so one rule holds for all of them:
+Every image enters through `load_image`, so the same rules hold for all sources:
 
 - the EXIF orientation is applied (a tag that makes no sense is ignored);
 - the result is 8-bit RGB, and **transparency is dropped, not composited**: the colours under it appear. This is what
   `transformers` does when its *processor* is called (its bare image processors composite on white instead). Only
-  IDEFICS asks for a `background`: it was trained on pictures laid on white;
+  IDEFICS passes a `background`, because it was trained on images composited on white;
 - grey becomes three equal channels, palettes, CMYK and YCbCr go through Pillow, 1-bit becomes 0 and 255;
 - 16-bit grey is scaled by 1/257 (65535 → 255), where Pillow's own conversion would turn it white;
-- 32-bit integer and float pictures (modes I and F) carry no range, so they are refused;
-- of an animation the first frame is taken (of an open `PIL.Image`, the frame it stands at).
+- 32-bit integer and float images (modes I and F) carry no range, so they are refused;
+- an animation gives its first frame (an open `PIL.Image` its current frame).
 """
 
 import io
@@ -26,51 +26,51 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from minivlm.processing.fetch import fetch, shown
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what cameras, screens, scanners and the web make
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # the formats of cameras, screens, scanners and the web
 MAX_PIXELS = 2**26  # 67 million, 256 MiB as RGBA; Pillow's own limit also holds
-MAX_SIDE = 65_535  # pixels, the most of a JPEG; resizing a longer side needs weights by the gigabyte
+MAX_SIDE = 65_535  # pixels, the limit of JPEG; resizing a longer side needs gigabytes of weights
 MAX_FILE = 2**29  # bytes; a TIFF of MAX_PIXELS in 16-bit RGB has 384 MiB
 MAX_READS = 10**6  # a photograph takes a hundred, a PNG of MAX_FILE in pieces of 8 KiB 200,000
-MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
-# how a JPEG, PNG, GIF, WEBP, BMP or TIFF begins in base64
+MAX_SCANS = 100  # in a progressive JPEG, each a pass over all pixels; encoders write about ten
+# the first characters of a JPEG, PNG, GIF, WEBP, BMP or TIFF in base64
 BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def load_image(source: Any, background: str | None = None) -> Image.Image:
-    """An upright RGB picture from a `PIL.Image`, a path, an http(s) or data URL, base64, bytes, an array or a tensor,
+    """An upright RGB image from a `PIL.Image`, a path, an http(s) or data URL, base64, bytes, an array or a tensor,
     or {"bytes": …, "path": …} with one of them.
 
     Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: whole numbers in 0..255, or floats in
     [0, 1] or, if one is above 1, in 0..255.
-    Transparent parts show the colours under them, or `background`, if a colour is named there.
+    Transparent parts show the colours under them, or the colour `background` if one is given.
     Raises TypeError for anything else, OSError for missing, unreachable or damaged files, ValueError for data that is
-    no picture, is ambiguous, or is above one of the limits of this file (checked before decoding).
+    not an image, is ambiguous, or exceeds one of this file's limits (checked before decoding).
     """
     return _to_rgb(*_open(source), background)
 
 
 def _open(source: Any) -> tuple[Image.Image, str]:
-    """The picture, upright and in its own mode, and what to call it in errors."""
+    """The image, upright and in its own mode, and its name for error messages."""
     if isinstance(source, Image.Image):
         return _finish(source, "the PIL image")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), f"the picture given as {memoryview(source).nbytes} bytes")
+        return _decode(bytes(source), f"the image given as {memoryview(source).nbytes} bytes")
     if isinstance(source, str) and (url := URL.match(source)):
         inline = url[0].lower() == "data:"
-        return _decode(fetch(source), "the picture in the data: URL" if inline else shown(source))
+        return _decode(fetch(source), "the image in the data: URL" if inline else shown(source))
     if isinstance(source, str) and source.startswith(BASE64) and not os.path.isfile(source):
-        return _decode(fetch(f"data:;base64,{source}"), f"the picture given as {len(source)} characters of base64")
+        return _decode(fetch(f"data:;base64,{source}"), f"the image given as {len(source)} characters of base64")
     if isinstance(source, str | Path):
         return _open_path(source)
-    if isinstance(source, dict) and (inner := source.get("bytes") or source.get("path")):  # as data sets store it
+    if isinstance(source, dict) and (inner := source.get("bytes") or source.get("path")):  # the format of data sets
         return _open(inner)
     if isinstance(source, torch.Tensor):
         source = _tensor_to_array(source)
     if isinstance(source, np.ndarray):
         return Image.fromarray(_array_to_uint8(source)), "the array"
     raise TypeError(
-        "a picture is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
+        "an image is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
         f"found {type(source).__name__}{' (pass what its read() gives)' if hasattr(source, 'read') else ''}"
     )
 
@@ -78,30 +78,30 @@ def _open(source: Any) -> tuple[Image.Image, str]:
 def _open_path(source: str | Path) -> tuple[Image.Image, str]:
     try:
         path = Path(source).expanduser()
-        is_file = path.is_file()  # and so no folder, pipe or device, which could wait or run for ever
+        is_file = path.is_file()  # not a folder, pipe or device: reading those could block for ever
     except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, an unknown ~user
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{str(source)[:200]!r} cannot be a path of a picture: {reason}") from error
+        raise OSError(f"{str(source)[:200]!r} cannot be a path of an image: {reason}") from error
     if not is_file:
-        raise OSError(f"no picture at {str(source)[:200]!r}: give an existing file or a full http(s):// URL")
+        raise OSError(f"no image at {str(source)[:200]!r}: give an existing file or a full http(s):// URL")
     if (size := path.stat().st_size) > MAX_FILE:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_FILE:,} that a picture may have")
+        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_FILE:,} that an image may have")
     return _decode(path, str(path))
 
 
-# what Pillow's decoders raise for bad files
+# exceptions that Pillow's decoders raise for bad files
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, struct.error)
 
 
 class _Metered(io.BufferedReader):
-    """A file that can be read MAX_READS times: Pillow takes a header's parts one by one, some of them byte by byte."""
+    """A file that can be read MAX_READS times: Pillow reads headers piece by piece, some of them byte by byte."""
 
     reads = 0
 
     def read(self, size: int | None = -1) -> bytes:
         self.reads += 1
         if self.reads > MAX_READS:
-            raise OSError(f"it is made of more than {MAX_READS:,} parts")
+            raise OSError(f"it consists of more than {MAX_READS:,} parts")
         return super().read(size)
 
 
@@ -110,7 +110,7 @@ def _decode(source: Path | bytes, name: str) -> tuple[Image.Image, str]:
         try:
             image = Image.open(file, formats=FORMATS)  # decoders of other formats are never reached
         except UnidentifiedImageError as error:
-            raise ValueError(f"{name} is not a {', '.join(FORMATS)} picture: {_guess(file)}") from error
+            raise ValueError(f"{name} is not a {', '.join(FORMATS)} image: {_guess(file)}") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{name} is above the limit of PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
         except _BROKEN as error:
@@ -119,31 +119,31 @@ def _decode(source: Path | bytes, name: str) -> tuple[Image.Image, str]:
 
 
 def _guess(file: io.BufferedReader) -> str:
-    """What a file is that is no picture, as far as its beginning tells."""
+    """A guess, from its first bytes, at what a file that is not an image contains."""
     file.seek(0)
     begin = file.read(1024)
     if not begin:
         return "it is empty"
-    for pattern, what in NOT_PICTURES.items():
+    for pattern, what in NOT_IMAGES.items():
         if re.match(pattern, begin, re.IGNORECASE | re.DOTALL):
             return what
     return f"it begins with {begin[:16]!r}"
 
 
-NOT_PICTURES = {
+NOT_IMAGES = {
     rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|RIFF....WEBP": "its header is damaged; fetch or export it again",
     rb"version https://git-lfs": "it is the Git LFS pointer to a file, not the file; fetch it with `git lfs pull`",
     rb"\s*(<\?xml.*)?<svg": "it is an SVG drawing; export it as PNG",
-    rb"\s*<(!doctype html|html|head|\?xml)": "it is a web page or XML, not a picture; give the address of the picture",
+    rb"\s*<(!doctype html|html|head|\?xml)": "it is a web page or XML, not an image; give the address of the image",
     rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "it is a PDF or PostScript document; export its pages as PNG",
     rb"....ftyp": "it is a HEIC, AVIF or video file; export it as JPEG or PNG",
 }
 
 
 def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
-    """Size check, decoding, orientation, in this order."""
+    """Check the size, decode, then turn upright."""
     check_pixel_count(*image.size, name)
-    if getattr(image, "tile", None):  # of an open file: not decoded yet
+    if getattr(image, "tile", None):  # an open file, not decoded yet
         _check_encoding(image, name)
     try:
         image.load()
@@ -153,9 +153,9 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
 
 
 def _check_encoding(image: Any, name: str) -> None:
-    """ValueError for what decodes at a cost that its size does not tell."""
+    """ValueError for encodings that cost far more to decode than the image's size suggests."""
     if image.format == "EPS":
-        raise ValueError(f"{name} is EPS, which Pillow would give to another program to run; export it as PNG")
+        raise ValueError(f"{name} is EPS, which Pillow would pass to another program; export it as PNG")
     if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
         position = image.fp.tell()
         image.fp.seek(0)
@@ -166,7 +166,7 @@ def _check_encoding(image: Any, name: str) -> None:
 
 
 def check_pixel_count(width: int, height: int, name: str) -> None:
-    """ValueError for an empty picture, or one whose pixels could fill the memory."""
+    """ValueError for an empty image, or one large enough to exhaust memory."""
     limit = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
     if min(width, height) < 1:
         raise ValueError(f"{name} is empty ({width}x{height})")
@@ -183,7 +183,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-    except Exception:  # Pillow's parser fails in many ways on a broken tag, and the picture is fine without it
+    except Exception:  # Pillow's parser fails in many ways on a broken tag, which the image does not need
         return image
 
 
@@ -202,7 +202,9 @@ def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Imag
     if image.mode == "P" and not image.getpalette():
         raise ValueError(f"{name} has a palette of no colours; export it again")
     try:
-        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):  # Pillow warns before it drops it
+        if image.mode == "P" and isinstance(
+            image.info.get("transparency"), bytes
+        ):  # convert first: Pillow would warn about the transparency
             image = image.convert("RGBA")
         if transparent:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
@@ -222,9 +224,9 @@ def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
 def _array_to_uint8(array: np.ndarray) -> np.ndarray:
     """(H, W), (H, W, C) or (C, H, W), by the rules of `load_image` → uint8 (H, W), (H, W, 3) or (H, W, 4)."""
     if isinstance(array, np.ma.MaskedArray):
-        raise ValueError("a masked array has holes, which a picture cannot have; pass array.filled(…)")
+        raise ValueError("a masked array has holes, which an image cannot have; pass array.filled(…)")
     if array.ndim not in (2, 3):
-        raise ValueError(f"one picture has 2 or 3 dimensions, found shape {array.shape}; pass a list for several")
+        raise ValueError(f"one image has 2 or 3 dimensions, found shape {array.shape}; pass a list for several")
     if array.ndim == 3:
         first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
         if first == last:
@@ -257,7 +259,7 @@ def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.
 def pixel_table(rescale_factor: float | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> np.ndarray:
     """(3, 256) float32: the value of each byte per channel after rescaling and normalising (None skips that step).
 
-    A picture has only 256 values per channel, so a table is both the fastest way and exact by construction: its
+    An image has only 256 values per channel, so a table is both the fastest way and exact by construction: its
     entries are computed in the reference's order, bytes times factor in float64, cast to float32, minus mean, over std.
     """
     values = np.arange(256, dtype=np.float64)
@@ -270,7 +272,7 @@ def pixel_table(rescale_factor: float | None, mean: Sequence[float] | None, std:
 
 
 def write_pixels(image: Image.Image, table: np.ndarray, out: np.ndarray) -> None:
-    """Write an RGB picture's values under `table` (3, 256) into the top left of `out` (3, H, W); the rest stays."""
+    """Write an RGB image's values under `table` (3, 256) into the top left of `out` (3, H, W); the rest stays."""
     pixels = np.asarray(image)  # (h, w, 3)
     height, width, _ = pixels.shape
     for channel in range(3):
@@ -284,7 +286,7 @@ def image_rows(images: Any, found: list[int], image_token: str) -> list[list[Any
     One image, a flat list (dealt out in order of appearance) or one list per prompt. ValueError names the prompt.
     """
     rows = nest_images(images)
-    if images is None or not _is_nested(images):
+    if images is None or not is_nested(images):
         flat = rows[0] if rows else []
         if len(flat) != sum(found):
             raise ValueError(
@@ -310,12 +312,13 @@ def nest_images(images: Any) -> list[list[Any]]:
         return []
     if not isinstance(images, list | tuple):
         return [[images]]
-    if not _is_nested(images):
+    if not is_nested(images):
         return [list(images)]
     if not all(row is None or isinstance(row, list | tuple) for row in images):
-        raise ValueError("images mixes pictures and lists of pictures; pass a flat list, or one list per prompt")
+        raise ValueError("images mixes images and lists of images; pass a flat list, or one list per prompt")
     return [list(row or []) for row in images]
 
 
-def _is_nested(images: Any) -> bool:
+def is_nested(images: Any) -> bool:
+    """Whether images are given as one list (or None) per prompt."""
     return isinstance(images, list | tuple) and any(isinstance(row, list | tuple) or row is None for row in images)

@@ -1,4 +1,4 @@
-"""Names that other tools expect of processors, under transformers' names; nothing here needs them."""
+"""Attributes that other tools expect of processors, under transformers' names; minivlm itself does not use them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,11 +1,10 @@
-"""Chat templates: where they are found, and `apply_chat_template`, which makes prompts and inputs of conversations."""
+"""Finds chat templates, and turns conversations into prompts and inputs: `apply_chat_template`."""
 
 import difflib
 import inspect
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,32 +17,32 @@ from minivlm.text.shown import short
 from minivlm.text.template_sandbox import mentioned
 from minivlm.text.tokenizer import Prompt
 
-# By name, the prompts of the released checkpoints, for others that were trained like them and have lost their template:
-# vicuna, mistral, yi (34B), llama3, qwen (72B, 110B), idefics2.
+# Templates of the released checkpoints by name, for checkpoints trained like them whose template is missing: vicuna,
+# mistral, yi (34B), llama3, qwen (72B, 110B), idefics2.
 KNOWN = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 
 
 def named(template: str | None) -> str | None:
-    """The template of a name that is `KNOWN`; a template as it is. ValueError for what is neither."""
+    """The `KNOWN` template of that name, or a template unchanged. ValueError for anything else."""
     if isinstance(template, str) and template in KNOWN:
         return hub.read_text(KNOWN[template])
     if template is not None and not (isinstance(template, str) and re.search(r"\{[{%]", template)):
         near = difflib.get_close_matches(str(template), KNOWN, n=1)
         raise ValueError(
-            f"chat_template is a jinja template, which has {{{{ … }}}} in it, or one of the names {', '.join(KNOWN)}; "
+            f"chat_template is a jinja template, with {{{{ … }}}} in it, or one of the names {', '.join(KNOWN)}; "
             f"found {short(template)}{f'; did you mean {near[0]!r}?' if near else ''}"
         )
     return template
 
 
 def find_template(source: hub.Source, processor_config: dict[str, Any], tokenizer_config: dict[str, Any]) -> str | None:
-    """The template where any generation of transformers has put it; None if there is none."""
+    """A checkpoint's template, from wherever any version of transformers has put it; None without one."""
     path = source.file("chat_template.jinja", required=False)
     if path is not None:
         return hub.read_text(path)
     for config in (source.json("chat_template.json", required=False) or {}, processor_config, tokenizer_config):
         template = config.get("chat_template")
-        if isinstance(template, list):  # several named ones
+        if isinstance(template, list):  # several templates, by name
             named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
             template = next(named, {}).get("template")
         if isinstance(template, dict):
@@ -56,7 +55,7 @@ def find_template(source: hub.Source, processor_config: dict[str, Any], tokenize
 
 
 def save(template: str | None, folder: Path) -> None:
-    """Write chat_template.jinja, where everybody looks first; another template that lay in the folder goes."""
+    """Write chat_template.jinja, which every reader tries first; remove other templates from the folder."""
     with saving() as save:
         if template is not None:
             save.text(folder / "chat_template.jinja", named(template))
@@ -89,21 +88,21 @@ def apply(
 ) -> str | list[str] | list[list[int]] | Inputs:
     """`apply_chat_template` of every processor here. One conversation or a list of them → prompts, ids or inputs.
 
-    Without `tokenize`: the prompt string(s), in which typed special tokens cannot be told from the template's. With it:
-    the ids, or with `return_dict` all inputs of the model, images in the messages included; images may instead be
-    passed as `images` when the messages only say where they go.
+    Without `tokenize`: the prompt string(s), where typed special tokens look like the template's own. With it: the ids,
+    or with `return_dict` all of the model's inputs. Images are taken from the messages, or from `images` if the
+    messages only mark their positions.
 
-    continue_final_message: the prompt ends with the last message's text, without an end mark, for the model to go on.
-    return_assistant_tokens_mask: the inputs have assistant_masks (B, T) too, 1 for every token with a character of what
-    a model learns to write; see `learned_spans`.
-    options: those of the processor's call (padding, return_tensors, …), of use with `tokenize` only, and the template's
-    own variables (tools, documents, …): text, numbers, lists and dicts. TypeError for one that neither knows.
+    continue_final_message: the prompt ends with the last message's text, without an end mark: the model continues it.
+    return_assistant_tokens_mask: add assistant_masks (B, T) to the inputs, 1 for tokens that a model learns to write;
+    see `learned_spans`.
+    options: those of the processor's call (padding, return_tensors, …), which need `tokenize`, and the template's own
+    variables (tools, documents, …): text, numbers, lists and dicts. TypeError for unknown names.
     """
     template = named(chat_template or processor.chat_template)
     if template is None:
         raise ValueError(
             "this checkpoint has no chat template (it is not tuned for chat); write the prompt yourself, with <image> "
-            f"where an image goes, or pass chat_template=, a template or the name of one: {', '.join(KNOWN)}"
+            f"for each image, or pass chat_template=, a template or the name of one: {', '.join(KNOWN)}"
         )
     if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
         raise ValueError(
@@ -114,30 +113,21 @@ def apply(
     normal, given = zip(*(normalise(one) for one in (conversation if batched else [conversation])), strict=True)
     call_options, variables = _sorted_options(processor, template, options)
     variables["add_generation_prompt"] = add_generation_prompt
-    rendered = []
-    for messages in normal:
-        one = render_conversation(
-            template,
-            messages,
-            processor,
-            variables,
-            continue_final_message=continue_final_message,
-            for_ids=tokenize,
-            with_spans=return_assistant_tokens_mask,
-        )
-        rendered.append(one)
+    modes = {"continue_final_message": continue_final_message, "for_ids": tokenize}
+    modes["with_spans"] = return_assistant_tokens_mask
+    rendered = [render_conversation(template, messages, processor, variables, **modes) for messages in normal]
     if not tokenize:
         texts = [each.text for each in rendered]
         return texts if batched else texts[0]
     if any(each.guarded is None for each in rendered):
         raise ValueError(
-            "this chat template decides by the words of a text what it writes, so that typed special tokens cannot be "
-            "told from its own; leave out tokenize=True and pass the string that it writes to processor(text=…)"
+            "this chat template depends on the words of a text, so typed special tokens cannot be told from its own; "
+            "leave out tokenize=True and pass the resulting string to processor(text=…)"
         )
-    prompts = [Prompt(each.guarded, each.guard) for each in rendered]
+    learned = [None] * len(rendered)
     if return_assistant_tokens_mask:
         learned = [learned_spans(*pair, processor) for pair in zip(rendered, normal, strict=True)]
-        prompts = [replace(prompt, learned=spans) for prompt, spans in zip(prompts, learned, strict=True)]
+    prompts = [Prompt(one.guarded, one.guard, spans) for one, spans in zip(rendered, learned, strict=True)]
     # a template that writes the bos token itself must not get a second one
     bos = processor.tokenizer.bos_token
     call_options.setdefault("add_special_tokens", not (bos and prompts[0].text.startswith(bos)))
@@ -146,7 +136,7 @@ def apply(
 
 
 def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the processor's call, and the template's variables. TypeError for what is neither."""
+    """Split options into those of the processor's call and the template's variables. TypeError for unknown ones."""
     if not options:
         return {}, {"tools": None, "documents": None}
     known = processor.call_options()
@@ -157,7 +147,7 @@ def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> t
         if name not in names and not (name in ("tools", "documents") and value is None):
             near = difflib.get_close_matches(name, [*inspect.signature(apply).parameters, *known, *names], n=1)
             raise TypeError(
-                f"apply_chat_template got an unknown option {name!r}: it is no option of this processor, and the chat "
+                f"apply_chat_template got an unknown option {name!r}: not an option of this processor, and the chat "
                 f"template mentions no variable of that name{f'; did you mean {near[0]!r}?' if near else ''}"
             )
     try:
@@ -168,7 +158,7 @@ def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> t
 
 
 def _images(given: Sequence[list[Any]], images: Any) -> Any:
-    """The images in the messages, or `images`. ValueError unless all of them come in one of the two ways."""
+    """The images in the messages, or `images`. ValueError unless all images come from one of the two."""
     found = [image for row in given for image in row if image is not None]
     items = sum(len(row) for row in given)
     if images is None and len(found) == items:

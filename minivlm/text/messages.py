@@ -1,4 +1,4 @@
-"""Messages of a conversation in the one form that chat templates receive here."""
+"""Conversations in the one message format that chat templates receive here."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
 def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages in the form that templates receive, and the images in them (None for an image item without one).
+    """Messages in the format that templates receive, and their images (None for an image item without one).
 
     A message is {"role": …, "content": …}; content is a list of {"type": "text", "text": …} and {"type": "image"}
     items, the latter with the image under "image", "url", "path" or "base64", or as {"type": "image_url", "image_url":
-    {"url": …}}. A plain string as content counts as one text item (Idefics2's template would drop it). Only these two
-    keys of a message reach the template.
+    {"url": …}}. A string as content becomes one text item (Idefics2's template would drop it). Templates see only
+    these two keys of a message.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError('a conversation is a list of {"role": …, "content": …}, found ' + short(messages))

@@ -1,15 +1,14 @@
-"""A conversation written out by its chat template, with a record of where every text went.
+"""Runs a chat template on a conversation and records where every text ends up.
 
-A template turns messages into one string, and in that string nothing tells a typed "<image>" from the template's own,
-or an assistant's words from the frame around them. So the template runs twice, on the messages as they are and on
-*marked* ones:
+A template turns messages into one string, in which a typed "<image>" looks like the template's own, and an assistant's
+words like the text around them. So the template runs twice, on the messages as they are and on *marked* ones:
 
     {"text": " Is <b> a tag? "}   →   {"text": " MIs <Gb> a tag?M "}
 
-M and G stand for private characters of Unicode that occur in none of the texts. Each text has an M of its own, around
-its words (a template may strip the blanks outside). G, the *guard*, follows every character with which a special token
-could begin, so a special token that is whole in the result was written by the template. Without its marks and guards
-the second string must equal the first; then the marks say where each text is.
+M and G stand for private-use characters of Unicode that occur in no text. Each text has its own M around its words (a
+template may strip the blanks outside). G, the *guard*, follows every character that could begin a special token, so a
+special token that is whole in the result was written by the template. Without marks and guards the second string must
+equal the first; then the marks delimit each text.
 """
 
 import re
@@ -28,13 +27,13 @@ TextKey = tuple[int, int]  # (message, item)
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a template wrote for one conversation. Spans are (begin, end) characters of `guarded`."""
+    """A template's output for one conversation. Spans are (begin, end) characters of `guarded`."""
 
     text: str
-    guarded: str | None  # `text` with a guard inside every special token that was typed; None if it cannot be known
+    guarded: str | None  # `text` with a guard inside every typed special token; None if these cannot be found
     guard: str
-    spans: dict[TextKey, list[Span]] = field(default_factory=dict)  # where each text is; none for a blank one
-    generation: list[Span] = field(default_factory=list)  # what stands in {% generation %} blocks
+    spans: dict[TextKey, list[Span]] = field(default_factory=dict)  # of each text; none for a blank one
+    generation: list[Span] = field(default_factory=list)  # of {% generation %} blocks
 
 
 def render_conversation(
@@ -49,10 +48,9 @@ def render_conversation(
 ) -> Rendered:
     """Run a template on messages in the form of `normalise`.
 
-    `variables` are the caller's; the names of special tokens are added here. With `continue_final_message`, the prompt
-    ends where the last text of the last message does. Guards are there `for_ids` and spans only `with_spans`, unless
-    they had to be found anyway. Raises ValueError for a template that fails, and for one that leaves out an image, a
-    text or a part of a text.
+    `variables` are the caller's; the special tokens' names are added here. With `continue_final_message`, the prompt
+    ends with the last text of the last message. Guards are needed `for_ids`, spans `with_spans`; other calls may return
+    them too. ValueError for a template that fails, or that leaves out an image, a text or a part of a text.
     """
     tokenizer = processor.tokenizer
     names = tokenizer.special_tokens_map
@@ -60,9 +58,9 @@ def render_conversation(
     if not for_ids and not marks_needed:
         return Rendered(render(template, [names | variables | {"messages": messages}])[0], None, "")
     texts = {
-        (number, place): item["text"]
+        (number, index): item["text"]
         for number, message in enumerate(messages)
-        for place, item in enumerate(message["content"])
+        for index, item in enumerate(message["content"])
         if item["type"] == "text"
     }
     guard, begin, end, *marks = _unused_characters([template, *texts.values(), *_strings(variables)], 3 + len(texts))
@@ -99,16 +97,16 @@ def render_conversation(
 
 
 def _all_arrives(messages: list[dict[str, Any]]) -> bool:
-    """Does every known template write all of these messages? It does of a user's, and of others the first item."""
+    """Whether every known template writes all texts: of user messages it does, of others only the first item."""
     return all(message["role"] == "user" or len(message["content"]) == 1 for message in messages)
 
 
 def learned_spans(rendered: Rendered, messages: list[dict[str, Any]], processor: Any) -> list[Span]:
-    """Where a prompt holds what a model learns to write: the assistant's words and the mark that ends them.
+    """The spans of a prompt that a model learns to write: the assistant's words and the token that ends them.
 
-    If the template has {% generation %} blocks, they are it. Otherwise each text of an assistant's message is, with the
-    special token directly after it (`<end_of_utterance>`, `</s>`, `<|im_end|>`), or with blanks and the eos token. Some
-    templates write no such token (LLaVA's for vicuna): then no end can be learned.
+    They are the template's {% generation %} blocks, if it has any. Otherwise each text of an assistant's message, with
+    the special token directly after it (`<end_of_utterance>`, `</s>`, `<|im_end|>`), or with blanks and the eos token.
+    Templates without such a token (LLaVA's for vicuna) teach no end.
     """
     if rendered.generation:
         return rendered.generation
@@ -135,18 +133,18 @@ def _unused_characters(texts: list[str], count: int) -> list[str]:
     free = (character for character in map(chr, range(0xF0000, 0x10FFFE)) if character not in used)
     found = list(islice(free, count))
     if len(found) < count:
-        raise ValueError("the messages use every private character of Unicode, so none is left to mark them with")
+        raise ValueError("the messages use every private character of Unicode, so none is free to mark them with")
     return found
 
 
 def _changed(messages: list[dict[str, Any]], change: Callable[[TextKey, str], str]) -> list[dict[str, Any]]:
-    """A copy of the messages with other texts in it."""
+    """A copy of the messages with changed texts."""
     return [
         {
             "role": message["role"],
             "content": [
-                {"type": "text", "text": change((number, place), item["text"])} if item["type"] == "text" else item
-                for place, item in enumerate(message["content"])
+                {"type": "text", "text": change((number, index), item["text"])} if item["type"] == "text" else item
+                for index, item in enumerate(message["content"])
             ],
         }
         for number, message in enumerate(messages)
@@ -166,7 +164,7 @@ def _parts(text: str) -> tuple[str, str, str]:
 
 
 def _with_blanks(text: str, written: str, begin: int, end: int) -> Span:
-    """A text's words and, where the template has left them, the blanks around."""
+    """The span of a text's words with the blanks around them, if the template has kept these."""
     lead, _, tail = _parts(text)
     begins = begin - len(lead) if written[:begin].endswith(lead) else begin
     return begins, end + len(tail) if written.startswith(tail, end) else end
@@ -182,7 +180,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _guarded(value: Any, guard: str, tokenizer: Tokenizer) -> Any:
-    """A variable with guards in all its strings: what stands in tools and documents is typed as well."""
+    """A variable with guards in all its strings: tools and documents contain typed text too."""
     if isinstance(value, dict):
         return {key: _guarded(item, guard, tokenizer) for key, item in value.items()}
     if isinstance(value, list):
@@ -193,12 +191,12 @@ def _guarded(value: Any, guard: str, tokenizer: Tokenizer) -> Any:
 def _cut(
     written: str, messages: list[dict[str, Any]], mark_of: dict[TextKey, str], guard: str, tokenizer: Tokenizer
 ) -> str:
-    """A marked prompt up to the end of the last text of the last message."""
+    """Cut a marked prompt after the last text of the last message."""
     key = max(mark_of, default=(-1, 0))
     last = messages[-1]["content"][key[1]] if key[0] == len(messages) - 1 else {"text": ""}
     if not last["text"].strip():
         raise ValueError(
-            "continue_final_message: the last message has no words to go on from; for an answer from its beginning, "
+            "continue_final_message: the last message has no words to continue; for a new answer, "
             "leave it out and set add_generation_prompt=True"
         )
     if (at := written.rfind(mark_of[key])) < 0:
@@ -207,7 +205,7 @@ def _cut(
     return written[: at + 1] + (tail if written.startswith(tail, at + 1) else "")
 
 
-# ---- Texts that do not arrive
+# ---- Templates that drop or change texts
 
 
 def _left_out(key: TextKey, text: str) -> ValueError:
@@ -223,7 +221,7 @@ def _check_images(found: int, messages: list[dict[str, Any]], image_token: str) 
     if found != expected:
         raise ValueError(
             f"the chat template writes {image_token} {found} times for {expected} image items; pass another "
-            "chat_template=, or leave out the images that it has no use for"
+            "chat_template=, or leave out the images that it does not write"
         )
 
 
@@ -235,7 +233,7 @@ def _untracked(
     continue_final_message: bool,
     image_token: str,
 ) -> Rendered:
-    """The prompt of a template that writes something else for marked texts: it decides by how a text begins or ends."""
+    """The prompt of a template whose output changes with the marks, because it tests how a text begins or ends."""
     for key, words in texts.items():
         if words.strip() not in text:
             raise _left_out(key, words)

@@ -1,11 +1,11 @@
-"""Values in error messages: short, whatever they are."""
+"""Values as error messages show them: short, and safe to print."""
 
 import reprlib
 from typing import Any
 
 
 class _Short(reprlib.Repr):
-    """`repr` that neither writes out a whole video of bytes nor goes down a thousand lists."""
+    """`repr` that abbreviates long bytes and deep lists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,5 +26,5 @@ _SHORT = _Short()
 
 
 def printable(text: str, most: int) -> str:
-    """At most so many characters of a stranger's text, none of which a terminal takes for a command."""
+    """The first `most` characters of untrusted text, without those that could control a terminal."""
     return "".join(character if character.isprintable() else " " for character in text[:most])

@@ -1,14 +1,14 @@
-"""Runs chat templates: those that ship here in this process, a stranger's in a child process with limits.
+"""Runs chat templates: known ones in this process, untrusted ones in a child process with limits.
 
 A template is a program, written by whoever made the checkpoint. jinja2's immutable sandbox keeps it from Python's
-insides and from changing what it is given, but not from `'x' * 10**12`, from loops in loops, or from what crashes the
-interpreter. So an unknown template runs in a child process that may take SECONDS of processor time and MEMORY bytes for
-a prompt, and is killed after PATIENCE seconds whatever it does. The child is started by the first prompt that needs it
-(a quarter of a second) and serves all that follow; after a template that had to be stopped there is a new one. Where
-the operating system knows no such limits (Windows, in part macOS), the clock alone ends a template.
+internals and from changing its arguments, but not from `'x' * 10**12`, nested loops, or crashing the interpreter. So an
+unknown template runs in a child process, limited to SECONDS of processor time and MEMORY bytes per prompt, and is
+killed after PATIENCE seconds in any case. The first prompt that needs the child starts it (a quarter of a second); it
+serves all later ones, and is replaced after a template had to be stopped. Where the operating system has no such limits
+(Windows, in part macOS), only the clock ends a template.
 
-Templates are known by their content: the released checkpoints' own, and the files in `templates/`. These look at each
-character of the messages a few times, whatever the messages are, and so need no limits.
+Templates are recognised by content: those of the released checkpoints, and the files in `templates/`. These need no
+limits: they read each character of the messages a few times, whatever the messages contain.
 """
 
 import atexit
@@ -42,12 +42,12 @@ except ImportError:  # on Windows
     resource = None
 
 SECONDS = 2.0  # of processor time for one request; the released templates take well under a millisecond
-PATIENCE = 10.0  # seconds for one request, other programs' share of the processor included
-START = 60.0  # seconds for a child to start, on a machine that is busy
-MEMORY = 2**28  # bytes for one request, beside what the child takes when it starts
+PATIENCE = 10.0  # seconds of wall-clock time for one request
+START = 60.0  # seconds for a child to start on a busy machine
+MEMORY = 2**28  # bytes for one request, beyond the child's own at its start
 MAX_SOURCE = 2**16  # characters of a template; the released ones have under 2**10
-MAX_PROMPT = 2**24  # characters that a template may write; no model has positions for so many
-GENERATION = ("generation_begins", "generation_ends")  # variables that are written around {% generation %} blocks
+MAX_PROMPT = 2**24  # characters a template may write, more than any model has positions for
+GENERATION = ("generation_begins", "generation_ends")  # variables written around {% generation %} blocks
 RELEASED = {  # SHA-256 of the released checkpoints' templates
     "ad18adf35123e30b9da6c5e45f617d965ea54ebaa8efec8a478a26ab66505c2f",  # idefics2-8b, -chatty; the built-in ones
     "2c17243a977fd0643fb549a509a8e2684f45517df0f9f608d5893b719f16569f",  # llava-v1.6-mistral-7b-hf
@@ -59,7 +59,7 @@ RELEASED = {  # SHA-256 of the released checkpoints' templates
 
 
 def render(template: str, calls: Sequence[dict[str, Any]]) -> list[str]:
-    """What a template writes for each set of variables. ValueError for one that is broken, refuses or is stopped."""
+    """A template's output for each set of variables. ValueError if it is broken, raises or is stopped."""
     if is_known(template):
         compiled = _compile(template, known=True)
         return ["".join(compiled.generate(variables)) for variables in calls]
@@ -68,14 +68,14 @@ def render(template: str, calls: Sequence[dict[str, Any]]) -> list[str]:
 
 @lru_cache(maxsize=64)
 def mentioned(template: str) -> frozenset[str]:
-    """Names of the variables that a template mentions and does not set itself."""
+    """Names of the variables that a template uses but does not set."""
     request = {"template": template, "calls": None}
     return frozenset((_answer(request) if is_known(template) else _ask(request))["names"])
 
 
 @lru_cache(maxsize=64)
 def is_known(template: str) -> bool:
-    """Is it one of ours, or of the released checkpoints?"""
+    """Whether a template is in `templates/` or belongs to a released checkpoint."""
     if hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest() in RELEASED:
         return True
     return any(template == path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("templates/*.jinja"))
@@ -85,7 +85,7 @@ def is_known(template: str) -> bool:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request: prompts, or with no `calls` names of variables. ValueError for a template that fails."""
+    """Answer a request: prompts, or without `calls` the names of variables. ValueError if the template fails."""
     try:
         compiled = _compile(request["template"])
     except jinja2.TemplateSyntaxError as error:
@@ -98,7 +98,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"names": sorted(names - known)}
     try:
         return {"prompts": [_written(compiled, variables) for variables in request["calls"]]}
-    except Exception as error:  # a template can fail like any program
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"the chat template fails on these messages: {_reason(error)}") from error
 
 
@@ -139,7 +139,7 @@ def _compile(template: str, known: bool = False) -> jinja2.Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks an assistant's words for training: see GENERATION."""
+    """`{% generation %}…{% endgeneration %}` marks an assistant's words for training; see GENERATION."""
 
     tags = frozenset({"generation"})
 
@@ -151,7 +151,7 @@ class _Generation(Extension):
 
 
 def _plain(value: Any) -> Any:
-    """What is printed is data: of a function or an iterator jinja2 would write the address in memory."""
+    """Allow only data to be printed: jinja2 would print a function's or iterator's memory address."""
     if not isinstance(value, str | int | float | list | tuple | dict | Undefined | None):
         raise SecurityError(f"a chat template may not print a {type(value).__name__}")
     if isinstance(value, list | tuple | dict):
@@ -170,19 +170,19 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON, as transformers has it; jinja2's own writes <, > and & as escapes, for web pages."""
+    """Plain JSON, as in transformers; jinja2's own filter escapes <, > and & for web pages."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message if isinstance(message, str) else f"a {type(message).__name__} is no message")
+    raise jinja2.TemplateError(message if isinstance(message, str) else f"a {type(message).__name__} is not a message")
 
 
 # ---- The child
 
 
 def _serve() -> None:
-    """A request in a line of JSON → an answer in a line, until the input ends. What the child does all its life."""
+    """The child's main loop: one request per line of JSON, one answer per line, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C
     set_alarm = getattr(signal, "setitimer", lambda *_: None)  # not on Windows
     profile = getattr(signal, "ITIMER_PROF", None)
@@ -203,13 +203,17 @@ def _serve() -> None:
 
 
 def _set_limits() -> None:
-    """Memory for one request beside what there is, and no new file: what gets out of the sandbox can read nothing."""
-    for template in ("{{ 'é' | tojson }}{{ strftime_now('%c') }}", "{{ a.b }}", "{{"):  # opens what Python opens late
+    """Limit memory to MEMORY more bytes, and forbid opening files: code that escapes the sandbox can read nothing."""
+    for template in (
+        "{{ 'é' | tojson }}{{ strftime_now('%c') }}",
+        "{{ a.b }}",
+        "{{",
+    ):  # makes Python open files it loads lazily
         with contextlib.suppress(ValueError):
             _answer({"template": template, "calls": [{}]})
     if resource is None:
         return
-    with contextlib.suppress(OSError, ValueError):  # no /proc, or a lower limit is set already
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or there is a lower limit already
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -218,24 +222,24 @@ def _set_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 
 
-# ---- In the process that asks
+# ---- In the parent process
 
 
 class _Child:
-    """The process that runs strangers' templates, one request at a time."""
+    """The process that runs untrusted templates, one request at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The child's answer. ValueError for what the template did wrong, and if it had to be stopped."""
+        """The child's answer. ValueError if the template failed or had to be stopped."""
         with self._lock:
             try:
                 if self._process is None or self._process.poll() is not None:
                     self._start()
                 answer = self._exchange({**request, "seconds": SECONDS}, PATIENCE)
-            except BaseException:  # the answer of an interrupted exchange must not be taken for the next one's
+            except BaseException:  # an interrupted exchange must not leave its answer to the next one
                 self.stop()
                 raise
             if answer is None:
@@ -256,9 +260,9 @@ class _Child:
             process.stdout.close()
 
     def forget(self) -> None:
-        """In a process that was forked: the child is the other's."""
+        """After a fork: the child belongs to the other process."""
         if self._process is not None:
-            self._process.returncode = 0  # so that nobody waits for it here
+            self._process.returncode = 0  # so this process does not wait for it
 
     def _start(self) -> None:
         self.stop()
@@ -276,12 +280,12 @@ class _Child:
                 bufsize=0,
             )
         except OSError as error:
-            raise ValueError(f"no process to run the chat template in can be started: {error}") from error
+            raise ValueError(f"the process for chat templates cannot be started: {error}") from error
         if self._exchange(None, START) is None:
-            raise ValueError(f"the process to run the chat template in does not start: {' '.join(command)}")
+            raise ValueError(f"the process for chat templates does not start: {' '.join(command)}")
 
     def _exchange(self, request: dict[str, Any] | None, seconds: float) -> dict[str, Any] | None:
-        """Send a request and read a line; None if the child has ended, or had to be for the time that it took."""
+        """Send a request and read a line; None if the child has ended or was killed after `seconds`."""
         process = self._process
         timer = threading.Timer(seconds, process.kill)
         timer.daemon = True
@@ -296,7 +300,7 @@ class _Child:
                     return None
                 line += more
             return json.loads(line)
-        except OSError:  # a pipe that nobody reads
+        except OSError:  # the child has closed its pipe
             return None
         finally:
             timer.cancel()

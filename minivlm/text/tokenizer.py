@@ -1,8 +1,8 @@
-"""Text to ids and back, by the `tokenizers` library on the checkpoint's own `tokenizer.json`, used as it is.
+"""Text to ids and back, with the `tokenizers` library and the checkpoint's own `tokenizer.json`, unchanged.
 
-`transformers` 5 rebuilds the Llama-type tokenizers instead and so loses the "▁" (28705 in Mistral's vocabulary) that
-the file puts before text after a special token; the models were trained with it. The other JSON files only say which
-tokens play which part (bos, eos, pad, unk) and on which side to pad.
+`transformers` 5 rebuilds Llama-type tokenizers and so loses the "▁" (28705 in Mistral's vocabulary) that the file puts
+before text after a special token; the models were trained with it. The other JSON files only assign roles (bos, eos,
+pad, unk) and the padding side.
 """
 
 import copy
@@ -25,10 +25,10 @@ from minivlm.text.tokenizer_file import ROLES, attempt, listed_tokens, read_back
 from minivlm.text.tokenizer_tools import TokenizerTools, to_lists
 
 UNLIMITED = 2**24  # tokens; files write 1e30 for "no limit"
-MAX_MISSING = 2**10  # tokens that only the files beside tokenizer.json have
+MAX_MISSING = 2**10  # tokens that are missing from tokenizer.json but in the files beside it
 MAX_AROUND = 16  # special tokens that tokenizer.json puts around a text
-MAX_TEXT = 2**22  # characters; a hundred times what fills the longest context of the models here
-# of `Tokenizer.assemble`, for callers of tokenizers and processors
+MAX_TEXT = 2**22  # characters; a hundred times the longest context of the models here
+# options of `Tokenizer.assemble` that calls of tokenizers and processors accept
 TEXT_OPTIONS = ("padding", "truncation", "max_length", "add_special_tokens", "padding_side", "pad_to_multiple_of")
 BROKEN = "this tokenizer.json cannot be followed"
 Span = tuple[int, int]  # (begin, end) of characters in a text
@@ -43,7 +43,7 @@ def as_texts(text: Any) -> list[str]:
 
 
 def _id_of(role: str) -> property:
-    """The id of the token that plays a part, None without one. ValueError if the vocabulary does not have it."""
+    """The id of a role's token, None without one. ValueError if it is not in the vocabulary."""
 
     def find(tokenizer: "Tokenizer") -> int | None:
         token = getattr(tokenizer, role)
@@ -59,11 +59,11 @@ def _id_of(role: str) -> property:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to be encoded: ready-made, or by a chat template with a guard in what was typed (see `rendering`)."""
+    """A text to be encoded: plain, or from a chat template, with guards in typed text (see `rendering`)."""
 
     text: str
     guard: str | None = None
-    learned: list[Span] | None = None  # of characters of `text`, guards counted
+    learned: list[Span] | None = None  # in characters of `text`, guards included
 
     def encode(self, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
         """Ids without bos and eos, and 1 for those of `learned` tokens."""
@@ -89,7 +89,9 @@ class Tokenizer(TokenizerTools):
         self.config = dict(config or {})
         for role in ROLES:
             setattr(self, role, token_text(self.config.get(role), role))
-        self.padding_side = self.config.get("padding_side", "left")  # right for no decoder: it continues the last token
+        self.padding_side = self.config.get(
+            "padding_side", "left"
+        )  # decoders continue the last token, so pad on the left
         self.truncation_side = self.config.get("truncation_side", "right")
         for name in ("padding_side", "truncation_side"):
             if getattr(self, name) not in ("left", "right"):
@@ -108,9 +110,9 @@ class Tokenizer(TokenizerTools):
 
     @classmethod
     def from_source(cls, source: hub.Source) -> "Tokenizer":
-        """Read tokenizer.json, and what the older small files say beside it.
+        """Read tokenizer.json and the older small files beside it.
 
-        Raises CheckpointError for damaged and contradicting files, and for one that could fill the memory by a text.
+        Raises CheckpointError for damaged or contradictory files, and for one with which a text could exhaust memory.
         """
         backend = read_backend(source.file("tokenizer.json"))
         config = source.json("tokenizer_config.json", required=False) or {}
@@ -119,11 +121,11 @@ class Tokenizer(TokenizerTools):
         with hub.blame(f"{source.name}: the tokenizer's files"):
             tokenizer = cls(backend, config | {role: roles[role] for role in ROLES if role in roles})
             tokenizer._add_listed(listed_tokens(added, config.get("added_tokens_decoder") or {}))
-            _ = tokenizer._around  # a first text, before any of a user
+            _ = tokenizer._around  # encode a first text now, so that errors appear here
         return tokenizer
 
     def _add_listed(self, listed: dict[int, tuple[str, bool]]) -> None:
-        """Add what tokenizer.json does not have of `listed`, id → (token, special). ValueError if an id is another."""
+        """Add the tokens of `listed`, id → (token, special), that tokenizer.json lacks. ValueError if an id differs."""
         missing = {i: token for i, token in sorted(listed.items()) if self.backend.token_to_id(token[0]) is None}
         if len(missing) > MAX_MISSING:
             raise ValueError(f"tokenizer.json lacks {len(missing):,} tokens that the files beside it have")
@@ -167,8 +169,8 @@ class Tokenizer(TokenizerTools):
     ) -> Inputs:
         """`input_ids` and `attention_mask` (1 = token, 0 = padding): flat lists for one string, else one per text.
 
-        `options` are TEXT_OPTIONS, see `assemble`. With `return_offsets_mapping`, the (begin, end) in its text of every
-        token as well; (0, 0) for tokens that are put around it.
+        `options` are TEXT_OPTIONS, see `assemble`. `return_offsets_mapping` adds the (begin, end) of every token in its
+        text; (0, 0) for special tokens around it.
         """
         single = isinstance(text, str)
         encoded = [_encode(self.backend, each, False) for each in as_texts(text)]
@@ -179,22 +181,22 @@ class Tokenizer(TokenizerTools):
         return inputs.convert(return_tensors)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of one string. Special tokens that are written out in it become their ids."""
+        """Ids of one string. Special tokens written out in it become their ids."""
         return _encode(self.backend, text, add_special_tokens).ids
 
     def encode_guarded(self, text: str, guard: str) -> list[int]:
-        """Ids of a prompt in which special tokens count only where `guard` has not been put inside them.
+        """Ids of a prompt in which special tokens count only if they do not contain `guard`.
 
-        `guard` is a character that marks what a user typed (see `rendering`). It is removed after the prompt has been
-        cut at its own special tokens; then nothing in the text between them can become special any more.
-        Between the same special tokens, the ids are those of `encode` on the text without guards.
+        `guard` is a character that marks typed text (see `rendering`). The prompt is first split at its own special
+        tokens; then guards are removed, and the text in between is encoded without special tokens. Between the same
+        special tokens, the ids are those of `encode` on the text without guards.
         """
         return [i for _, _, encoding in self._encode_pieces(text, guard) for i in encoding.ids]
 
     def encode_learned(self, text: str, guard: str, learned: Sequence[Span]) -> tuple[list[int], list[int]]:
         """`encode_guarded`, and for each id 1 if a character of its token lies in one of the spans of `text`, else 0.
 
-        A blank that belongs to no token by the tokenizer's account counts to the token after it.
+        A blank outside all of the tokenizer's offsets belongs to the token after it.
         """
         inside = bytearray(len(text))  # 1 for characters in a span
         for begin, end in learned:
@@ -211,7 +213,7 @@ class Tokenizer(TokenizerTools):
         return ids, marks
 
     def _encode_pieces(self, text: str, guard: str) -> Iterator[tuple[int, int, tokenizers.Encoding]]:
-        """Runs of special tokens and what lies between them, each with where it begins and ends in `text`."""
+        """Runs of special tokens and the text between them, each with its (begin, end) in `text`."""
         position = 0
         runs = self._special_runs.finditer(text) if self._special_runs else ()
         for match in [*runs, None]:
@@ -224,7 +226,7 @@ class Tokenizer(TokenizerTools):
                 position = match.end()
 
     def guard(self, text: str, guard: str) -> str:
-        """Put `guard` after every character with which a special token could begin."""
+        """Put `guard` after every character that could begin a special token."""
         for first in self._first_characters:
             text = text.replace(first, first + guard)
         return text
@@ -241,11 +243,11 @@ class Tokenizer(TokenizerTools):
         keep: int | None = None,
         beside: dict[str, tuple[list[list[Any]], Any]] | None = None,
     ) -> Inputs:
-        """Ids of texts → rows: truncate the text, put bos/eos around it as tokenizer.json says, pad.
+        """Ids of texts → rows: truncate the text, add bos and eos as in tokenizer.json, pad.
 
-        The options mean what they do in transformers, where `max_length` alone also truncates. `beside` has more values
-        for each id, by name, and what stands for those of other tokens. ValueError if truncation would remove an id
-        `keep`: the tokens of an image cannot be cut.
+        The options are those of transformers, where `max_length` alone also truncates. `beside` maps a name to further
+        values for each id, and a filler for added tokens. ValueError if truncation would remove an id `keep`: an
+        image's tokens cannot be cut.
         """
         before, after = self._around if add_special_tokens else ([], [])
         limit = self._limit(padding, truncation, max_length)
@@ -278,7 +280,7 @@ class Tokenizer(TokenizerTools):
         return self.pad_token_id
 
     def _limit(self, padding: bool | str, truncation: bool | str | None, max_length: int | None) -> int | None:
-        """Tokens that a row may have at most, None for any number; checks the options."""
+        """The most tokens a row may have, None without a limit; checks the options."""
         if padding not in (True, False, "longest", "max_length", "do_not_pad"):
             raise ValueError(f'padding is True, False, "longest" or "max_length", found {padding!r}')
         if truncation not in (True, False, None, "longest_first", "only_first", "do_not_truncate"):
@@ -293,7 +295,7 @@ class Tokenizer(TokenizerTools):
     def _padded_length(
         self, rows: list[list[int]], padding: bool | str, max_length: int | None, multiple: int | None
     ) -> int | None:
-        """How long rows become by padding; None for no padding."""
+        """The length to pad rows to; None for no padding."""
         if multiple is not None and (type(multiple) is not int or not 1 <= multiple < UNLIMITED):
             raise ValueError(f"pad_to_multiple_of is a whole number from 1, found {multiple!r}")
         limit = max_length or self.model_max_length
@@ -332,9 +334,9 @@ class Tokenizer(TokenizerTools):
         return [texts] if isinstance(texts, str) else texts
 
     def check_vocabulary(self, size: int) -> None:
-        """ValueError unless every token has an id of its own, below the `size` of the model's embedding table.
+        """ValueError unless every token has its own id, below the `size` of the model's embedding table.
 
-        A special token may lie beyond (idefics2-8b-base has one that its model never learnt): no text becomes it.
+        Special tokens may exceed it (idefics2-8b-base has one that its model never learnt): no text encodes to them.
         """
         tokens: dict[int, str] = {}
         special = set(self.all_special_tokens)
@@ -345,7 +347,7 @@ class Tokenizer(TokenizerTools):
                 raise ValueError(f"{token!r:.80} and {tokens[i]!r:.80} have the same id, {i}")
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Id of a token or ids of tokens; the unk id (None without one) for what is not in the vocabulary."""
+        """Id of a token or ids of tokens; the unk id (or None) for tokens that are not in the vocabulary."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         found = self.backend.token_to_id(tokens)
@@ -363,7 +365,7 @@ class Tokenizer(TokenizerTools):
     # ---- special tokens
 
     def add_tokens(self, tokens: Sequence[str], special: bool = False) -> int:
-        """Append tokens that are not there yet; how many were added. The model needs an embedding row for each."""
+        """Append the tokens that are new and return their number. The model needs an embedding row for each."""
         new = [t for t in dict.fromkeys(tokens) if self.backend.token_to_id(t) is None]
         if special and (plain := set(tokens) - set(new) - set(self.all_special_tokens)):
             raise ValueError(f"tokenizer.json has {min(plain)} as ordinary text, not as the special token it should be")
@@ -373,7 +375,7 @@ class Tokenizer(TokenizerTools):
         return count
 
     def _forget(self) -> None:
-        """Drop what was computed from the vocabulary and the roles, which have changed."""
+        """Drop cached values after the vocabulary or the roles have changed."""
         for name in ("_first_characters", "_special_runs", "_plain", "_around"):
             self.__dict__.pop(name, None)
 
@@ -389,7 +391,7 @@ class Tokenizer(TokenizerTools):
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The parts that are played: {"bos_token": "<s>", …}; chat templates see these names."""
+        """The roles that are set: {"bos_token": "<s>", …}; chat templates get these variables."""
         return {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
 
     @property
@@ -403,9 +405,9 @@ class Tokenizer(TokenizerTools):
 
     @property
     def control_tokens(self) -> list[tokenizers.AddedToken]:
-        """What nobody may type: special tokens, and those that play a part though the file does not call them so."""
-        parts = self.special_tokens_map.values()
-        return [t for t in self.backend.get_added_tokens_decoder().values() if t.special or t.content in parts]
+        """Tokens that typed text must not produce: special ones, and those with a role."""
+        roles = self.special_tokens_map.values()
+        return [t for t in self.backend.get_added_tokens_decoder().values() if t.special or t.content in roles]
 
     @cached_property
     def _first_characters(self) -> set[str]:
@@ -413,32 +415,30 @@ class Tokenizer(TokenizerTools):
 
     @cached_property
     def _special_runs(self) -> re.Pattern[str] | None:
-        """Matches a run of special tokens, with the blanks that a token with lstrip or rstrip swallows."""
+        """Matches a run of special tokens, with the blanks that lstrip and rstrip tokens swallow."""
         special = sorted(self.control_tokens, key=lambda t: -len(t.content))
-        before = r"(?:(?<!\s)\s*+)?"  # blanks from their first on: begun anywhere, a long row of them costs its square
+        before = r"(?:(?<!\s)\s*+)?"  # only from the first blank on, otherwise a run of n blanks costs n² steps
         each = [before * t.lstrip + re.escape(t.content) + r"\s*+" * t.rstrip for t in special]
         return re.compile(f"(?:{'|'.join(each)})+") if each else None
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """The ids that are put before and after a text, found by looking at one."""
+        """The ids added before and after a text, found by encoding one."""
         encoded = attempt(BROKEN, self.backend.encode, "a")
         inside = [i for i, special in enumerate(encoded.special_tokens_mask) if not special]
         if not inside:
-            raise ValueError("this tokenizer.json gives no token for the letter a; it is not one of a language model")
+            raise ValueError("this tokenizer.json has no token for the letter a, so it is not a language model's")
         around = encoded.ids[: inside[0]], encoded.ids[inside[-1] + 1 :]
         both = [*around[0], *around[1]]
         if len(both) > MAX_AROUND or None in self.convert_ids_to_tokens(both):
-            raise ValueError(
-                f"tokenizer.json puts up to {MAX_AROUND} tokens of its own around a text, found {both!r:.80}"
-            )
+            raise ValueError(f"tokenizer.json may add up to {MAX_AROUND} tokens around a text, found {both!r:.80}")
         return around
 
     @cached_property
     def _plain(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-        """Two copies that know no special tokens: for text at the start of a prompt, and for text after a token.
+        """Two copies without special tokens: for text at the start of a prompt, and for text after a token.
 
-        They differ only where Metaspace puts its "▁" on the first piece of a prompt alone (LLaVA's vicuna).
+        They differ only if Metaspace adds its "▁" to the first piece of a prompt alone (LLaVA's vicuna).
         """
         start = copy.deepcopy(self.backend)
         start.add_special_tokens([t.content for t in self.control_tokens if not t.special])
@@ -457,7 +457,7 @@ def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) 
         raise TypeError(f"text is a string, found {type(text).__name__}")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the text has {len(text):,} characters, far beyond any model's positions; shorten it")
-    wrong = f"the text {text[:40]!r} cannot be encoded (a lone surrogate, for one, is no text)"
+    wrong = f"the text {text[:40]!r} cannot be encoded (a lone surrogate, for one, is not text)"
     return attempt(wrong, backend.encode, text, add_special_tokens=add_special_tokens)
 
 

@@ -1,7 +1,7 @@
-"""Reading tokenizer.json, and what the older small files say beside it, without trusting any of them.
+"""Reads tokenizer.json and the older small files beside it, and trusts none of them.
 
-`tokenizers` reads what it is given: a vocabulary that names an id twice, a normaliser that makes a text a thousand
-times as long, a pattern that ends in a Rust panic. What could fill the memory or change ids unnoticed is refused here.
+`tokenizers` accepts a vocabulary that names an id twice, a normaliser that makes a text a thousand times longer, or a
+pattern that causes a Rust panic. This file refuses anything that could exhaust memory or silently change ids.
 """
 
 import json
@@ -16,13 +16,13 @@ import tokenizers
 from minivlm.checkpoint import hub
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-MAX_FILE = 2**25  # bytes of tokenizer.json; those of the released checkpoints have up to a third
-MAX_ADDED = 2**14  # tokens beside the vocabulary, each of which is looked for in every text
-MAX_GROWTH = 256  # times that normalisation may make a text longer; "▁" for a blank makes it three
+MAX_TOKENIZER = 2**25  # bytes of tokenizer.json; the released checkpoints need up to a third
+MAX_ADDED = 2**14  # added tokens; every text is searched for each of them
+MAX_GROWTH = 256  # factor by which normalisation may lengthen a text; replacing blanks by "▁" triples it
 
 
 def attempt(message: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The result of a call to `tokenizers`; ValueError for what it raises, Rust panics (no `Exception`s) included."""
+    """Call `tokenizers`; whatever it raises becomes a ValueError, Rust panics (which are not `Exception`s) included."""
     try:
         return call(*args, **options)
     except BaseException as error:
@@ -32,9 +32,9 @@ def attempt(message: str, call: Callable[..., Any], *args: Any, **options: Any) 
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json as it is; CheckpointError for one that `tokenizers` cannot read, or that is a trap."""
-    if path.stat().st_size > MAX_FILE:
-        raise hub.CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected at most {MAX_FILE:,}")
+    """Read tokenizer.json unchanged; CheckpointError if `tokenizers` cannot read it, or if it is unsafe."""
+    if path.stat().st_size > MAX_TOKENIZER:
+        raise hub.CheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected at most {MAX_TOKENIZER:,}")
     content = path.read_bytes()
     hub.check_start(path, content)
     with hub.blame(str(path)):
@@ -55,7 +55,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _added_tokens(content: bytes) -> list[dict[str, Any]]:
-    """What tokenizer.json lists under added_tokens, found without reading the vocabulary: `tokenizers` does that."""
+    """The added_tokens of tokenizer.json, found without parsing its vocabulary, which `tokenizers` does."""
     found = re.search(rb'"added_tokens"\s*:\s*(?=\[)', content)
     if found is None:
         return []
@@ -63,7 +63,7 @@ def _added_tokens(content: bytes) -> list[dict[str, Any]]:
     try:
         tokens, _ = json.JSONDecoder().raw_decode(section)
     except RecursionError as error:
-        raise ValueError("added_tokens is nested too deep") from error
+        raise ValueError("added_tokens is nested too deeply") from error
     known = all(isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in tokens)
     if not known or len(tokens) > MAX_ADDED:
         raise ValueError(f"added_tokens is a list of at most {MAX_ADDED} objects with id and content")
@@ -71,14 +71,14 @@ def _added_tokens(content: bytes) -> list[dict[str, Any]]:
 
 
 def _growth(spec: dict[str, Any]) -> int:
-    """How many times as long, in bytes, a text can get by the replacements of a normalizer or decoder."""
+    """The factor, in bytes, by which a normalizer's or decoder's replacements can lengthen a text."""
     parts = spec.get("normalizers") or spec.get("decoders") or []
     own = max(1, len(spec.get("content", "").encode())) if spec.get("type") == "Replace" else 1
     return own * math.prod(map(_growth, parts))
 
 
 def listed_tokens(added: dict[str, Any], decoder: Any) -> dict[int, tuple[str, bool]]:
-    """Id → (token, special) of added_tokens.json, and over it of tokenizer_config.json's added_tokens_decoder."""
+    """Id → (token, special) from added_tokens.json, overridden by tokenizer_config.json's added_tokens_decoder."""
     if not isinstance(decoder, dict):
         raise ValueError(f"added_tokens_decoder is an object of ids and tokens, found {decoder!r:.80}")
     if max(len(added), len(decoder)) > MAX_ADDED:
@@ -97,7 +97,7 @@ def listed_tokens(added: dict[str, Any], decoder: Any) -> dict[int, tuple[str, b
 
 
 def token_text(token: Any, name: str = "a token") -> str | None:
-    """The string of a token, which JSON files write as it is or as {"content": …}."""
+    """The string of a token, given in JSON as a string or as {"content": …}."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{name} should be a string, found {token!r:.80}")

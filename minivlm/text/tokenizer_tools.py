@@ -1,4 +1,4 @@
-"""Names that other tools expect of a tokenizer, under transformers' names; nothing here needs them."""
+"""Methods that other tools expect of a tokenizer, under transformers' names; minivlm itself does not use them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ class TokenizerTools:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the vocabulary itself, without added ones; `len(tokenizer)` counts these too."""
+        """Size of the vocabulary without added tokens, which `len(tokenizer)` includes."""
         return self.backend.get_vocab_size(with_added_tokens=False)
 
     def get_vocab(self) -> dict[str, int]:
@@ -38,13 +38,15 @@ class TokenizerTools:
         return self.convert_tokens_to_ids(self.all_special_tokens)
 
     def add_special_tokens(self, tokens: dict[str, Any]) -> int:
-        """{"pad_token": "<pad>", "additional_special_tokens": ["<a>", "<b>"]} → how many tokens are new.
+        """{"pad_token": "<pad>", "additional_special_tokens": ["<a>", "<b>"]} → the number of new tokens.
 
-        Each becomes special, and those with a role play it. The model needs an embedding row for every new token. Here
-        earlier special tokens stay special; in transformers a new list of additional ones takes the old one's place.
+        All become special, and roles are assigned. The model needs an embedding row for every new token. Earlier
+        special tokens stay special; in transformers a new list of additional ones replaces the old one.
         """
         if unknown := set(tokens) - {*ROLES, *LISTS}:
-            raise ValueError(f"{min(unknown)!r} is no role of a special token; there are {', '.join((*ROLES, *LISTS))}")
+            raise ValueError(
+                f"{min(unknown)!r} is not a role of a special token; there are {', '.join((*ROLES, *LISTS))}"
+            )
         roles = {role: str(token) for role, token in tokens.items() if role in ROLES}
         extra = [str(token) for name in LISTS for token in tokens.get(name) or []]
         count = self.add_tokens([*roles.values(), *extra], special=True)
@@ -90,9 +92,9 @@ class TokenizerTools:
     ) -> Any:
         """`chat_template.apply` without images, by the tokenizer's own `chat_template`.
 
-        Nothing is put around the prompt, and the rows of a single conversation are flat lists, as in transformers.
+        Adds no special tokens around the prompt; a single conversation gives flat lists, as in transformers.
         """
-        from minivlm.text.chat_template import apply  # which imports the tokenizer
+        from minivlm.text.chat_template import apply  # imported here: it imports the tokenizer
 
         found = apply(_TextProcessor(self), conversation, tokenize=tokenize, return_dict=True, **options)
         if not tokenize:
@@ -103,7 +105,7 @@ class TokenizerTools:
 
 
 class _TextProcessor:
-    """What `chat_template.apply` asks of a processor."""
+    """The part of a processor that `chat_template.apply` needs."""
 
     image_token = "<image>"
 

@@ -1,4 +1,4 @@
-"""Conversations from files to batches with labels.
+"""Rows to batches with labels.
 
     rows.jsonl ─ read_rows ─ rows, images still files ─ measure: every row fits ─ encode ─ inputs and labels
 
@@ -7,173 +7,17 @@ them, so questions, typed role names and marks in user text, padding and image t
 """
 
 import copy
-import json
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from minivlm.modules.inputs import Inputs
-from minivlm.text.messages import normalise
 from minivlm.training.loss import IGNORED, count
-
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MARK = "<image>"  # in LLaVA's files
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-ERRORS = (ValueError, TypeError, OSError, KeyError, RecursionError)  # of one row
-
-
-@dataclass(frozen=True)
-class Row:
-    """A conversation. where: its place in a file, for messages; messages as `apply_chat_template` takes them."""
-
-    where: str
-    messages: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside a tar file, read when it is needed."""
-
-    path: Path
-    begin: int
-    size: int
-
-    def read(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.begin)
-            return file.read(self.size)
-
-
-# ---- Files to rows
-
-
-def read_rows(path: str | Path, images: str | Path | None = None) -> list[Row]:
-    """The conversations of a file: .jsonl, .json (a list), .parquet (by pyarrow) or .tar (as WebDataset has them).
-
-    A row is {"messages": […]} as `minivlm batch` takes it, {"messages": […], "images": […]} with the images beside the
-    text, or LLaVA's {"image": …, "conversations": [{"from": "human", "value": "<image>\\n…"}, …]}. In a tar file, a
-    row's images are the files beside its .json. images: the folder from which relative paths start.
-
-    ValueError names the line of a row that is none.
-    """
-    path = Path(path)
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet, ".tar": _tar}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: rows are read from {', '.join(readers)}, found {path.suffix or 'no ending'}")
-    rows = []
-    for where, values in readers[path.suffix](path):
-        try:
-            rows.append(Row(where, _messages(values, None if images is None else Path(images))))
-        except ERRORS as error:
-            raise ValueError(f"{where}: {error}") from error
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path.name}, line {number}"
-                try:
-                    values = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where} is not JSON ({error})") from error
-                yield where, values
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    values = json.loads(path.read_bytes())
-    for number, row in enumerate(values if isinstance(values, list) else [values], 1):
-        yield f"{path.name}, row {number}", row
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: parquet files are read by pyarrow (`pip install pyarrow`)") from error
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        for values in batch.to_pylist():
-            number += 1
-            yield f"{path.name}, row {number}", {name: value for name, value in values.items() if value is not None}
-
-
-def _tar(path: Path) -> Iterator[tuple[str, Any]]:
-    """Files of one name but for what follows its first dot are one row: 0001.json, 0001.0.jpg, 0001.1.jpg."""
-    samples: dict[str, dict[str, Member]] = {}
-    with tarfile.open(path, "r:") as archive:
-        for entry in archive:
-            if entry.isfile():
-                folder, _, name = entry.name.rpartition("/")
-                key, _, ending = name.partition(".")
-                samples.setdefault(f"{folder}/{key}", {})[ending] = Member(path, entry.offset_data, entry.size)
-    for key, files in samples.items():
-        if "json" not in files:
-            raise ValueError(f"{path}: {key.strip('/')} has no .json beside {', '.join(files)}")
-        values = json.loads(files["json"].read())
-        pictures = [files[ending] for ending in sorted(files) if f".{ending}".endswith(PICTURES)]
-        if pictures and isinstance(values, dict):
-            values = {name: value for name, value in values.items() if name != "image"} | {"images": pictures}
-        yield f"{path.name}, {key.strip('/')}", values
-
-
-# ---- Rows to messages
-
-
-def _messages(values: Any, folder: Path | None) -> list[dict[str, Any]]:
-    """A row's messages, with an image in every image item."""
-    if not isinstance(values, dict) or ("messages" in values) == ("conversations" in values):
-        raise ValueError('a row is a JSON object with "messages" or "conversations"')
-    beside = values.get("images", values.get("image", []))
-    beside = beside if isinstance(beside, list) else [beside]
-    turns = values.get("messages") or [_from_llava(turn) for turn in values["conversations"]]
-    messages, images = normalise(turns)
-    places = [item for message in messages for item in message["content"] if item["type"] == "image"]
-    if beside and not places:  # nothing says where they go: before the first question
-        places = [{"type": "image"} for _ in beside]
-        first = next((message for message in messages if message["role"] == "user"), messages[0])
-        first["content"][:0], images = places, [None] * len(beside)
-    if images.count(None) != len(beside):
-        raise ValueError(f"{images.count(None)} places for images and {len(beside)} images beside the messages")
-    left = iter(beside)
-    for place, image in zip(places, images, strict=True):
-        place["image"] = _source(next(left) if image is None else image, folder)
-    return messages
-
-
-def _from_llava(turn: dict[str, str]) -> dict[str, Any]:
-    """One turn of LLaVA's files, in whose text <image> stands where an image goes."""
-    if turn["from"] not in SPEAKERS:
-        raise ValueError(f'"from" is one of {", ".join(SPEAKERS)}, found {turn["from"]!r:.80}')
-    role, content = SPEAKERS[turn["from"]], []
-    for number, text in enumerate(turn["value"].split(MARK) if role == "user" else [turn["value"]]):
-        content += [{"type": "image"}] if number else []
-        text = text.strip("\n") if MARK in turn["value"] else text  # the line break beside the mark is a template's
-        content += [{"type": "text", "text": text}] if text else []
-    return {"role": role, "content": content or [{"type": "text", "text": ""}]}
-
-
-def _source(image: Any, folder: Path | None) -> Any:
-    """An image as `load_image` takes it; {"bytes": …, "path": …} is how parquet files hold them."""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path") or image.get("url")
-    if isinstance(image, str) and folder is not None and "://" not in image and not image.startswith("data:"):
-        return str(folder / image)
-    if not isinstance(image, str | bytes | Member):
-        raise ValueError(f"an image is a path, a URL or bytes, found {type(image).__name__}")
-    return image
-
-
-# ---- Rows to batches
+from minivlm.training.rows import ERRORS, MARK, Member, Row
 
 
 def for_training(processor: Any) -> Any:

@@ -9,107 +9,55 @@ Under `torchrun` each process takes its share of every step, and gradients are a
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from minivlm.checkpoint import journal
 from minivlm.checkpoint.files import replacing, saving
 from minivlm.training import adapters, data, memory
-from minivlm.training.data import Row
 from minivlm.training.loss import token_loss
-from minivlm.training.optimisation import SCHEDULES, Optimisation, adamw, scheduled, trained
+from minivlm.training.optimisation import Make, Optimisation, adamw, scheduled, trained
+from minivlm.training.recipe import Recipe, Step
+from minivlm.training.rows import Row, fingerprint
 
 STATE, LOG = "state.pt", "log.jsonl"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. A step takes batch × accumulate rows in every process.
-
-    steps: how many; None: as many as `epochs` need. warmup: steps, or a share of all if below 1. clip: the norm that a
-    step's gradient has at most; None: any. checkpointing: see `memory.checkpoint_layers`. cache_bytes: of features of a
-    frozen vision tower. workers: processes that read images. eval_every, save_every: steps; 0: at the end only.
-    """
-
-    batch: int = 2
-    accumulate: int = 4
-    epochs: float = 3.0
-    steps: int | None = None
-    lr: float = 1e-4
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    decay: float = 0.0
-    clip: float | None = 1.0
-    optimizer: str = "adamw"
-    shuffle: bool = True
-    seed: int = 42
-    checkpointing: bool = False
-    cache_bytes: int = 0
-    workers: int = 0
-    eval_every: int = 0
-    save_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "accumulate", "epochs", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} should be above 0, found {getattr(self, name)}")
-        for name in ("warmup", "decay", "cache_bytes", "workers", "eval_every", "save_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} should be 0 or more, found {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps should be above 0, found {self.steps}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip should be above 0, found {self.clip}; leave it out for no clipping")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}, found {self.schedule!r:.80}")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step was like. number: from 1. loss: a learned token's, in the mean. tokens: all that went through,
-    padding and images included; learned: those that count. norm: of the gradient before clipping. memory: the most
-    bytes that this process has had. eval_loss: of the rows kept back, where this step measured it."""
-
-    number: int
-    epoch: float
-    loss: float
-    tokens: int
-    learned: int
-    lr: float
-    norm: float
-    seconds: float
-    tokens_per_second: float
-    memory: int
-    eval_loss: float | None = None
+Loss = Callable[[Any, Any], tuple[Tensor, int]]  # of a model and a batch: see `token_loss`
 
 
 def finetune(
     model: Any,
     processor: Any,
-    rows: list[Row],
+    rows: Sequence[Row],
     recipe: Recipe,
     out: str | Path | None = None,
     *,
     eval_rows: list[Row] | None = None,
     resume: bool = False,
+    collate: Callable[[list[Row]], Any] | None = None,
+    loss: Loss = token_loss,
+    optimisers: Make | None = None,
 ) -> Iterator[Step]:
     """Train what requires gradients in a model: an adapter that `lora.apply` has put on, or all of it.
 
     out: a folder for the state, log.jsonl and the result (an adapter in PEFT's form, or the whole checkpoint), written
     every `save_every` steps and at the end. resume: go on from its state; the same call otherwise.
-    Raises ValueError for a state of other rows or settings, and at the first loss that is not finite.
+    For another task: collate makes a batch of rows, in place of `data.encode`; loss takes (model, batch) and returns a
+    sum and how many terms it has, and if it is a module its own parameters are trained too (they are in the state
+    only); optimisers makes others than the recipe's AdamW.
+    Raises ValueError for a state of other rows or settings, for float16, and at the first loss that is not finite.
     """
-    run = _Run(model, data.for_training(processor), rows, recipe, None if out is None else Path(out))
+    folder = None if out is None else Path(out)
+    run = _Run(model, data.for_training(processor), rows, recipe, folder, collate, loss, optimisers)
     run.begin(resume)
     model.train()
     for number, batches in run.batches():
@@ -141,6 +89,12 @@ def evaluate(model: Any, processor: Any, rows: list[Row], batch: int = 2) -> flo
     return (sums[0] / sums[1].clamp(min=1)).item()
 
 
+@lru_cache(maxsize=2)  # a step's rows are asked for twice, ahead and when it comes
+def _order(count: int, seed: int | None) -> Tensor:
+    """The order in which an epoch takes its rows; seed None: as they are."""
+    return torch.arange(count) if seed is None else torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 def _rank() -> tuple[int, int]:
     """(this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -149,17 +103,34 @@ def _rank() -> tuple[int, int]:
 class _Run:
     """One training run: its order of rows, its optimiser, its files."""
 
-    def __init__(self, model: Any, processor: Any, rows: list[Row], recipe: Recipe, out: Path | None) -> None:
-        self.model, self.processor, self.rows, self.recipe, self.out = model, processor, rows, recipe, out
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        rows: Sequence[Row],
+        recipe: Recipe,
+        out: Path | None,
+        collate: Callable[[list[Row]], Any] | None = None,
+        loss: Loss = token_loss,
+        optimisers: Make | None = None,
+    ) -> None:
+        self.model, self.rows, self.recipe, self.out, self.loss = model, rows, recipe, out, loss
+        if model.dtype == torch.float16:
+            raise ValueError("float16 loses small gradients; load the model in bfloat16 or float32 to train it")
+        self.collate = collate or partial(data.encode, processor)
         self.rank, self.world = _rank()
         self.per_step = recipe.batch * recipe.accumulate * self.world
         self.per_epoch = math.ceil(len(rows) / self.per_step)
         self.steps = recipe.steps or math.ceil(recipe.epochs * self.per_epoch)
         share = recipe.warmup < 1
         self.warmup = math.ceil(recipe.warmup * self.steps) if share else int(recipe.warmup)
-        make = adamw(model, recipe.lr, recipe.decay, recipe.optimizer)
-        self.optimisation = Optimisation(trained(model), make, recipe.clip)
+        parameters = trained(model)
+        if isinstance(loss, nn.Module):
+            parameters |= {f"loss.{name}": parameter for name, parameter in loss.named_parameters()}
+        make = optimisers or adamw(model, recipe.lr, recipe.decay, recipe.optimizer)
+        self.optimisation = Optimisation(parameters, make, recipe.clip)
         self.first = 0
+        memory.lean_gates(model)
         memory.freeze_tower(model, recipe.cache_bytes)
         if recipe.checkpointing:
             memory.checkpoint_layers(model)
@@ -169,10 +140,8 @@ class _Run:
     def indices(self, step: int) -> list[list[int]]:
         """The rows of this process in a step, a list for each pass."""
         epoch, place = divmod(step, self.per_epoch)
-        order = torch.arange(len(self.rows))
-        if self.recipe.shuffle:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.recipe.seed + epoch))
-        taken = order[place * self.per_step : (place + 1) * self.per_step][self.rank :: self.world].tolist()
+        taken = _order(len(self.rows), self.recipe.seed + epoch if self.recipe.shuffle else None)
+        taken = taken[place * self.per_step : (place + 1) * self.per_step][self.rank :: self.world].tolist()
         return [taken[begin : begin + self.recipe.batch] for begin in range(0, len(taken), self.recipe.batch)]
 
     def batches(self) -> Iterator[tuple[int, Iterator[tuple[list[int], Any]]]]:
@@ -180,8 +149,8 @@ class _Run:
         numbers = range(self.first, self.steps)
         loader = DataLoader(
             self.rows,
-            batch_sampler=[one for step in numbers for one in self.indices(step)],
-            collate_fn=partial(data.encode, self.processor),
+            batch_sampler=(one for step in numbers for one in self.indices(step)),
+            collate_fn=self.collate,
             num_workers=self.recipe.workers,
             generator=torch.Generator(),  # or else it would draw from the numbers that dropout takes
         )
@@ -196,8 +165,9 @@ class _Run:
         sums = torch.zeros(3, dtype=torch.float64)  # loss, learned tokens, all tokens
         for indices, inputs in batches:
             inputs = inputs.to(self.model.device)
-            total, learned = token_loss(self.model, inputs)
-            sums += torch.tensor([total.item(), learned, inputs["input_ids"].numel()], dtype=torch.float64)
+            total, learned = self.loss(self.model, inputs)
+            tokens = inputs["input_ids"].numel() if "input_ids" in inputs else learned
+            sums += torch.tensor([total.item(), learned, tokens], dtype=torch.float64)
             if not math.isfinite(total.item()):
                 raise ValueError(f"step {number + 1}: the loss is {total.item()} for {self._named(indices)}; {HINT}")
             if learned:
@@ -236,6 +206,7 @@ class _Run:
         if not resume and (state.exists() or log.exists()):
             raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
         self.out.mkdir(parents=True, exist_ok=True)
+        journal.finish(self.out)  # a save that a kill has stopped halfway
         for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:
             unfinished.unlink()  # what a kill has left while files were written
         if state.exists():
@@ -262,10 +233,9 @@ class _Run:
 
     def _about(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""
-        rows = hashlib.sha256(repr(self.rows).encode()).hexdigest()
         free = ("workers", "eval_every", "save_every")  # these change no loss
         recipe = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in free}
-        return {"rows": rows, "processes": self.world, **recipe}
+        return {"rows": fingerprint(self.rows), "processes": self.world, **recipe}
 
     def log(self, step: Step) -> None:
         if self.out is not None and self.rank == 0:
@@ -288,7 +258,7 @@ class _Run:
                 torch.save(state, written.file(self.out / STATE))
 
 
-HINT = "nothing was saved of this step. Try a lower learning rate, or bfloat16 or float32 for float16"
+HINT = "nothing was saved of this step. Try a lower learning rate, or float32 in place of bfloat16"
 
 
 def save_result(model: Any, folder: Path, processor: Any) -> None:

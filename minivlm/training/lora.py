@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from minivlm.quantization import apply as quantise
 from minivlm.quantization.linear import QuantizedLinear
-from minivlm.training import targets
+from minivlm.training import targets, tied
+from minivlm.training.lean import low_rank
 from minivlm.training.targets import LoraConfig
 
 
@@ -69,32 +70,35 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is not None:
             return self._dora(x, self.base_layer(x))
         shape, x = x.shape[:-1], x.flatten(0, -2)
-        y = self.base_layer(x)  # (n, out)
-        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (n, r)
+        h = low_rank(self.lora_A, self.dropout(x.to(self.lora_A.dtype)) if self.drops else x)  # (n, r)
+        return self.plus(self.base_layer(x), h).unflatten(0, shape)
+
+    @property
+    def drops(self) -> bool:
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
+    def plus(self, y: Tensor, h: Tensor) -> Tensor:
+        """y + s·B h: y (n, out) of the base, h (n, r) = A x → (n, out), dtype of y."""
         if y.dtype == h.dtype == self.lora_B.dtype:
             # One product that adds, for the sum below; in place where autograd allows it
             add = torch.addmm if self.quantised else torch.Tensor.addmm_
-            y = add(y, h, self.lora_B.T, alpha=self.scaling)
-        else:
-            change = F.linear(h, self.lora_B) * self.scaling
-            y = y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
-        return y.unflatten(0, shape)
+            return add(y, h, self.lora_B.T, alpha=self.scaling)
+        change = F.linear(h, self.lora_B) * self.scaling
+        return y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
 
     def _dora(self, x: Tensor, y: Tensor) -> Tensor:
         """m / ‖W + s·BA‖ · (W + s·BA) x + bias; the norm is a constant for the gradient (their section 4.3)."""
         dropped = self.dropout(x.to(self.lora_A.dtype))
         scale = self.lora_magnitude_vector / self._row_norms()  # (out,)
-        if self.training and isinstance(self.dropout, nn.Dropout):
+        plain = y if self.bias is None else y - self.bias
+        if self.drops:
             plain = F.linear(dropped, self._base_weight())
-        else:
-            plain = y if self.bias is None else y - self.bias
         change = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scaling
         return (y + (scale - 1) * plain + scale * change).to(y.dtype)
 
     def _base_weight(self) -> Tensor:
-        if self.quantised:
-            return self.base_layer.dequantize(torch.float32)
-        return self.base_layer.weight.detach().float()
+        base = self.base_layer
+        return base.dequantize(torch.float32) if self.quantised else base.weight.detach().float()
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
@@ -204,14 +208,14 @@ def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[s
 
     chosen: transformers' name → ours; rank and alpha patterns match the former.
     """
+    tied.untie(model, whole(model, config).values())
     ranks = targets.valued(config.rank_pattern, config.r, list(chosen))
     alphas = targets.valued(config.alpha_pattern, config.lora_alpha, list(chosen))
     layers = {}
     for theirs, ours in chosen.items():
         base = model.get_submodule(ours)
         kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
-        layers[ours] = kind(base, ranks[theirs], alphas[theirs], config)
-        layers[ours].train(base.training)
+        layers[ours] = kind(base, ranks[theirs], alphas[theirs], config).train(base.training)
         model.set_submodule(ours, layers[ours])
     model.adapter_config = config
     return layers
@@ -220,12 +224,12 @@ def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[s
 def whole(model: nn.Module, config: LoraConfig, generation: int = 0) -> dict[str, str]:
     """The parameters of `modules_to_save`, transformers' names → ours. ValueError for an entry that names nothing."""
     table = targets.generations(model)[generation]
-    ours = {targets.spelled(name, table): name for name, _ in model.named_parameters()}
+    ours = {targets.spelled(name, table): name for name, _ in model.named_parameters(remove_duplicate=False)}
     modules = list(spelling(model, generation))
-    for entry in config.modules_to_save or ():
-        if not any(module.endswith(entry) for module in modules):
-            raise ValueError(f"modules_to_save names {entry!r:.80}, but no module's name ends so")
     chosen = targets.saved_whole(config, modules, ours)
+    for entry in config.modules_to_save or ():
+        if not targets.saved_whole(replace(config, modules_to_save=(entry,)), modules, ours):
+            raise ValueError(f"modules_to_save names {entry!r:.80}, but no module with weights to train ends so")
     return {theirs: ours[theirs] for theirs in chosen}
 
 
@@ -262,13 +266,13 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or model.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRAEmbedding) or (isinstance(module, LoRALinear) and not module.quantised):
-            weight = module.changed().to(module.base_layer.weight.dtype)
-            module.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            module.base_layer.weight = nn.Parameter(module.weight, requires_grad=False)
             model.set_submodule(name, module.base_layer)
         elif isinstance(module, LoRALinear):
             model.set_submodule(name, _plain(module.changed(), module.bias, dtype))
         elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
             model.set_submodule(name, _plain(module.dequantize(torch.float32), module.bias, dtype))
+    tied.settle(model)
     model.adapter_config = model.quantization_config = None
     return model
 

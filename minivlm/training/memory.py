@@ -13,6 +13,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 from minivlm.families import family
 from minivlm.modules.config import text_config
+from minivlm.modules.layers import GatedMLP
 from minivlm.quantization import apply as quantise
-from minivlm.training import loss
+from minivlm.training import lean, loss
+from minivlm.training.lora import LoRALinear
 
 # ---- Activation checkpointing
 
@@ -33,6 +36,27 @@ def checkpoint_layers(model: Any) -> None:
     """
     dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     model.gradient_checkpointing_enable({"preserve_rng_state": dropout})
+
+
+# ---- Less without running anything of size again
+
+
+def lean_gates(model: nn.Module) -> None:
+    """Let gated MLPs keep their gates and what these multiply, and compute the activation and the product again."""
+    for module in model.modules():
+        if isinstance(module, GatedMLP):
+            module.forward = partial(_gated, module)
+
+
+def _gated(mlp: GatedMLP, x: Tensor) -> Tensor:
+    """`GatedMLP.forward`, same numbers. x (…, C) → (…, C)."""
+    shape, x, down = x.shape[:-1], x.flatten(0, -2), mlp.down_proj
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    product = lean.gated(gate, up, mlp.act)
+    if not isinstance(down, LoRALinear) or down.drops or down.lora_magnitude_vector is not None:
+        return down(product).unflatten(0, shape)
+    h = lean.low_rank(down.lora_A, gate, up, act=mlp.act)
+    return down.plus(down.base_layer(product), h).unflatten(0, shape)
 
 
 # ---- Frozen towers
@@ -149,22 +173,23 @@ def estimate(
         if parameter.requires_grad:
             numbers += parameter.numel()
             trained += 4 * parameter.numel() if adapter or item < 4 else 0
-    config = text_config(model.config)
-    each, entering = _kept_of_a_layer(config, item), config.hidden_size * item
+    config, trains = text_config(model.config), {name for name, p in model.named_parameters() if p.requires_grad}
+    whole = any(name.endswith("down_proj.weight") for name in trains)
+    each, entering = _kept_of_a_layer(config, item, whole), config.hidden_size * item
     depth = config.num_hidden_layers
     activations = tokens * (depth * entering + each if checkpointing else depth * each)
     rows = min(learned, max(1, loss.LOGITS // config.vocab_size))
-    return Estimate(
-        weights, trained, 4 * numbers, optimiser_bytes * numbers, activations, 3 * 4 * rows * config.vocab_size
-    )
+    head = item * model.lm_head.weight.numel() if "lm_head.weight" in trains else 0  # its gradient, until it is added
+    logits = 3 * 4 * rows * config.vocab_size + head
+    return Estimate(weights, trained, 4 * numbers, optimiser_bytes * numbers, activations, logits)
 
 
-def _kept_of_a_layer(config: Any, item: int) -> int:
-    """Bytes that the backward pass needs of one decoder layer for one token: what its norms, products, rotations, the
-    attention and the gate take in. A low-rank change takes its input in fp32, which 16-bit layers keep as a copy."""
+def _kept_of_a_layer(config: Any, item: int, whole: bool) -> int:
+    """Bytes that the backward pass needs of one decoder layer for one token: what its norms, low-rank changes,
+    rotations and attention take in, an MLP's gate and what it multiplies, and if it is trained whole their product.
+    Norms of 16 bits keep what they take in as fp32."""
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    kept = 4 * width + 4 * queries + 3 * keys + 4 * inner
-    copies = 0 if item == 4 else 4 * (2 * width + 5 * width + queries + inner)
-    return item * kept + copies
+    normed = 4 * 2 * width + item * 2 * width
+    return normed + item * (4 * queries + 3 * keys + (3 if whole else 2) * inner)

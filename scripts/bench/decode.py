@@ -1,13 +1,13 @@
-"""What a new token costs beyond its matrix products; beams beside greedy search; a second question in a conversation.
+"""The cost of a new token beyond its matrix products; beams beside greedy search; a second question in a conversation.
 
     python scripts/bench/decode.py [--dtype float32] [--rounds 5] [--only overhead beams chat profile]
 
-overhead   a decoder of 32 thin layers, in which arithmetic hides nothing: milliseconds of a decode step above those of
-           its matrix products alone, at 16, 512 and 4,096 cached tokens. Growth is attention's, which reads the cache.
-beams      a picture, a prompt of 97 tokens and 32 new ones: 4 beams against greedy search.
-chat       a second question of about 20 tokens about a 980×980 picture, answered in 8 tokens: with the cache of the
+overhead   a decoder of 32 thin layers, where arithmetic cannot hide overhead: milliseconds of a decode step above its
+           matrix products alone, at 16, 512 and 4,096 cached tokens. The growth is attention reading the cache.
+beams      an image, a prompt of 97 tokens and 32 new ones: 4 beams against greedy search.
+chat       a second question of about 20 tokens about a 980×980 image, answered in 8 tokens: with the cache of the
            first (`minivlm.Chat`), recomputed by us, recomputed by the reference.
-profile    where the time of one of our decode steps goes, by torch's profiler, on the model of `beams`.
+profile    the time of one of our decode steps by operator, from torch's profiler, on the model of `beams`.
 
 Both sides in turns within each round, medians, ratios reference / ours; the models are random.
 """
@@ -125,7 +125,7 @@ def beams(dtype: str, rounds: int, scratch: str) -> None:
 
     work = {f"{side} {n}": lambda side=side, n=n: seconds(side, n) for n in (1, 4) for side in SIDES}
     found = medians(work, rounds)
-    print(f"\n| {dtype}, a picture and 32 new tokens | minivlm | transformers | ratio |\n| --- | ---: | ---: | ---: |")
+    print(f"\n| {dtype}, an image and 32 new tokens | minivlm | transformers | ratio |\n| --- | ---: | ---: | ---: |")
     for count, name in ((1, "greedy"), (4, "4 beams")):
         ours, theirs = (found[f"{side} {count}"] * 1e3 for side in SIDES)
         print(f"| {name} | {ours:,.0f} ms | {theirs:,.0f} ms | {theirs / ours:.2f} |")
@@ -134,7 +134,7 @@ def beams(dtype: str, rounds: int, scratch: str) -> None:
 
 
 def talking_processor() -> Any:
-    """The built-in processor, for whole pictures: its own limit is 64 pixels."""
+    """The built-in processor, for full-size images: its own limit is 64 pixels."""
     from minivlm import AutoProcessor
 
     processor = AutoProcessor.from_pretrained("shapes-idefics2")
@@ -149,7 +149,7 @@ def chat(dtype: str, rounds: int, scratch: str) -> None:
     models = {side: bench.load(side, folder, dtype) for side in SIDES}
     models["minivlm"].generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     noise = torch.randint(0, 256, (980, 980, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    picture = Image.fromarray(noise.numpy())
+    image = Image.fromarray(noise.numpy())
     question = "how many red circles are there in the picture, and which number is written below them?"
     talk = Chat(models["minivlm"], processor, max_new_tokens=8)
     messages: list[dict[str, Any]] = []
@@ -157,7 +157,7 @@ def chat(dtype: str, rounds: int, scratch: str) -> None:
     def kept() -> float:
         nonlocal messages
         talk.reset()
-        talk.ask("what is in the picture?", [picture])
+        talk.ask("what is in the picture?", [image])
         took = elapsed(lambda: talk.ask(question))
         messages = talk.messages[:-1]
         return took

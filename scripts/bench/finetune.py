@@ -107,6 +107,7 @@ def ours(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
     if "full" not in way:
         lora.apply(model, LoraConfig(r=8, target_modules=TARGETS))
         memory.freeze_tower(model)
+    memory.lean_gates(model)
     if "checkpointing" in way:
         memory.checkpoint_layers(model)
     model.train()

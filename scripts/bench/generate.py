@@ -4,7 +4,7 @@
     python scripts/bench/generate.py --family idefics2_8b_widths --formats int4 nf4 int8     4 layers, the true widths
 
 Both sides load the same random checkpoint of the family (about 200 M parameters) and do the same work in
-turns, ours and theirs within one round, so that a machine whose speed drifts treats them alike; figures are medians,
+turns within one round, so that drifts in the machine's speed affect both alike; figures are medians,
 the ratio is reference / ours (above 1: ours is faster or smaller). Load time and memory are taken in fresh processes.
 Before anything is timed, both sides must choose the same greedy tokens (in fp32). With --formats, ours is quantised
 while it loads, from bf16, and stands beside the reference in bf16 and beside the reference with bitsandbytes.
@@ -54,12 +54,12 @@ def idefics2_work(context: int) -> dict[str, Inputs]:
         mask = torch.ones(1, images, height, width, dtype=torch.long)
         return {**ids, "pixel_values": random_pixels(1, images, 3, height, width), "pixel_attention_mask": mask}
 
-    split = prompt(353, 5, 480, 640)  # four crops of 378×378, padded to the size of the whole picture
+    split = prompt(353, 5, 480, 640)  # four crops of 378×378, padded to the size of the whole image
     for name in ("pixel_values", "pixel_attention_mask"):
         split[name][:, :4, ..., 378:, :] = 0
         split[name][:, :4, ..., :, 378:] = 0
     return {
-        "prefill, one 980×980 picture": prompt(97, 1, 980, 980),
+        "prefill, one 980×980 image": prompt(97, 1, 980, 980),
         "prefill, 480×640 split into 5": split,
         f"prefill, {context} tokens": prompt(context, 1, 378, 378),
         "decode a token at 97": prompt(97, 1, 378, 378),
@@ -96,14 +96,14 @@ def llava_next_config() -> Any:
 
 
 def llava_next_work(context: int) -> dict[str, Inputs]:
-    picture = random_ids(2961)
-    picture["input_ids"][:, 1:2929] = 32000  # 576 of the base picture, 48 rows of 48 and a newline
-    picture |= {"pixel_values": random_pixels(1, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]])}
+    image = random_ids(2961)
+    image["input_ids"][:, 1:2929] = 32000  # 576 of the base, 48 rows of 48 and a newline
+    image |= {"pixel_values": random_pixels(1, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]])}
     return {
-        "prefill, one 672×672 picture in 5 tiles": picture,
+        "prefill, one 672×672 image in 5 tiles": image,
         f"prefill, {context} tokens": random_ids(context),
         "decode a token at 97": random_ids(97),
-        "decode a token at 2961": picture,
+        "decode a token at 2961": image,
     }
 
 
@@ -130,7 +130,7 @@ def idefics_work(context: int) -> dict[str, Inputs]:
             "image_attention_mask": seen,
         }
 
-    names = {count: f"{count} picture{'s' * (count > 1)}" for count in (1, 4, 16)}
+    names = {count: f"{count} image{'s' * (count > 1)}" for count in (1, 4, 16)}
     return {f"{kind}, {name}": prompt(count) for kind in ("prefill", "decode a token") for count, name in names.items()}
 
 

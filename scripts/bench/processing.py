@@ -1,8 +1,8 @@
-"""A 12-megapixel JPEG to model inputs, beside `transformers` (both of its image backends), in one run, as ratios.
+"""From a 12-megapixel JPEG to model inputs, beside `transformers` (both of its image backends), in one run, as ratios.
 
     python scripts/bench/processing.py [--rounds 7]
 
-The picture is a photograph-like JPEG of 4000×3000 made on the spot. All sides take turns within a round; figures are
+The image is a generated, photograph-like JPEG of 4000×3000. All sides take turns within a round; figures are
 medians, the ratio is reference / ours (above 1: ours is faster). Before anything is timed, our pixels must equal those
 of the reference's Pillow backend.
 """

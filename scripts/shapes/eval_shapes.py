@@ -47,16 +47,21 @@ def answers(model: Any, processor: Any, questions: list[Question], batch: int = 
 
 
 def question_inputs(processor: Any, questions: list[Question]) -> Any:
-    """What this processor, ours or the reference's, makes of each question and its picture as a conversation."""
-    pictures = [draw(make_scene(seed)) for seed, *_ in questions]
-    texts = [text for _, _, text, _ in questions]
+    """What this processor, ours or the reference's, makes of each question and its image as a conversation."""
+    return inputs_of(
+        processor, [draw(make_scene(seed)) for seed, *_ in questions], [text for _, _, text, _ in questions]
+    )
+
+
+def inputs_of(processor: Any, images: list[Any], texts: list[str]) -> Any:
+    """The same of drawn images, with one question each."""
     if type(processor).__name__ == "IdeficsProcessor":
-        prompts = [chat_prompt(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+        prompts = [chat_prompt(image, text) for image, text in zip(images, texts, strict=True)]
         return processor(text=prompts, padding=True, return_tensors="pt")
     prompts = [
         processor.apply_chat_template(conversation([(text, None)]), add_generation_prompt=True) for text in texts
     ]
-    return processor(text=prompts, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
+    return processor(text=prompts, images=[[image] for image in images], padding=True, return_tensors="pt")
 
 
 def replies(model: Any, processor: Any, inputs: Any) -> list[str]:

@@ -206,6 +206,7 @@ def _outline(shape: Shape) -> list[tuple[float, float]]:
         "star": [(r * math.sin(math.radians(a)) * 1.05, -r * math.cos(math.radians(a)) * 1.05) for a, r in star],
         "diamond": [(0, -1), (0.78, 0), (0, 1), (-0.78, 0)],
         "cross": cross,
+        "hexagon": [(math.cos(a * math.pi / 3), math.sin(a * math.pi / 3)) for a in range(6)],  # see finetune_shapes.py
     }[shape.kind]
     sin, cos = math.sin(math.radians(shape.angle)), math.cos(math.radians(shape.angle))
     return [(shape.x + radius * (x * cos - y * sin), shape.y + radius * (x * sin + y * cos)) for x, y in points]

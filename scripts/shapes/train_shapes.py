@@ -7,9 +7,10 @@
         --start-from minivlm/builtin/shapes-idefics2 --vision-steps 600 --steps 2000
 
 Two stages, as the real models had: first the vision tower alone learns to say of each patch what was drawn there
-(those labels cost nothing here), then the whole model learns to answer. Both write a checkpoint every few minutes
-and go on from it when the command is given again. Each process of torchrun takes one core and its share of the batch:
-on a shared machine that waits far less than threads, which meet at every operation. Plain `python` works as well.
+(those labels cost nothing here), then the whole model learns to answer. Both are runs of `minivlm.training.loop` with a
+loss of their own: rows are made from their numbers as they come, labels of conversations are `data.encode`'s. Each
+stage writes its state to a folder and goes on from it when the command is given again. Each process of torchrun takes
+one core and its share of the batch. Plain `python` works as well.
 
 The real LLaVA-NeXT began with a trained CLIP and a trained language model. This one begins with the vision tower and
 the decoder of the small Idefics2; its projector, its newline and one decoder layer are new. So does the IDEFICS, with a
@@ -17,16 +18,13 @@ new perceiver and new gated blocks; it learns from rows of several pictures (sha
 picture and questions about it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-import math
 import os
 import random
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from multiprocessing import Pool as Workers
 from pathlib import Path
@@ -37,11 +35,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from shapes import (
     LABELS,
-    SIZES,
     STYLES,
     TYPES,
     conversation,
@@ -56,7 +51,6 @@ from shapes_models import (
     FAMILIES,
     PATCH,
     SIZE,
-    SPECIAL,
     Family,
     base_alone,
     save_package,
@@ -67,9 +61,15 @@ from shapes_prompts import MIX, SHOTS, answered, chat_prompt, held_out_shots, la
 from torch import Tensor, nn
 
 from minivlm.modules.clip import ClipVisionTower
+from minivlm.modules.inputs import Inputs
 from minivlm.processing.idefics import IdeficsProcessor
+from minivlm.training import data, loop
+from minivlm.training.loss import IGNORED, token_loss
+from minivlm.training.recipe import Recipe, Step
+from minivlm.training.rows import Row
 
 CLASSES = sum(LABELS.values())
+Pool = tuple[np.ndarray, np.ndarray]  # training images and the labels of their patches
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -87,7 +87,7 @@ def _drawn(seed: int, square: bool = False) -> tuple[np.ndarray, np.ndarray]:
     return picture, labels
 
 
-def make_pool(folder: Path, count: int, square: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def make_pool(folder: Path, count: int, square: bool = False) -> Pool:
     """The training pictures of seeds 0 to count - 1, drawn once and kept in `folder`, memory-mapped."""
     kind = "_square" if square else ""
     paths = folder / f"pictures{kind}_{count}.npy", folder / f"labels{kind}_{count}.npy"
@@ -102,7 +102,23 @@ def make_pool(folder: Path, count: int, square: bool = False) -> tuple[np.ndarra
     return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
 
 
-# ------------------------------------------------------------------------------------------------------ loop
+@dataclass(frozen=True)
+class Lesson(Row):
+    """A row made on the spot. seeds: of its images' scenes. prompt: items with marked answers, for IDEFICS. alone:
+    shown to a LLaVA-NeXT without its tiles."""
+
+    seeds: tuple[int, ...] = ()
+    prompt: list[Any] = field(default_factory=list)
+    alone: bool = False
+
+
+def labels_of(family: Family, pool: Pool, seed: int) -> Tensor:
+    """Labels (rows, columns, 6) of the patches of a scene."""
+    width, height = (64, 64) if family.square else size_of(seed)
+    return torch.from_numpy(pool[1][seed][: height // PATCH, : width // PATCH].astype(np.int64))
+
+
+# ------------------------------------------------------------------------------------------------ both stages
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
@@ -113,123 +129,38 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-def muon_and_adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices inside the layers, AdamW for embeddings, head, norms and the rest.
+def muon_and_adamw(parameters: dict[str, nn.Parameter], lr: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices inside the layers, AdamW for embeddings, heads, norms and the rest.
 
     On this task AdamW alone at 1e-3 was noisy and at 2e-3 diverged, where Muon was still calm and ahead of it.
     """
     inner = (".layers.", "modality_projection.", "multi_modal_projector.", "gated_cross_attn_layers.", ".blocks.")
-    names = {n for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in inner)}
-    matrices = [p for n, p in model.named_parameters() if n in names]
-    others = [p for n, p in model.named_parameters() if n not in names]
+    names = {n for n, p in parameters.items() if p.ndim == 2 and any(part in n for part in inner)}
+    matrices = [p for n, p in parameters.items() if n in names]
+    others = [p for n, p in parameters.items() if n not in names]
     muon = torch.optim.Muon(matrices, lr=2 * lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw(others, lr)]
 
 
-Step = Callable[[int], tuple[Tensor, dict[str, float]]]
+def recipe_of(steps: int, batch: int) -> Recipe:
+    """A step takes `batch` rows in all; the learning rate rises for 200 steps and falls along a cosine."""
+    return Recipe(batch=batch // WORLD, accumulate=1, steps=steps, warmup=200, shuffle=False, save_every=250)
 
 
-class Run:
-    """Optimiser, schedule, log and resumable checkpoint of one stage; `modules` are saved and trained together.
-
-    The stage ends, its learning rate having fallen along half a cosine, after `steps` or `minutes`, whichever is first.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        modules: dict[str, nn.Module],
-        optimisers: list[torch.optim.Optimizer],
-        steps: int,
-        minutes: float,
-    ) -> None:
-        self.path, self.log_path = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
-        self.modules, self.optimisers, self.steps, self.minutes = modules, optimisers, steps, minutes
-        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.groups = [group for optimiser in optimisers for group in optimiser.param_groups]
-        self.peaks = [group["lr"] for group in self.groups]
-        self.step, self.seconds = 0, 0.0
-        if self.path.exists():
-            self._load()
-
-    def _load(self) -> None:
-        saved = load_file(self.path)
-        with safe_open(self.path, "pt") as file:
-            self.step, self.seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
-        for name, module in self.modules.items():
-            module.load_state_dict(_below(saved, name))
-        for number, optimiser in enumerate(self.optimisers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in _below(saved, f"optimiser {number}").items():
-                index, _, key = name.partition(".")
-                state.setdefault(int(index), {})[key] = value
-            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
-        self.groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
-
-    def _average_gradients(self) -> None:
-        """One mean over all processes; the clock goes along, so that all of them stop at the same step."""
-        flat = torch.cat([*(p.grad.flatten() for p in self.parameters), torch.tensor([self.seconds])])
-        dist.all_reduce(flat)
-        *parts, seconds = (flat / WORLD).split([*(p.numel() for p in self.parameters), 1])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
-        self.seconds = seconds.item()
-
-    def save(self) -> None:
-        tensors = {f"{name}.{key}": v for name, m in self.modules.items() for key, v in m.state_dict().items()}
-        for number, optimiser in enumerate(self.optimisers):
-            for index, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser {number}.{index}.{key}": value for key, value in state.items()}
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        about = {"step": str(self.step), "seconds": str(self.seconds)}
-        save_file(tensors, self.path.with_suffix(".tmp"), about)
-        self.path.with_suffix(".tmp").replace(self.path)
-
-    @property
-    def done(self) -> float:
-        """How much of the stage is behind us, 0 to 1."""
-        return min(1.0, max(self.step / self.steps, self.seconds / (60 * self.minutes)))
-
-    def train(self, loss_of_step: Step, log_every: int = 50, save_every: float = 240.0) -> None:
-        """Calls loss_of_step(step) → (loss, numbers to log) until the stage is done; saves every `save_every` s."""
-        saved = begun = time.monotonic()
-        before, sums = self.seconds, {}
-        while self.done < 1:
-            warm, fall = min(1.0, (self.step + 1) / 200), (1 + math.cos(math.pi * self.done)) / 2
-            for group, peak in zip(self.groups, self.peaks, strict=True):
-                group["lr"] = peak * warm * (0.02 + 0.98 * fall)
-            loss, numbers = loss_of_step(self.step)
-            for parameter in self.parameters:
-                parameter.grad = None
-            loss.backward()
-            self.seconds = before + time.monotonic() - begun
-            if WORLD > 1:
-                self._average_gradients()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            for optimiser in self.optimisers:
-                optimiser.step()
-            self.step += 1
-            for key, value in {"loss": loss.item(), **numbers}.items():
-                sums.setdefault(key, []).append(value)
-            if RANK > 0:
-                continue
-            now = time.monotonic()
-            if self.step % log_every == 0 or self.done == 1:
-                means = {key: round(float(np.nanmean(values)), 4) for key, values in sums.items()}
-                line = json.dumps({"step": self.step, "seconds": round(self.seconds), **means})
-                print(line, flush=True)
-                with self.log_path.open("a") as log:
-                    log.write(line + "\n")
-                sums = {}
-            if now - saved > save_every or self.done == 1:
-                self.save()
-                saved = now
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those of this prefix, without it."""
-    return {name.removeprefix(f"{prefix}."): v for name, v in tensors.items() if name.startswith(f"{prefix}.")}
+def follow(steps: Iterator[Step], loss: Any, path: Path, check: Callable[[], dict[str, float]] | None = None) -> None:
+    """Go through the steps; every 50, write the means of `loss.numbers`, and every 500 what `check` finds."""
+    sums: dict[str, list[float]] = {}
+    for step in steps:
+        for key, value in {"loss": step.loss, **loss.numbers}.items():
+            sums.setdefault(key, []).append(value)
+        if RANK == 0 and step.number % 50 == 0:
+            numbers = {key: float(np.nanmean(values)) for key, values in sums.items()}
+            numbers |= check() if check and step.number % 500 == 0 else {}
+            line = json.dumps({"step": step.number, **{key: round(value, 4) for key, value in numbers.items()}})
+            print(line, flush=True)
+            with path.open("a") as log:
+                log.write(line + "\n")
+            sums = {}
 
 
 # ---------------------------------------------------------------------------------------------------- stage 1
@@ -253,58 +184,71 @@ def new_head(family: Family) -> nn.Linear:
     return nn.Linear(SIZE["hidden_size"], family.labels * CLASSES)
 
 
-def train_vision(folder: Path, family: Family, model: nn.Module, pool: tuple, batch: int, **limits: float) -> None:
-    """Stage 1: the tower and one linear layer name what each patch shows. A batch holds pictures of one size.
+@dataclass(frozen=True)
+class Glances(Sequence[Lesson]):
+    """Images for stage 1, those of one step of one size. pool, by_size: images, and their seeds by size."""
 
-    An IDEFICS's perceiver is trained along, for its latents are what is labelled.
-    """
-    (pictures, labels), seeing = pool, family.seeing(model)
-    head = new_head(family)
-    trained = [p for p in (*seeing.parameters(), *head.parameters()) if p.requires_grad]
-    run = Run(folder, "vision", {"tower": seeing, "head": head}, [adamw(trained, 2e-3)], **limits)
-    groups = [[] for _ in SIZES]
-    for seed in range(len(pictures)):
-        groups[SIZES.index(size_of(seed))].append(seed)
+    family: Family
+    pool: Pool = field(repr=False)
+    steps: int
+    batch: int
+    by_size: dict[tuple[int, int], list[int]] = field(default_factory=dict, repr=False)
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng(step * WORLD + RANK)
-        size = rng.integers(len(SIZES))
-        picked = np.sort(rng.choice(groups[size], batch, replace=False))
-        width, height = (64, 64) if family.square else SIZES[size]
-        pixels = torch.from_numpy(pictures[picked][:, :height, :width]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        target = torch.from_numpy(labels[picked][:, : height // PATCH, : width // PATCH]).long()
-        seen, target = family.view(pixels, target)
+    def __post_init__(self) -> None:
+        for seed in range(len(self.pool[0])):
+            self.by_size.setdefault(size_of(seed), []).append(seed)
+
+    def __len__(self) -> int:
+        return self.steps * self.batch
+
+    def __getitem__(self, index: int) -> Lesson:
+        size = random.Random(index // self.batch).choice(sorted(self.by_size))
+        seed = random.Random(index).choice(self.by_size[size])
+        return Lesson(f"scene {seed}", [], (seed,))
+
+    def collate(self, lessons: list[Lesson]) -> Inputs:
+        """pixels as the tower sees them, and patches, their labels."""
+        (pictures, _), seeds = self.pool, [lesson.seeds[0] for lesson in lessons]
+        width, height = (64, 64) if self.family.square else size_of(seeds[0])
+        pixels = torch.from_numpy(pictures[seeds][:, :height, :width]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        labels = torch.stack([labels_of(self.family, self.pool, seed) for seed in seeds])
+        seen, labels = self.family.view(pixels, labels)
+        return Inputs(pixels=seen, patches=labels)
+
+
+class PatchLoss(nn.Module):
+    """Loss of stage 1: a linear layer names what each vector of the tower shows."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.family, self.head, self.numbers = family, new_head(family), {}
+
+    def forward(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, int]:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(family.features(seeing, seen))
-        return patch_loss(logits, target)
+            logits = self.head(self.family.features(self.family.seeing(model), inputs["pixels"]))
+        loss, self.numbers = patch_loss(logits, inputs["patches"])
+        return loss * len(logits), len(logits)
 
-    run.train(loss_of_step)
+
+def train_vision(folder: Path, family: Family, model: nn.Module, pool: Pool, steps: int, batch: int = 128) -> None:
+    """Stage 1: the tower and one linear layer name what each patch shows.
+
+    An IDEFICS's perceiver is trained along, because its latents are what is labelled.
+    """
+    before = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    seen = {id(parameter) for parameter in family.seeing(model).parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in seen and name not in before)
+    rows, loss = Glances(family, pool, steps, batch), PatchLoss(family)
+    options = {"collate": rows.collate, "loss": loss, "optimisers": lambda found: [adamw(found.values(), 2e-3)]}
+    processor = family.processor.from_pretrained(folder / "processor")
+    run = loop.finetune(model, processor, rows, recipe_of(steps, batch), folder / "vision", resume=True, **options)
+    follow(run, loss, folder / "vision.jsonl")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in before)
 
 
 # ---------------------------------------------------------------------------------------------------- stage 2
-
-
-def answer_labels(ids: Tensor, assistant: int, colon: int, end: int) -> Tensor:
-    """Labels that count an assistant's words and its closing `end`, and nothing else. ids (B, T) → (B, T)."""
-    place = torch.arange(ids.shape[1]).expand_as(ids)
-    opens = F.pad((ids[:, :-1] == assistant) & (ids[:, 1:] == colon), (1, 0))
-    ends = F.pad(ids[:, :-1] == end, (1, 0))  # the place after an end
-    opened = torch.where(opens, place, -1).cummax(dim=1).values
-    ended = torch.where(ends, place, 0).cummax(dim=1).values
-    return ids.masked_fill(~((opened >= ended) & (place > opened)), -100)
-
-
-def make_batch(processor: Any, pictures: list[Image.Image], asked: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
-    """Pictures and their question-answer turns through the project's processor, with labels.
-
-    Rows are filled up on the right, where a causal decoder never looks, so no mask is needed and attention is cheaper.
-    """
-    processor.tokenizer.padding_side = "right"
-    text = [processor.apply_chat_template(conversation(each)) for each in asked]
-    inputs = processor(text=text, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
-    marks = processor.tokenizer.convert_tokens_to_ids(["assistant", ":", SPECIAL[-1]])
-    del inputs["attention_mask"]
-    return {**inputs, "labels": answer_labels(inputs["input_ids"], *marks)}
 
 
 @torch.no_grad()
@@ -319,19 +263,27 @@ def exact_match(model: nn.Module, processor: Any, questions: list[tuple[int, str
 
 
 def question_batch(processor: Any, questions: list[tuple[int, str, str, str]]) -> dict[str, Tensor]:
-    """Each question with its picture and answer as a conversation of one turn."""
+    """Each question with its image and answer as a conversation of one turn."""
     pictures = [draw(make_scene(seed)) for seed, *_ in questions]
     if isinstance(processor, IdeficsProcessor):
         zipped = zip(pictures, questions, strict=True)
         return labelled_batch(processor, [answered(chat_prompt(picture, q[2]), q[3]) for picture, q in zipped])
-    return make_batch(processor, pictures, [[question[2:]] for question in questions])
+    rows = [talk(f"scene {q[0]}", picture, [q[2:]]) for picture, q in zip(pictures, questions, strict=True)]
+    return data.encode(data.for_training(processor), rows)
+
+
+def talk(where: str, picture: Image.Image, asked: list[tuple[str, str]], **fields: Any) -> Lesson:
+    """An image and its question-answer turns."""
+    messages = conversation(asked)
+    messages[0]["content"][0]["image"] = picture
+    return Lesson(where, messages, **fields)
 
 
 @torch.no_grad()
 def all_likeliest(model: nn.Module, batch: dict[str, Tensor]) -> list[bool]:
     """Of each row, whether every token that counts is the likeliest at its place."""
     labels = batch.pop("labels")[:, 1:]
-    wrong = (model(**batch).logits[:, :-1].argmax(-1) != labels) & (labels != -100)
+    wrong = (model(**batch).logits[:, :-1].argmax(-1) != labels) & (labels != IGNORED)
     return (~wrong.any(dim=1)).tolist()
 
 
@@ -346,80 +298,100 @@ def few_shot_match(model: nn.Module, processor: Any, count: int) -> dict[str, fl
     return found
 
 
-# From a random source: seeds of pictures, in the order of the batch, and the batch.
-Compose = Callable[[random.Random], tuple[list[int], dict[str, Tensor]]]
+scene_of = lru_cache(maxsize=None)(make_scene)
 
 
-def one_picture_each(processor: Any, pictures: np.ndarray, batch: int, most: int) -> Compose:
-    """`batch` pictures with up to `most` question-answer turns each."""
-    scene_of = lru_cache(maxsize=None)(make_scene)
+@dataclass(frozen=True)
+class Lessons(Sequence[Lesson]):
+    """Rows for stage 2: an image with up to `turns` question-answer turns, or for IDEFICS several in a row."""
 
-    def compose(rng: random.Random) -> tuple[list[int], dict[str, Tensor]]:
-        seeds = [rng.randrange(len(pictures)) for _ in range(batch)]
-        drawn = [Image.fromarray(pictures[seed][: scene_of(seed).height, : scene_of(seed).width]) for seed in seeds]
-        asked = []
-        for seed in seeds:
-            kinds = rng.sample(MIX, min(most, len(MIX)))
-            kinds[-1] = "other" if rng.random() < 0.2 else kinds[-1]
-            asked.append(turns(scene_of(seed), rng, kinds) or turns(scene_of(seed), rng, ["describe"]))
-        return seeds, make_batch(processor, drawn, asked)
+    family: Family
+    pool: Pool = field(repr=False)
+    model: nn.Module = field(repr=False)
+    processor: Any = field(repr=False)
+    steps: int
+    batch: int
+    turns: int
 
-    return compose
+    def __len__(self) -> int:
+        return self.steps * self.batch
+
+    def __getitem__(self, index: int) -> Lesson:
+        rng = random.Random(index)
+        return self._interleaved(rng) if self.family.square else self._talk(rng, index // self.batch % 8 == 7)
+
+    def _talk(self, rng: random.Random, alone: bool) -> Lesson:
+        seed = rng.randrange(len(self.pool[0]))
+        scene = scene_of(seed)
+        kinds = rng.sample(MIX, min(self.turns, len(MIX)))
+        kinds[-1] = "other" if rng.random() < 0.2 else kinds[-1]
+        asked = turns(scene, rng, kinds) or turns(scene, rng, ["describe"])
+        picture = Image.fromarray(self.pool[0][seed][: scene.height, : scene.width])
+        alone = alone and self.family is FAMILIES["llava_next"]
+        return talk(f"scene {seed}", picture, asked, seeds=(seed,), alone=alone)
+
+    def _interleaved(self, rng: random.Random) -> Lesson:
+        """One to five images, two or three as a rule, in one of the forms of `make_row`."""
+        count = rng.choices(range(1, 6), weights=(3, 4, 4, 2, 1))[0]
+        seeds = tuple(rng.randrange(len(self.pool[0])) for _ in range(count))
+        drawn = [Image.fromarray(self.pool[0][seed]) for seed in seeds]
+        prompt = make_row([scene_of(seed) for seed in seeds], drawn, rng, self.turns)
+        return Lesson(f"scenes {seeds}", [], seeds, prompt)
+
+    def collate(self, lessons: list[Lesson]) -> Inputs:
+        """Conversations as `data.encode` makes them. What IDEFICS learns are no conversations: `labelled_batch`."""
+        alone = lessons[0].alone
+        with base_alone(self.model, self.processor) if alone else nullcontext():
+            if self.family.square:
+                inputs = labelled_batch(self.processor, [lesson.prompt for lesson in lessons])
+            else:
+                inputs = data.encode(data.for_training(self.processor), lessons)
+        patches = [labels_of(self.family, self.pool, seed) for lesson in lessons for seed in lesson.seeds]
+        return Inputs({**inputs, "patches": patches, "alone": alone})
 
 
-def several_pictures(processor: Any, pictures: np.ndarray, batch: int, most: int) -> Compose:
-    """`batch` rows of one to five pictures, two or three as a rule, in one of the forms of `make_row`."""
-    scene_of = lru_cache(maxsize=None)(make_scene)
+class JointLoss(nn.Module):
+    """Loss of stage 2: of the answers, and 0.3 times that of a linear layer that names what each patch shows.
 
-    def compose(rng: random.Random) -> tuple[list[int], dict[str, Tensor]]:
-        seeds, rows = [], []
-        for _ in range(batch):
-            row = [rng.randrange(len(pictures)) for _ in range(rng.choices(range(1, 6), weights=(3, 4, 4, 2, 1))[0])]
-            drawn = [Image.fromarray(pictures[seed]) for seed in row]
-            rows.append(make_row([scene_of(seed) for seed in row], drawn, rng, most))
-            seeds += row
-        return seeds, labelled_batch(processor, rows)
-
-    return compose
-
-
-def joint_step(family: Family, modules: dict, processor: Any, pool: tuple, batch: int, most: int) -> Step:
-    """Stage 2: a step on `batch` pictures with up to `most` question-answer turns each, or on as many rows.
-
-    A linear head goes on naming what each patch shows, now deeper in the model (`family.middle`): without it what the
-    early answers have no use for (how high things are) fades there before any answer can learn to use it. LLaVA-NeXT
-    sees the base picture alone at every eighth step, so that it can fairly be measured without its tiles.
+    The layer looks deeper into the model than in stage 1 (`family.middle`): without it what the early answers have no
+    use for (how high things are) fades there before any answer can learn to use it. LLaVA-NeXT gets the base image
+    alone at every eighth step, so that it can fairly be measured without its tiles.
     """
-    (model, head), (pictures, labels) = modules.values(), pool
-    outputs: list[Tensor] = []
-    family.middle(model).register_forward_hook(lambda *call: outputs.append(call[-1]))
-    interleaved = family is FAMILIES["idefics"]
-    compose = (several_pictures if interleaved else one_picture_each)(processor, pictures, batch, most)
-    check = held_out(40)
 
-    def labels_of(seed: int) -> Tensor:
-        width, height = (64, 64) if family.square else size_of(seed)
-        return torch.from_numpy(labels[seed][: height // PATCH, : width // PATCH].astype(np.int64))
+    def __init__(self, family: Family, model: nn.Module, processor: Any) -> None:
+        super().__init__()
+        self.family, self.processor, self.head = family, processor, new_head(family)
+        self.outputs, self.numbers = [], {}
+        family.middle(model).register_forward_hook(lambda *call: self.outputs.append(call[-1]))
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        outputs.clear()
-        without_tiles = family is FAMILIES["llava_next"] and step % 8 == 7
-        with base_alone(model, processor) if without_tiles else nullcontext(), torch.autocast("cpu", torch.bfloat16):
-            seeds, inputs = compose(random.Random(step * WORLD + RANK))
-            output = model(**inputs)
-            vectors, target = family.labelled(outputs, inputs, [labels_of(seed) for seed in seeds])
-            named = head(vectors)
-        patches, seen = patch_loss(named, target)
-        counted = inputs["labels"][:, 1:] != -100
-        hits = (output.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:])[counted].float().mean().item()
-        numbers = {"token": hits, "length": inputs["input_ids"].shape[1], "answers": output.loss.item()}
-        numbers |= {f"patch {name}": value for name, value in seen.items()}
-        if step % 500 == 499 and RANK == 0:
-            numbers |= exact_match(model, processor, check)
-            numbers |= few_shot_match(model, processor, 20) if interleaved else {}
-        return output.loss + 0.3 * patches, numbers
+    def forward(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, int]:
+        inputs = dict(inputs)
+        patches, alone = inputs.pop("patches"), inputs.pop("alone")
+        self.outputs.clear()
+        with base_alone(model, self.processor) if alone else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            answers, count = token_loss(model, inputs)
+            vectors, target = self.family.labelled(self.outputs, inputs, patches)
+            named = self.head(vectors)
+        loss, seen = patch_loss(named, target)
+        self.numbers = {"answers": answers.item() / count, **{f"patch {name}": value for name, value in seen.items()}}
+        return answers + 0.3 * count * loss, count
 
-    return loss_of_step
+
+def train_answers(
+    folder: Path, family: Family, model: nn.Module, pool: Pool, steps: int, batch: int, turns: int, lr: float
+) -> None:
+    """Stage 2: the whole model learns to answer, on `batch` images or rows a step."""
+    processor = family.processor.from_pretrained(folder / "processor")
+    rows = Lessons(family, pool, model, processor, steps, batch, turns)
+    loss, questions = JointLoss(family, model, processor), held_out(40)
+
+    def check() -> dict[str, float]:
+        found = exact_match(model, processor, questions)
+        return found | (few_shot_match(model, processor, 20) if family.square else {})
+
+    options = {"collate": rows.collate, "loss": loss, "optimisers": partial(muon_and_adamw, lr=lr)}
+    run = loop.finetune(model, processor, rows, recipe_of(steps, batch), folder / "joint", resume=True, **options)
+    follow(run, loss, folder / "joint.jsonl", check)
 
 
 def plot(folder: Path, path: Path) -> None:
@@ -427,16 +399,16 @@ def plot(folder: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=80)
-    for axis, stage, keys in zip(axes, ("vision", "joint"), (LABELS, ("token", *TYPES[:-1])), strict=True):
+    for axis, stage, keys in zip(axes, ("vision", "joint"), (LABELS, TYPES[:-1]), strict=True):
         log = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
         for key in keys:
             points = {line["step"]: 100 * line[key] for line in log if key in line}  # a resumed step counts once
-            axis.plot(*zip(*sorted(points.items()), strict=True), label=key, linewidth=2 if key == "token" else 1)
+            axis.plot(*zip(*sorted(points.items()), strict=True), label=key, linewidth=1)
         axis.set(xlabel="step", ylabel="right, %", ylim=(0, 101))
         axis.legend(fontsize=7, loc="lower right")
         axis.grid(alpha=0.3)
     axes[0].set_title("1. vision tower: labels of each patch", fontsize=9)
-    axes[1].set_title("2. whole model: answer tokens, and held-out questions by type", fontsize=9)
+    axes[1].set_title("2. whole model: held-out questions by type", fontsize=9)
     figure.tight_layout()
     figure.savefig(path)
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
@@ -452,7 +424,6 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100_000)
     parser.add_argument("--vision-steps", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--minutes", type=float, default=66, help="most minutes of stage 2; stage 1 takes a third more")
     parser.add_argument("--batch", type=int, default=32, help="pictures, or for idefics rows")
     parser.add_argument("--turns", type=int, default=7, help="question-answer turns per picture (idefics: per row)")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -474,14 +445,8 @@ def main() -> None:
         start_from_idefics2(family, model, args.start_from)
     for tower in (part for part in model.modules() if isinstance(part, ClipVisionTower)):
         tower.post_layernorm.requires_grad_(False)  # nothing passes through it
-    limits = {"steps": args.vision_steps, "minutes": args.minutes / 3}
-    train_vision(args.work, family, model, pool, 128 // WORLD, **limits)
-    processor = family.processor.from_pretrained(args.work / "processor")
-    head = new_head(family)
-    modules = {"model": model, "head": head}
-    optimisers = [*muon_and_adamw(model, args.lr), adamw(head.parameters(), args.lr)]
-    joint = Run(args.work, "joint", modules, optimisers, args.steps, args.minutes)
-    joint.train(joint_step(family, modules, processor, pool, args.batch // WORLD, args.turns))
+    train_vision(args.work, family, model, pool, args.vision_steps)
+    train_answers(args.work, family, model, pool, args.steps, args.batch, args.turns, args.lr)
     if args.out and RANK == 0:
         save_package(family, model, args.out)
     if args.plot and RANK == 0:

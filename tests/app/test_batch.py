@@ -15,7 +15,7 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from minivlm.app import batch, cli, lock, options, questions
+from minivlm.app import batch, cli, lock, options, parts, questions
 
 ROOT = Path(__file__).parents[2]
 NEW = 4
@@ -133,7 +133,7 @@ BAD = [
     ({"question": 3}, "message 0"),
     ({"question": "a", "images": 5}, '"images" is a list'),
     ({"question": "a", "image": "x.png", "images": ["x.png"]}, 'either "messages"'),
-    ({"question": "a", "images": ["nowhere.png"], "id": "gone"}, "no picture at 'nowhere.png'"),
+    ({"question": "a", "images": ["nowhere.png"], "id": "gone"}, "no image at 'nowhere.png'"),
     ({"question": "a", "images": [None]}, "NoneType"),
     ({"question": "very long " * 200}, "positions for 200"),
     ({"question": "half a \ud800 pair", "id": "\ud800"}, "cannot be encoded"),
@@ -288,7 +288,7 @@ def test_a_run_cut_while_it_finishes_finishes(pair, pictures, tmp_path, monkeypa
 
 def test_a_write_that_fails_loses_nothing(pair, pictures, tmp_path, monkeypatch):
     """The k-th of all writes fails, for every k: no answers, or all; and what is done is not asked again."""
-    text, append = write(tmp_path / "prompts.jsonl", lines_of(pictures)).read_bytes(), batch._append
+    text, append = write(tmp_path / "prompts.jsonl", lines_of(pictures)).read_bytes(), parts.append
     batch.run(job(pair), text, tmp_path / "whole.jsonl", ABOUT)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     for k in range(1, 6):  # header, three batches, all in order
@@ -303,7 +303,7 @@ def test_a_write_that_fails_loses_nothing(pair, pictures, tmp_path, monkeypatch)
             append(file, records)
 
         with monkeypatch.context() as patch:
-            patch.setattr(batch, "_append", failing)
+            patch.setattr(parts, "append", failing)
             with pytest.raises(OSError, match="No space left"):
                 batch.run(job(pair), text, out, ABOUT)
         assert len(calls) == k
@@ -316,7 +316,7 @@ def test_answers_are_never_overwritten_nor_mixed(pair, pictures, tmp_path):
     prompts, out = write(tmp_path / "prompts.jsonl", lines_of(pictures)), tmp_path / "answers.jsonl"
     out.write_text("mine")
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere; make it first"):
-        batch.check_new(tmp_path / "nowhere" / "answers.jsonl")
+        parts.check_new(tmp_path / "nowhere" / "answers.jsonl")
     with pytest.raises(ValueError, match=r"answers\.jsonl exists already"):
         run(pair, prompts, out)
     assert out.read_text() == "mine"
@@ -334,8 +334,8 @@ def test_answers_are_never_overwritten_nor_mixed(pair, pictures, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from minivlm.app import batch, cli
-append, calls = batch._append, []
+from minivlm.app import batch, cli, parts
+append, calls = parts.append, []
 
 def dying(part, records):
     calls.append(part)
@@ -345,7 +345,7 @@ def dying(part, records):
         os.kill(os.getpid(), signal.SIGKILL)
     append(part, records)
 
-batch._append = dying
+parts.append = dying
 cli.main(sys.argv[1:])
 """
 
@@ -370,7 +370,7 @@ def test_the_command_survives_sigkill(pair, pictures, tmp_path, capsys):
     assert err[1].endswith(f"tokens/s; {out}")
     found = read(out)
     assert found[:-1] == expected(pair, lines[:-1])
-    assert "no picture at 'nowhere.png'" in found[-1]["error"]
+    assert "no image at 'nowhere.png'" in found[-1]["error"]
     assert all(line in out.read_bytes().splitlines() for line in left.splitlines()[1:-1])
     assert cli.main(argv) == 1
     assert "exists already" in capsys.readouterr().err

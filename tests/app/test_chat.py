@@ -143,7 +143,7 @@ def test_errors_in_the_middle_of_a_pass_lose_no_conversation(pair, name):
         chat.ask("Two", [BLUE])
     hook.remove()
     for text, options, message in [
-        ("Two", {"images": "nowhere.png"}, "no picture at 'nowhere.png'"),
+        ("Two", {"images": "nowhere.png"}, "no image at 'nowhere.png'"),
         ("Two", {"max_length": 9}, "pass max_new_tokens"),
         ("Two", {"max_new_tokens": 0}, "max_new_tokens should be an integer > 0"),
         ("Two", {"num_beams": 2, "num_return_sequences": 2}, "goes on with one answer"),
@@ -244,7 +244,7 @@ def test_errors_are_a_line_each_and_the_conversation_goes_on(monkeypatch, capsys
     code, out, err = typed(monkeypatch, capsys, folder, *lines, pictures=[red])
     assert (code, out) == (1, plain)
     err = [line for line in err if " error:" in line]
-    assert "no picture at 'nowhere.png'" in err[0]
+    assert "no image at 'nowhere.png'" in err[0]
     assert "there is no command /sing" in err[1]
     assert len(err) == 2
 

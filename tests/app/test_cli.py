@@ -159,7 +159,7 @@ def test_wrong_usage_exits_with_2(capsys, pictures, argv, message):
 def test_bad_pictures_exit_with_1(capsys, tmp_path, checkpoint):
     text = tmp_path / "notes.png"
     text.write_text("not a picture")
-    assert "no picture at 'nowhere.png'" in fails(capsys, "ask", "nowhere.png", "q", "--model", checkpoint)
+    assert "no image at 'nowhere.png'" in fails(capsys, "ask", "nowhere.png", "q", "--model", checkpoint)
     assert "notes.png is not a JPEG, PNG" in fails(capsys, "ask", str(text), "q", "--model", checkpoint)
 
 
@@ -369,7 +369,7 @@ def test_inspect_says_what_pictures_cost(capsys):
     found = json.loads(capsys.readouterr().out)["pictures"]
     processor = minivlm.AutoProcessor.from_pretrained("shapes-llava-next")
     sizes = [Image.open(picture).size[::-1] for picture in pictures]
-    assert found["tokens"] == [processor.image_places(*size) for size in sizes]
+    assert found["tokens"] == [processor.image_tokens(*size) for size in sizes]
     assert cli.main(["ask", *pictures, "What is this?", "--model", "shapes-llava-next", "--json"]) == 0
     assert found["prompt_tokens"] == json.loads(capsys.readouterr().out)["prompt_tokens"]
     assert "README.md" in fails(capsys, "inspect", "shapes-idefics2", "--image", "README.md")

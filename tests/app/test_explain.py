@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import CONTRAST
 from PIL import Image
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
@@ -14,7 +15,6 @@ from minivlm.app import cli, explain, figures
 from minivlm.parity import drawn_picture
 
 MODELS = ["shapes-idefics2", "shapes-llava-next", "shapes-idefics"]
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture(scope="module")
@@ -112,37 +112,6 @@ def test_what_it_refuses(image: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 # ---- In a browser
-
-CONTRAST = """() => {
-  const light = c => { const v = c.map(x => (x /= 255) <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
-                       return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
-  const parse = c => c.match(/[\\d.]+/g).map(Number);
-  const behind = e => { let layers = [];
-                        for (; e; e = e.parentElement) {
-                          const c = parse(getComputedStyle(e).backgroundColor);
-                          layers.push(c);
-                          if (c.length < 4 || c[3] === 1) break; }
-                        return layers.reverse().reduce((a, c) => { const t = c.length < 4 ? 1 : c[3];
-                          return a.map((x, n) => x * (1 - t) + c[n] * t); }, [255, 255, 255]); };
-  const bad = [];
-  for (const e of document.querySelectorAll("body *")) {
-    if (!e.checkVisibility() || ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
-    const a = light(parse(getComputedStyle(e).color)), b = light(behind(e));
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < 4.5) bad.push([e.tagName, e.className, e.textContent.slice(0, 30), ratio]);
-  }
-  return bad; }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

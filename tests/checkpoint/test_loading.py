@@ -154,8 +154,10 @@ def test_random_weights_from_a_config() -> None:
     [
         ({"dtype": "int3"}, "dtype 'int3' is not supported"),
         ({"dtype": torch.int8}, "not supported"),
-        ({"device_map": {"model": 0, "lm_head": 1}}, "one device"),
-        ({"device_map": "balanced"}, "one device"),
+        ({"device_map": {"": "cpu", "model.text_model.layers.1": "cuda:99"}}, "cuda:99, and torch finds"),
+        ({"device_map": {"model.vision_model": "cpu"}}, "does not say where"),
+        ({"device_map": "disk"}, "not a device"),
+        ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "20GiB"),
         ({"attn_implementation": "paged"}, "known: eager"),
         ({"quantization_config": object()}, "quantization_config"),
     ],

@@ -9,7 +9,7 @@ import toy_family
 
 from minivlm import AutoModelForImageTextToText, families
 from minivlm.app import cli
-from minivlm.parity import drawn_picture
+from minivlm.parity import drawn_image
 from minivlm.quantization.linear import QuantizedLinear
 
 
@@ -19,7 +19,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families.FAMILIES, "toy", toy_family.TOY)
         folder = toy_family.write(tmp_path_factory.mktemp("toy") / "model")
-        drawn_picture().save(folder / "image.png")
+        drawn_image().save(folder / "image.png")
         yield folder
 
 

@@ -449,7 +449,7 @@ JSON = _cases(
         ),
         "model type of another family": (
             entry("config.json", "model_type", "llava_next"),
-            "have no image_grid_pinpoints",
+            "lack image_grid_pinpoints",
         ),
     },
 )
@@ -1100,8 +1100,8 @@ PICTURES |= _values(
         ("image_size", 10**9, "image_size is the side of a square"),
         ("image_size", 5000, "image_size is the side of a square in pixels, 1 to 4096"),
         ("image_num_channels", 1, "image_num_channels is 3"),
-        ("size", {"height": [], "width": 3}, "pictures are squares"),
-        ("size", 224, "pictures are squares"),
+        ("size", {"height": [], "width": 3}, "images are squares"),
+        ("size", 224, "images are squares"),
     ],
 )
 PICTURES |= _values(
@@ -1122,7 +1122,7 @@ PICTURES |= _values(
     "preprocessor_config.json",
     "content",
     [
-        ("image_grid_pinpoints", GONE, "have no image_grid_pinpoints"),
+        ("image_grid_pinpoints", GONE, "lack image_grid_pinpoints"),
         ("image_grid_pinpoints", [[28, 57]], "multiples of the tile's side of 28"),
         ("image_grid_pinpoints", [[28, 56]] * 999, "at most 256"),
         ("image_grid_pinpoints", [[0, 0]], "whole numbers from 1"),

@@ -178,13 +178,13 @@ MESSAGES = {
     "a text of bytes": ([user(text(b"Hi"))], NOT_AN_ITEM),
     "a text of a number": ([user(text(7))], NOT_AN_ITEM),
     "a picture of nothing": ([user({"type": "image"}, text("Hi"))], "have 1 image items, 0 of them with an image"),
-    "a picture of a number": ([user({"type": "image", "image": 7})], "a picture is a PIL.Image.*int"),
-    "a picture in a list": ([user({"type": "image", "image": [RED]})], "(a picture is a PIL.Image.*list|mixes|.*list)"),
-    "a picture that is not there": ([user({"type": "image", "path": "nowhere.png"})], "no picture at 'nowhere.png'"),
+    "a picture of a number": ([user({"type": "image", "image": 7})], "an image is a PIL.Image.*int"),
+    "a picture in a list": ([user({"type": "image", "image": [RED]})], "(an image is a PIL.Image.*list|mixes|.*list)"),
+    "a picture that is not there": ([user({"type": "image", "path": "nowhere.png"})], "no image at 'nowhere.png'"),
     "a URL that leads nowhere": ([user({"type": "image", "url": "http://127.0.0.1:1/x"})], "could not fetch"),
     "image_url of a dict without url": (
         [user({"type": "image_url", "image_url": {}})],
-        "a picture is a PIL.Image.*dict",
+        "an image is a PIL.Image.*dict",
     ),
 }
 
@@ -210,15 +210,15 @@ CALLS = {
     "text of a number": ({"text": 7}, "text is a string or a list of strings, found 7"),
     "texts in lists": ({"text": [["Hi"]]}, "text is a string or a list of strings"),
     "a generator of texts": ({"text": "generator"}, "text is a string or a list of strings, found <generator"),
-    "a generator of pictures": ({"text": "<image>", "images": "generator"}, "a picture is a PIL.Image.*generator"),
+    "a generator of pictures": ({"text": "<image>", "images": "generator"}, "an image is a PIL.Image.*generator"),
     "a picture too many": ({"text": "<image>", "images": [RED, RED]}, "2 images for 1 <image>"),
     "a picture too few": ({"text": "<image><image>", "images": [RED]}, "1 images for 2 <image>"),
     "no picture": ({"text": "<image>"}, "0 images for 1 <image>"),
     "a picture and no place": ({"text": "Hi", "images": RED}, "1 images for 0 <image>"),
     "pictures of another prompt": ({"text": ["<image>", "a"], "images": [[], [RED]]}, "prompt 0 has 1 <image> but 0"),
     "lists for other prompts": ({"text": ["<image>"], "images": [[RED], [RED]]}, "2 lists of images for 1 prompts"),
-    "pictures and lists of them": ({"text": ["<image>"] * 2, "images": [[RED], RED]}, "mixes pictures and lists"),
-    "images of a dict": ({"text": "<image>", "images": {"a": RED}}, "a picture is a PIL.Image.*dict"),
+    "pictures and lists of them": ({"text": ["<image>"] * 2, "images": [[RED], RED]}, "mixes images and lists"),
+    "images of a dict": ({"text": "<image>", "images": {"a": RED}}, "an image is a PIL.Image.*dict"),
     "rows of different length": ({"text": ["a", "a b c"], "return_tensors": "pt"}, "pass padding=True"),
     "another kind of tensors": ({"text": "a", "return_tensors": "tf"}, 'return_tensors is "pt"'),
     "another padding": ({"text": "a", "padding": "right"}, "padding is True, False"),
@@ -251,7 +251,7 @@ PROMPTS = {
     "None": ([None], "item 0: an item is a text.*NoneType"),
     "a number": (["a", 7], "item 1: an item is a text.*int"),
     "lists in lists": ([[["a"]]], "item 0: an item is a text.*list"),
-    "lists and texts": ([["a"], "b"], "prompts are a list of texts and pictures, or a list of such lists"),
+    "lists and texts": ([["a"], "b"], "prompts are a list of texts and images, or a list of such lists"),
     "no prompts": ([], "prompts are a list"),
     "a mark of a picture": (["a<image>b"], "a text with <image> typed in it"),
     "a mark around a picture": (["<fake_token_around_image>"], "a text with <fake_token_around_image> typed in it"),
@@ -319,5 +319,5 @@ def ask(family: str, images: Any) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pictures_of_nothing(child, family):
     assert check(child, None, ask, family, None) == check(child, None, ask, family, [])
-    check(child, "TypeError: a picture is a PIL.Image.*NoneType", ask, family, [None])
-    check(child, "TypeError: a picture is a PIL.Image.*list", ask, family, [[RED]])
+    check(child, "TypeError: an image is a PIL.Image.*NoneType", ask, family, [None])
+    check(child, "TypeError: an image is a PIL.Image.*list", ask, family, [[RED]])

@@ -42,7 +42,7 @@ REFUSED = {
     "{% set ns = namespace(l=[1]) %}"
     + "{% set ns.l = [ns.l, namespace(a=ns.l)] %}" * 40
     + "{{ [ns.l] }}": "a Namespace",
-    NAMED + "{{ raise_exception([ns] * 2000) }}": "a list is no message",
+    NAMED + "{{ raise_exception([ns] * 2000) }}": "a list is not",
     "{{ [messages[0].items] }}": "may not print a builtin_function_or_method",
     "{{ [range] }}": "may not print a function",
     "{% set n = 10 ** 1000 %}" + LOOP + LOOP + "{{ n }}" + END + END: WORK,

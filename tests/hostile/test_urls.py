@@ -162,7 +162,7 @@ CASES = {
     "http://[64:ff9b::a9fe:a9fe]/": "OSError: .*169.254.169.254 is a link-local",
     "http://[2002:a9fe:a9fe::]/": "OSError: .*169.254.169.254 is a link-local",
     "HTTP://{host}/picture": "picture",
-    "  http://{host}/picture": "OSError: no picture at",
+    "  http://{host}/picture": "OSError: no image at",
     "http://user:secret@{host}/picture": r"OSError: could not fetch http://127\.0\.0\.1.*password(?!.*secret)",
     "http://127.0.0.1:1/x.png": "OSError: .*could not fetch http://127.0.0.1:1/x.png",
     "http://127.0.0.1:99999/x.png": "OSError: .*",

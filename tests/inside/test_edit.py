@@ -8,7 +8,9 @@ import tiny_inside
 import torch
 from torch import Tensor
 
+from minivlm import BitsAndBytesConfig, Chat
 from minivlm.inside import add, block, edit, replace, stages, watch, zero
+from minivlm.parity import drawn_picture
 
 LAYER = {"idefics2": "model.text_model.layers", "llava_next": "model.language_model.layers"}
 
@@ -30,6 +32,43 @@ def test_nothing_and_what_was_there_change_no_bit(name: str) -> None:
         assert torch.equal(ours(**inputs).logits, plain)
     with edit(ours, {stage: replace(seen[stage]) for stage in names}):
         assert torch.equal(ours(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("name", tiny_inside.NAMES)
+@torch.no_grad()
+def test_states_go_back_with_any_attention(name: str) -> None:
+    """What is no attention weight leaves the attention backend as it is; several beams and steps too."""
+    _, ours, inputs = tiny_inside.pair(name)
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    plain, ids = ours(**inputs).logits, ours.generate(**inputs, **options)
+    names = [stage for stage in stages(ours) if stage != "packed vectors" and not stage.endswith("weights")]
+    with watch(ours, *names) as seen:
+        ours(**inputs)
+    with edit(ours, {stage: replace(seen[stage]) for stage in names}):
+        assert torch.equal(ours(**inputs).logits, plain)
+    with edit(ours, dict.fromkeys(names, lambda x: x)):
+        assert torch.equal(ours.generate(**inputs, **options), ids)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.bfloat16}, {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}]
+)
+def test_half_precision_quantised_and_chat(options: Any) -> None:
+    """A conversation whose image vectors are taken away answers as if it had none, and as before afterwards."""
+    model, processor, _ = tiny_inside.asked("shapes-idefics2", **options)
+
+    def answers() -> list[str]:
+        chat = Chat(model, processor, max_new_tokens=24)
+        return [chat.ask("Describe the picture.", [drawn_picture()]), chat.ask("what colour is the square?")]
+
+    plain = answers()
+    names = ["merged embeddings", "decoder layer 1, attention heads", "vision layer 0"]
+    with edit(model, dict.fromkeys(names, lambda x: x)):
+        assert answers() == plain
+    with edit(model, {"resampler norm": zero()}), watch(model, "resampler norm") as seen:
+        assert answers() != plain
+    assert not seen["resampler norm"].any()
+    assert answers() == plain
 
 
 @pytest.mark.parametrize("name", ["idefics2", "llava_next", "idefics"])

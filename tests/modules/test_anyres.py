@@ -158,7 +158,7 @@ def test_impossible_sizes(size):
         lambda: unpadded_grid(size, (24, 48)),
         lambda: image_token_count(size, PINPOINTS, 336, 14),
     ):
-        with pytest.raises(ValueError, match="size of a picture"):
+        with pytest.raises(ValueError, match="size of an image"):
             call()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from minivlm import AutoProcessor, Idefics2ForConditionalGeneration
 from minivlm.app import cli
-from minivlm.parity import Question, Side, compare, drawn_picture, known, sides
+from minivlm.parity import Question, Side, compare, drawn_image, known, sides
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_it_hides_no_edit(llama: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_recording_and_ours_as_side_a_know_it_too(llama: Path, tmp_path: Path) -> None:
-    question = Question((drawn_picture(),))
+    question = Question((drawn_image(),))
     for codes in (("transformers", "minivlm"), ("minivlm", "transformers")):
         report = compare(Side(llama, codes[0]), Side(llama, codes[1]), question, layers=[0], tokens=0)
         assert report.first is None, report.table()
@@ -65,7 +65,7 @@ def encoded(llama: Path) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
     """`encoded("what?")`: what minivlm and transformers make of a question; transformers' processor is read once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sides, "processor_of", functools.cache(sides.processor_of))
-        yield lambda prompt: [sides.encode(Side(llama, code), [drawn_picture()], prompt) for code in sides.CODES]
+        yield lambda prompt: [sides.encode(Side(llama, code), [drawn_image()], prompt) for code in sides.CODES]
 
 
 PROMPTS = [" what", "  what", "\nwhat", "", "x</s>y", "</s> y <end_of_utterance>", "é🙂\t\t☃", "▁▁x", "<s>hello\n"]
@@ -115,9 +115,9 @@ def test_idefics_after_an_end_of_text(tmp_path: Path) -> None:
     config = oracle_idefics.idefics_config(vocab_size=110, interval=2, vision_config=vision)
     oracle.save(oracle_idefics.random_reference(config), files)
     a, b = Side(files, "transformers"), Side(files)
-    report = compare(a, b, Question((drawn_picture(),), "Yes.</s>And?"), layers=[0], tokens=0)
+    report = compare(a, b, Question((drawn_image(),), "Yes.</s>And?"), layers=[0], tokens=0)
     assert report.first is None, report.table()
     assert "known difference: in transformers, text after </s>" in report.verdict()
-    theirs, ours = (sides.encode(side, [drawn_picture()], "Yes.</s>And?") for side in (a, b))
+    theirs, ours = (sides.encode(side, [drawn_image()], "Yes.</s>And?") for side in (a, b))
     ours["image_attention_mask"][0, 4] ^= 1
     assert "image_attention_mask" not in known.known_differences("transformers 5.23.0", b, theirs, ours)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minivlm.app import cli
 from minivlm.modules import decoder
-from minivlm.parity import Side, compare, drawn_picture, sides
+from minivlm.parity import Side, compare, drawn_image, sides
 from minivlm.parity.operations import Operation, blame
 
 NAMES = ["shapes-idefics2", "shapes-llava-next", "shapes-idefics"]
@@ -19,7 +19,7 @@ NAMES = ["shapes-idefics2", "shapes-llava-next", "shapes-idefics"]
 
 def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
     """(the reference's model, ours, inputs)"""
-    inputs = sides.encode(Side(name), [drawn_picture()], "what is this?")
+    inputs = sides.encode(Side(name), [drawn_image()], "what is this?")
     return sides.load(Side(name, "transformers")), sides.load(Side(name)), inputs
 
 

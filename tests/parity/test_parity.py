@@ -23,7 +23,7 @@ from minivlm.app import cli
 from minivlm.auto import PRESETS, family
 from minivlm.checkpoint import hub
 from minivlm.fast_cpu import FastLinear
-from minivlm.parity import Question, Recording, Side, against, compare, drawn_picture, plot, record, sides
+from minivlm.parity import Question, Recording, Side, against, compare, drawn_image, plot, record, sides
 from minivlm.parity.difference import Difference, Yardstick
 from minivlm.parity.stages import stages_of
 
@@ -133,7 +133,7 @@ def test_a_recording_is_a_safetensors_file_with_all_it_takes(recorded: Path) -> 
 def test_recordings_of_something_else_are_refused(recorded: Path, capsys: Any, tmp_path: Path) -> None:
     assert "prompt 'where is it?'" in fails(capsys, MODEL, "--against", str(recorded), "--prompt", "where is it?")
     picture = tmp_path / "other.png"
-    drawn_picture().rotate(90).save(picture)
+    drawn_image().rotate(90).save(picture)
     assert "was made of other inputs" in fails(capsys, MODEL, "--against", str(recorded), "--image", str(picture))
     assert "for sides in float32" in fails(capsys, MODEL, "--against", str(recorded), "--dtype", "bfloat16")
     assert "no stages in common" in fails(capsys, "shapes-idefics2", "--against", str(recorded))
@@ -171,7 +171,7 @@ def test_an_interruption_leaves_the_recording_that_was_there(
     path = Path(shutil.copy(recorded, tmp_path))
     monkeypatch.setattr(sides, "other_backend", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        record(Side(MODEL), path, Question((drawn_picture(),)))
+        record(Side(MODEL), path, Question((drawn_image(),)))
     assert path.read_bytes() == recorded.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
 
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_recording_that_was_there(
 ) -> None:
     """Each of the writes fails in turn: the old file or none."""
     side, path = Side(LlavaNextForConditionalGeneration.from_pretrained(MODEL)), tmp_path / "ref.safetensors"
-    question, options = Question(inputs=sides.encode(Side(MODEL), [drawn_picture()], "?")), {"layers": [], "tokens": 0}
+    question, options = Question(inputs=sides.encode(Side(MODEL), [drawn_image()], "?")), {"layers": [], "tokens": 0}
     writes, open_path = {"done": 0, "failing": 0}, Path.open
 
     def opened(self: Path, mode: str = "r", **options: Any) -> Any:
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_recording_that_was_there(
 
 def test_ours_of_yesterday_is_a_side_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Idefics2's groups of pictures come one after the other: a recording of them has parts."""
-    name, question = "shapes-idefics2", Question((drawn_picture(), drawn_picture().crop((0, 0, 90, 200))))
+    name, question = "shapes-idefics2", Question((drawn_image(), drawn_image().crop((0, 0, 90, 200))))
     recording = record(Side(name), tmp_path / "ours.safetensors", question, tokens=2)
     assert {"vision layer 3#0", "vision layer 3#1"} <= recording.names
     assert against(recording, Side(name), question).first is None
@@ -233,7 +233,7 @@ def test_idefics_from_pixels_on(tmp_path: Path, dtype: str) -> None:
     config = oracle_idefics.idefics_config(vocab_size=110, interval=2, vision_config=vision)
     oracle.save(oracle_idefics.random_reference(config), files)
     a, b = Side(files, "transformers", dtype=dtype), Side(files, dtype=dtype)
-    pictures = drawn_picture(), drawn_picture().rotate(90)
+    pictures = drawn_image(), drawn_image().rotate(90)
     report = compare(a, b, Question(pictures, "Which colours?"), tokens=4)
     assert report.first is None, report.table()
     stages = [finding.stage for finding in report.findings]
@@ -243,7 +243,7 @@ def test_idefics_from_pixels_on(tmp_path: Path, dtype: str) -> None:
 
 def test_another_dtype_is_measured_by_the_references_own_rounding() -> None:
     a, b = Side(MODEL, "transformers", dtype="float32"), Side(MODEL, dtype="bfloat16")
-    report = compare(a, b, Question((drawn_picture(),)), layers=[0, 4], tokens=0)
+    report = compare(a, b, Question((drawn_image(),)), layers=[0, 4], tokens=0)
     assert report.first is None, report.table()
     assert max(finding.excess for finding in report.findings) > 0.3  # it is rounding that is seen
     stages = [finding.stage for finding in report.findings]
@@ -271,7 +271,7 @@ def test_other_weights_diverge(tmp_path: Path, capsys: Any) -> None:
 
 def test_four_bit_diverges_from_the_first_quantised_layer() -> None:
     a, b = Side(MODEL, dtype="bfloat16"), Side(MODEL, dtype="bfloat16", quantize="nf4")
-    report = compare(a, b, Question((drawn_picture(),)), tokens=0)
+    report = compare(a, b, Question((drawn_image(),)), tokens=0)
     assert report.first is not None
     assert "layer 0" in report.first.stage
     assert all(finding.cosine > 0.9 for finding in report.findings if finding.stage.startswith("decoder"))
@@ -310,7 +310,7 @@ def test_an_error_on_the_way_is_part_of_the_report(part: str, new: Any, stage: s
     model = LlavaNextForConditionalGeneration.from_pretrained(MODEL)
     broken = copy.deepcopy(model)
     broken.model.language_model.set_submodule(part, new)
-    inputs = sides.encode(Side(MODEL), [drawn_picture()], "what is this?")
+    inputs = sides.encode(Side(MODEL), [drawn_image()], "what is this?")
     report = compare(model, broken, inputs)
     assert report.first.stage == stage
     assert report.first.note.startswith(error)
@@ -422,7 +422,7 @@ def test_a_picture_of_both_dtypes(recorded: Path, tmp_path: Path) -> None:
     reports = {}
     for dtype in ("float32", "bfloat16"):
         side = Side("shapes-llava-next", dtype=dtype, attn="eager")
-        reports[dtype] = compare(Side(MODEL, dtype=dtype), side, Question((drawn_picture(),)), tokens=0)
+        reports[dtype] = compare(Side(MODEL, dtype=dtype), side, Question((drawn_image(),)), tokens=0)
     plot(reports, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

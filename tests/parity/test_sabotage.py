@@ -23,7 +23,7 @@ from torch import nn
 from minivlm.generation import loop
 from minivlm.models import idefics, idefics2, llava_next
 from minivlm.modules import attention, clip, decoder, siglip, vision
-from minivlm.parity import Question, Recording, Side, against, drawn_picture, record
+from minivlm.parity import Question, Recording, Side, against, drawn_image, record
 from minivlm.processing import common
 from minivlm.processing import idefics2 as idefics2_processing
 from minivlm.processing import llava_next as llava_next_processing
@@ -696,7 +696,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Recordi
     def find(name: str) -> Recording:
         if name not in made:
             path = tmp_path_factory.mktemp(name) / "ref.safetensors"
-            made[name] = record(Side(name, "transformers"), path, Question((drawn_picture(),)), tokens=0)
+            made[name] = record(Side(name, "transformers"), path, Question((drawn_image(),)), tokens=0)
         return made[name]
 
     return find
@@ -707,7 +707,7 @@ def test_fault_of_a_processor_is_named(trained: Any, model: str, name: str, monk
     plant, stage = PROCESSING[model, name]
     recording = trained(model)
     plant(None, monkeypatch)
-    report = against(recording, Side(model), Question((drawn_picture(),)))
+    report = against(recording, Side(model), Question((drawn_image(),)))
     assert report.first is not None, report.table()
     assert report.first.stage == stage, report.table()
     assert "minivlm/processing/" in report.first.code
@@ -717,6 +717,6 @@ def test_fault_of_a_processor_is_named(trained: Any, model: str, name: str, monk
 
 @pytest.mark.parametrize("model", ["shapes-idefics2", "shapes-llava-next"])
 def test_clean_checkpoints_have_no_fault(trained: Any, model: str) -> None:
-    report = against(trained(model), Side(model), Question((drawn_picture(),)))
+    report = against(trained(model), Side(model), Question((drawn_image(),)))
     assert report.first is None, report.table()
     assert report.findings[0].stage == "pixels"

@@ -235,7 +235,7 @@ def test_images_as_data_sets_have_them(tmp_path):
     ):
         assert np.array_equal(np.asarray(load_image(form)), expected)
     for form in ({}, {"bytes": None, "path": None}, {"a": 1}, {"bytes": None}):
-        with pytest.raises(TypeError, match="a picture is a"):
+        with pytest.raises(TypeError, match="an image is a"):
             load_image(form)
 
 

@@ -42,7 +42,7 @@ def test_refusals(processor, arguments, message):
 
 
 def test_wrong_types_and_names(processor):
-    with pytest.raises(TypeError, match="a picture is a"):
+    with pytest.raises(TypeError, match="an image is a"):
         processor(text="<image>", images=3)
     for arguments in ({"text": "a"}, {"images": PICTURE}):
         with pytest.raises(TypeError, match="pading"):

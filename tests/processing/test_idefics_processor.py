@@ -506,7 +506,7 @@ def test_visible():
         ([], "prompts are"),
         ([["a"], "b"], "prompts are"),
         (["b", ["a"]], "prompts are"),
-        (["what is <image>?"], r"prompt 0, item 0 is a text with <image> typed in it; put the picture itself there"),
+        (["what is <image>?"], "prompt 0, item 0 .* <image> typed in"),
         ([["a"], ["b", f"x{FAKE}"]], f"prompt 1, item 1 is a text with {FAKE}"),
     ],
     ids=str,
@@ -556,7 +556,7 @@ def test_more_refusals(processor):
         processor(["a"], pading=True)
     with pytest.raises(OSError, match=r"gone\.png"):
         processor([Path("gone.png")])
-    with pytest.raises(TypeError, match="a picture is"):
+    with pytest.raises(TypeError, match="an image is"):
         processor.image_processor(3)
 
 
@@ -573,7 +573,7 @@ def test_truncation_that_cuts_a_picture(processor, reference, side, length):
 
 
 def test_a_file_name_as_text_is_pointed_out(processor):
-    with pytest.warns(UserWarning, match=r"'cats.jpg' is read as text; for the picture pass pathlib.Path"):
+    with pytest.warns(UserWarning, match=r"'cats.jpg' is read as text.*pathlib.Path"):
         processor(["cats.jpg", "What is this?"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -170,7 +170,7 @@ def test_a_damaged_file_never_crashes(position, value, kind):
             image = load_image(bytes(data))
         except (OSError, ValueError) as refusal:
             image = refusal
-    assert getattr(image, "mode", None) == "RGB" or "the picture given as" in str(image)
+    assert getattr(image, "mode", None) == "RGB" or "the image given as" in str(image)
 
 
 # ---- pixels

@@ -108,7 +108,7 @@ def test_sizes(processor, reference, size):
     arguments = {"text": QUESTION, "images": noise(*size), "return_tensors": "pt"}
     inputs = processor(**arguments)
     assert_equal(inputs, reference(**arguments))
-    assert inputs.input_ids.eq(32000).sum() == processor.image_places(*size)
+    assert inputs.input_ids.eq(32000).sum() == processor.image_tokens(*size)
 
 
 @pytest.mark.parametrize("counts", [(1, 2, 3), (0, 3), (2, 0, 1), (0, 0, 1)])
@@ -122,7 +122,7 @@ def test_batches(processor, reference, counts):
     assert all(torch.equal(again[name], ours[name]) for name in ours)
     assert ours.image_sizes.tolist() == [[image.height, image.width] for image in flat]
     for row, pictures in enumerate(images):
-        places = sum(processor.image_places(image.height, image.width) for image in pictures)
+        places = sum(processor.image_tokens(image.height, image.width) for image in pictures)
         assert ours.input_ids[row].eq(32000).sum() == places
         assert ours.attention_mask[row].tolist() == sorted(ours.attention_mask[row].tolist())  # zeros on the left
 
@@ -316,7 +316,7 @@ def test_conversations_to_ids(speaker, name):
         )
         token_id = processor.tokenizer.convert_tokens_to_ids(token)
         assert ids.count(token_id) == plain.input_ids[0].tolist().count(token_id)
-        assert token in processor.decode(ids).replace("<image>", "", processor.image_places(30, 40))
+        assert token in processor.decode(ids).replace("<image>", "", processor.image_tokens(30, 40))
 
 
 def test_roles_that_a_template_refuses(speaker):
@@ -329,7 +329,7 @@ def test_roles_that_a_template_refuses(speaker):
 
 
 def test_ids_around_pictures(llava, processor):
-    places = processor.image_places(30, 40)
+    places = processor.image_tokens(30, 40)
     ids = processor(text=QUESTION, images=noise(30, 40)).input_ids[0]
     assert ids[:5] == [1, 733, 16289, 28793, 28705]
     assert ids[5 : 5 + places] == [32000] * places
@@ -339,7 +339,7 @@ def test_ids_around_pictures(llava, processor):
 @pytest.mark.parametrize("name", [VICUNA, VICUNA_13B])
 def test_ids_of_vicuna(llava, name):
     processor = LlavaNextProcessor.from_pretrained(llava(name))
-    places = processor.image_places(30, 40)
+    places = processor.image_tokens(30, 40)
     text = "USER: <image>\nWhat is shown in this image? ASSISTANT:"
     ids = processor(text=text, images=noise(30, 40)).input_ids[0]
     assert ids[:5] == [1, 3148, 1001, 29901, 29871]
@@ -378,7 +378,7 @@ def test_text_alone(processor):
 
 
 def test_truncation_of_text_behind_the_picture_is_fine(processor):
-    places = processor.image_places(9, 9)
+    places = processor.image_tokens(9, 9)
     inputs = processor(text="<image> " + "word " * 200, images=noise(9, 9), max_length=places + 9, truncation=True)
     assert len(inputs.input_ids[0]) == places + 9
     assert inputs.input_ids[0].count(32000) == places
@@ -390,7 +390,7 @@ def test_truncation_of_text_behind_the_picture_is_fine(processor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_grid_pinpoints": None}, "no image_grid_pinpoints"),
+        ({"image_grid_pinpoints": None}, "lack image_grid_pinpoints"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
         ({"image_grid_pinpoints": [[336, 500]]}, "multiples of the tile's side of 336"),
         ({"image_grid_pinpoints": [[336, 0]]}, "image_grid_pinpoints"),
@@ -520,9 +520,9 @@ def test_processor_files_without_patch_size(llava, tmp_path, missing):
     assert processor(text="Hello").input_ids == [[1, 22557]]
     with pytest.raises(ValueError, match="patch_size=14 to from_pretrained"):
         processor(text="<image>", images=noise(30, 40))
-    assert LlavaNextProcessor.from_pretrained(folder, patch_size=14).image_places(480, 640) == 2340
+    assert LlavaNextProcessor.from_pretrained(folder, patch_size=14).image_tokens(480, 640) == 2340
     processor.patch_size = 14  # what transformers' own advice says
-    assert processor.image_places(480, 640) == 2340
+    assert processor.image_tokens(480, 640) == 2340
     model = {"vision_config": {"patch_size": 28}, "vision_feature_select_strategy": "full"}
     (folder / "config.json").write_text(json.dumps(model))
     derived = LlavaNextProcessor.from_pretrained(folder)

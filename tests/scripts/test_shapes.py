@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from shapes_models import (
 from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.checkpoint.hub import BUILT_IN
 from minivlm.processing.llava_next import LlavaNextImageProcessor
+from minivlm.training import data
+from minivlm.training.loss import IGNORED
 
 END = SPECIAL[-1]
 SCENES = [make_scene(seed) for seed in range(200)]
@@ -130,15 +133,38 @@ def test_the_tokenizer_knows_every_word_and_spells_the_others():
     assert 0 not in tokenizer.encode("What's THIS: a zebra (2)?").ids
 
 
-def test_labels_count_the_assistants_words_only():
-    tokenizer = build_tokenizer()
-    text = "User: how many?<end_of_utterance>\nAssistant: two.<end_of_utterance>\nUser: sure?<end_of_utterance>\n"
-    ids = torch.tensor([tokenizer.encode(text + "Assistant: yes.<end_of_utterance>\n").ids])
-    end = tokenizer.token_to_id(END)
-    labels = train.answer_labels(ids, tokenizer.token_to_id("assistant"), tokenizer.token_to_id(":"), end)
-    counted = [token for token in labels[0].tolist() if token != -100]
-    words = [tokenizer.token_to_id(token) for token in ("two", ".", "yes", ".")]
-    assert counted == [*words[:2], end, *words[2:], end]
+def between_marks(ids, tokenizer):
+    """Labels as they were made when the shipped checkpoints were trained: from "assistant" ":" to the next end mark."""
+    assistant, colon, end = (tokenizer.token_to_id(token) for token in ("assistant", ":", END))
+    labels = torch.full_like(ids, IGNORED)
+    for row, found in zip(ids.tolist(), labels, strict=True):
+        opened = False
+        for place, token in enumerate(row):
+            if opened:
+                found[place] = token
+            if row[place - 1 : place + 1] == [assistant, colon]:
+                opened = True
+            opened = opened and token != end
+    return labels
+
+
+@pytest.mark.parametrize("name", ["idefics2", "llava_next"])
+def test_labels_are_those_that_the_shipped_checkpoints_learned_from(name, tmp_path):
+    """And so is all else of a batch: ids, pixels, no mask."""
+    write_processor(FAMILIES[name], tmp_path)
+    processor, rng = FAMILIES[name].processor.from_pretrained(tmp_path), random.Random(0)
+    asked = [shapes.turns(scene, rng, [*TYPES, "layout"]) for scene in SCENES[:8]]
+    pictures = [shapes.draw(scene) for scene in SCENES[:8]]
+    rows = [train.talk("", picture, each) for picture, each in zip(pictures, asked, strict=True)]
+    found = data.encode(data.for_training(processor), rows)
+    text = [processor.apply_chat_template(shapes.conversation(each)) for each in asked]
+    processor.tokenizer.padding_side = "right"
+    wanted = processor(text=text, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
+    del wanted["attention_mask"]
+    wanted["labels"] = between_marks(wanted["input_ids"], build_tokenizer())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert (found["labels"] != IGNORED).sum() > 100
 
 
 def pixels_of(found):
@@ -162,63 +188,51 @@ def test_the_pool_holds_what_the_processor_makes(name, tmp_path):
         assert torch.equal(whole, small)
 
 
-def same_state(first, second):
-    """Of two optimisers: every number that they remember."""
-    a, b = first.state_dict()["state"], second.state_dict()["state"]
-    return a.keys() == b.keys() and all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+class _Stopped(Exception):
+    pass
+
+
+def both_stages(family, folder, monkeypatch, stops=()):
+    """The weights after four steps of each stage, and the logs; stopped and begun anew at `stops`, (stage, step)."""
+    write_processor(family, folder / "processor")
+    pool = train.make_pool(folder, 60, family.square)
+    recipe = train.recipe_of
+    monkeypatch.setattr(train, "recipe_of", lambda *sizes: replace(recipe(*sizes), warmup=1, save_every=1))
+    finetune = train.loop.finetune
+    for stop in (*stops, None):
+
+        def steps(*args, stop=stop, **options):
+            for step in finetune(*args, **options):
+                if (args[4].name, step.number) == stop:
+                    raise _Stopped
+                yield step
+
+        monkeypatch.setattr(train.loop, "finetune", steps)
+        torch.manual_seed(0)
+        model = family.model(family.config(), attn_implementation="eager")
+        with contextlib.suppress(_Stopped):
+            train.train_vision(folder, family, model, pool, 4, batch=2)
+            train.train_answers(folder, family, model, pool, 4, batch=2, turns=7, lr=1e-3)
+    monkeypatch.undo()
+    logs = [(folder / stage / "log.jsonl").read_text().splitlines() for stage in ("vision", "joint")]
+    return model.state_dict(), [[json.loads(line) for line in log] for log in logs]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_both_stages_train_and_resume(name, tmp_path):
-    family = FAMILIES[name]
-    write_processor(family, tmp_path / "processor")
-    pool = train.make_pool(tmp_path, 60, family.square)
-    model, head = family.model(family.config()), train.new_head(family)
-    train.train_vision(tmp_path, family, model, pool, batch=2, steps=2, minutes=1)
-    processor = family.processor.from_pretrained(tmp_path / "processor")
-    modules = {"model": model, "head": head}
-    step = train.joint_step(family, modules, processor, pool, batch=2, most=7)
-    before: list = []
-    for steps in (1, 3):
-        optimisers = [*train.muon_and_adamw(model, 1e-3), train.adamw(head.parameters(), 1e-3)]
-        run = train.Run(tmp_path, "joint", modules, optimisers, steps, minutes=1)
-        assert run.step == (0 if steps == 1 else 1)
-        assert all(same_state(*pair) for pair in zip(before, optimisers, strict=False))  # nothing is forgotten
-        run.train(step)
-        before = optimisers
-    logged = [json.loads(line) for line in (tmp_path / "joint.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged] == [1, 3]
-    assert all(0 < line["answers"] < 20 for line in logged)
+def test_both_stages_train(name, tmp_path, monkeypatch):
+    _, logs = both_stages(FAMILIES[name], tmp_path, monkeypatch)
+    for log in logs:
+        assert [line["number"] for line in log] == [1, 2, 3, 4]
+        assert all(0 < line["loss"] < 20 for line in log)
 
 
-def learned(folder, stops):
-    """The weights after 6 steps of a small model, its run cut behind a checkpoint at each of `stops`."""
-    data = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1))
-    for stop in (*stops, 6):
-        torch.manual_seed(100 + stop if list(folder.iterdir()) else 0)  # what a later run begins with must not matter
-        parts = {"layers": torch.nn.ModuleList([torch.nn.Linear(8, 8)]), "head": torch.nn.Linear(8, 3)}
-        model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict(parts)})
-        run = train.Run(folder, "small", {"model": model}, train.muon_and_adamw(model, 1e-2), 6, minutes=1e9)
-
-        def loss(step, run=run, model=model, stop=stop):
-            if step == stop:
-                run.save()
-                raise KeyboardInterrupt
-            parts = model["model"]
-            return parts["head"](parts["layers"][0](data[step])).square().mean(), {}
-
-        with pytest.raises(KeyboardInterrupt) if stop < 6 else contextlib.nullcontext():
-            run.train(loss)
-    return model.state_dict()
-
-
-def test_resuming_equals_not_stopping(tmp_path):
-    """Bit by bit: weights, both optimisers' memories and the learning rate go on from where they were. No pickle."""
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "cut").mkdir()
-    whole, cut = learned(tmp_path / "whole", ()), learned(tmp_path / "cut", (2, 5))
+def test_resuming_equals_not_stopping(tmp_path, monkeypatch):
+    """Bit by bit: weights and losses, the optimisers' memories and the learning rate with them."""
+    family = FAMILIES["llava_next"]
+    whole, logs = both_stages(family, tmp_path / "whole", monkeypatch)
+    cut, again = both_stages(family, tmp_path / "cut", monkeypatch, (("vision", 2), ("joint", 3)))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".safetensors", ".jsonl"}
+    assert [[line["loss"] for line in log] for log in again] == [[line["loss"] for line in log] for log in logs]
 
 
 @pytest.mark.parametrize(("width", "height"), shapes.SIZES)
@@ -347,8 +361,8 @@ def test_small_numbers_need_tiles(ours):
         return sum(answer == reply for (*_, answer), reply in zip(questions, answers(*ours, questions), strict=True))
 
     with base_alone(model, processor):
-        assert processor.image_places(64, 64) == 16 + 4 * (4 + 1)
+        assert processor.image_tokens(64, 64) == 16 + 4 * (4 + 1)
         without = right()
     assert model.config is model.model.config is config
-    assert processor.image_places(64, 64) == 16 + 8 * (8 + 1)
+    assert processor.image_tokens(64, 64) == 16 + 8 * (8 + 1)
     assert right() >= without + 8

@@ -13,6 +13,7 @@ from PIL import Image
 
 from minivlm.training import data
 from minivlm.training.loss import IGNORED, token_loss
+from minivlm.training.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_rows(families: Any, image: Path, form: str) -> None:
     _, processor = families("idefics2")
-    rows = data.read_rows(write(image.parent, FORMS[form]), images=image.parent)
+    rows = read_rows(write(image.parent, FORMS[form]), images=image.parent)
     inputs = data.encode(data.for_training(processor), rows)
     assert inputs["pixel_values"].shape[:2] == (1, 5)  # the whole and its quarters
     assert "".join(learned_text(processor, rows[0]).split()) == "red<end_of_utterance>"
@@ -149,20 +150,34 @@ def test_tar_files(families: Any, image: Path, tmp_path: Path) -> None:
             entry = tarfile.TarInfo(f"set/{name}")
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    (row,) = data.read_rows(path)
+    (row,) = read_rows(path)
     assert data.encode(processor, [row])["pixel_values"].shape[1] == 10
 
 
 def test_parquet_files(families: Any, image: Path, tmp_path: Path) -> None:
+    """Images as bytes or paths, messages as lists or LLaVA's; columns that are empty in a row are not there."""
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
     _, processor = families("idefics2")
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
-    table = pyarrow.Table.from_pylist([{"messages": messages, "images": [{"bytes": image.read_bytes(), "path": None}]}])
-    parquet.write_table(table, tmp_path / "rows.parquet")
-    (row,) = data.read_rows(tmp_path / "rows.parquet")
-    assert data.encode(processor, [row])["pixel_values"].shape[1] == 5
+    plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    typed = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    llava = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    stored, named = [{"bytes": image.read_bytes(), "path": None}], [{"bytes": None, "path": image.name}]
+    for values in (
+        [{"messages": plain, "images": stored}, {"messages": plain, "images": named}],
+        [{"messages": typed, "images": stored}],
+        [{"conversations": llava, "image": image.name}, {"conversations": llava[1:], "image": None}],
+    ):
+        path = tmp_path / "rows.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(values), path)
+        rows = read_rows(path, tmp_path)
+        assert [row.where for row in rows] == [f"rows.parquet, row {n + 1}" for n in range(len(values))]
+        assert data.encode(data.for_training(processor), rows[:1])["pixel_values"].shape[1] == 5
+        assert "".join(learned_text(processor, rows[0]).split()) == "red<end_of_utterance>"
 
 
 BAD = {
@@ -179,14 +194,14 @@ BAD = {
 def test_rows_that_cannot_be_read(tmp_path: Path, fault: str) -> None:
     row, message = BAD[fault]
     with pytest.raises(ValueError, match=message):
-        data.read_rows(write(tmp_path, {"messages": [ANSWER]}, row))
+        read_rows(write(tmp_path, {"messages": [ANSWER]}, row))
 
 
 def test_unknown_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="jsonl"):
-        data.read_rows(tmp_path / "rows.csv")
+        read_rows(tmp_path / "rows.csv")
     with pytest.raises(ValueError, match="no rows"):
-        data.read_rows(write(tmp_path, ""))
+        read_rows(write(tmp_path, ""))
 
 
 # ---- Rows that cannot be trained on
@@ -197,7 +212,7 @@ def test_bad_rows_are_named_before_step_1(families: Any, image: Path, tmp_path: 
     _, processor = families("idefics2")
     (tmp_path / "broken.png").write_bytes(b"no image")
     good = {"messages": [QUESTION, ANSWER], "images": [str(image)]}
-    rows = data.read_rows(
+    rows = read_rows(
         write(
             tmp_path,
             good,

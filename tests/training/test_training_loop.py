@@ -182,33 +182,6 @@ def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(tmp_
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_checkpointing_keeps_less(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minivlm.training.loss.LOGITS", 1)  # so that no logits are kept
-    kept = []
-    for checkpointing in (False, True):
-        model = fresh(tiny)
-        inputs = data.encode(data.for_training(tiny[1]), tiny[2][:8])
-        if checkpointing:
-            memory.checkpoint_layers(model)
-        kept.append(activation_bytes(model, inputs))
-    assert kept[1] < 0.4 * kept[0]
-
-
-def activation_bytes(model: Any, inputs: Any) -> int:
-    """Of all that the forward pass keeps for the backward pass, weights left out."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = token_loss(model, inputs)[0]
-    assert kept.requires_grad
-    return sum(size for place, size in sizes.items() if place not in weights)
-
-
 def test_a_frozen_tower_runs_once_per_image(tiny: Any) -> None:
     """Features are kept by what the pixels are; losses do not depend on it."""
     recipe = Recipe(batch=2, accumulate=1, steps=14, lr=5e-3, warmup=0)
@@ -307,7 +280,25 @@ def test_a_run_that_is_there_is_not_overwritten(tiny: Any, tmp_path: Path) -> No
         )
     with pytest.raises(ValueError, match="rows"):
         next(loop.finetune(fresh(tiny), tiny[1], tiny[2][1:], recipe, tmp_path, resume=True))
-    assert list(loop.finetune(fresh(tiny), *tiny[1:], recipe, tmp_path, resume=True)) == []  # done already
+    again = [data.Row(row.where, copied(row.messages)) for row in tiny[2]]
+    assert list(loop.finetune(fresh(tiny), tiny[1], again, recipe, tmp_path, resume=True)) == []  # done already
+    again[0].messages[0]["content"][0]["image"].putpixel((0, 0), (1, 2, 3))
+    with pytest.raises(ValueError, match="rows"):
+        next(loop.finetune(fresh(tiny), tiny[1], again, recipe, tmp_path, resume=True))
+
+
+def copied(value: Any) -> Any:
+    """Messages with images of their own, elsewhere in memory."""
+    if isinstance(value, Image.Image):
+        return value.copy()
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
+def test_float16_is_not_trained(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        next(loop.finetune(fresh(tiny).half(), *tiny[1:], RECIPE))
 
 
 def test_what_is_not_finite_stops_the_run_and_names_the_rows(tiny: Any, tmp_path: Path) -> None:

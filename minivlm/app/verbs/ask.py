@@ -33,20 +33,20 @@ def run(arguments: argparse.Namespace) -> None:
     from minivlm.app import images
     from minivlm.app.answer import peak_memory
     from minivlm.app.chat import Chat
-    from minivlm.processing.common import fetch_picture
+    from minivlm.processing.common import fetch_image
 
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    pictures = [fetch_picture(processor, images.source(each)) for each in names]
+    fetched = [fetch_image(processor, images.source(each)) for each in names]
     chat = Chat(options.load_model(name, arguments, device, dtype), processor, system=arguments.system, **settings)
     if not arguments.json:
-        terminal.print_pieces(chat.stream(question, pictures))
+        terminal.print_pieces(chat.stream(question, fetched))
         if (cut := chat.last.cut()) is not None:
             terminal.note(cut)
         if arguments.verbose:
             terminal.took(chat.last, device)
         return
-    answer = chat.ask(question, pictures)
+    answer = chat.ask(question, fetched)
     found = {"answer": answer, "model": name, "finish_reason": chat.last.finish_reason}
     found |= {"prompt_tokens": chat.last.prompt_tokens, "new_tokens": chat.last.new_tokens}
     found |= {"seconds": round(chat.last.seconds, 3)}

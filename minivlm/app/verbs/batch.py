@@ -1,6 +1,7 @@
 """Answer a file of questions, or one question about a folder; interrupted, the same command goes on."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ SHOWN = 10  # bad lines
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description += ABOUT
     parser.add_argument(
-        "questions", type=Path, metavar="QUESTIONS", help="a file of JSON lines, - for stdin, or a folder of images"
+        "questions", type=Path, metavar="QUESTIONS", help="JSON lines, - for stdin, parquet, or a folder of images"
     )
-    parser.add_argument("--question", metavar="TEXT", help="the question about each image of a folder")
+    parser.add_argument("--question", metavar="TEXT", help="the question about each image of a folder or parquet file")
     out = "a new file, in the order of the questions, or - for stdout"
     parser.add_argument("--out", type=Path, required=True, metavar="ANSWERS.jsonl", help=out)
     start = "where relative image paths start (default: the current folder)"
     parser.add_argument("--image-folder", type=Path, metavar="DIR", help=start)
+    text = "answer questions R, R + N, … of N processes, R from 0 (default: RANK/WORLD_SIZE where these are set)"
+    parser.add_argument("--shard", metavar="R/N", help=text)
     parser.add_argument("--batch-size", type=options.positive, default=8, metavar="N", help="so many at once")
     options.add_model_options(parser)
     options.add_generation_options(parser)
@@ -39,27 +42,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer all lines. Return the number of failed ones."""
     out = arguments.out
-    if arguments.questions.is_dir() != (arguments.question is not None):
-        raise UsageError("--question and a folder of images go together")
+    folder, table = arguments.questions.is_dir(), arguments.questions.suffix == ".parquet"
+    if (folder and arguments.question is None) or (arguments.question is not None and not (folder or table)):
+        raise UsageError("--question and a folder (or parquet file) of images go together")
     settings = options.generation_settings(arguments)
     name = options.model_name(arguments)
+    from minivlm.app import launch, lock, parts
+
+    started = launch.MARK in os.environ  # then RANK numbers the GPUs of one model
+    shard = parts.Shard.parse(arguments.shard) if arguments.shard else parts.ALL if started else parts.Shard.here()
     if str(out) == "-":
-        return _run(arguments, name, settings)
+        if shard.count > 1:
+            raise UsageError("a shard needs a file for --out: the last one to end puts all answers together")
+        return _run(arguments, name, settings, shard)
+    parts.check_new(out)
+    locked = out if shard.count == 1 else shard.part(out)
+    with lock.held(locked.with_name(locked.name + ".lock")):
+        return _run(arguments, name, settings, shard)
 
-    from minivlm.app import batch, lock
 
-    batch.check_new(out)
-    with lock.held(out.with_name(out.name + ".lock")):
-        return _run(arguments, name, settings)
-
-
-def _run(arguments: argparse.Namespace, name: str, settings: dict[str, Any]) -> int:
+def _run(arguments: argparse.Namespace, name: str, settings: dict[str, Any], shard: Any) -> int:
     from minivlm.app import batch, questions
 
-    if arguments.question is not None:
-        text = questions.about_folder(arguments.questions, arguments.question)
-    else:
-        text = questions.read_file(arguments.questions)
+    text = questions.read_file(arguments.questions, arguments.question)
     _tell_bad(questions.bad_lines(text, arguments.image_folder))
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
@@ -72,7 +77,7 @@ def _run(arguments: argparse.Namespace, name: str, settings: dict[str, Any]) -> 
     else:
         about = {"model": name, "dtype": dtype, "no_split": arguments.no_split, "quantize": arguments.quantize}
         about |= {"chat_template": arguments.chat_template, "system": arguments.system, **settings}
-        summary = batch.run(job, text, arguments.out, about)
+        summary = batch.run(job, text, arguments.out, about, shard)
     terminal.note(f"{summary}; {arguments.out}" if str(arguments.out) != "-" else f"{summary}")
     if arguments.verbose:
         _tell_speed(summary, device)

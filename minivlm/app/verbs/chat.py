@@ -36,15 +36,15 @@ def run(arguments: argparse.Namespace) -> int:
     from minivlm.app.chat import Chat
     from minivlm.app.prompt import reader
     from minivlm.app.talk import COMMANDS, Talk
-    from minivlm.processing.common import fetch_picture
+    from minivlm.processing.common import fetch_image
 
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    pictures = [(fetch_picture(processor, images.source(each)), each) for each in arguments.images]
+    fetched = [(fetch_image(processor, images.source(each)), each) for each in arguments.images]
     model = options.load_model(name, arguments, device, dtype)
     chat = Chat(model, processor, system=arguments.system, **settings)
     watched = sys.stdin.isatty() and sys.stdout.isatty()
-    talk = Talk(chat, pictures, terminal.print_pieces, watched=watched, verbose=arguments.verbose)
+    talk = Talk(chat, fetched, terminal.print_pieces, watched=watched, verbose=arguments.verbose)
     if watched:
         terminal.tell(talk.banner(name, device, str(model.dtype).removeprefix("torch.")))
     failed = talk.run(reader(watched, list(COMMANDS)))

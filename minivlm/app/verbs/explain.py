@@ -35,11 +35,11 @@ def run(arguments: argparse.Namespace) -> None:
     name = options.model_name(arguments)
 
     from minivlm.app import explain, figures, images
-    from minivlm.processing.common import fetch_picture
+    from minivlm.processing.common import fetch_image
 
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    pictures = [fetch_picture(processor, images.source(each)) for each in names]
+    pictures = [fetch_image(processor, images.source(each)) for each in names]
     model = options.load_model(name, arguments, device, dtype)
     layers = explain.layers_of(model, arguments.layers)
     found = explain.gather(

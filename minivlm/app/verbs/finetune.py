@@ -49,7 +49,8 @@ def _adapter_options(group: Any) -> None:
     )
     group.add_argument("--method", choices=["lora", "full"], default="lora", help="an adapter, or every weight")
     group.add_argument("--targets", default="text+connector", metavar="NAMES", help=targets)
-    group.add_argument("--r", type=options.positive, default=8, help="rank of the adapter")
+    rank = "rank of the adapter (torchrun takes --r for an option of its own: there --rank)"
+    group.add_argument("--r", "--rank", type=options.positive, default=8, help=rank)
     group.add_argument("--alpha", type=float, metavar="A", help="scale, alpha / r (default: r)")
     group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="on what enters the adapter")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
@@ -93,11 +94,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Check the rows, load the model, train, and print one line a step."""
     name = options.model_name(argparse.Namespace(model=arguments.model, adapter=None))
 
-    from minivlm.training import data
+    from minivlm.training.rows import read_rows
 
     processor = _processor(name, arguments)
-    rows = data.read_rows(arguments.data, arguments.image_folder)
-    held_out = data.read_rows(arguments.eval, arguments.image_folder) if arguments.eval else None
+    rows = read_rows(arguments.data, arguments.image_folder)
+    held_out = read_rows(arguments.eval, arguments.image_folder) if arguments.eval else None
     model = _skeleton(name, arguments)
     rows, sizes = _checked(processor, rows, model, arguments)
     if held_out is not None:
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         _show(model, processor, rows, sizes, arguments)
         return
     with _processes() as (rank, device):
-        _train(name, processor, rows, held_out, arguments, rank, device)
+        _train(name, processor, rows, held_out, arguments, rank, device, model.config.dtype)
 
 
 def _processor(name: str, arguments: argparse.Namespace) -> Any:
@@ -236,6 +237,7 @@ def _train(
     arguments: argparse.Namespace,
     rank: int,
     device: str | None,
+    stored: str | None,
 ) -> None:
     import torch
     from tqdm import tqdm
@@ -247,6 +249,9 @@ def _train(
     device, dtype = options.device_and_dtype(
         argparse.Namespace(**{**vars(arguments), "device": device or arguments.device})
     )
+    if dtype is None and stored == "float16":
+        dtype = "bfloat16"
+        terminal.note("the weights are stored in float16, which loses small gradients; training in bfloat16")
     recipe = loop.Recipe(
         **{
             key: getattr(arguments, key)

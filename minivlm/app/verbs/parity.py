@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> bool:
     """Print a report for each dtype, or store a recording. Return whether something diverges."""
     from minivlm.app.inspection import memory
-    from minivlm.parity import Question, Recording, against, check_plot, compare, drawn_picture, plot, record
+    from minivlm.parity import Question, Recording, against, check_plot, compare, drawn_image, plot, record
     from minivlm.processing.images import load_image
 
     dtypes = arguments.dtype.split(",")
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> bool:
         )
     if arguments.plot:
         check_plot(arguments.plot)
-    images = [load_image(image) for image in arguments.image] if arguments.image else [drawn_picture()]
+    images = [load_image(image) for image in arguments.image] if arguments.image else [drawn_image()]
     question = Question(tuple(images)) if arguments.prompt is None else Question(tuple(images), arguments.prompt)
     shared = {"layers": _numbers(arguments.layers), "inside": arguments.inside, "tokens": arguments.tokens}
     progress = sys.stderr.isatty()

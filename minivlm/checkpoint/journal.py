@@ -1,0 +1,98 @@
+"""A list of a save's renames, kept in the folder while they are made, so that a killed save can be finished later.
+
+    all new files written ─ journal ─ renames, removals ─ journal removed
+                               └─ the process dies here: whoever reads or writes the folder next makes the rest
+
+Until the journal is there, the old files are untouched; from then on every new file is complete on the disk. So a
+folder is always the old state or can become the new one. (The same idea as a database's write-ahead log.)
+"""
+
+import contextlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+PATIENCE = 10.0  # seconds that a live process may take for its renames; an older journal is of a dead one
+ENDING = ".save.json"
+
+
+def new(path: Path, mark: str) -> Path:
+    """Where the save with this mark writes a file first."""
+    return path.with_name(f".{path.name}.{mark}.new")
+
+
+def old(path: Path, mark: str) -> Path:
+    """Where it keeps the file that was there."""
+    return path.with_name(f".{path.name}.{mark}.old")
+
+
+def plan(mark: str, written: Iterable[Path], removed: Iterable[Path]) -> dict[Path, str]:
+    """One journal for each folder that is about to change → what it says.
+
+    Empty for a single rename, which cannot stop halfway.
+    """
+    written, removed = list(written), [path for path in removed if os.path.lexists(path)]
+    if len(written) + len(removed) < 2:
+        return {}
+    journals = {}
+    for folder in sorted({path.parent for path in written + removed}):
+        names = {
+            "written": [path.name for path in written if path.parent == folder],
+            "removed": [path.name for path in removed if path.parent == folder],
+        }
+        journals[folder / f".{mark}{ENDING}"] = json.dumps(names)
+    return journals
+
+
+def write(path: Path, text: str) -> None:
+    """Onto the disk. One that was cut is no journal, and nothing has been renamed yet."""
+    path.write_text(text, encoding="utf-8")
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def finish(folder: Path) -> None:
+    """Finish saves into this folder that were killed between two renames, with a warning for each.
+
+    Waits while another process may be at it. Raises OSError where the folder cannot be written.
+    """
+    for journal in sorted(folder.glob(f".*{ENDING}")):
+        names = _wait(journal)
+        if names is None:
+            continue
+        mark = journal.name.removeprefix(".").removesuffix(ENDING)
+        try:
+            for path in (folder / name for name in names["written"]):
+                with contextlib.suppress(FileNotFoundError):  # has taken its place already
+                    os.replace(new(path, mark), path)
+                old(path, mark).unlink(missing_ok=True)
+            for path in (folder / name for name in names["removed"]):
+                path.unlink(missing_ok=True)
+                old(path, mark).unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"a save into {folder} was interrupted halfway and cannot be finished from here ({error.strerror}): "
+                "load it once where the folder can be written, or save it again"
+            ) from error
+        warnings.warn(f"a save into {folder} had been interrupted halfway; it is finished now", stacklevel=3)
+
+
+def _wait(journal: Path) -> dict[str, list[str]] | None:
+    """What a journal says once it is old enough to be a dead process's; None if it is removed before, or is none."""
+    until = time.monotonic() + PATIENCE
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        while time.time() - journal.stat().st_mtime < PATIENCE and time.monotonic() < until:
+            time.sleep(0.05)
+        match json.loads(journal.read_text(encoding="utf-8")):
+            case {"written": [*written], "removed": [*removed]} if all(map(_is_plain, written + removed)):
+                return {"written": written, "removed": removed}
+    return None
+
+
+def _is_plain(name: object) -> bool:
+    """Whether this is the name of a file in the folder itself: a journal may come with somebody else's folder."""
+    return isinstance(name, str) and bool(name) and Path(name).name == name
