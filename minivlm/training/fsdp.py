@@ -1,4 +1,4 @@
-"""Training a model that no single device holds: parameters, gradients and the optimiser's means cut among all processes.
+"""Training a model that no single device holds: parameters, gradients and the optimiser's means cut among processes.
 
     model on the meta device ─ shard ─► every tensor a DTensor, cut by rows ─ load ─► each process reads its rows alone
     a step: a block's whole weights are gathered before it runs and dropped after it, its gradients summed and cut
@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from minivlm.checkpoint import hub, loading, weights
 from minivlm.parallel import Share
@@ -84,10 +90,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """As `token_loss`, but the gradient is world size times larger: fully_shard takes the mean over processes, and
-    whoever steps divides the sum by the learned tokens of all of them."""
     total, learned = token_loss(model, inputs)
-    total = total.detach() + (total - total.detach()) * dist.get_world_size()
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         # Before torch 2.13 every parameter needs a gradient on every process, or their sums pair up wrongly
         unused = (parameter.sum() * 0 for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -98,10 +101,6 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
 def loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     """`loss.token_loss` of a model that is cut: the root's parameters are gathered around it."""
     return model.summed_loss(inputs)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
 
 
 # ---- Weights in and out ----------------------------------------------------------------------------------------------
@@ -140,7 +139,9 @@ def _rows(parameter: DTensor) -> Share:
 def full_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """All tensors whole, on the CPU of the first process; empty on the others. dtype: what they become."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in get_model_state_dict(model, options=options).items()}
+    return {
+        name: tensor.to(dtype or tensor.dtype) for name, tensor in get_model_state_dict(model, options=options).items()
+    }
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None, **options: Any) -> None:
@@ -157,3 +158,48 @@ def save_pretrained(model: nn.Module, folder: str | Path, dtype: torch.dtype | N
 def whole(value: Tensor) -> Tensor:
     """A DTensor put together (all processes call this); any other tensor as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+# ---- Steps and states ------------------------------------------------------------------------------------------------
+
+
+def clip(gradients: list[Tensor], most: float) -> float:
+    """Scale gradients, cut ones and whole ones, so that their norm is at most `most`; → the norm before."""
+    norms = [whole(torch.linalg.vector_norm(gradient)) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack([each.float() for each in norms])).item()
+    factor = min(1.0, most / (norm + 1e-6))
+    for gradient in gradients if factor < 1 else ():
+        gradient.mul_(factor)
+    return norm
+
+
+def save_state(model: nn.Module, optimisers: list[torch.optim.Optimizer], folder: Path) -> None:
+    """What is trained and the optimisers' means, each process its part, by torch.distributed.checkpoint."""
+    dcp.save(_state(model, optimisers), checkpoint_id=folder)
+
+
+def load_state(model: nn.Module, optimisers: list[torch.optim.Optimizer], folder: Path) -> None:
+    """Go on from a state that any number of processes has saved."""
+    state = _state(model, optimisers)
+    dcp.load(state, checkpoint_id=folder)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    set_state_dict(
+        model, optimisers, model_state_dict=state["model"], optim_state_dict=state["optimisers"], options=options
+    )
+
+
+def save_parts(
+    model: nn.Module, optimisers: list[torch.optim.Optimizer], out: Path, step: int
+) -> tuple[dict[str, Tensor] | None, str]:
+    """Save the state of a step beside earlier ones; → the whole weights (None where an adapter is trained), in the
+    dtype of the checkpoint they came from, and the name of the state's folder in `out`. All processes call this."""
+    name = f"state-{step:06d}"
+    save_state(model, optimisers, out / name)
+    if getattr(model, "adapter_config", None) is not None:
+        return None, name
+    return full_state_dict(model, loading.DTYPES.get(model.config.dtype)), name
+
+
+def _state(model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    values, means = get_state_dict(model, optimisers, options=StateDictOptions(ignore_frozen_params=True))
+    return {"model": values, "optimisers": means}
