@@ -139,6 +139,8 @@ def from_pretrained(
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
     model.name_or_path = (files.base or files).name
+    if attention:
+        model.set_attn_implementation(attention)  # so that the config says it too
     attach(model)
     if fast_cpu and places.home.type == "cpu" and places.is_single:
         faster.apply(model)

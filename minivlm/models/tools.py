@@ -247,6 +247,14 @@ class Tools:
         return sum(each.nbytes for each in (*self.parameters(), *(self.buffers() if return_buffers else ())))
 
     @property
+    def is_loaded_in_8bit(self) -> bool:
+        return getattr(getattr(self, "quantization_config", None), "load_in_8bit", False)
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        return getattr(self, "quantization_config", None) is not None and not self.is_loaded_in_8bit
+
+    @property
     def warnings_issued(self) -> dict[str, bool]:
         return vars(self).setdefault("_warnings_issued", {})
 
