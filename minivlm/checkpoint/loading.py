@@ -27,7 +27,7 @@ from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
 from minivlm.checkpoint.names import is_ignored, local_name, tied
-from minivlm.checkpoint.saving import push_to_hub, save_pretrained  # noqa: F401  (for model classes)
+from minivlm.checkpoint.saving import save_pretrained  # noqa: F401  (for model classes)
 from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.generation.settings import GenerationConfig
@@ -143,6 +143,8 @@ def from_pretrained(
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
     model.name_or_path = (files.base or files).name
+    if attention:
+        model.set_attn_implementation(attention)  # so that the config says it too
     attach(model)
     if fast_cpu and places.home.type == "cpu" and places.is_single:
         faster.apply(model)

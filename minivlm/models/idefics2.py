@@ -14,7 +14,7 @@ B batch, T tokens, N images of a row, P patches, Q latents, Cv vision width, C t
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,8 @@ class PerceiverResampler(nn.Module):
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
-# What the model around it prefers over Mistral's class defaults.
+# Where no text config is given, as in the reference; one that is given has Mistral's own defaults. (The reference's
+# then has 32,000 tokens and no room for its image token.)
 TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 
 
@@ -123,11 +124,10 @@ class Idefics2Config(ModelConfig):
 
     model_type: ClassVar[str] = "idefics2"
     architecture: ClassVar[str] = "Idefics2ForConditionalGeneration"
-    preferred: ClassVar[dict[str, dict[str, Any]]] = {"text_config": TEXT}
 
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
     perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
-    text_config: DecoderConfig = field(default_factory=lambda: DecoderConfig(**TEXT))
+    text_config: DecoderConfig = field(default_factory=lambda: DecoderConfig(**TEXT, vocab_size=32003))
     image_token_id: int = 32001
     tie_word_embeddings: bool = False
     dtype: str | None = None  # of the stored weights
