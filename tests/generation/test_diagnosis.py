@@ -50,14 +50,14 @@ def test_damaged_weights_are_named_however_one_searches(model, settings):
 def test_inputs_are_blamed_before_the_model(model):
     inputs = oracle.random_inputs((1,), 4)
     inputs["pixel_values"][0, 0, 0, 0, 0] = float("inf")
-    with pytest.raises(ValueError, match="pixel_values holds NaN or infinity already"):
+    with pytest.raises(ValueError, match="pixel_values holds NaN"):
         model.generate(**inputs)
 
 
 def test_negative_infinity_is_an_overflow_too(model, monkeypatch):
     head = model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", lambda x: head(x).index_fill(-1, torch.tensor([7]), -torch.inf))
-    with pytest.raises(ValueError, match="the first that is not finite comes from lm_head, which was given numbers up"):
+    with pytest.raises(ValueError, match="comes from lm_head"):
         model.generate(IDS)
 
 
