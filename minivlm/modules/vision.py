@@ -89,7 +89,7 @@ class VisionEncoder(nn.Module):
     def forward(
         self, x: Tensor, mask: Mask, attn_implementation: str | None, layers: Sequence[int] = (-1,)
     ) -> list[Tensor]:
-        """The hidden states (N, P, C) of `layers`: 0 is the input of the first block, i the output of the i-th, −1 the last.
+        """The hidden states (N, P, C) of `layers`: 0 enters the first block, i leaves the i-th, −1 is the last.
 
         Blocks after the highest requested state do not run. Raises IndexError for a state that does not exist.
         """
