@@ -21,6 +21,7 @@ SIZES = [(30, 50), (100, 33), (12, 12), (7, 90), (1, 100), (33, 34), (1, 1)]
 def llava_config(
     *,
     text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
     heads: tuple[int, int] = (4, 2),
     layers: int | list[int] = -2,
     pinpoints: list[list[int]] = PINPOINTS,
@@ -37,6 +38,7 @@ def llava_config(
             "num_attention_heads": 3,
             "image_size": tile,
             "patch_size": PATCH,
+            **(vision or {}),
         },
         text_config={
             "model_type": "llama",

@@ -54,11 +54,12 @@ MAY_IMPORT = {
         "minivlm.quantization",
         "minivlm.text",
     },
+    "minivlm.trainer": {"minivlm.models"},
     "minivlm.app": None,  # anything; and nothing imports it
 }
 # Third-party packages that only some rooms may see; `transformers` is the oracle of tests and of the parity instrument.
 ONLY_IN = {
-    "transformers": {"minivlm.parity"},
+    "transformers": {"minivlm.parity", "minivlm.trainer"},
     "tokenizers": {"minivlm.text"},
     "PIL": {"minivlm.processing", "minivlm.inside", "minivlm.parity", "minivlm.app"},
     "jinja2": {"minivlm.text"},

@@ -15,7 +15,7 @@ from typing import Any
 
 from minivlm.app.chat import ERRORS, Chat
 from minivlm.app.terminal import one_line
-from minivlm.processing.common import fetch_picture
+from minivlm.processing.common import fetch_image
 
 HOST = "127.0.0.1"  # this machine alone
 KEPT = 50  # answers that can still be looked into
@@ -204,7 +204,7 @@ class Page:
         data = await event.file.read()
         event.sender.reset()
         try:
-            self.image = await run.io_bound(fetch_picture, self.desk.processor, data)
+            self.image = await run.io_bound(fetch_image, self.desk.processor, data)
         except ERRORS as error:
             ui.notify(one_line(error), type="negative", multi_line=True)
             return

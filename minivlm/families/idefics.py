@@ -156,5 +156,6 @@ IDEFICS = Family(
             "model.additional_embedding": "model.embed_tokens.additional_embedding",
             "additional_fc": "lm_head.additional_fc",
         },
+        {},  # PEFT around our own model
     ),
 )

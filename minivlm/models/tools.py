@@ -3,12 +3,14 @@ evaluation harnesses know these names. Each is a line or two over what exists; n
 
     activation checkpointing    wraps the layers of a finished model from outside
     embeddings                  get, set, resize
+    names of tensors            those of files where those of the model are expected
     adapters                    save
     other names                 of what stands elsewhere
 """
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from minivlm.checkpoint.names import local_name, tied
 from minivlm.generation import loop
 from minivlm.models.base import Output
 from minivlm.modules.attention import attention_taps, check_implementation
@@ -42,32 +45,48 @@ class Tools:
     base_model_prefix: ClassVar[str] = "model"
     supports_gradient_checkpointing: ClassVar[bool] = True
     accepts_loss_kwargs: ClassVar[bool] = True  # `num_items_in_batch`
+    loss_type: ClassVar[str] = "ForCausalLM"  # labels are shifted here: a row's first one never counts
     _no_split_modules: ClassVar[list[str]] = ["DecoderBlock", "VisionBlock", "PerceiverLayer", "GatedBlock"]
-    _keys_to_ignore_on_save: ClassVar[None] = None
 
     # ---- Activation checkpointing ----
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Keep only the input of every layer for the backward pass, which runs the layer again: less memory, the same
-        gradients. Layers are those of decoder, towers and resamplers. use_reentrant=True is refused by ValueError."""
-        options = dict(gradient_checkpointing_kwargs or {})
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Keep only the input of every (n-th) layer for the backward pass, which runs the layer again: less memory, the
+        same gradients. Layers are those of decoder, towers and resamplers; options are those of torch's `checkpoint`.
+
+        ValueError for use_reentrant=True and for offload=True, which are not supported.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
         if options.pop("use_reentrant", False):
             raise ValueError("checkpointing here is non-reentrant; leave use_reentrant out, or at False")
-        for layer in stacked_layers(self):
-            layer.forward = partial(_checkpointed, layer, options)
+        if offload:
+            raise ValueError("offload=True is not supported: what checkpointing keeps stays on the model's device")
+        self.activation_checkpointing_disable()
+        for index, layer in enumerate(stacked_layers(self)):
+            if index % every_n_layers == 0:
+                layer.forward = partial(_checkpointed, layer, options)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`activation_checkpointing_enable`, by its name before transformers 5."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
         for layer in stacked_layers(self):
             vars(layer).pop("forward", None)
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return any("forward" in vars(layer) for layer in stacked_layers(self))
 
-    # The names of transformers 5.
-    activation_checkpointing_enable = gradient_checkpointing_enable
-    activation_checkpointing_disable = gradient_checkpointing_disable
-    is_activation_checkpointing = is_gradient_checkpointing
+    gradient_checkpointing_disable = activation_checkpointing_disable
+    is_gradient_checkpointing = is_activation_checkpointing
 
     def enable_input_require_grads(self) -> None:
         """Gradients flow to the embeddings' output though their table is frozen."""
@@ -132,6 +151,28 @@ class Tools:
         self.tie_weights()
         return self.get_input_embeddings()
 
+    # ---- Names of tensors ----
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; the names may also be those of files, which `save_pretrained` writes and a trainer reads."""
+        known = self.state_dict().keys()
+        names = {name: name if name in known else self._local_name(name) for name in state_dict}
+        renamed = {names[name]: value for name, value in state_dict.items()}
+        return nn.Module.load_state_dict(self, renamed, strict=strict, assign=assign)
+
+    def _local_name(self, name: str) -> str:
+        return local_name(name, self.hub_prefixes).removeprefix(self.hub_root)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str] | None:
+        """What files lack without being damaged: a tied head."""
+        return list(tied(self)) or None
+
+    @property
+    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
+        """For PEFT, so that it reads an adapter trained on transformers' model: patterns of names there → here."""
+        return {f"^{re.escape(theirs)}": ours for theirs, ours in self.hub_prefixes.items()}
+
     # ---- Adapters ----
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -145,9 +186,21 @@ class Tools:
         self.attn_implementation = check_implementation(attn_implementation)
         self.config._attn_implementation = attn_implementation
 
-    def get_image_features(self, *args: Any, **inputs: Any) -> Inputs:
-        """The images' vectors as `pooler_output`; arguments as of the `encode_images` of the model without a head."""
-        return Inputs(pooler_output=getattr(self, "model", self).encode_images(*args, **inputs))
+    def get_image_features(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **inputs: Any
+    ) -> Inputs:
+        """`pooler_output`: a list of (vectors, C), for each row of Idefics2 and for each image of LLaVA-NeXT.
+
+        Arguments as of `encode_images` of the model without a head; IDEFICS has none, as in the reference.
+        """
+        model = self.base_model
+        if not isinstance(getattr(model, "connector", None), nn.Module):
+            return Inputs(pooler_output=model.encode_images(pixel_values, **inputs))
+        vectors = model.encode_images(pixel_values, pixel_attention_mask, **inputs)  # (images, Q, C)
+        patch = self.config.vision_config.patch_size
+        real = model._patch_masks(pixel_values.flatten(0, 1), pixel_attention_mask, patch).flatten(1).any(1)  # (B·N)
+        counts = real.unflatten(0, pixel_values.shape[:2]).sum(1).tolist()
+        return Inputs(pooler_output=[row.flatten(0, 1) for row in vectors.split(counts)])
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, **inputs}

@@ -20,7 +20,7 @@ def selected(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
     Raises ValueError for a name in `skip` that names nothing here.
     """
     record = families.family(model.config.model_type, "the model")
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = kept(model)
     for pattern in set(skip) - set(present(model, skip)):
         raise ValueError(f"no module to skip is called {pattern!r}; names look like {', '.join(names[:3])}")
     left = [name for name in names if name not in record.kept and not any(_inside(name, pattern) for pattern in skip)]
@@ -64,8 +64,10 @@ def layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def kept(model: nn.Module) -> list[str]:
-    """Names of the linear layers of a quantised model that are not quantised."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Names of the linear layers that are not quantised."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantised = layers(model)
+    return [name for name in linears if name not in quantised]
 
 
 def files(model: nn.Module) -> dict[str, Tensor]:

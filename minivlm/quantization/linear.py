@@ -10,8 +10,9 @@ from minivlm.quantization import products
 from minivlm.quantization.formats import Format, Tensors
 
 
-class QuantizedLinear(nn.Module):
-    """x Ŵᵀ + b. Gradients flow to x and b; the weight itself is not trained.
+class QuantizedLinear(nn.Linear):
+    """x Ŵᵀ + b. Gradients flow to x and b; the weight itself is not trained. It is an `nn.Linear` for whoever looks for
+    linear layers, PEFT for one, but its `weight` has no data; `dequantize` makes one.
 
     Made empty, it gets its weight from `quantize_` (a floating-point one) or `restore` (the tensors of a file). Its
     tensors are buffers, named by the format: scales keep their dtype whatever dtype the model is cast to.
@@ -26,12 +27,17 @@ class QuantizedLinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         """compute_dtype: in what fp16 inputs are multiplied, None = fp16. Other inputs keep their dtype."""
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a weight
         self.in_features, self.out_features = in_features, out_features
         self.format, self.compute_dtype = format, compute_dtype
         self.dtype = torch.float32  # of the weight that was quantised
         self.bias = bias
         self._names: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> "Codes":
+        """For whoever asks a linear layer for its weight's dtype or device."""
+        return Codes(self)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,6 +105,21 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)
         self._take({name: _moved(tensor, fn) for name, tensor in held.items()})
         return self
+
+
+class Codes:
+    """What stands in the place of a quantised layer's weight: nothing can be added to it."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        self.shape, self.dtype, self.requires_grad = layer.shape, layer.dtype, False
+        self.device = next(layer.buffers()).device
+
+    @property
+    def data(self) -> Tensor:
+        raise ValueError(
+            "a quantised layer holds codes, and what is added to them is mostly rounded away; merge the adapter into "
+            "the 16-bit model (minivlm merge, minivlm.training.lora.merge), or take dequantize()"
+        )
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import toy_family
-from torch import nn
 
 from minivlm import AutoModelForImageTextToText, families
 from minivlm.app import cli
 from minivlm.parity import drawn_image
+from minivlm.quantization.linear import QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_quantize(toy: Path, tmp_path: Path, capsys: Any) -> None:
     run(capsys, "quantize", toy, tmp_path / "small", "--format", "int8")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "small")
     assert model.config.model_type == "toy"
-    assert isinstance(model.model.patches, nn.Linear)
-    assert not isinstance(model.model.text_model.layers[0].mlp.up_proj, nn.Linear)
+    assert not isinstance(model.model.patches, QuantizedLinear)
+    assert isinstance(model.model.text_model.layers[0].mlp.up_proj, QuantizedLinear)
 
 
 def test_parity(toy: Path, capsys: Any) -> None:

@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The extra and the port are checked before any weight is read."""
     from minivlm.app import demo, images
-    from minivlm.processing.common import fetch_picture
+    from minivlm.processing.common import fetch_image
 
     demo.check(arguments.port)
     name = options.model_name(arguments)
     device, dtype = options.device_and_dtype(arguments)
     processor = options.load_processor(name, arguments)
-    image = None if arguments.image is None else fetch_picture(processor, images.source(arguments.image))
+    image = None if arguments.image is None else fetch_image(processor, images.source(arguments.image))
     model = options.load_model(name, arguments, device, dtype)
     terminal.note(f"open http://{demo.HOST}:{arguments.port} (Ctrl-C ends it)")
     demo.serve(demo.Desk(model, processor, name, arguments.max_new_tokens), image, arguments.port)
