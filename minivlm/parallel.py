@@ -166,7 +166,7 @@ def _summed(out: Tensor, group: Any) -> Tensor:
     if out.requires_grad:  # an in-place sum under autograd would give silently wrong gradients
         raise RuntimeError(
             "a tensor-parallel model cannot be trained; use torch.no_grad(), or train with "
-            "`torchrun --nproc-per-node N -m minivlm finetune`, which shards by FSDP"
+            "`torchrun --nproc-per-node N -m minivlm finetune`, which shares out the rows"
         )
     out = out.contiguous()
     dist.all_reduce(out, group=group)

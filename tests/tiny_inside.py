@@ -12,7 +12,7 @@ import oracle_llava
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.families import FAMILIES
-from minivlm.parity import drawn_picture
+from minivlm.parity import drawn_image
 
 NAMES = ("idefics2", "idefics2, no window", "llava_next", "idefics")
 
@@ -55,7 +55,7 @@ def asked(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """(model, processor, inputs) of a built-in checkpoint, asked about a drawn image or about these."""
     model, processor = AutoModelForImageTextToText.from_pretrained(name, **options), AutoProcessor.from_pretrained(name)
-    content = [{"type": "image", "image": image} for image in images or [drawn_picture()]]
+    content = [{"type": "image", "image": image} for image in images or [drawn_image()]]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
         add_generation_prompt=True,

@@ -60,7 +60,7 @@ h1 { font-size: clamp(1.6rem, 4.2vw, 2.4rem); line-height: 1.15; font-weight: 65
 def check(port: int) -> None:
     """ValueError if NiceGUI is missing or the port is no number of one, OSError if it is taken."""
     if importlib.util.find_spec("nicegui") is None:
-        raise ValueError("`minivlm demo` needs NiceGUI, which is not installed: pip install 'nicegui>=3,<4'")
+        raise ValueError("`minivlm demo` needs NiceGUI, which is not installed: pip install 'nicegui>=3.18,<4'")
     if port > 65535:
         raise ValueError(f"--port takes a number up to 65535, found {port}")
     with socket.socket() as tried:

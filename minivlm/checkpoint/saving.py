@@ -63,7 +63,7 @@ def save_pretrained(
     folder = Path(folder)
     shards = _named(_split(_tensors(model, state_dict), _bytes(max_shard_size)))
     with files.saving() as save:
-        save.json(folder / hub.CONFIG, _config(model), sort_keys=True)
+        save.json(folder / hub.CONFIG, _config(model, _dtype(model, state_dict)), sort_keys=True)
         settings = getattr(model, "generation_config", None)  # a bare model generates nothing
         if settings is not None:
             save.json(folder / "generation_config.json", settings.to_hub(), sort_keys=True)
@@ -82,9 +82,13 @@ def push_to_hub(model: nn.Module, repo_id: str, *, max_shard_size: int | str = "
         return hub.upload(Path(folder), repo_id, **where)
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
+def _dtype(model: nn.Module, state_dict: dict[str, Tensor] | None) -> str:
+    found = {value.dtype for value in (state_dict or {}).values() if value.is_floating_point()}
+    return str(found.pop() if len(found) == 1 else model.dtype).removeprefix("torch.")
+
+
+def _config(model: nn.Module, dtype: str) -> dict[str, Any]:
     """What config.json is to say: all fields, and what minivlm did not read when it was loaded."""
-    dtype = str(model.dtype).removeprefix("torch.")
     values = over(model.config.to_hub(), getattr(model.config, "unread", {}))
     values |= {"architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
     if getattr(model, "quantization_config", None) is not None:

@@ -185,7 +185,7 @@ def _places(model: nn.Module, config: LoraConfig, generation: int) -> tuple[dict
         if isinstance(base, nn.Embedding) or ours == "lm_head":  # of these PEFT also saves what they were
             places[f"{theirs}.base_layer.weight"] = f"{ours}.base_layer.weight", (count, width), False
     saved = lora.whole(model, config, generation)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         theirs, owner = targets.spelled(name, targets.generations(model)[generation]), name.rpartition(".")[0]
         bias = name.endswith(".bias") and config.bias != "none"
         if owner in chosen.values() and bias:

@@ -11,6 +11,7 @@ Under `torchrun` each process takes its share of every step, and gradients are a
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -31,6 +32,7 @@ from minivlm.training.recipe import Recipe, Step
 from minivlm.training.rows import Row, fingerprint
 
 STATE, LOG = "state.pt", "log.jsonl"
+PARTS = "state-"  # folders with the state of a model that is cut among processes
 Loss = Callable[[Any, Any], tuple[Tensor, int]]  # of a model and a batch: see `token_loss`
 
 
@@ -54,7 +56,7 @@ def finetune(
     For another task: collate makes a batch of rows, in place of `data.encode`; loss takes (model, batch) and returns a
     sum and how many terms it has, and if it is a module its own parameters are trained too (they are in the state
     only); optimisers makes others than the recipe's AdamW.
-    Raises ValueError for a state of other rows or settings, and at the first loss that is not finite.
+    Raises ValueError for a state of other rows or settings, for float16, and at the first loss that is not finite.
     """
     folder = None if out is None else Path(out)
     run = _Run(model, data.for_training(processor), rows, recipe, folder, collate, loss, optimisers)
@@ -78,15 +80,29 @@ def evaluate(model: Any, processor: Any, rows: list[Row], batch: int = 2) -> flo
     rank, world = _rank()
     processor, was, sums = data.for_training(processor), model.training, torch.zeros(2, dtype=torch.float64)
     model.eval()
-    own = rows[rank::world]
-    for begin in range(0, len(own), batch):
-        total, learned = token_loss(model, data.encode(processor, own[begin : begin + batch]).to(model.device))
-        sums += torch.tensor([total.item(), learned], dtype=torch.float64)
+    loss, own = _loss_of(model, token_loss), _pieces(rows[rank::world], batch)
+    for number in range(len(_pieces(rows[::world], batch)) if hasattr(model, "summed_loss") else len(own)):
+        taken = own[number] if number < len(own) else rows[:1]  # as many passes in every process
+        total, learned = loss(model, data.encode(processor, taken).to(model.device))
+        sums += torch.tensor([total.item(), learned], dtype=torch.float64) * (number < len(own))
     model.train(was)
     if world > 1:
         sums = sums.to(model.device)
         dist.all_reduce(sums)
     return (sums[0] / sums[1].clamp(min=1)).item()
+
+
+def _pieces(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
+
+
+def _loss_of(model: Any, loss: Loss) -> Loss:
+    """A model that is cut among processes (`fsdp.shard`) gathers its weights around a method of its own."""
+    if not hasattr(model, "summed_loss"):
+        return loss
+    if loss is not token_loss:
+        raise ValueError("a model that is cut among processes is trained by the loss of its tokens alone")
+    return lambda model, inputs: model.summed_loss(inputs)
 
 
 @lru_cache(maxsize=2)  # a step's rows are asked for twice, ahead and when it comes
@@ -114,7 +130,11 @@ class _Run:
         loss: Loss = token_loss,
         optimisers: Make | None = None,
     ) -> None:
-        self.model, self.rows, self.recipe, self.out, self.loss = model, rows, recipe, out, loss
+        self.model, self.rows, self.recipe, self.out = model, rows, recipe, out
+        self.loss = _loss_of(model, loss)
+        self.cut = hasattr(model, "summed_loss")
+        if model.dtype == torch.float16:
+            raise ValueError("float16 loses small gradients; load the model in bfloat16 or float32 to train it")
         self.collate = collate or partial(data.encode, processor)
         self.rank, self.world = _rank()
         self.per_step = recipe.batch * recipe.accumulate * self.world
@@ -136,11 +156,19 @@ class _Run:
     # ---- Order
 
     def indices(self, step: int) -> list[list[int]]:
-        """The rows of this process in a step, a list for each pass."""
+        """The rows of this process in a step, a list for each pass. Where a pass needs all processes (`fsdp`), all
+        have as many: those that `own` does not count repeat a row."""
         epoch, place = divmod(step, self.per_epoch)
         taken = _order(len(self.rows), self.recipe.seed + epoch if self.recipe.shuffle else None)
-        taken = taken[place * self.per_step : (place + 1) * self.per_step][self.rank :: self.world].tolist()
-        return [taken[begin : begin + self.recipe.batch] for begin in range(0, len(taken), self.recipe.batch)]
+        taken = taken[place * self.per_step : (place + 1) * self.per_step].tolist()
+        own = _pieces(taken[self.rank :: self.world], self.recipe.batch)
+        most = len(_pieces(taken[:: self.world], self.recipe.batch)) if self.cut else 0
+        return own + [taken[:1]] * (most - len(own))
+
+    def own(self, step: int) -> int:
+        """How many of a step's passes are of rows of this process."""
+        rows = min(self.per_step, len(self.rows) - step % self.per_epoch * self.per_step)
+        return math.ceil(len(range(self.rank, rows, self.world)) / self.recipe.batch)
 
     def batches(self) -> Iterator[tuple[int, Iterator[tuple[list[int], Any]]]]:
         """The number of each step from `first` on, and its batches with the rows they are of, read when asked for."""
@@ -161,14 +189,17 @@ class _Run:
     def step(self, number: int, batches: Iterator[tuple[list[int], Any]]) -> Step:
         begun = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, learned tokens, all tokens
-        for indices, inputs in batches:
+        own = self.own(number)
+        for count, (indices, inputs) in enumerate(batches):
             inputs = inputs.to(self.model.device)
             total, learned = self.loss(self.model, inputs)
-            tokens = inputs["input_ids"].numel() if "input_ids" in inputs else learned
+            if count >= own:
+                total, learned = total * 0, 0  # the others need this pass too
+            tokens = inputs["input_ids"].numel() if learned and "input_ids" in inputs else learned
             sums += torch.tensor([total.item(), learned, tokens], dtype=torch.float64)
             if not math.isfinite(total.item()):
                 raise ValueError(f"step {number + 1}: the loss is {total.item()} for {self._named(indices)}; {HINT}")
-            if learned:
+            if learned or self.cut:
                 total.backward()
         factor = scheduled(self.recipe.schedule, number, self.steps, self.warmup)
         norm, sums = self.optimisation.step(factor, sums)
@@ -223,7 +254,14 @@ class _Run:
                     "go on as it was begun, or name another folder"
                 )
         self.first = state["step"]
-        self.optimisation.restore(state["optimisation"])
+        if self.cut:
+            from minivlm.training import fsdp
+
+            fsdp.load_state(self.model, self.optimisation.optimisers, self.out / state["parts"])
+        else:
+            self.optimisation.restore(state["optimisation"])
+        if len(state["random"]) != self.world:  # another number of processes: dropout draws other numbers
+            return
         cpu, cuda = state["random"][self.rank]
         torch.set_rng_state(cpu)
         if cuda is not None:
@@ -233,7 +271,9 @@ class _Run:
         """What a resumed run must have in common with the one before."""
         free = ("workers", "eval_every", "save_every")  # these change no loss
         recipe = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in free}
-        return {"rows": fingerprint(self.rows), "processes": self.world, **recipe}
+        if not self.cut:
+            return {"rows": fingerprint(self.rows), "processes": self.world, **recipe}
+        return {"rows": fingerprint(self.rows), **recipe, "batch": None, "accumulate": self.per_step}
 
     def log(self, step: Step) -> None:
         if self.out is not None and self.rank == 0:
@@ -249,20 +289,32 @@ class _Run:
         random = [(torch.get_rng_state(), cuda)] * self.world
         if self.world > 1:
             dist.all_gather_object(random, random[0])
+        state = {"step": step, "about": self._about(), "random": random}
+        weights = None
+        if self.cut:
+            from minivlm.training import fsdp
+
+            weights, state["parts"] = fsdp.save_parts(self.model, self.optimisation.optimisers, self.out, step)
+        else:
+            state["optimisation"] = self.optimisation.state()
         if self.rank == 0:
-            state = {"step": step, "about": self._about(), "random": random, "optimisation": self.optimisation.state()}
             with saving() as written:
-                save_result(self.model, self.out, processor)
+                save_result(self.model, self.out, processor, weights)
                 torch.save(state, written.file(self.out / STATE))
+            for older in self.out.glob(f"{PARTS}*"):
+                if older.name != state.get("parts"):
+                    shutil.rmtree(older, ignore_errors=True)
 
 
-HINT = "nothing was saved of this step. Try a lower learning rate, or bfloat16 or float32 for float16"
+HINT = "nothing was saved of this step. Try a lower learning rate, or float32 in place of bfloat16"
 
 
-def save_result(model: Any, folder: Path, processor: Any) -> None:
-    """The adapter, or the whole checkpoint if there is none, and the processor that goes with it."""
+def save_result(model: Any, folder: Path, processor: Any, weights: dict[str, Tensor] | None = None) -> None:
+    """The adapter, or the whole checkpoint if there is none, and the processor that goes with it.
+
+    weights: instead of the model's own, where it does not hold all of them."""
     if getattr(model, "adapter_config", None) is not None:
         adapters.save(model, folder)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minivlm.quantization import apply as quantise
 from minivlm.quantization.linear import QuantizedLinear
-from minivlm.training import targets
+from minivlm.training import targets, tied
 from minivlm.training.lean import low_rank
 from minivlm.training.targets import LoraConfig
 
@@ -208,14 +208,14 @@ def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[s
 
     chosen: transformers' name → ours; rank and alpha patterns match the former.
     """
+    tied.untie(model, whole(model, config).values())
     ranks = targets.valued(config.rank_pattern, config.r, list(chosen))
     alphas = targets.valued(config.alpha_pattern, config.lora_alpha, list(chosen))
     layers = {}
     for theirs, ours in chosen.items():
         base = model.get_submodule(ours)
         kind = LoRAEmbedding if isinstance(base, nn.Embedding) else LoRALinear
-        layers[ours] = kind(base, ranks[theirs], alphas[theirs], config)
-        layers[ours].train(base.training)
+        layers[ours] = kind(base, ranks[theirs], alphas[theirs], config).train(base.training)
         model.set_submodule(ours, layers[ours])
     model.adapter_config = config
     return layers
@@ -224,12 +224,12 @@ def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[s
 def whole(model: nn.Module, config: LoraConfig, generation: int = 0) -> dict[str, str]:
     """The parameters of `modules_to_save`, transformers' names → ours. ValueError for an entry that names nothing."""
     table = targets.generations(model)[generation]
-    ours = {targets.spelled(name, table): name for name, _ in model.named_parameters()}
+    ours = {targets.spelled(name, table): name for name, _ in model.named_parameters(remove_duplicate=False)}
     modules = list(spelling(model, generation))
-    for entry in config.modules_to_save or ():
-        if not any(module.endswith(entry) for module in modules):
-            raise ValueError(f"modules_to_save names {entry!r:.80}, but no module's name ends so")
     chosen = targets.saved_whole(config, modules, ours)
+    for entry in config.modules_to_save or ():
+        if not targets.saved_whole(replace(config, modules_to_save=(entry,)), modules, ours):
+            raise ValueError(f"modules_to_save names {entry!r:.80}, but no module with weights to train ends so")
     return {theirs: ours[theirs] for theirs in chosen}
 
 
@@ -266,13 +266,13 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or model.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRAEmbedding) or (isinstance(module, LoRALinear) and not module.quantised):
-            weight = module.changed().to(module.base_layer.weight.dtype)
-            module.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            module.base_layer.weight = nn.Parameter(module.weight, requires_grad=False)
             model.set_submodule(name, module.base_layer)
         elif isinstance(module, LoRALinear):
             model.set_submodule(name, _plain(module.changed(), module.bias, dtype))
         elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
             model.set_submodule(name, _plain(module.dequantize(torch.float32), module.bias, dtype))
+    tied.settle(model)
     model.adapter_config = model.quantization_config = None
     return model
 

@@ -94,12 +94,9 @@ class Optimisation:
         if dist.is_initialized() and dist.get_world_size() > 1:
             gradients, sums = _summed(self.stepped, gradients, sums)
         present = [gradient for gradient in gradients.values() if gradient is not None]
-        if present:
-            torch._foreach_div_(present, max(1.0, float(sums[1])))
         for name, parameter in self.stepped.items():
             parameter.grad = gradients[name]
-        limit = math.inf if self.clip is None else self.clip
-        norm = nn.utils.clip_grad_norm_(self.stepped.values(), limit).item()
+        norm = self._divide_and_clip(present, max(1.0, float(sums[1])))
         for group, peak in zip(self.groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         if math.isfinite(norm):
@@ -110,6 +107,19 @@ class Optimisation:
             if self.stepped[name] is not parameter:
                 parameter.data.copy_(self.stepped[name].detach())
         return norm, sums
+
+    def _divide_and_clip(self, gradients: list[Tensor], by: float) -> float:
+        """The norm before clipping."""
+        limit = math.inf if self.clip is None else self.clip
+        if any(is_cut(gradient) for gradient in gradients):
+            from minivlm.training import fsdp
+
+            for gradient in gradients:
+                gradient.div_(by)
+            return fsdp.clip(gradients, limit)
+        if gradients:
+            torch._foreach_div_(gradients, by)
+        return nn.utils.clip_grad_norm_(self.stepped.values(), limit).item()
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs, for torch.save."""
@@ -149,15 +159,29 @@ def _copy(parameter: nn.Parameter) -> nn.Parameter:
 def _summed(
     stepped: dict[str, nn.Parameter], gradients: dict[str, Tensor | None], sums: Tensor
 ) -> tuple[dict[str, Tensor | None], Tensor]:
-    """Gradients and sums added up over all processes, by one call; None stays None where every process has none."""
+    """Gradients and sums added up over all processes, by one call; None stays None where every process has none.
+
+    Those of a model that `fsdp` has cut are means over the processes already.
+    """
+    cut = {name: gradient for name, gradient in gradients.items() if is_cut(stepped[name])}
+    for gradient in cut.values():
+        if gradient is not None:
+            gradient.mul_(dist.get_world_size())
+    gradients = {name: gradient for name, gradient in gradients.items() if name not in cut}
+    device = next(iter(stepped.values())).device
     there = torch.tensor([float(gradient is not None) for gradient in gradients.values()])
-    first = next(iter(stepped.values()))
     parts = [
         (torch.zeros_like(stepped[name]) if gradient is None else gradient).flatten().float()
         for name, gradient in gradients.items()
     ]
-    flat = torch.cat([*parts, there.to(first.device), sums.to(first.device, torch.float32)])
+    flat = torch.cat([*parts, there.to(device), sums.to(device, torch.float32)])
     dist.all_reduce(flat)
     *parts, there, sums = flat.split([*(part.numel() for part in parts), len(there), len(sums)])
     kept = zip(gradients, parts, there.tolist(), strict=True)
-    return {name: part.view_as(stepped[name]) if any_ else None for name, part, any_ in kept}, sums.cpu()
+    summed = {name: part.view_as(stepped[name]) if any_ else None for name, part, any_ in kept}
+    return {name: cut.get(name, summed.get(name)) for name in stepped}, sums.cpu()
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it (`fsdp`)."""
+    return hasattr(tensor, "full_tensor")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.app import cli, explain, figures
-from minivlm.parity import drawn_picture
+from minivlm.parity import drawn_image
 
 MODELS = ["shapes-idefics2", "shapes-llava-next", "shapes-idefics"]
 
@@ -20,7 +20,7 @@ MODELS = ["shapes-idefics2", "shapes-llava-next", "shapes-idefics"]
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("explain") / "image.png"
-    drawn_picture().save(path)
+    drawn_image().save(path)
     return path
 
 

@@ -1,14 +1,19 @@
 """`minivlm finetune` and `merge`, and `--adapter` of the other verbs, on a checkpoint that ships here."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from minivlm import AutoModelForImageTextToText
 from minivlm.app import cli
+from minivlm.training import adapters
 
 STEPS = ["--steps", "2", "--batch", "2", "--accumulate", "1", "--r", "2"]
 
@@ -93,3 +98,28 @@ def test_merging_a_four_bit_base_gives_16_bits_or_says_what_four_cost(rows: Path
     code, out, _ = run(capsys, "merge", small, adapter, tmp_path / "four", "--format", "nf4")
     assert code == 0
     assert "% of the change" in out
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_take_the_steps_of_one(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    """Each takes half of every step's rows; one process with twice the batch has the same losses and adapter."""
+    images = json.loads(rows.read_text().splitlines()[0])
+    images["messages"][1]["content"] = "a red image without any shape in it"  # rows of unequal lengths
+    rows.write_text(json.dumps(images) + "\n" + rows.read_text())
+    options = ["--image-folder", tmp_path, "--steps", 4, "--accumulate", 1, "--rank", 2, "--lr", 0.01, "--warmup", 0]
+    assert run(capsys, "finetune", rows, tmp_path / "one", *options, "--batch", 4)[0] == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minivlm"]
+    command = [*launch, "finetune", rows, tmp_path / "two", *options, "--batch", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    logs = [
+        [json.loads(line) for line in (tmp_path / side / "log.jsonl").read_text().splitlines()]
+        for side in ("one", "two")
+    ]
+    assert [line["learned"] for line in logs[1]] == [line["learned"] for line in logs[0]]
+    for name in ("loss", "norm"):
+        torch.testing.assert_close(*([line[name] for line in log] for log in logs), rtol=1e-3, atol=0)
+    one, two = (adapters.read(tmp_path / side).tensors for side in ("one", "two"))
+    for name, tensor in one.items():
+        assert (two[name] - tensor).norm() <= 1e-2 * tensor.norm(), name

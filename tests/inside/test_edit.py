@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minivlm import BitsAndBytesConfig, Chat
 from minivlm.inside import add, block, edit, replace, stages, watch, zero
-from minivlm.parity import drawn_picture
+from minivlm.parity import drawn_image
 
 LAYER = {"idefics2": "model.text_model.layers", "llava_next": "model.language_model.layers"}
 
@@ -59,7 +59,7 @@ def test_half_precision_quantised_and_chat(options: Any) -> None:
 
     def answers() -> list[str]:
         chat = Chat(model, processor, max_new_tokens=24)
-        return [chat.ask("Describe the picture.", [drawn_picture()]), chat.ask("what colour is the square?")]
+        return [chat.ask("Describe the picture.", [drawn_image()]), chat.ask("what colour is the square?")]
 
     plain = answers()
     names = ["merged embeddings", "decoder layer 1, attention heads", "vision layer 0"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from minivlm import BitsAndBytesConfig, Chat
 from minivlm.inside import edit, stages, watch
 from minivlm.modules.attention import attention_taps
-from minivlm.parity import drawn_picture
+from minivlm.parity import drawn_image
 
 
 @contextmanager
@@ -237,7 +237,7 @@ def test_chat() -> None:
     model, processor, _ = tiny_inside.asked("shapes-idefics2")
     chat = Chat(model, processor, max_new_tokens=6)
     with watch(model, "decoder layer 0", "vision layer 0") as seen:
-        chat.ask("what is this?", [drawn_picture()])
+        chat.ask("what is this?", [drawn_image()])
         first = seen.tokens.shape[1]
         chat.ask("and what colour is it?")
     assert seen.tokens.shape[1] > first

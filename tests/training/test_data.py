@@ -155,15 +155,29 @@ def test_tar_files(families: Any, image: Path, tmp_path: Path) -> None:
 
 
 def test_parquet_files(families: Any, image: Path, tmp_path: Path) -> None:
+    """Images as bytes or paths, messages as lists or LLaVA's; columns that are empty in a row are not there."""
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
     _, processor = families("idefics2")
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
-    table = pyarrow.Table.from_pylist([{"messages": messages, "images": [{"bytes": image.read_bytes(), "path": None}]}])
-    parquet.write_table(table, tmp_path / "rows.parquet")
-    (row,) = read_rows(tmp_path / "rows.parquet")
-    assert data.encode(processor, [row])["pixel_values"].shape[1] == 5
+    plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    typed = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    llava = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    stored, named = [{"bytes": image.read_bytes(), "path": None}], [{"bytes": None, "path": image.name}]
+    for values in (
+        [{"messages": plain, "images": stored}, {"messages": plain, "images": named}],
+        [{"messages": typed, "images": stored}],
+        [{"conversations": llava, "image": image.name}, {"conversations": llava[1:], "image": None}],
+    ):
+        path = tmp_path / "rows.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(values), path)
+        rows = read_rows(path, tmp_path)
+        assert [row.where for row in rows] == [f"rows.parquet, row {n + 1}" for n in range(len(values))]
+        assert data.encode(data.for_training(processor), rows[:1])["pixel_values"].shape[1] == 5
+        assert "".join(learned_text(processor, rows[0]).split()) == "red<end_of_utterance>"
 
 
 BAD = {

@@ -245,6 +245,14 @@ def test_the_head_in_pieces(bases: Any, monkeypatch: Any, family: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_quantised_module_is_not_trained_whole(bases: Any) -> None:
+    reference, folder = bases("idefics2")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = peft_side.ours(reference, folder, quantization_config=four_bits)
+    with pytest.raises(ValueError, match=r"down_proj.*weights to train"):
+        lora.apply(model, LoraConfig(target_modules="text", modules_to_save=("lm_head", "down_proj")))
+
+
 def test_rows_without_learned_tokens_count_nothing(bases: Any) -> None:
     model, inputs = peft_side.ours(*bases("idefics2")), peft_side.inputs("idefics2")
     loss, count = token_loss(model, inputs | {"labels": torch.full_like(inputs["input_ids"], IGNORED)})

@@ -280,7 +280,25 @@ def test_a_run_that_is_there_is_not_overwritten(tiny: Any, tmp_path: Path) -> No
         )
     with pytest.raises(ValueError, match="rows"):
         next(loop.finetune(fresh(tiny), tiny[1], tiny[2][1:], recipe, tmp_path, resume=True))
-    assert list(loop.finetune(fresh(tiny), *tiny[1:], recipe, tmp_path, resume=True)) == []  # done already
+    again = [data.Row(row.where, copied(row.messages)) for row in tiny[2]]
+    assert list(loop.finetune(fresh(tiny), tiny[1], again, recipe, tmp_path, resume=True)) == []  # done already
+    again[0].messages[0]["content"][0]["image"].putpixel((0, 0), (1, 2, 3))
+    with pytest.raises(ValueError, match="rows"):
+        next(loop.finetune(fresh(tiny), tiny[1], again, recipe, tmp_path, resume=True))
+
+
+def copied(value: Any) -> Any:
+    """Messages with images of their own, elsewhere in memory."""
+    if isinstance(value, Image.Image):
+        return value.copy()
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
+def test_float16_is_not_trained(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        next(loop.finetune(fresh(tiny).half(), *tiny[1:], RECIPE))
 
 
 def test_what_is_not_finite_stops_the_run_and_names_the_rows(tiny: Any, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def _adapter_options(group: Any) -> None:
     )
     group.add_argument("--method", choices=["lora", "full"], default="lora", help="an adapter, or every weight")
     group.add_argument("--targets", default="text+connector", metavar="NAMES", help=targets)
-    group.add_argument("--r", type=options.positive, default=8, help="rank of the adapter")
+    rank = "rank of the adapter (torchrun takes --r for an option of its own: there --rank)"
+    group.add_argument("--r", "--rank", type=options.positive, default=8, help=rank)
     group.add_argument("--alpha", type=float, metavar="A", help="scale, alpha / r (default: r)")
     group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="on what enters the adapter")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
@@ -84,6 +85,8 @@ def _step_options(group: Any) -> None:
     group.add_argument(
         "--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw", help="8bit: bitsandbytes"
     )
+    text = "under torchrun: cut the weights among the processes instead of copying them to each (FSDP2)"
+    group.add_argument("--fsdp", action="store_true", help=text)
     group.add_argument("--checkpointing", action="store_true", help="less memory for a third more time")
     group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep what a frozen tower sees")
     group.add_argument("--save-every", type=int, default=100, metavar="N", help="steps")
@@ -92,6 +95,10 @@ def _step_options(group: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check the rows, load the model, train, and print one line a step."""
     name = options.model_name(argparse.Namespace(model=arguments.model, adapter=None))
+    if arguments.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not arguments.dry_run:
+        raise options.UsageError("--fsdp cuts the model among processes; start them by torchrun --nproc-per-node N")
+    if arguments.fsdp and (arguments.load or arguments.train or arguments.dora):
+        raise options.UsageError("--fsdp goes with neither --load, --train nor --dora; without it, weights are copied")
 
     from minivlm.training.rows import read_rows
 
@@ -106,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
         _show(model, processor, rows, sizes, arguments)
         return
     with _processes() as (rank, device):
-        _train(name, processor, rows, held_out, arguments, rank, device)
+        _train(name, processor, rows, held_out, arguments, rank, device, model.config.dtype)
 
 
 def _processor(name: str, arguments: argparse.Namespace) -> Any:
@@ -228,6 +235,41 @@ def _processes() -> Any:
         dist.destroy_process_group()
 
 
+def _loaded(name: str, arguments: argparse.Namespace, device: str, dtype: str | None) -> Any:
+    from minivlm import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
+        name,
+        device_map=device,
+        dtype=dtype,
+        attn_implementation=arguments.attn,
+        quantization_config=options.quantization(arguments.load) if arguments.load else None,
+        fast_cpu=False,  # for generating; training takes torch's path
+    )
+
+
+def _cut(name: str, arguments: argparse.Namespace, dtype: str | None) -> Any:
+    """The model cut among all processes: in fp32 if its weights are trained, else in its own dtype."""
+    import torch
+
+    from minivlm import auto
+    from minivlm.checkpoint import hub, loading
+    from minivlm.training import fsdp
+
+    stored = hub.source(name).json("config.json")
+    model_class = auto.family(stored.get("model_type"), name).model_class
+    compute = loading.wanted_dtype(dtype, stored.get("dtype") or stored.get("torch_dtype")) or torch.float32
+    full = arguments.method == "full"
+    return fsdp.from_pretrained(
+        model_class,
+        name,
+        dtype=torch.float32 if full else compute,
+        compute_dtype=compute,
+        attn_implementation=arguments.attn,
+        prepare=lambda model: model.requires_grad_(full),
+    )
+
+
 def _train(
     name: str,
     processor: Any,
@@ -236,17 +278,20 @@ def _train(
     arguments: argparse.Namespace,
     rank: int,
     device: str | None,
+    stored: str | None,
 ) -> None:
     import torch
     from tqdm import tqdm
 
-    from minivlm import AutoModelForImageTextToText
     from minivlm.app.inspection import memory as readable
     from minivlm.training import loop
 
     device, dtype = options.device_and_dtype(
         argparse.Namespace(**{**vars(arguments), "device": device or arguments.device})
     )
+    if dtype is None and stored == "float16":
+        dtype = "bfloat16"
+        terminal.note("the weights are stored in float16, which loses small gradients; training in bfloat16")
     recipe = loop.Recipe(
         **{
             key: getattr(arguments, key)
@@ -257,14 +302,7 @@ def _train(
         save_every=arguments.save_every,
         cache_bytes=int(arguments.cache_features * 2**30),
     )
-    model = AutoModelForImageTextToText.from_pretrained(
-        name,
-        device_map=device,
-        dtype=dtype,
-        attn_implementation=arguments.attn,
-        quantization_config=options.quantization(arguments.load) if arguments.load else None,
-        fast_cpu=False,  # for generating; training takes torch's path
-    )
+    model = _cut(name, arguments, dtype) if arguments.fsdp else _loaded(name, arguments, device, dtype)
     torch.manual_seed(recipe.seed)  # the adapter begins the same in every process
     _choose(model, arguments)
     steps = loop.finetune(model, processor, rows, recipe, arguments.out, eval_rows=held_out, resume=arguments.resume)
