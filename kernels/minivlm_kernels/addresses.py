@@ -31,7 +31,7 @@ def addressable(*tensors: Tensor | None) -> bool:
                 return False
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()  # what torch.jit.is_tracing() calls, in less time
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
         or forward_ad._current_level >= 0
