@@ -29,9 +29,7 @@ def test_an_overflow_of_float16_names_the_layer_and_the_way_out(model):
     model.half()
     overflow(model, "model.text_model.layers.1.mlp.up_proj", 3e4)
     overflow(model, "model.text_model.layers.1.mlp.gate_proj", 3e4)
-    words = (
-        r"float16 ends at 65,504, .* overflows at model.text_model.layers.1.mlp.\w+, .*load with dtype=torch.bfloat16"
-    )
+    words = r"float16 ends at 65,504.*overflows at model.text_model.layers.1.mlp.\w+, .*load with dtype=torch.bfloat16"
     with pytest.raises(ValueError, match=words):
         model.generate(IDS)
     model.bfloat16()

@@ -399,7 +399,7 @@ def test_wrong_usage(capsys: Any, options: list[str], message: str) -> None:
         (["--reference", "minivlm", "--b", "model=shapes-idefics2"], "no common stages"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--a", "quantize=nf4"], "sides that minivlm runs"),
-        (["--device", "banana"], "'banana' is not supported"),
+        (["--device", "banana"], "'banana', which is not a device"),
         (["--tokens", "-1"], "found -1"),
         (["--record", "nowhere/ref.safetensors"], "nowhere/ref.safetensors cannot be written"),
         (["--record", "."], ". cannot be written"),
