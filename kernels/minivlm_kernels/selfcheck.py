@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minivlm_kernels import compiled
+from minivlm_kernels import kept
 
 KERNELS = ("attention", "attention backward", "decode attention", "four bits")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -68,12 +68,11 @@ def _works(kernel: str, dtype: torch.dtype, index: int, width: int) -> bool:
 def result(kernel: str, dtype: torch.dtype, device: torch.device, width: int = 0) -> str:
     """`PASSED`, or what went wrong: as it was kept, else found now by a child process."""
     path = _file(kernel, dtype, device, width)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
-    except (OSError, ValueError, KeyError, TypeError):
-        found, lasting = _in_child(kernel, _name(dtype), str(device), str(width))
+    if "result" in (before := kept.read(path)):
+        return before["result"]
+    found, lasting = _in_child(kernel, _name(dtype), str(device), str(width))
     if lasting:
-        _keep(path, {"kernel": kernel, "dtype": _name(dtype), "width": width, "result": found})
+        kept.write(path, {"kernel": kernel, "dtype": _name(dtype), "width": width, "result": found})
     return found
 
 
@@ -81,18 +80,16 @@ def table(device: torch.device) -> dict[str, dict[str, str]]:
     """What is known on this chip: kernel → dtype → result, the worst of all widths, or "not tried"."""
     known: dict[str, dict[str, str]] = {kernel: dict.fromkeys(DTYPES, "not tried") for kernel in KERNELS}
     for path in sorted(_folder(device).glob("*.json")):
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            before = known[kept["kernel"]][kept["dtype"]]
-            known[kept["kernel"]][kept["dtype"]] = kept["result"] if before in ("not tried", PASSED) else before
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged file counts as not tried
+        found = kept.read(path)
+        row = known.get(found.get("kernel"), {})  # a damaged file counts as not tried
+        if row.get(found.get("dtype")) in ("not tried", PASSED):
+            row[found["dtype"]] = found["result"]
     return known
 
 
 def _folder(device: torch.device) -> Path:
     digest = hashlib.sha256(repr(_about(device)).encode()).hexdigest()[:16]
-    return compiled.cache_folder() / "kernels" / digest
+    return kept.folder() / "kernels" / digest
 
 
 def _file(kernel: str, dtype: torch.dtype, device: torch.device, width: int) -> Path:
@@ -115,16 +112,6 @@ def _about(device: torch.device) -> list[str]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _keep(path: Path, found: dict) -> None:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump(found, file)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # without a cache folder, every process checks anew
 
 
 def _in_child(*arguments: str) -> tuple[str, bool]:

@@ -1,7 +1,7 @@
 """The small cases of `selfcheck`: for each kernel (name, its numbers, the reference's in float64, the error allowed).
 
-Bounds follow from length and dtype. With u = eps of the dtype and v = eps of fp32, a sum of n products in fp32 is off by
-at most n·v times the sum of their absolute values, and each tensor that is rounded to the dtype on the way adds u.
+Bounds follow from length and dtype. With u = eps of the dtype and v = eps of fp32, a sum of n products in fp32 is off
+by at most n·v times the sum of their absolute values, and each tensor that is rounded to the dtype on the way adds u.
 """
 
 from collections.abc import Callable, Iterator

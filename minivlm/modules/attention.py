@@ -5,8 +5,8 @@ B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys
     eager     the formula, spelled out; the slow twin of the others
     sdpa      torch's fused kernel; a mask is built only where a description does not suffice. For one query, the heads
               that share keys become the queries of one head, so keys are never repeated
-    triton    on a GPU, our own kernels (kernels/README.md): no mask is ever built, keys outside a window are never read.
-              The default where they were measured to be faster; used where they pass their check on this GPU
+    triton    on a GPU, our own kernels (kernels/README.md): no mask is built, keys outside a window are never read;
+              the default where they were measured to be faster, and used where they pass their check on this GPU
 """
 
 import contextlib

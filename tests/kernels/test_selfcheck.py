@@ -1,4 +1,4 @@
-"""A kernel is used where it gave its reference's numbers; one that does not compile, differs or hangs costs a warning."""
+"""A kernel is used where it gave its reference's numbers; one that fails, differs or hangs costs a warning."""
 
 import json
 import shutil
@@ -90,11 +90,12 @@ def test_one_warning_and_no_second_child(monkeypatch: pytest.MonkeyPatch, place:
     monkeypatch.setattr(selfcheck, "_in_child", child)
     monkeypatch.setattr(selfcheck, "_about", lambda device: ["a chip"])
     gpu = torch.device("cuda", 0)
-    with pytest.warns(RuntimeWarning, match="differs by 3") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         assert not selfcheck.works("attention", torch.bfloat16, gpu, 72)
         assert not selfcheck.works("attention", torch.bfloat16, gpu, 72)
         assert not selfcheck.works("attention", torch.float16, gpu, 128)
-    assert len(caught) == 1
+    assert ["differs by 3" in str(each.message) for each in caught] == [True]
     assert len(asked) == 2
     monkeypatch.setattr(selfcheck, "_in_child", lambda *_: (PASSED, True))
     with warnings.catch_warnings():
