@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=options.positive, metavar="N", help="what each of N devices would hold")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="with --gpus")
     parser.add_argument("--quantize", choices=options.FORMATS, help="with --gpus")
+    options.add_head_option(parser)
     parser.add_argument("--context", type=options.positive, default=4096, metavar="T", help="with --gpus: tokens")
     parser.add_argument("--rows", type=options.positive, default=1, metavar="B", help="with --gpus: rows of a batch")
     parser.add_argument(
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.gpus:
         from minivlm.app import plan
 
-        config = None if arguments.quantize is None else options.quantization(arguments.quantize)
+        config = options.asked_quantization(arguments)
         sizes = (arguments.gpus, arguments.dtype, config, arguments.context, arguments.rows)
         found["plan"] = plan.plan(arguments.model, *sizes)
         table += "\n" + plan.table(found["plan"], arguments.context, arguments.rows)
