@@ -155,7 +155,7 @@ def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
     configs = [nf4, Int4Config(), BitsAndBytesConfig(load_in_8bit=True)]
     total, found = sum(parameter.numel() for parameter in model.parameters()), []
     for config in configs if stored is None else [foreign.from_hub(stored)]:
-        names = apply.selected(model, apply.present(model, config.skip_modules))
+        names = apply.selected(model, apply.present(model, config.skip_modules), config.quantize_head)
         weights = [model.get_submodule(name).weight for name in names]
         count = sum(weight.numel() for weight in weights)
         size = sum(config.format.nbytes(tuple(weight.shape)) for weight in weights)
