@@ -51,7 +51,6 @@ MAY_IMPORT = {
         "minivlm.families",
         "minivlm.modules",
         "minivlm.parallel",
-        "minivlm.parallel",
         "minivlm.processing",
         "minivlm.quantization",
         "minivlm.text",

@@ -11,7 +11,7 @@ from minivlm.training import fsdp
 
 def three_steps(model: nn.Module, loss: Any, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Losses, the first gradients, the weights after three steps of clipped AdamW; each process has its batches."""
-    # A large eps: where a gradient is zero but for rounding (biases of keys), steps should not be made of that rounding.
+    # A large eps: where a gradient is nothing but rounding (biases of keys), steps should not be made of that.
     # No decay: fully_shard gives parameters that nothing uses a gradient of zeros, and so they would decay.
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
     losses, gradients = [], {}
