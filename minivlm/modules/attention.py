@@ -23,15 +23,10 @@ from torch import Tensor
 # The reference's names → the implementation here; None: the best available, which is the default.
 IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa", "triton": "triton", "flash_attention_2": None}
 
-<<<<<<< HEAD
-# Functions that get the weights (B, H, T, S) of every call while they are in this list; a result other than None
-# replaces the weights. Only the eager formula has weights, so every call then uses it.
-=======
 MAX_DECODED = 8  # queries that decode attention takes (its MAX_QUERIES): more are a prefill
 
-# Functions that get the weights (B, H, T, S) of every call while they are in this list; what they return, if not None,
-# is used instead. Weights exist in the eager formula only, so then every call takes it.
->>>>>>> wave-cpu
+# Functions that get the weights (B, H, T, S) of every call while they are in this list; a result other than None
+# replaces the weights. Only the eager formula has weights, so every call then uses it.
 attention_taps: list[Callable[[Tensor], Tensor | None]] = []
 
 
@@ -126,16 +121,10 @@ def attention(
     return _eager(q, k, v, mask, scale) if chosen == "eager" else _sdpa(q, k, v, mask, scale)
 
 
-<<<<<<< HEAD
-def choose_implementation(requested: str | None, q: Tensor) -> str:
-    """The implementation of a call: the requested one, or the best. That is triton on a GPU in half precision (its fp32
-    products are exact, so without tensor cores), else sdpa."""
-=======
 def choose_implementation(requested: str | None, q: Tensor, kernel: str = "attention") -> str:
-    """What serves a call: the implementation that was asked for, or the best here. That is triton in half precision
-    (its fp32 products are exact, so they do without tensor cores) on a GPU where this kernel was measured to be faster
-    (`selfcheck.AHEAD`), else sdpa."""
->>>>>>> wave-cpu
+    """The implementation of a call: the requested one, or the best. That is triton in half precision (its fp32 products
+    are exact, so without tensor cores) on a GPU where this kernel was measured to be faster (`selfcheck.AHEAD`), else
+    sdpa."""
     known = None if requested is None else check_implementation(requested)
     return known or ("triton" if _suits_triton(q, kernel) else "sdpa")
 
