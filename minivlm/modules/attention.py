@@ -136,13 +136,8 @@ def check_implementation(name: str) -> str | None:
     return IMPLEMENTATIONS[name]
 
 
-<<<<<<< HEAD
-def _suits_triton(q: Tensor) -> bool:
-    """Whether half precision, an NVIDIA GPU of 2020 or later (sm_80) and the head width allow the kernels."""
-=======
 def _suits_triton(q: Tensor, kernel: str) -> bool:
     """Half precision on an NVIDIA GPU of 2020 or later (sm_80), heads of a width that it tiles."""
->>>>>>> wave-cpu
     half = q.dtype in (torch.float16, torch.bfloat16)
     if not (q.is_cuda and half) or torch.version.hip or q.shape[3] % 8 or q.shape[3] > 128:
         return False
@@ -151,17 +146,6 @@ def _suits_triton(q: Tensor, kernel: str) -> bool:
     return selfcheck.preferred(kernel, q.device)
 
 
-<<<<<<< HEAD
-def _triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Tiles of queries; or for few queries, as in decoding, keys split among programs."""
-    from minivlm_kernels.decode_attention import MAX_QUERIES, decode_attention
-    from minivlm_kernels.flash_attention import flash_attention
-
-    allowed, window = mask.allowed, mask.window if mask.causal else None
-    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    alike = allowed is None or allowed.ndim == 2  # all queries of a row have the same mask, except causality
-    if not trained and alike and (mask.queries == 1 or mask.causal) and mask.queries <= MAX_QUERIES:
-=======
 def _kernels(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[str, ...]:
     """The kernels that would serve a call, in `selfcheck`'s words: for a few queries, as in decoding, the one that
     splits the keys among programs."""
@@ -183,7 +167,6 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, kernel: s
 
     allowed, window = mask.allowed, mask.window if mask.causal else None
     if kernel == "decode attention":
->>>>>>> wave-cpu
         return decode_attention(q, k, v, lengths=mask.filled, scale=scale, window=window, mask=allowed)
     return flash_attention(q, k, v, scale=scale, causal=mask.causal, window=window, mask=allowed)
 
