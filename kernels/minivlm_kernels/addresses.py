@@ -32,7 +32,7 @@ def addressable(*tensors: Tensor | None) -> bool:
             if not isinstance(mode, DeviceContext):
                 return False
     return not (
-        torch.jit.is_tracing()
+        torch._C._is_tracing()  # what torch.jit.is_tracing() calls, in less time
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
         or forward_ad._current_level >= 0

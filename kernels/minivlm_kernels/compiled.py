@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minivlm_kernels import processor
+from minivlm_kernels import kept, processor
 
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-Wno-psabi")
 SECONDS = 60  # for each of gcc's two steps, which take about a second
@@ -51,15 +51,17 @@ def agrees(source: Path, check: Callable[[], bool]) -> bool:
     return found is None
 
 
-def cache_folder() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivlm"
-
-
 def _path(source: Path) -> Path:
     """The path of the library for this source and processor."""
-    about = repr((source.read_text(encoding="utf-8"), OPTIONS, _threads(), processor.description()))
-    return cache_folder() / f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
+    about = repr((source.read_text(encoding="utf-8"), _options(), _threads(), processor.description()))
+    return kept.folder() / f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
+
+
+def _options() -> tuple[str, ...]:
+    """Those of this processor, but for what a user has told torch or oneDNN not to use."""
+    sets = processor.instruction_sets()
+    forbidden = {"avx512f": "-mno-avx512f", "avx512_bf16": "-mno-avx512bf16", "avx512_vnni": "-mno-avx512vnni"}
+    return (*OPTIONS, *(option for name, option in forbidden.items() if name not in sets))
 
 
 def _threads() -> list[str]:
@@ -71,7 +73,7 @@ def _compile(source: Path, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _say(f"compiling {source.name} with gcc, once: the result is kept in {path.parent}")
     with tempfile.TemporaryDirectory(dir=path.parent) as room:  # several processes may compile at once
-        for command in (["-c", source, *OPTIONS, "-o", f"{room}/a.o"], ["-shared", f"{room}/a.o", *_threads()]):
+        for command in (["-c", source, *_options(), "-o", f"{room}/a.o"], ["-shared", f"{room}/a.o", *_threads()]):
             subprocess.run(["gcc", *command], check=True, capture_output=True, timeout=SECONDS, cwd=room)
         os.replace(f"{room}/a.out", path)
 

@@ -23,16 +23,10 @@ def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `dense_rows` serves x (…, K), weight (N, K) and bias (N,): few rows, a weight worth it, and `suits`."""
     if not suits(x, weight) or not (bias is None or (bias.dtype == x.dtype and addresses.addressable(bias))):
         return False
-    if x.dtype == torch.float32 and _fast_in_torch():
+    if x.dtype == torch.float32 and processor.abilities().fp32_row_in_torch:
         return False
     large, few = WORTH[x.dtype]
     return weight.numel() >= large and x.numel() <= few * weight.shape[1]
-
-
-@functools.cache
-def _fast_in_torch() -> bool:
-    """MKL reads fp32 weights as fast as memory allows on the processors of its maker, at half that speed on others."""
-    return torch.backends.mkl.is_available() and "GenuineIntel" in processor.description()
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:

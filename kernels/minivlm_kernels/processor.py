@@ -1,10 +1,97 @@
-"""Properties of this processor."""
+"""What this processor is good at: found out once, kept in the cache folder, asked here by all who choose a path.
+
+Instruction sets say what to expect, and a trial of a few milliseconds corrects them where it is clear. The stand-ins
+for another processor are honoured: ATEN_CPU_CAPABILITY (torch) and DNNL_MAX_CPU_ISA (oneDNN).
+"""
 
 import functools
+import hashlib
+import os
 import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from minivlm_kernels import kept
+from minivlm_kernels.addresses import outside_modes
+
+SETS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+CLEAR = 1.5  # times slower: what a trial has to show before it overrules the instruction sets
+ROWS, WIDTH = 128, 1024  # of the trial's products: 0.3 G operations
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What was found.
+
+    bf16_products: many rows of bf16 are best multiplied as they are; else in fp32.
+    fp32_row_in_torch: torch multiplies one row by an fp32 weight about as fast as it reads the weight.
+    times: milliseconds of the trial's products.
+    """
+
+    bf16_products: bool
+    fp32_row_in_torch: bool
+    times: dict[str, float]
+
+
+@functools.cache
+def abilities() -> Abilities:
+    """As kept for this processor and these versions, else found now."""
+    about = (description(), torch.__version__, instruction_sets(), os.environ.get("DNNL_MAX_CPU_ISA"), CLEAR)
+    path = kept.folder() / f"processor-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+    try:
+        return Abilities(**kept.read(path))
+    except TypeError:
+        found = judged(trial())
+    kept.write(path, asdict(found))
+    return found
+
+
+def judged(times: dict[str, float]) -> Abilities:
+    """What the instruction sets promise, unless a trial clearly says otherwise."""
+    sets = instruction_sets()
+    bf16 = not any(name.startswith("avx") for name in sets) or bool({"avx512_bf16", "amx_bf16"} & set(sets))
+    if max(times["bf16"], times["fp32"]) > CLEAR * min(times["bf16"], times["fp32"]):
+        bf16 = times["bf16"] < times["fp32"]
+    # MKL reads fp32 weights as fast as memory allows on the processors of its maker, at half that speed on others.
+    row = "GenuineIntel" in description() and torch.backends.mkl.is_available()
+    return Abilities(bf16, row and times["row"] < CLEAR * times["read"], times)
+
+
+@outside_modes
+def trial() -> dict[str, float]:
+    """Milliseconds of a product in bf16 and in fp32, of one row times an fp32 weight, and of reading that weight."""
+    with torch.inference_mode():
+        weight = torch.full((WIDTH, WIDTH), 0.5, dtype=torch.float32)
+        many, one = weight[:ROWS], torch.ones(1, WIDTH, dtype=torch.float32)
+        tall = torch.full((4 * WIDTH, WIDTH), 0.5, dtype=torch.float32)
+        half, half_weight = many.bfloat16(), weight.bfloat16()
+        return {
+            "bf16": _milliseconds(lambda: F.linear(half, half_weight)),
+            "fp32": _milliseconds(lambda: F.linear(many, weight)),
+            "row": _milliseconds(lambda: F.linear(one, tall)),
+            "read": _milliseconds(tall.sum),
+        }
+
+
+def _milliseconds(product: Callable[[], Any], repeats: int = 4) -> float:
+    times = []
+    for _ in range(repeats):  # the least: other work on the machine only adds
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return round(1000 * min(times), 3)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU is fast at matrix products in this dtype. An x86 processor without bf16 instructions
+    (AVX512_BF16) takes two to three times as long as in fp32."""
+    return dtype != torch.bfloat16 or abilities().bf16_products
 
 
 @functools.cache
@@ -15,10 +102,20 @@ def description() -> str:
     return "\n".join(line for line in about.split("\n") if "MHz" not in line) or platform.processor()
 
 
-@functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the CPU is fast at matrix products in this dtype. An x86 processor without bf16 instructions
-    (AVX512_BF16) takes two to three times as long as in fp32."""
-    if dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
-    return True
+def name() -> str:
+    """The processor's name for people."""
+    found = [line.split(":", 1)[1].strip() for line in description().split("\n") if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of `SETS` that this processor has, and that torch and oneDNN may use."""
+    flags = set(" ".join(line for line in description().split("\n") if line.startswith("flags")).split())
+    capability = torch.backends.cpu.get_cpu_capability()
+    least = os.environ.get("DNNL_MAX_CPU_ISA", "ALL").upper()
+    allowed = [name for name in SETS if name in flags]
+    if not capability.startswith("AVX512") or least in ("SSE41", "AVX", "AVX2", "AVX2_VNNI"):
+        allowed = [name for name in allowed if name in ("avx2", "fma")]
+    if least in ("AVX512_CORE", "AVX512_CORE_VNNI"):
+        allowed = [name for name in allowed if name not in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")]
+    return tuple(allowed if capability.startswith("AVX") else ())

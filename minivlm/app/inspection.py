@@ -19,12 +19,20 @@ from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.tokenizer import Tokenizer
 from minivlm.training import adapters, targets
 
-# The sizes of a part that are worth showing, and what to call them.
+# The sizes of a part that are shown → their names.
 SIZES = {
-    **{"num_hidden_layers": "layers", "resampler_depth": "layers", "hidden_size": "width", "intermediate_size": "MLP"},
-    **{"num_attention_heads": "heads", "resampler_n_heads": "heads", "num_key_value_heads": "KV heads"},
-    **{"resampler_n_latents": "latents", "image_size": "image", "patch_size": "patch", "vocab_size": "vocabulary"},
-    **{"sliding_window": "window"},
+    "num_hidden_layers": "layers",
+    "resampler_depth": "layers",
+    "hidden_size": "width",
+    "intermediate_size": "MLP",
+    "num_attention_heads": "heads",
+    "resampler_n_heads": "heads",
+    "num_key_value_heads": "KV heads",
+    "resampler_n_latents": "latents",
+    "image_size": "image",
+    "patch_size": "patch",
+    "vocab_size": "vocabulary",
+    "sliding_window": "window",
 }
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -147,7 +155,7 @@ def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
     configs = [nf4, Int4Config(), BitsAndBytesConfig(load_in_8bit=True)]
     total, found = sum(parameter.numel() for parameter in model.parameters()), []
     for config in configs if stored is None else [foreign.from_hub(stored)]:
-        names = apply.selected(model, apply.present(model, config.skip_modules))
+        names = apply.selected(model, apply.present(model, config.skip_modules), config.quantize_head)
         weights = [model.get_submodule(name).weight for name in names]
         count = sum(weight.numel() for weight in weights)
         size = sum(config.format.nbytes(tuple(weight.shape)) for weight in weights)

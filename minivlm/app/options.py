@@ -43,11 +43,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help=attention)
     group.add_argument("--quantize", choices=FORMATS, help="turn the weights into 4 or 8 bits as they are read")
+    add_head_option(group)
     launch.add_option(group)
     group.add_argument("--no-split", action="store_true", help="send each image once, without its four quarters")
     group.add_argument(
         "--chat-template", metavar="NAME|FILE", help="of the prompt (default: the checkpoint's own); vicuna, mistral, …"
     )
+
+
+def add_head_option(group: Any) -> None:
+    text = "the output head too: faster and smaller, a little less exact"
+    group.add_argument("--quantize-head", action="store_true", help=text)
 
 
 def add_adapter_option(group: Any) -> None:
@@ -120,7 +126,7 @@ def load_processor(name: str, arguments: argparse.Namespace) -> Any:
 def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str | None) -> Any:
     from minivlm import AutoModelForImageTextToText
 
-    config = None if arguments.quantize is None else quantization(arguments.quantize)
+    config = asked_quantization(arguments)
     return AutoModelForImageTextToText.from_pretrained(
         name,
         device_map=device,
@@ -132,19 +138,29 @@ def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str
     )
 
 
-def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None) -> Any:
-    """The configuration behind `--quantize` and `--format`.  skip: modules that stay as they are."""
+def asked_quantization(arguments: argparse.Namespace) -> Any:
+    """The configuration behind `--quantize` and `--quantize-head`; None without."""
+    if arguments.quantize is None:
+        if arguments.quantize_head:
+            raise UsageError("--quantize-head goes with --quantize FORMAT")
+        return None
+    return quantization(arguments.quantize, head=arguments.quantize_head)
+
+
+def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None, head: bool = False) -> Any:
+    """The configuration behind `--quantize` and `--format`.  skip: modules that stay; head: the output head too."""
     from minivlm import BitsAndBytesConfig, Int4Config
 
     if kind == "int4":
-        return Int4Config(group_size, skip or [])
+        return Int4Config(group_size, skip or [], head)
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip or None)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip or None, quantize_head=head)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=skip or None,
+        quantize_head=head,
     )
 
 

@@ -63,7 +63,8 @@ def _weights(
     with torch.device("meta"):
         model = model_class(config)
     parallel.cut(model, rank, gpus, block)
-    quantised = () if quantization is None else set(apply.selected(model, quantization.skip_modules))
+    asked = () if quantization is None else (quantization.skip_modules, quantization.quantize_head)
+    quantised = set(apply.selected(model, *asked)) if asked else set()
     total = read = 0
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")

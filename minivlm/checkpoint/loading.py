@@ -35,13 +35,13 @@ from minivlm.modules.config import text_config
 from minivlm.quantization import apply
 from minivlm.quantization.arrival import Arrival, choose
 from minivlm.quantization.config import BitsAndBytesConfig
+from minivlm.quantization.formats import DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
 Places = dict[str, list[tuple[Any, str]]]  # our name of a tensor → files that hold it, with its name there
 Shapes = dict[str, tuple[int, ...] | None]
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def from_pretrained(

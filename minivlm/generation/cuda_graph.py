@@ -9,13 +9,17 @@ filled cache slots is counted on the device:
                                         └──────────────── in the graph ────────────┘
 """
 
+import warnings
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.modules.cache import KVCache
+
+_compared: WeakSet[Any] = WeakSet()  # models of which a graph gave what a plain step gives
 
 
 class StaticCache:
@@ -47,6 +51,8 @@ class StaticCache:
 class CapturedStep:
     """`loop.decode_step` for the rows of one cache: on CUDA its first call runs, its second is captured.
 
+    A model's first graph is compared with a plain step; if it differs, one warning says so and no graph is used.
+
         step = CapturedStep(model, cache, attention_mask)
         logits = step(token, position)      # (B,), (B,) → (B, V) float32
 
@@ -65,6 +71,7 @@ class CapturedStep:
         self.position = torch.zeros_like(self.token)
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.captures = device.type == "cuda"
 
     def __call__(self, token: Tensor, position: Tensor) -> Tensor:
         """Logits after one more token at `position`. Raises ValueError if the cache is full."""
@@ -72,12 +79,14 @@ class CapturedStep:
             raise ValueError(f"the cache holds {self.cache.slots} tokens per row and is full")
         self.token.copy_(token[:, None])
         self.position.copy_(position[:, None])
-        if self.graph is None and self.logits is not None and token.is_cuda:
+        if self.captures and self.graph is None and self.logits is not None:
             self._capture()  # in the second call: the first compiles kernels and fills caches
-        if self.graph is not None:
+        if self.graph is None:
+            self.logits = self._run()
+        elif self.model in _compared:
             self.graph.replay()
         else:
-            self.logits = self._run()
+            self._compare()
         self.cache.advance(1)
         return self.logits.clone()  # the next call writes into the same memory
 
@@ -102,3 +111,22 @@ class CapturedStep:
                 "device or copies from the host; pass disable_compile=True to generate without one"
             ) from error
         self.graph = graph
+
+    def _compare(self) -> None:
+        """Replay the graph, then run the same step without it: the step that counts, should they differ."""
+        counters = (self.static.filled, self.static._slot)
+        before = [counter.clone() for counter in counters]
+        self.graph.replay()
+        found, counted = self.logits.clone(), [counter.clone() for counter in counters]
+        for counter, value in zip(counters, before, strict=True):
+            counter.copy_(value)
+        expected = self._run()
+        # A graph may add in another order, which each layer's roundings carry on.
+        slack = (len(self.static.data[0]) + 2) * torch.finfo(self.static.data.dtype).eps * expected.abs().max()
+        same = all(torch.equal(*pair) for pair in zip(counters, counted, strict=True))
+        if same and bool(((found - expected).abs() <= slack).all()):
+            _compared.add(self.model)
+            return
+        text = "the captured decode step gives other numbers than a plain one, so no CUDA graph is used"
+        warnings.warn(f"{text}; please report your GPU, driver and torch version", RuntimeWarning, stacklevel=3)
+        self.graph, self.captures, self.logits = None, False, expected

@@ -14,17 +14,23 @@ from minivlm.quantization.linear import QuantizedLinear
 # `llm_int8_skip_modules` or `skip_modules`.
 
 
-def selected(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
-    """Names of the linear layers that are quantised. skip: modules to leave out, as `BitsAndBytesConfig` explains.
+def selected(model: nn.Module, skip: Iterable[str] = (), head: bool = False) -> list[str]:
+    """Names of the linear layers that are quantised. skip: modules to leave out; head: the output head too; both as
+    `BitsAndBytesConfig` explains.
 
-    Raises ValueError for a name in `skip` that names nothing here.
+    Raises ValueError for a name in `skip` that names nothing here, and for a head that is the embedding table.
     """
     record = families.family(model.config.model_type, "the model")
     names = kept(model)
     for pattern in set(skip) - set(present(model, skip)):
         raise ValueError(f"no module to skip is called {pattern!r}; names look like {', '.join(names[:3])}")
-    left = [name for name in names if name not in record.kept and not any(_inside(name, pattern) for pattern in skip)]
-    return [name for name in left if name.startswith(tuple(f"{part}." for part in record.quantised))]
+    if head and model.config.tie_word_embeddings:
+        raise ValueError(
+            "quantize_head=True: this model's head is its embedding table (tie_word_embeddings), which stays"
+        )
+    left = [name for name in names if not any(_inside(name, pattern) for pattern in skip)]
+    parts = tuple(f"{part}." for part in record.quantised)
+    return [name for name in left if (head if name in record.kept else name.startswith(parts))]
 
 
 def present(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -51,7 +57,7 @@ def replace(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, Qu
 
 def quantize(model: nn.Module, config: Any) -> nn.Module:
     """Quantise the layers of a model that holds its weights, in place; `from_pretrained` does it while loading."""
-    for name in selected(model, config.skip_modules):
+    for name in selected(model, config.skip_modules, config.quantize_head):
         weight = model.get_submodule(name).weight
         replace(model, [name], config)[name].quantize_(weight)
     model.quantization_config = config

@@ -29,7 +29,8 @@ class Arrival:
         """
         model.quantization_config = self.config
         if not self.stored:
-            return apply.replace(model, apply.selected(model, self.config.skip_modules), self.config)
+            names = apply.selected(model, self.config.skip_modules, self.config.quantize_head)
+            return apply.replace(model, names, self.config)
         ending = f".{self.config.stored.marker}"
         marked = {name.removesuffix(ending) for name in names if name.endswith(ending)}
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in marked]
@@ -90,6 +91,6 @@ def choose(values: Any, asked: Any) -> Arrival | None:
         config = foreign.from_hub(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"quantization_config of config.json: {error}") from error
-    if asked is not None and asked.format != config.format:
+    if asked is not None and (asked.format, asked.quantize_head) != (config.format, config.quantize_head):
         raise ValueError(f"it is quantised already, as {config.format}; load it without quantization_config")
     return Arrival(config, stored=True)

@@ -23,6 +23,8 @@ class BitsAndBytesConfig:
     bnb_4bit_compute_dtype: in what fp16 inputs are multiplied; bf16 and fp32 inputs always keep their own dtype.
     llm_int8_skip_modules: modules that stay as they are, for either width, beside those that always do (`apply.py`);
     a name means that module and all inside it, wherever it stands: "vision_model", "layers.0", "q_proj".
+    quantize_head: the output head too, in the same format; it stays as it is by default, because logits decide between
+    near neighbours (docs/quantization.md has what it costs).
     llm_int8_threshold: of no effect, for activations stay in floating point (`int8.py`).
 
     Raises ValueError or TypeError for what is not supported, naming it.
@@ -38,9 +40,10 @@ class BitsAndBytesConfig:
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_quant_storage: torch.dtype | str | None = None
+    quantize_head: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("load_in_8bit", "load_in_4bit", "bnb_4bit_use_double_quant"):
+        for name in ("load_in_8bit", "load_in_4bit", "bnb_4bit_use_double_quant", "quantize_head"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} should be True or False, found {getattr(self, name)!r}")
         if self.load_in_8bit == self.load_in_4bit:
@@ -78,7 +81,9 @@ class BitsAndBytesConfig:
         were skipped it has to be told of the others too, for its own list then replaces what it keeps by itself."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["bnb_4bit_compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
-        values["llm_int8_skip_modules"] = kept if self.skip_modules else None
+        values["llm_int8_skip_modules"] = kept if self.skip_modules or self.quantize_head else None
+        if not self.quantize_head:
+            del values["quantize_head"]  # a word of ours
         return {**values, "bnb_4bit_quant_storage": "uint8", "quant_method": "bitsandbytes"}
 
 
@@ -86,16 +91,19 @@ class BitsAndBytesConfig:
 class Int4Config:
     """Affine int4 in groups of 32, 64 or 128 inputs (`affine.py`).
 
-    skip_modules: as `llm_int8_skip_modules` above.
+    skip_modules, quantize_head: as `llm_int8_skip_modules` and `quantize_head` above.
     """
 
     group_size: int = 128
     skip_modules: list[str] = field(default_factory=list)
+    quantize_head: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size should be one of {', '.join(map(str, GROUP_SIZES))}, found {self.group_size}")
         checked_names("skip_modules", self.skip_modules)
+        if not isinstance(self.quantize_head, bool):
+            raise TypeError(f"quantize_head should be True or False, found {self.quantize_head!r}")
 
     compute_dtype = None  # inputs are multiplied in their own dtype
 
@@ -108,7 +116,9 @@ class Int4Config:
         return self.format
 
     def to_hub(self, kept: list[str]) -> dict[str, Any]:
-        values = {"group_size": self.group_size, "skip_modules": self.skip_modules}
+        values: dict[str, Any] = {"group_size": self.group_size, "skip_modules": self.skip_modules}
+        if self.quantize_head:
+            values["quantize_head"] = True
         return {**values, "bits": 4, "quant_method": "minivlm_int4"}
 
 

@@ -120,6 +120,7 @@ class ForeignConfig:
     skip_modules: list[str] = field(default_factory=list)  # as the config says; what the files hold decides
 
     compute_dtype = None
+    quantize_head = False
 
     @property
     def format(self) -> Affine:
@@ -149,7 +150,7 @@ def _bitsandbytes(values: dict[str, Any]) -> Config:
 
 
 def _int4(values: dict[str, Any]) -> Config:
-    return Int4Config(values.get("group_size"), values.get("skip_modules") or [])
+    return Int4Config(values.get("group_size"), values.get("skip_modules") or [], values.get("quantize_head", False))
 
 
 def _awq(values: dict[str, Any]) -> Config:

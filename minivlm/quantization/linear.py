@@ -114,6 +114,9 @@ class Codes:
         self.shape, self.dtype, self.requires_grad = layer.shape, layer.dtype, False
         self.device = next(layer.buffers()).device
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     @property
     def data(self) -> Tensor:
         raise ValueError(

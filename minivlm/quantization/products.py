@@ -1,4 +1,7 @@
-"""x Ŵᵀ + b for each format: on a GPU by the Triton kernels, on a CPU by the fastest way there is.
+"""x Ŵᵀ + b for each format: by the fastest way there is.
+
+On a GPU, four-bit weights are dequantised and multiplied by torch, or multiplied by the Triton kernels where these were
+measured to be faster (`selfcheck.AHEAD`, or MINIVLM_TRITON=1) and pass their check on this GPU.
 
 On a CPU, four-bit weights are repacked for a page of C (`minivlm_kernels/cpu_int4.py`) where there is a compiler;
 up to `FEW` rows of x it multiplies, for more it writes the weight out, some outputs at a time, for a large product.
@@ -13,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from minivlm_kernels import cpu_int4
+from minivlm_kernels import cpu_int4, has_triton, selfcheck
 from minivlm_kernels.addresses import addressable
 from minivlm_kernels.processor import multiplies
 from torch import Tensor
@@ -65,7 +68,7 @@ def unpack(tensors: Tensors, format: Format, shape: Shape) -> Tensors:
 def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:
     """x (…, K) → (…, N), of the dtype of x; bias (N,) of the same."""
     exact = addressable(x, bias, *tensors.values())  # else torch's operators alone
-    if exact and x.is_cuda and isinstance(format, Codebook | Affine):
+    if exact and x.is_cuda and isinstance(format, Codebook | Affine) and _triton_serves(x):
         return _by_triton(x, tensors, format, shape, bias)
     if not exact or x.device.type != "cpu":
         tensors = unpack(tensors, format, shape)
@@ -98,6 +101,11 @@ def backward(gradient: Tensor, tensors: Tensors, format: Format, shape: Shape) -
     for some, weight in _pieces(tensors, format, shape, rows.dtype):
         for_x.addmm_(rows[:, some], weight.T)
     return for_x.to(gradient.dtype).view(*gradient.shape[:-1], shape[1])
+
+
+def _triton_serves(x: Tensor) -> bool:
+    kernel = "four bits"
+    return has_triton() and selfcheck.preferred(kernel, x.device) and selfcheck.works(kernel, x.dtype, x.device)
 
 
 def _by_triton(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tensor | None) -> Tensor:

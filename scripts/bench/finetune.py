@@ -5,13 +5,15 @@
 
 A random Idefics2 of 42 M parameters in fp32 (text: 8 layers of 512, 8,192 tokens), two rows of an image and 255 tokens
 that are all learned, AdamW (fused), clipping, one thread. Seconds are of CPU time, so other load on the machine counts
-little; memory is what the process has after loading, and at most (resident, libraries included). The sides alternate.
+little; memory is what the process has after loading, and at most (resident, libraries included), with a malloc that
+gives large blocks back at once: by itself glibc keeps some, and which differs from run to run. The sides alternate.
 """
 
 import argparse
 import copy
 import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -138,7 +140,8 @@ def measure(side: str, way: str, folder: str, steps: int) -> dict[str, Any]:
 
 def child(side: str, way: str, folder: str, steps: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", side, way, folder, "--steps", str(steps)]
-    found = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
     if found.returncode:
         raise SystemExit(f"{side}, {way}: {found.stderr[-2000:]}")
     return json.loads(found.stdout.splitlines()[-1])

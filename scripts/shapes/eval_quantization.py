@@ -23,8 +23,9 @@ from minivlm.checkpoint import hub
 from minivlm.quantization import apply
 
 
-def four_bits(kind: str, double: bool = False) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
+def four_bits(kind: str, double: bool = False, head: bool = False) -> BitsAndBytesConfig:
+    options = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "quantize_head": head}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
 FORMATS = {
@@ -36,6 +37,9 @@ FORMATS = {
     "int4, groups of 32": Int4Config(32),
     "int4, groups of 64": Int4Config(64),
     "int4, groups of 128": Int4Config(128),
+    "int8, the head too": BitsAndBytesConfig(load_in_8bit=True, quantize_head=True),
+    "nf4, doubly quantised, the head too": four_bits("nf4", double=True, head=True),
+    "int4, groups of 128, the head too": Int4Config(128, quantize_head=True),
 }
 
 

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from hypothesis import given, settings
+from minivlm_kernels import selfcheck
 from PIL import Image
 
 import minivlm
@@ -173,7 +174,7 @@ def test_bad_models_and_devices_exit_with_1(capsys, tmp_path, pictures):
     assert "no such folder" in fails(capsys, *question, str(tmp_path / "nowhere"))
     assert "has no config.json" in fails(capsys, *question, str(tmp_path))
     assert "CUDA devices; use --device cpu" in fails(capsys, *question, str(tmp_path), "--device", "cuda:99")
-    assert "is not supported" in fails(capsys, *question, str(tmp_path), "--device", "toaster")
+    assert "is not a device" in fails(capsys, *question, str(tmp_path), "--device", "toaster")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert "model_type 'bert'; minivlm implements idefics" in fails(capsys, *question, str(tmp_path))
 
@@ -316,6 +317,23 @@ def test_inspect_counts_the_parameters_of_released_checkpoints(name, capsys):
         model = minivlm.AutoModelForImageTextToText.from_config(PRESETS[name])
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["bytes"]["bfloat16"] == 2 * found["parameters"]
+
+
+def test_inspect_describes_the_machine(capsys, monkeypatch):
+    """Without a GPU, and with one on which some kernels have been tried."""
+    assert cli.main(["inspect", "--machine", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0] or found["versions"]["torch"]
+    assert all(row["path"] and row["why"] for row in found["layers"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(selfcheck, "_about", lambda device: [])
+    assert cli.main(["inspect", "--machine"]) == 0
+    text = capsys.readouterr().out
+    assert "NVIDIA H200, sm_90; Triton by default for nothing" in text
+    assert "decode attention" in text
+    assert "bfloat16 not tried" in text
 
 
 def test_inspect_names_the_parts(capsys):

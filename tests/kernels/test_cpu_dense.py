@@ -4,7 +4,7 @@ import bounds
 import pytest
 import torch
 from instruction_sets import each_instruction_set
-from minivlm_kernels import cpu_dense
+from minivlm_kernels import cpu_dense, processor
 
 from minivlm.modules.layers import RMSNorm
 
@@ -32,7 +32,7 @@ def test_few_rows_times_a_dense_weight(dtype: torch.dtype, bias: bool, count: in
 
 @needs_compiler
 def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_dense, "_fast_in_torch", lambda: False)
+    monkeypatch.setattr(processor, "abilities", lambda: processor.Abilities(True, False, {}))
     weight, x = torch.randn(512, 512), torch.randn(1, 512)
     with torch.no_grad():
         assert cpu_dense.suits_dense(x, weight)
@@ -48,7 +48,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         wide = torch.empty(4, 2**18 + 32)
         assert not cpu_dense.suits_dense(wide[:1], wide)
     assert not cpu_dense.suits_dense(x, weight)  # gradients may be wanted
-    monkeypatch.setattr(cpu_dense, "_fast_in_torch", lambda: True)
+    monkeypatch.setattr(processor, "abilities", lambda: processor.Abilities(True, True, {}))
     with torch.no_grad():
         assert not cpu_dense.suits_dense(x, weight)
 

@@ -8,7 +8,8 @@ from typing import Any
 import oracle_generation
 import pytest
 import torch
-from minivlm_kernels.decode_attention import decode_attention
+from minivlm_kernels import selfcheck
+from minivlm_kernels.decode_attention import MAX_QUERIES, decode_attention
 from minivlm_kernels.flash_attention import flash_attention
 from oracle import save
 from oracle_idefics import SIZE, idefics_config
@@ -86,6 +87,8 @@ def test_tensors_without_an_address_take_sdpa() -> None:
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.MAX_DECODED == MAX_QUERIES
+
     class OnGpu:
         is_cuda, device, requires_grad = True, torch.device("cuda", 0), False
 
@@ -93,6 +96,10 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             self.dtype, self.shape = dtype, (1, 2, 5, width)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(selfcheck, "AHEAD", {"attention": frozenset({9}), "decode attention": frozenset({8})})
+    assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"  # not measured on this generation
+    assert choose_implementation(None, OnGpu(torch.bfloat16, 72), "decode attention") == "triton"
+    monkeypatch.setattr(selfcheck, "AHEAD", {"attention": frozenset({7, 8})})
     for name in (None, "flash_attention_2"):
         assert choose_implementation(name, OnGpu(torch.bfloat16, 72)) == "triton"
         assert choose_implementation(name, OnGpu(torch.float32, 72)) == "sdpa"
@@ -104,6 +111,19 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"
+
+
+def test_a_kernel_that_fails_its_check_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(selfcheck, "works", lambda kernel, *_: asked.append(kernel) or kernel == "attention")
+    q = torch.randn(1, 2, 20, 16, device=DEVICE)
+    mask, one = Mask(20, 20, causal=True), Mask(1, 20, causal=True)
+    for few, some in ((q, mask), (q[:, :, -1:], one), (q.clone().requires_grad_(), mask)):
+        found, expected = (
+            attention(few, q, q, some, scale=0.3, attn_implementation=name) for name in ("triton", "sdpa")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert asked == ["attention", "decode attention", "attention", "attention backward"]
 
 
 def idefics2(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Which layers are quantised, beside what transformers' bitsandbytes integration converts."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -18,6 +20,7 @@ from minivlm.auto import PRESETS, family
 from minivlm.checkpoint.names import local_name
 from minivlm.checkpoint.saving import kept_modules
 from minivlm.quantization import apply
+from minivlm.quantization.linear import QuantizedLinear
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "idefics2": oracle.idefics2_config,
@@ -58,6 +61,58 @@ def test_skipped_modules_are_spelled_so_that_transformers_skips_them(name: str) 
     asked = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip)
     layers = apply.replace(model, apply.selected(model, skip), asked)
     assert layers.keys() == converted(config, asked.to_hub(kept_modules(model))["llm_int8_skip_modules"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_quantised_head_is_asked_for(name: str) -> None:
+    config = CONFIGS[name]()
+    model = ours(config)
+    heads = set(apply.selected(model, head=True)) - set(apply.selected(model))
+    assert heads == set(family(config.model_type).kept) & set(apply.kept(model))
+    assert "lm_head" not in apply.selected(model, ["lm_head"], head=True)
+    asked = BitsAndBytesConfig(load_in_4bit=True, quantize_head=True)
+    layers = apply.replace(model, apply.selected(model, head=True), asked)
+    theirs = converted(config, asked.to_hub(kept_modules(model))["llm_int8_skip_modules"])
+    assert layers.keys() - theirs == ({"lm_head"} if name == "idefics" else set())  # theirs is a class of its own
+    assert "quantize_head" not in BitsAndBytesConfig(load_in_4bit=True).to_hub([])
+    with pytest.raises(TypeError, match="quantize_head"):
+        Int4Config(quantize_head="yes")
+
+
+def test_a_head_that_is_the_embedding_table_stays() -> None:
+    config = oracle.idefics2_config()
+    config.tie_word_embeddings = True
+    model_class = family("idefics2").model_class
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_hub(config.to_dict()))
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        apply.selected(model, head=True)
+
+
+@pytest.mark.parametrize("name", ["shapes-idefics2", "shapes-idefics"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Int4Config(64, quantize_head=True),
+        BitsAndBytesConfig(load_in_8bit=True, quantize_head=True),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", quantize_head=True),
+    ],
+    ids=["int4", "int8", "nf4"],
+)
+def test_a_quantised_head_is_saved_and_loaded(name: str, asked: Any, tmp_path: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="bfloat16", quantization_config=asked)
+    assert isinstance(model.lm_head, QuantizedLinear)
+    plain = AutoModelForImageTextToText.from_pretrained(name, dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    x = torch.randn(1, 3, model.lm_head.in_features, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model.head(x)
+        assert torch.equal(again.head(x), expected)
+        assert not torch.equal(plain.head(x), expected)
+    assert again.quantization_config.quantize_head
+    with pytest.raises(ValueError, match="quantised already"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=replace(asked, quantize_head=False))
 
 
 RELEASED = ("HuggingFaceM4/idefics2-8b", "llava-hf/llava-v1.6-mistral-7b-hf", "HuggingFaceM4/idefics-9b")

@@ -75,7 +75,8 @@ def _run(arguments: argparse.Namespace, name: str, settings: dict[str, Any], sha
     if str(arguments.out) == "-":
         summary = batch.run_to(job, text, _to_stdout)
     else:
-        about = {"model": name, "dtype": dtype, "no_split": arguments.no_split, "quantize": arguments.quantize}
+        quantize = f"{arguments.quantize} and the head" if arguments.quantize_head else arguments.quantize
+        about = {"model": name, "dtype": dtype, "no_split": arguments.no_split, "quantize": quantize}
         about |= {"chat_template": arguments.chat_template, "system": arguments.system, **settings}
         summary = batch.run(job, text, arguments.out, about, shard)
     terminal.note(f"{summary}; {arguments.out}" if str(arguments.out) != "-" else f"{summary}")

@@ -186,7 +186,7 @@ def _show(model: Any, processor: Any, rows: list[Any], sizes: list[Any], argumen
     import torch
 
     from minivlm.app.inspection import memory as readable
-    from minivlm.training import data, lora, memory
+    from minivlm.training import data, memory
 
     for row in rows[:3]:
         print(f"{row.where}: {data.shown(data.for_training(processor), row)}\n")
@@ -195,12 +195,7 @@ def _show(model: Any, processor: Any, rows: list[Any], sizes: list[Any], argumen
         f"{len(rows):,} rows, {sum(size.tokens for size in sizes):,} tokens, "
         f"{sum(size.learned for size in sizes):,} of them learned; the longest row has {longest:,}"
     )
-    counts = lora.trained(model)
-    print(
-        "trained: "
-        + ", ".join(f"{part} {count:,}" for part, count in counts.items())
-        + f", {sum(counts.values()):,} in all"
-    )
+    print(_trained(model))
     stored = model.config.dtype if arguments.dtype == "auto" else arguments.dtype
     found = memory.estimate(
         model,
@@ -213,6 +208,15 @@ def _show(model: Any, processor: Any, rows: list[Any], sizes: list[Any], argumen
     )
     parts = ", ".join(f"{part} {readable(size)}" for part, size in vars(found).items() if size)
     print(f"memory, estimated: {readable(found.total)} ({parts}), and a few hundred MiB of libraries")
+
+
+def _trained(model: Any) -> str:
+    """What is trained, by part of the model."""
+    from minivlm.training import lora
+
+    counts = lora.trained(model)
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    return f"trained: {parts}, {sum(counts.values()):,} in all"
 
 
 @contextmanager
@@ -305,6 +309,8 @@ def _train(
     model = _cut(name, arguments, dtype) if arguments.fsdp else _loaded(name, arguments, device, dtype)
     torch.manual_seed(recipe.seed)  # the adapter begins the same in every process
     _choose(model, arguments)
+    if rank == 0:
+        terminal.note(_trained(model))
     steps = loop.finetune(model, processor, rows, recipe, arguments.out, eval_rows=held_out, resume=arguments.resume)
     total = recipe.steps or None
     for step in tqdm(steps, total=total, unit="step", disable=True if rank else None):

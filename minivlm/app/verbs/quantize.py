@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=options.FORMATS, default="nf4", help=formats)
     parser.add_argument("--group-size", type=int, default=128, choices=[32, 64, 128], help="of int4")
     parser.add_argument("--skip", nargs="*", default=[], metavar="MODULE", help="leave it as it is, as vision_model")
+    options.add_head_option(parser)
     kinds = ["auto", "float32", "bfloat16", "float16"]
     what = "of what is not quantised; auto: as stored"
     parser.add_argument("--dtype", choices=kinds, default="bfloat16", help=what)
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from minivlm.quantization import apply
 
     options.check_name(arguments.model)
-    config = options.quantization(arguments.format, arguments.group_size, arguments.skip)
+    config = options.quantization(arguments.format, arguments.group_size, arguments.skip, arguments.quantize_head)
     files = hub.source(arguments.model)
     if files.json("config.json").get("quantization_config") is not None:
         raise ValueError(f"{arguments.model} is quantised already; start from the original")

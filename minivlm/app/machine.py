@@ -1,0 +1,87 @@
+"""What this machine is and which fast layers are used on it, and why: `minivlm inspect --machine`."""
+
+import importlib.metadata
+import os
+from typing import Any
+
+import torch
+from minivlm_kernels import compiled, cpu_dense, cpu_int4, processor, selfcheck
+
+
+def describe() -> dict[str, Any]:
+    """It as plain data. The first call on a machine compiles two pages of C, which takes seconds."""
+    return {
+        "processor": processor.name(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": list(processor.instruction_sets()),
+        "versions": {name: _version(name) for name in ("torch", "triton")},
+        "trial_milliseconds": processor.abilities().times,
+        "layers": [dict(zip(("layer", "path", "why"), row, strict=True)) for row in _layers()],
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _layers() -> list[tuple[str, str, str]]:
+    """(layer, path, why) of a model on this CPU."""
+    found, times = processor.abilities(), processor.abilities().times
+    trial = f"a trial took {times['bf16']:g} ms in bf16, {times['fp32']:g} in fp32"
+    dense, four = cpu_dense.available(), cpu_int4.available()
+    row = f"one row in {times['row']:g} ms, its weight read in {times['read']:g}"
+    if found.fp32_row_in_torch:
+        one = ("torch", f"as fast as reading: {row}")
+    else:
+        one = _page(cpu_dense.SOURCE.name, dense, f"torch is slower than reading: {row}")
+    return [
+        ("a row of float32", *one),
+        ("few rows of bfloat16, norms", *_page(cpu_dense.SOURCE.name, dense, "torch is slower than reading")),
+        ("many rows of bfloat16", "torch, in bfloat16" if found.bf16_products else "torch, in float32", trial),
+        ("few rows of four bits", *_page(cpu_int4.SOURCE.name, four, "torch has no such product")),
+    ]
+
+
+def _page(name: str, there: bool, why: str) -> tuple[str, str]:
+    if there:
+        return f"compiled {name}", why
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        return "torch", f"the pages of C are for AVX2 and AVX-512, here torch uses {capability}"
+    return "torch", f"{name} cannot be compiled or fails its check (the line on stderr says which)"
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    device = torch.device("cuda", index)
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    preferred = [kernel for kernel in selfcheck.AHEAD if selfcheck.preferred(kernel, device)]
+    about = {"gpu": torch.cuda.get_device_name(device), "compute_capability": capability}
+    return {**about, "triton_by_default": preferred, "kernels": selfcheck.table(device)}
+
+
+def lines(found: dict[str, Any]) -> str:
+    """It in words."""
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
+    stand_ins = [
+        f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA") if name in os.environ
+    ]
+    text = [
+        f"{found['processor']}, {found['threads']} threads; {', '.join(found['instruction_sets']) or 'no AVX'}",
+        *(f"held back by {each}" for each in stand_ins),
+        versions,
+        f"kept in {compiled.kept.folder()}",
+        "",
+        *(f"{row['layer']:28}  {row['path']:20}  {row['why']}" for row in found["layers"]),
+    ]
+    for gpu in found["gpus"] or []:
+        default = ", ".join(gpu["triton_by_default"]) or "nothing"
+        text += ["", f"{gpu['gpu']}, sm_{gpu['compute_capability'].replace('.', '')}; Triton by default for {default}"]
+        for kernel, results in gpu["kernels"].items():
+            text.append(f"{kernel:20}  " + "; ".join(f"{dtype} {result}" for dtype, result in results.items()))
+    if not found["gpus"]:
+        text += ["", f"no GPU: the Triton kernels ({', '.join(selfcheck.KERNELS)}) are not tried"]
+    return "\n".join(text)

@@ -1,0 +1,103 @@
+"""What the processor is good at is found out once, kept, and not overruled by noise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from minivlm_kernels import compiled, processor
+
+EVEN = {"bf16": 1.0, "fp32": 1.0, "row": 1.0, "read": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "minivlm"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, flags: str, name: str = "AMD EPYC", capability: str = "AVX512") -> None:
+    text = f"vendor_id\t: {'GenuineIntel' if 'Intel' in name else name}\nmodel name\t: {name}\nflags\t\t: {flags}"
+    monkeypatch.setattr(processor, "description", lambda: text)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+
+@pytest.mark.parametrize(
+    ("flags", "times", "expected"),
+    [
+        ("avx2 avx512f avx512_bf16", {}, True),
+        ("avx2 avx512f avx512_bf16", {"bf16": 1.4}, True),  # not clear enough
+        ("avx2 avx512f avx512_bf16", {"bf16": 3.0}, False),  # a virtual machine that traps them, say
+        ("avx2 avx512f", {}, False),
+        ("avx2 avx512f", {"fp32": 1.4}, False),
+        ("avx2 avx512f", {"fp32": 2.0}, True),
+        ("", {}, True),  # another kind of processor: torch knows best, until a trial says otherwise
+        ("", {"bf16": 2.0}, False),
+    ],
+)
+def test_many_rows_of_bf16(flags: str, times: dict, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, flags, capability="AVX512" if flags else "DEFAULT")
+    assert processor.judged({**EVEN, **times}).bf16_products == expected
+
+
+def test_a_row_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "avx2 avx512f", "Intel Xeon")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert processor.judged(EVEN).fp32_row_in_torch
+    assert not processor.judged({**EVEN, "row": 2.0}).fp32_row_in_torch
+    pretend(monkeypatch, "avx2 avx512f", "AMD EPYC")
+    assert not processor.judged(EVEN).fp32_row_in_torch
+
+
+def test_stand_ins_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "avx2 fma avx512f avx512_vnni avx512_bf16")
+    assert processor.instruction_sets() == ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16")
+    assert not [option for option in compiled._options() if option.startswith("-mno-avx512")]
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    assert processor.instruction_sets() == ("avx2", "fma", "avx512f", "avx512_vnni")
+    assert "-mno-avx512bf16" in compiled._options()
+    pretend(monkeypatch, "avx2 fma avx512f avx512_bf16", capability="AVX2")
+    assert processor.instruction_sets() == ("avx2", "fma")
+    assert "-mno-avx512f" in compiled._options()
+    pretend(monkeypatch, "avx2 fma", capability="DEFAULT")
+    assert processor.instruction_sets() == ()
+
+
+def test_found_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "avx2 avx512f avx512_bf16")
+    trials = []
+    monkeypatch.setattr(processor, "trial", lambda: trials.append(1) or EVEN)
+    find = processor.abilities.__wrapped__
+    assert find() == find() == processor.Abilities(True, False, EVEN)
+    assert len(trials) == 1
+    (path,) = folder.iterdir()
+    for damaged in ("{", "[]", json.dumps({"another": 1})):
+        path.write_text(damaged, encoding="utf-8")
+        assert find().bf16_products
+    assert len(trials) == 4
+    pretend(monkeypatch, "avx2 avx512f")  # another processor
+    assert not find().bf16_products
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert not find().bf16_products
+
+
+def test_the_trial_is_short() -> None:
+    times = processor.trial()
+    assert set(times) == set(EVEN)
+    assert all(0 < time < 1000 for time in times.values())
+
+
+@pytest.mark.parametrize("capability", [None, "avx2"])
+def test_in_a_process_of_its_own(capability: str | None, folder: Path) -> None:
+    code = "from minivlm_kernels import processor; print(processor.abilities(), processor.instruction_sets())"
+    held_back = {} if capability is None else {"ATEN_CPU_CAPABILITY": capability, "DNNL_MAX_CPU_ISA": "AVX2"}
+    environment = {**os.environ, **held_back, "PYTHONPATH": str(Path(processor.__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    said = [subprocess.run(command, env=environment, capture_output=True, check=True).stdout for _ in range(2)]
+    assert said[0] == said[1]  # the second reads what the first has kept
+    assert capability is None or b"avx512" not in said[0]
