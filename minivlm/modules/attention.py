@@ -16,14 +16,12 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from minivlm_kernels import has_triton, selfcheck
+from minivlm_kernels import attending
 from minivlm_kernels.addresses import addressable
 from torch import Tensor
 
 # The reference's names → the implementation here; None: the best available, which is the default.
 IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa", "triton": "triton", "flash_attention_2": None}
-
-MAX_DECODED = 8  # queries that decode attention takes (its MAX_QUERIES): more are a prefill
 
 # Functions that get the weights (B, H, T, S) of every call while they are in this list; a result other than None
 # replaces the weights. Only the eager formula has weights, so every call then uses it.
@@ -112,10 +110,10 @@ def attention(
 
     `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here; ValueError for another name.
     """
-    kernels = _kernels(q, k, v, mask)
+    kernels = attending.kernels(q, k, v, mask)  # of ours that could serve this call
     chosen = "eager" if attention_taps else choose_implementation(attn_implementation, q, kernels[0])
-    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled) and _work(kernels, q):
-        return _triton(q, k, v, mask, scale, kernels[0])
+    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled) and attending.work(kernels, q):
+        return attending.run(kernels[0], q, k, v, mask, scale)
     if mask.first:
         k, v = k[:, :, mask.first :], v[:, :, mask.first :]
     return _eager(q, k, v, mask, scale) if chosen == "eager" else _sdpa(q, k, v, mask, scale)
@@ -126,7 +124,7 @@ def choose_implementation(requested: str | None, q: Tensor, kernel: str = "atten
     are exact, so without tensor cores) on a GPU where this kernel was measured to be faster (`selfcheck.AHEAD`), else
     sdpa."""
     known = None if requested is None else check_implementation(requested)
-    return known or ("triton" if _suits_triton(q, kernel) else "sdpa")
+    return known or ("triton" if attending.preferred(q, kernel) else "sdpa")
 
 
 def check_implementation(name: str) -> str | None:
@@ -134,41 +132,6 @@ def check_implementation(name: str) -> str | None:
     if not isinstance(name, str) or name not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation={name!r} is not supported; known: {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]
-
-
-def _suits_triton(q: Tensor, kernel: str) -> bool:
-    """Half precision on an NVIDIA GPU of 2020 or later (sm_80), heads of a width that it tiles."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if not (q.is_cuda and half) or torch.version.hip or q.shape[3] % 8 or q.shape[3] > 128:
-        return False
-    if not has_triton() or torch.cuda.get_device_capability(q.device)[0] < 8:
-        return False
-    return selfcheck.preferred(kernel, q.device)
-
-
-def _kernels(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[str, ...]:
-    """The kernels that would serve a call, in `selfcheck`'s words: for a few queries, as in decoding, the one that
-    splits the keys among programs."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "attention", "attention backward"
-    alike = mask.valid is None or mask.valid.ndim == 2 or mask.queries == 1  # queries differ by causality alone
-    few = mask.queries <= MAX_DECODED and (mask.queries == 1 or mask.causal)
-    return ("decode attention",) if alike and few else ("attention",)
-
-
-def _work(kernels: tuple[str, ...], q: Tensor) -> bool:
-    """Whether all of them gave the right numbers on this GPU."""
-    return all(selfcheck.works(kernel, q.dtype, q.device, q.shape[3]) for kernel in kernels)
-
-
-def _triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, kernel: str) -> Tensor:
-    from minivlm_kernels.decode_attention import decode_attention
-    from minivlm_kernels.flash_attention import flash_attention
-
-    allowed, window = mask.allowed, mask.window if mask.causal else None
-    if kernel == "decode attention":
-        return decode_attention(q, k, v, lengths=mask.filled, scale=scale, window=window, mask=allowed)
-    return flash_attention(q, k, v, scale=scale, causal=mask.causal, window=window, mask=allowed)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

@@ -201,3 +201,17 @@ def test_adapters(family: str, kind: type, four_bits: bool, tmp_path: Path) -> N
     base = model_of(family, tmp_path / "model", **({"load_in_4bit": True} if four_bits else {}))
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "final")
     assert torch.equal(logits(loaded, family), logits(run.model, family))
+
+
+def test_added_tokens_of_idefics(tmp_path: Path) -> None:
+    """As the released checkpoints have them, whose loss the reference fails to compute: they learn, and are saved."""
+    theirs = oracle_idefics.random_reference(oracle_idefics.idefics_config(added=2))
+    model = oracle_peft.ours(theirs, tmp_path / "model")
+    before = model.additional_fc.weight.detach().clone()
+    run = trainer(model, "idefics", tmp_path / "run", save_strategy="steps", save_steps=1)
+    run.train()
+    assert not torch.equal(model.additional_fc.weight, before)
+    assert_loads_on_both_sides(tmp_path / "run" / "checkpoint-2", "idefics", logits(model, "idefics"))
+    again = trainer(oracle_peft.ours(theirs, tmp_path / "model"), "idefics", tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert losses(again) == losses(run)
