@@ -78,6 +78,8 @@ def _run(arguments: argparse.Namespace, name: str, settings: dict[str, Any], sha
         quantize = f"{arguments.quantize} and the head" if arguments.quantize_head else arguments.quantize
         about = {"model": name, "dtype": dtype, "no_split": arguments.no_split, "quantize": quantize}
         about |= {"chat_template": arguments.chat_template, "system": arguments.system, **settings}
+        about["adapter"] = arguments.adapter
+        about["image_folder"] = None if arguments.image_folder is None else str(arguments.image_folder)
         summary = batch.run(job, text, arguments.out, about, shard)
     terminal.note(f"{summary}; {arguments.out}" if str(arguments.out) != "-" else f"{summary}")
     if arguments.verbose:

@@ -31,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_question(question)
     if len(set(arguments.answers)) < 2:
         raise UsageError("--answers takes at least two different ones")
+    if not all(answer.strip() for answer in arguments.answers):
+        raise UsageError("one of the --answers is empty")
     name = options.model_name(arguments)
 
     from minivlm.app import images
