@@ -136,5 +136,5 @@ def test_a_second_derivative_is_refused() -> None:
     gate, up, a = (torch.randn(3, 3, requires_grad=True) for _ in range(3))
     for result in (lean.gated(gate, up, torch.sin), lean.low_rank(a, gate, up, act=torch.sin)):
         (first,) = torch.autograd.grad(result.sum(), gate, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match=r"require grad|once_differentiable"):
             first.sum().backward()

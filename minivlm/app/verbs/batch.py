@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "questions", type=Path, metavar="QUESTIONS", help="JSON lines, - for stdin, parquet, or a folder of images"
     )
-    parser.add_argument("--question", metavar="TEXT", help="the question about each image of a folder or parquet file")
+    about = "the question about each image of a folder or parquet file"
+    parser.add_argument("--question", type=terminal.typed, metavar="TEXT", help=about)
     out = "a new file, in the order of the questions, or - for stdout"
     parser.add_argument("--out", type=Path, required=True, metavar="ANSWERS.jsonl", help=out)
     start = "where relative image paths start (default: the current folder)"
