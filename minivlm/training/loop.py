@@ -33,6 +33,7 @@ from minivlm.training.recipe import Recipe, Step
 from minivlm.training.rows import Row, fingerprint
 
 STATE, LOG = "state.pt", "log.jsonl"
+RESULTS = ("config.json", adapters.CONFIG)  # what `save` writes a model or an adapter around
 PARTS = "state-"  # folders with the state of a model that is cut among processes
 Loss = Callable[[Any, Any], tuple[Tensor, int]]  # of a model and a batch: see `token_loss`
 
@@ -207,6 +208,13 @@ class _Run:
         state, log = self.out / STATE, self.out / LOG
         if not resume and (state.exists() or log.exists()):
             raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is a file; name a folder for the result")
+        made = [name for name in RESULTS if (self.out / name).exists()]
+        if made and not (state.exists() or log.exists()):
+            raise ValueError(
+                f"{self.out} holds a model already ({made[0]}), which no run here made; name another folder"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         journal.finish(self.out)  # a save that a kill has stopped halfway
         for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:

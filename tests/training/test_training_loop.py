@@ -297,6 +297,17 @@ def test_a_run_that_is_there_is_not_overwritten(tiny: Any, tmp_path: Path) -> No
         next(loop.finetune(fresh(tiny), tiny[1], again, recipe, tmp_path, resume=True))
 
 
+def test_a_model_that_is_there_is_not_overwritten(tiny: Any, tmp_path: Path) -> None:
+    recipe, file = Recipe(batch=2, accumulate=1, steps=2), tmp_path / "file"
+    (tmp_path / "config.json").write_text("{}")
+    file.write_text("")
+    for resume in (False, True):
+        for out, words in ((tmp_path, "holds a model already"), (file, "is a file")):
+            with pytest.raises(ValueError, match=words):
+                next(loop.finetune(fresh(tiny), *tiny[1:], recipe, out, resume=resume))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "file"}
+
+
 def copied(value: Any) -> Any:
     """Messages with images of their own, elsewhere in memory."""
     if isinstance(value, Image.Image):
