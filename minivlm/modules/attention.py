@@ -110,7 +110,7 @@ def attention(
 
     `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here; ValueError for another name.
     """
-    kernels = attending.kernels(q, k, v, mask)  # of ours that could serve this call
+    kernels = attending.kernels(q, k, v, mask) if q.is_cuda or attn_implementation == "triton" else ("attention",)
     chosen = "eager" if attention_taps else choose_implementation(attn_implementation, q, kernels[0])
     if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled) and attending.work(kernels, q):
         return attending.run(kernels[0], q, k, v, mask, scale)
