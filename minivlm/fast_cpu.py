@@ -77,15 +77,15 @@ def pays() -> bool:
 def suits_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear_in_fp32` serves these: many rows of a dtype that this processor has no products in."""
     return (
-        x.dtype == torch.bfloat16
-        and x.numel() >= MANY * weight.shape[1]
+        not processor.multiplies(x.dtype)
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
         and x.is_cpu
         and weight.is_cpu
         and x.dtype == weight.dtype
-        and not processor.multiplies(x.dtype)
         and not torch.is_autocast_enabled("cpu")
         and addresses.addressable(x, weight, bias)
+        and x.numel() >= MANY * weight.shape[1]
     )
 
 

@@ -196,11 +196,17 @@ def start() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def share(model: nn.Module, plan: Any, format: Any) -> dict[str, Share]:
-    """Join the processes of torchrun and `cut` the model for this one. format: in which weights will be quantised."""
+def share(model: nn.Module, plan: Any, format: Any, mesh: Any = None) -> dict[str, Share]:
+    """Join the processes of torchrun and `cut` the model for this one. format: in which weights will be quantised.
+
+    mesh: of the processes that share the model, where these are not all."""
     if plan != "auto":
         raise ValueError(f'tp_plan={plan!r:.80} is not supported; pass "auto": parallel.CUTS says what is cut')
-    return cut(model, *start(), block_of(format))
+    if mesh is None:
+        return cut(model, *start(), block_of(format))
+    if getattr(mesh, "ndim", None) != 1:
+        raise ValueError("device_mesh should be a DeviceMesh of one dimension; of a larger one pass a part, mesh['tp']")
+    return cut(model, mesh.get_local_rank(), mesh.size(), block_of(format))
 
 
 def agreed(value: Any, group: Any = None) -> Any:

@@ -7,8 +7,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ DATA = Path(__file__).parent / "data"
 HUB = DATA / "hub" / "HuggingFaceM4"
 LLAVA = HUB.parent / "llava-hf"
 PHOTOGRAPHS = sorted(path.name for path in (DATA / "images").iterdir() if path.suffix in (".jpg", ".png"))
+CHROMIUM = Path("/usr/bin/chromium")
 SHARED = Path(__file__).parents[2] / "shared" / "hub" / "llava-hf"  # beside the repository; see `llava`
 
 
@@ -104,3 +106,15 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def pictures() -> Path:
     """The folder of test photographs."""
     return HUB.parents[1] / "images"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser, for pages."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield running
+        running.close()

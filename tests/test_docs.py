@@ -15,7 +15,7 @@ from minivlm.app.cli import VERBS, parser_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = [page for page in PAGES if page.stem in ("README", "start", "inside", "research")]
+SCRIPTS = [page for page in PAGES if page.stem in ("README", "start", "inside", "research", "transformers")]
 
 
 @pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.stem)

@@ -50,6 +50,7 @@ MAY_IMPORT = {
         "minivlm.checkpoint",
         "minivlm.families",
         "minivlm.modules",
+        "minivlm.parallel",
         "minivlm.processing",
         "minivlm.quantization",
         "minivlm.text",

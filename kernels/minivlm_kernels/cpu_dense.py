@@ -16,18 +16,18 @@ from minivlm_kernels import addresses, compiled, processor
 SOURCE = Path(__file__).with_suffix(".c")
 # dtype → (least elements of a weight that repay the call, most rows of x for which it is faster than torch).
 WORTH = {torch.float32: (2**17, 1), torch.bfloat16: (2**13, 8)}
-NEVER = (2**62, 0)
+NEVER = (float("inf"), 0)
 MOST_NUMBERS = 2**18  # of x: for more, starting torch's threads pays off
 
 
 def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `dense_rows` serves x (…, K), weight (N, K) and bias (N,): few rows, a weight worth it, and `suits`."""
-    large, few = WORTH.get(x.dtype, NEVER)  # first, for between small layers a question costs as much as an operator
-    if weight.numel() < large or x.numel() > few * weight.shape[-1] or not suits(x, weight):
+    large, few = WORTH.get(x.dtype, NEVER)  # sizes first: most calls end here, and each check costs a little
+    if weight.numel() < large or x.numel() > few * weight.shape[1]:
         return False
-    if not (bias is None or (bias.dtype == x.dtype and addresses.addressable(bias))):
+    if not suits(x, weight) or not (bias is None or (bias.dtype == x.dtype and addresses.addressable(bias))):
         return False
-    return x.dtype != torch.float32 or not processor.abilities().fp32_row_in_torch
+    return x.dtype == torch.bfloat16 or not processor.abilities().fp32_row_in_torch
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:

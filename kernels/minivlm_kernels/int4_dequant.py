@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm_kernels.launching import DTYPES, Launch, check_device, check_exact, check_one_device, jit, run
+from minivlm_kernels.launching import FLOATS, Launch, check_device, check_exact, check_one_device, jit, run
 
 try:
     import triton
@@ -196,7 +196,7 @@ class Packed:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(N, K) in `dtype`, rounded once, from float32."""
-        if dtype not in DTYPES:
+        if dtype not in FLOATS:
             raise ValueError(f"weights can be dequantised to float16, bfloat16 or float32, not to {dtype}")
         check_device("dequantisation by these kernels", self.qweight)
         out = torch.empty(self.shape, dtype=dtype, device=self.qweight.device)
@@ -290,7 +290,7 @@ def affine(qweight: Tensor, scales: Tensor, zeros: Tensor, group_size: int, shap
         raise ValueError(f"group_size should be 32, 64 or 128, found {group_size}")
     groups = -(-K // group_size)
     _check_tensor("qweight", qweight, (N, -(-K // 2)), (torch.uint8,))
-    _check_tensor("scales", scales, (N, groups), DTYPES)
+    _check_tensor("scales", scales, (N, groups), FLOATS)
     _check_tensor("zeros", zeros, (N, groups), (torch.uint8,))
     check_one_device("a weight and its scales", qweight, scales, zeros)
     return Packed(qweight, scales, (N, K), group_size, zeros=zeros)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from minivlm_kernels.int4_dequant import Packed, affine, load_chunks, table
-from minivlm_kernels.launching import DTYPES, Launch, check_device, jit, run
+from minivlm_kernels.launching import FLOATS, Launch, check_device, jit, run
 
 try:
     import triton
@@ -63,14 +63,6 @@ MATMUL = {
     128: Tile(128, 128, 64, 8, 3, 128),
 }
 MATMUL_FP32 = {16: Tile(16, 32, 64, 4, 2, 256), 64: Tile(64, 32, 32, 4, 2, 256)}  # no tensor cores, twice the bytes
-
-# ---- Reference -------------------------------------------------------------------------------------------------------
-
-
-def matmul_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product in plain PyTorch; `weight` is (N, K) from `nf4_reference` or `int4_reference`."""
-    return F.linear(x, weight.to(x.dtype), bias)
-
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
 
@@ -205,7 +197,7 @@ def _matmul(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     dtype = str(x.dtype).removeprefix("torch.")
     if x.ndim < 1 or x.shape[-1] != K:
         raise ValueError(f"x should have {K} columns, the weight's in_features, found shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in FLOATS:
         raise ValueError(f"x should be float16, bfloat16 or float32, found {dtype}")
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         found = f"{tuple(bias.shape)} of {str(bias.dtype).removeprefix('torch.')}"

@@ -16,7 +16,7 @@ try:
 except ImportError:  # the references work without it
     triton = None
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 128  # of an attention head
 LOG2_E = 1.4426950408889634  # the hardware's exponential is 2^x
 if triton is not None:
@@ -83,7 +83,7 @@ def check_heads(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
     if D % 8 or D > MAX_WIDTH:
         raise ValueError(f"the head width should be a multiple of 8 up to {MAX_WIDTH}, found {D}")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v should all be fp16, bf16 or fp32, found {q.dtype}, {k.dtype}, {v.dtype}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not is_aligned(tensor):

@@ -155,9 +155,8 @@ class Chat:
             )
         if settings.get("max_length") is not None:
             raise ValueError("max_length would count the whole conversation; pass max_new_tokens, which counts answers")
-        configs = (settings.get("generation_config"), self.model.generation_config)
-        found = [settings.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs)]
-        wanted = next((value for value in found if value is not None), NEW_TOKENS)
+        wanted = setting_of(self.model, settings, "max_new_tokens")
+        wanted = NEW_TOKENS if wanted is None else wanted
         check("max_new_tokens", wanted, is_whole(wanted, 1), "an integer > 0")
         return min(wanted, limit - length)
 
@@ -204,7 +203,7 @@ class Chat:
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **images}
         if (setting_of(self.model, settings, "num_beams") or 1) > 1:
             # the answer is known at the end of the search; this cache keeps the prompt, beams go on in copies of it
-            found = loop.generate(self.model, ids, **inputs, **{**settings, "return_dict_in_generate": True})
+            found = loop.generate(self.model, ids, **inputs, **settings | {"return_dict_in_generate": True})
             steps, ended = iter(found.sequences[:, ids.shape[1] :].T), found
         else:
             steps = ended = loop.stream(self.model, ids, **inputs, **settings)

@@ -21,6 +21,7 @@ VERBS = {
     "ask": "minivlm.app.verbs.ask",
     "chat": "minivlm.app.verbs.chat",
     "batch": "minivlm.app.verbs.batch",
+    "rank": "minivlm.app.verbs.rank",
     "inspect": "minivlm.app.verbs.inspect",
     "explain": "minivlm.app.verbs.explain",
     "demo": "minivlm.app.verbs.demo",

@@ -19,12 +19,20 @@ from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.tokenizer import Tokenizer
 from minivlm.training import adapters, targets
 
-# The sizes of a part that are worth showing, and what to call them.
+# The sizes of a part that are shown → their names.
 SIZES = {
-    **{"num_hidden_layers": "layers", "resampler_depth": "layers", "hidden_size": "width", "intermediate_size": "MLP"},
-    **{"num_attention_heads": "heads", "resampler_n_heads": "heads", "num_key_value_heads": "KV heads"},
-    **{"resampler_n_latents": "latents", "image_size": "image", "patch_size": "patch", "vocab_size": "vocabulary"},
-    **{"sliding_window": "window"},
+    "num_hidden_layers": "layers",
+    "resampler_depth": "layers",
+    "hidden_size": "width",
+    "intermediate_size": "MLP",
+    "num_attention_heads": "heads",
+    "resampler_n_heads": "heads",
+    "num_key_value_heads": "KV heads",
+    "resampler_n_latents": "latents",
+    "image_size": "image",
+    "patch_size": "patch",
+    "vocab_size": "vocabulary",
+    "sliding_window": "window",
 }
 BYTES = {"float32": 4, "bfloat16": 2}
 

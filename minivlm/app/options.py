@@ -70,6 +70,18 @@ def model_name(arguments: argparse.Namespace) -> str:
     return arguments.model or DEFAULT_MODEL
 
 
+def check_question(question: str) -> None:
+    """UsageError if the last word cannot have been meant as the question."""
+    from minivlm.app.images import looks_like_image
+
+    if os.path.isfile(question):
+        raise UsageError(f"the last argument is the question, but {question!r} is a file")
+    if question == "-" or looks_like_image(question):
+        raise UsageError(f"the last argument is the question, and {question!r} looks like an image")
+    if not question.strip():
+        raise UsageError("the question is empty")
+
+
 def check_name(name: str) -> None:
     """ValueError with a suggestion for a name without a slash that is neither a folder nor built in."""
     from minivlm.auto import PRESETS

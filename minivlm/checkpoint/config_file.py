@@ -3,6 +3,7 @@
 Real files leave most fields out, and spell some in several ways. What a forward pass needs is in the dataclasses alone.
 """
 
+import json
 import math
 import types
 import typing
@@ -102,7 +103,9 @@ class ModelConfig(Config):
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     preferred: ClassVar[dict[str, dict[str, Any]]] = {}
+    settable: ClassVar[frozenset[str]] = Config.settable | {"_attn_implementation"}
     _attn_implementation: ClassVar[str | None] = None  # as last set by `set_attn_implementation`
+    use_cache = True  # no field, and nothing here reads it: training scripts set it, `generate` has its own
 
     def __post_init__(self) -> None:
         for name in parts(type(self)):
@@ -134,6 +137,24 @@ class ModelConfig(Config):
         return {**to_hub(self), "model_type": self.model_type, "architectures": [self.architecture]}
 
     to_dict = to_hub
+
+    def to_json_string(self) -> str:
+        """`to_hub()` as a config.json holds it."""
+        return json.dumps(self.to_hub(), indent=2, sort_keys=True) + "\n"
+
+    @property
+    def torch_dtype(self) -> str | None:
+        """The older word for `dtype`."""
+        return self.dtype
+
+    def get_text_config(self, decoder: bool = False) -> Config:
+        """The text part; IDEFICS keeps its fields in the whole."""
+        return getattr(self, "text_config", self)
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Set several attributes. AttributeError for one that a model is built from."""
+        for name, value in values.items():
+            setattr(self, name, value)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> Self:

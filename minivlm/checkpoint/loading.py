@@ -27,7 +27,7 @@ from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
 from minivlm.checkpoint.names import is_ignored, local_name, tied
-from minivlm.checkpoint.saving import push_to_hub, save_pretrained  # noqa: F401  (for model classes)
+from minivlm.checkpoint.saving import save_pretrained  # noqa: F401  (for model classes)
 from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.generation.settings import GenerationConfig
@@ -35,13 +35,13 @@ from minivlm.modules.config import text_config
 from minivlm.quantization import apply
 from minivlm.quantization.arrival import Arrival, choose
 from minivlm.quantization.config import BitsAndBytesConfig
+from minivlm.quantization.formats import DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
 Places = dict[str, list[tuple[Any, str]]]  # our name of a tensor → files that hold it, with its name there
 Shapes = dict[str, tuple[int, ...] | None]
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def from_pretrained(
@@ -66,6 +66,7 @@ def from_pretrained(
     fast_cpu: bool = True,
     adapter: str | Path | None = None,
     tp_plan: str | None = None,
+    device_mesh: Any = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -94,6 +95,7 @@ def from_pretrained(
     such a folder loads the one that it was trained on, and itself.
     fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
     tp_plan="auto": under torchrun, cut the model among all processes (`minivlm.parallel`); each reads its share alone.
+    device_mesh: among those of this one-dimensional torch DeviceMesh.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
     Other options of `transformers` are accepted where they change nothing here (`options.LOADING`).
 
@@ -120,7 +122,7 @@ def from_pretrained(
     with torch.device("meta"), _NothingDrawn():
         model = build()
     adapter = adapter or (name_or_folder if files.base else None)
-    if adapter is not None and tp_plan is not None:
+    if adapter is not None and (tp_plan is not None or device_mesh is not None):
         raise ValueError("an adapter cannot be put on a model that several devices share; merge it first")
     attach = _adapter(model, adapter, files)
     shards = weight_files(files)
@@ -129,7 +131,9 @@ def from_pretrained(
     allowed = Allowed(_patterns(new), _patterns(unused), ignore_mismatched_sizes)
     with hub.blame(files.name):
         arrival = choose(files.json(hub.CONFIG).get("quantization_config"), asked)
-        shares = {} if tp_plan is None else parallel.share(model, tp_plan, arrival and arrival.config.format)
+        shares = {}
+        if tp_plan is not None or device_mesh is not None:
+            shares = parallel.share(model, tp_plan or "auto", arrival and arrival.config.format, device_mesh)
         places = _place(model, device_map, max_memory, wanted, arrival)
         if shares and not places.is_single:
             raise ValueError("with tp_plan each process has one device; pass that as device_map=, or none")
@@ -139,11 +143,13 @@ def from_pretrained(
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
     model.name_or_path = (files.base or files).name
+    if attention:
+        model.set_attn_implementation(attention)  # so that the config says it too
     attach(model)
     if fast_cpu and places.home.type == "cpu" and places.is_single:
         faster.apply(model)
     if shares:
-        parallel.connect(model)
+        parallel.connect(model, None if device_mesh is None else device_mesh.get_group())
     if not places.is_single:
         placement.connect(model, places)
     return model.eval()

@@ -19,7 +19,7 @@ def explain(model: nn.Module, inputs: dict[str, Any], rerun: Callable[[], Any]) 
     """
     for name, value in inputs.items():
         if not _are_finite(value):
-            return f"{name} already contains NaN or infinity"
+            return f"{name} holds NaN or infinity"
     overflow = f"weights or activations overflow; {REMEDY}, and check the inputs for NaN"
     return first_not_finite(model, rerun) or overflow
 
@@ -54,7 +54,7 @@ def _blame(name: str, module: nn.Module, given: Any, dtype: torch.dtype) -> str:
     """The fault of a module or of its input; `dtype` is that of its output."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if not _are_finite([own, getattr(module, "tensors", own)]):  # a quantised layer's scales
-        return f"the weights of {name} contain NaN or infinity; `minivlm inspect MODEL --check` lists all of them"
+        return f"the weights of {name} hold NaN or infinity; `minivlm inspect MODEL --check` lists all of them"
     largest = max((x.abs().max().item() for x in _floats(given) if x.numel()), default=0.0)
     blamed = f"{name}, whose inputs reach {largest:.3g}"
     if dtype == torch.float16:

@@ -1,4 +1,4 @@
-"""What the three models share that is not architecture: outputs, the loss, and the base class with loading, saving and
+"""Code the three models share that is not architecture: outputs, the loss, and the base class with loading, saving and
 generation. `tools.py` adds to the base class what other libraries' training and evaluation code calls.
 
 B batch, T tokens, C text width, V vocabulary.
@@ -19,7 +19,7 @@ from minivlm.modules.cache import KVCache
 
 
 class Output(dict):
-    """What a forward pass returns, under the names and in the order of the reference; None where a call did not ask.
+    """The outputs of a forward pass, with the reference's names and order; None for those not requested.
 
     `output.loss`, `output["loss"]` and, as in a tuple of what there is, `output[0]`.
     """
@@ -30,7 +30,7 @@ class Output(dict):
     past_key_values: KVCache | None
     hidden_states: tuple[Tensor, ...] | None  # of the decoder: embeddings and each block, (B, T, C) each
     attentions: tuple[Tensor, ...] | None  # of each decoder block: (B, H, T, S)
-    image_hidden_states: Tensor | None  # the images' vectors, as the decoder gets them
+    image_hidden_states: Tensor | None  # the images' vectors, as given to the decoder
 
     def __init__(self, values: dict[str, Any] | None = None, **more: Any) -> None:
         for name, value in {**(values or {}), **more}.items():
@@ -49,7 +49,7 @@ class Output(dict):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """All that there is, in order."""
+        """All outputs that are not None, in order."""
         return tuple(self.values())
 
 
@@ -68,14 +68,14 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor |
 
 
 class VisionLanguageModel(nn.Module):
-    """Base of all models: with a head, around a `model`; and without one, with a `decoder` of their own."""
+    """Base of all models: those with a head contain a `model`, those without contain a `decoder`."""
 
     config_class: ClassVar[Any]
     hub_prefixes: ClassVar[dict[str, str]] = {}  # prefixes of names in files → here
-    hub_ignored: ClassVar[dict[str, str]] = {}  # patterns of names in files that are not needed → why
-    prompt_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of `forward` that enter with the prompt and never later
-    hub_root: ClassVar[str] = ""  # of a model without a head: what its names in the files of a whole model begin with
-    tied_weights: ClassVar[dict[str, str]] = {}  # a head's parameter → the table that it is, with tie_word_embeddings
+    hub_ignored: ClassVar[dict[str, str]] = {}  # patterns of unneeded names in files → why
+    prompt_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of `forward` that only the prompt has
+    hub_root: ClassVar[str] = ""  # prefix of a headless model's names in the files of a whole model
+    tied_weights: ClassVar[dict[str, str]] = {}  # a head's parameter → the table it shares with tie_word_embeddings
 
     from_pretrained = classmethod(loading.from_pretrained)
     save_pretrained = loading.save_pretrained
@@ -97,12 +97,12 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The model's device."""
         return self.decoder.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in; its quantised layers may store their weights in another."""
+        """The dtype the model computes in; quantised layers may store their weights in another."""
         return self.decoder.norm.weight.dtype
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
@@ -110,7 +110,7 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.new_cache(batch, slots, self.device, self.dtype)
 
     def growing_cache(self, inputs_embeds: Tensor, use_cache: bool | None) -> KVCache | None:
-        """With use_cache=True, a cache for these (B, T, C) and whatever comes after them."""
+        """With use_cache=True, a growing cache for these (B, T, C) and later tokens."""
         if not use_cache:
             return None
         cache = self.new_cache(*inputs_embeds.shape[:2])
@@ -118,7 +118,7 @@ class VisionLanguageModel(nn.Module):
         return cache
 
     def tie_weights(self) -> None:
-        """The head reads the embedding table, where the config says so. No released checkpoint here does."""
+        """Share the embedding table with the head if the config requests it; no released checkpoint does."""
         for name, table in self.tied_weights.items() if self.config.tie_word_embeddings else ():
             head, _, leaf = name.rpartition(".")
             if (layer := getattr(self, head)) is not None:

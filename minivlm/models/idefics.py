@@ -37,7 +37,7 @@ Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated 
 
 @dataclass
 class PerceiverConfig(Config):
-    """Sizes of the perceiver resampler, in the Hub's words; its width is that of the vision tower."""
+    """Sizes of the perceiver resampler, under the Hub's names; its width is that of the vision tower."""
 
     resampler_n_latents: int = 64
     resampler_depth: int = 6
@@ -47,7 +47,7 @@ class PerceiverConfig(Config):
 
 
 class PerceiverAttention(nn.Module):
-    """The latents attend to the patches and to themselves; both are normalised first, apart. No biases in the maps."""
+    """The latents attend to the patches and to themselves, each after its own norm. No biases in the projections."""
 
     def __init__(self, config: PerceiverConfig, width: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class PerceiverAttention(nn.Module):
         q = self.q_layer_norm(self.q_proj(latents).unflatten(-1, heads).transpose(1, 2))  # (n, H, Q, D)
         k = self.k_layer_norm(self.k_proj(everything).unflatten(-1, heads).transpose(1, 2))  # (n, H, P + Q, D)
         v = self.v_proj(everything).unflatten(-1, heads).transpose(1, 2)
-        # Not `attention`, whose softmax is in fp32: the reference scales q first and stays in the model's dtype.
+        # Not `attention`, whose softmax is in fp32: the reference scales q first and keeps the model's dtype.
         scores = (q * self.head_dim**-0.5) @ k.transpose(2, 3)  # (n, H, Q, P + Q)
         weights = tapped((scores - scores.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1))
         return self.output_proj((weights @ v).transpose(1, 2).flatten(2))
@@ -112,13 +112,13 @@ class PerceiverResampler(nn.Module):
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
-# What `freeze_…_module_exceptions` can name. RMSNorm is none of these, as in the reference.
+# Names in `freeze_…_module_exceptions`. RMSNorm is not among them, as in the reference.
 FREEZE_EXCEPTIONS = {"LayerNorm": nn.LayerNorm, "Linear": nn.Linear, "Embedding": nn.Embedding}
 
 
 @dataclass
 class IdeficsVisionConfig(VisionConfig):
-    """The tower's class defaults: ViT-H in all but its width, which every checkpoint gives as `embed_dim` (1280)."""
+    """The tower's class defaults: ViT-H except its width, which every checkpoint gives as `embed_dim` (1280)."""
 
     hub_names: ClassVar[dict[str, str]] = {"hidden_size": "embed_dim"}
     hub_type: ClassVar[str] = "idefics_vision"
@@ -147,13 +147,13 @@ class IdeficsConfig(ModelConfig):
     vision_config: IdeficsVisionConfig = field(default_factory=IdeficsVisionConfig)
     perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
     use_resampler: bool = False
-    cross_layer_interval: int = 1  # a gated block before every so many-th decoder block, the first included
+    cross_layer_interval: int = 1  # decoder blocks per gated block, which comes before them
     qk_layer_norms: bool = False  # in gated blocks only
-    alpha_type: str = "float"  # one gate for all channels, or "vector": one for each
+    alpha_type: str = "float"  # one gate for all channels, or "vector": one per channel
     alpha_initializer: str = "zeros"
     alphas_initializer_range: float = 0.0
     vocab_size: int = 32000
-    additional_vocab_size: int = 0  # tokens after the vocabulary, with tables of their own
+    additional_vocab_size: int = 0  # tokens after the vocabulary, with separate tables
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
@@ -181,7 +181,7 @@ class IdeficsConfig(ModelConfig):
             if unknown := set(getattr(self, name)) - set(FREEZE_EXCEPTIONS):
                 raise ValueError(f"{name} knows {', '.join(FREEZE_EXCEPTIONS)}; found {sorted(unknown)}")
         super().__post_init__()
-        _ = self.decoder  # which checks its fields
+        _ = self.decoder  # this checks its fields
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -210,7 +210,7 @@ class CrossAttention(nn.Module):
         self.k_layer_norm = norm(self.head_dim, config.rms_norm_eps)
 
     def keys_values(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """vectors (B, N·Q, Cv) → keys and values (B, H, N·Q, D) each: all that is ever needed of the images."""
+        """vectors (B, N·Q, Cv) → keys and values (B, H, N·Q, D) each: all that the block needs of the images."""
         k = self.k_proj(vectors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(vectors).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self.k_layer_norm(k), v
@@ -223,7 +223,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Cross-attention, then an MLP, each behind its own gate (Flamingo, section 3.2).
+    """Cross-attention, then an MLP, each with its own gate (Flamingo, section 3.2).
 
     The MLP also runs for tokens, and whole prompts, that attend to no image.
     """
@@ -247,7 +247,7 @@ class GatedBlock(nn.Module):
 
 
 def _alpha(config: IdeficsConfig) -> nn.Parameter:
-    """A gate's α as it starts. (The reference fails for random ones of type "float".)"""
+    """A gate's initial α. (The reference fails for random ones of type "float".)"""
     shape = (1,) if config.alpha_type == "float" else (1, 1, config.hidden_size)
     if config.alpha_initializer in ("zeros", "ones"):
         return nn.Parameter(torch.full(shape, float(config.alpha_initializer == "ones")))
@@ -257,7 +257,7 @@ def _alpha(config: IdeficsConfig) -> nn.Parameter:
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
 
-# Prefixes of names in files → here: of whole models (transformers 4 and 5 write them alike), and of those without head.
+# Prefixes of names in files → here: of whole models (transformers 4 and 5 write the same), and of those without head.
 HUB_PREFIXES = {
     "model.embed_tokens.additional_embedding.": "model.additional_embedding.",
     "model.embed_tokens.": "model.text_model.embed_tokens.",
@@ -278,7 +278,7 @@ OLD_BUFFERS = {
 
 
 class IdeficsModel(base.VisionLanguageModel):
-    """Vision tower, resampler, decoder with gated blocks in between: everything but the heads that make logits."""
+    """Vision tower, resampler, decoder with gated blocks in between: everything except the heads."""
 
     config_class = IdeficsConfig
     hub_root = "model."
@@ -318,7 +318,7 @@ class IdeficsModel(base.VisionLanguageModel):
     def encode(
         self, name: str, images: Tensor, seen: Tensor, interpolate: bool, attn_implementation: str | None
     ) -> Tensor:
-        """The images' vectors (B, N, Q, Cv), from what the argument of this name holds. seen: (B, T, N) bool.
+        """The images' vectors (B, N, Q, Cv), from the argument `name`. seen: (B, T, N) bool.
 
         Images that no token attends to, such as those that fill up rows with fewer, do not go through the tower: their
         vectors are zeros, and only one each where no token attends to any.
@@ -346,8 +346,8 @@ class IdeficsModel(base.VisionLanguageModel):
         interpolate: bool,
         attn_implementation: str | None,
     ) -> tuple[Tensor | None, Pairs, Tensor]:
-        """What the tokens x (B, T, C) can attend to: the images' vectors (B, N, Q, Cv) or None from the cache, their
-        keys and values (B, H, N·Q, D) for each gated block, and which of the images each token sees, (B, T, N) bool.
+        """The images for the tokens x (B, T, C): their vectors (B, N, Q, Cv) or None if cached, their keys and values
+        (B, H, N·Q, D) for each gated block, and which of the images each token attends to, (B, T, N) bool.
 
         given: the three arguments that may hold images. mask: image_attention_mask.
         """
@@ -381,22 +381,22 @@ class IdeficsModel(base.VisionLanguageModel):
         logits_to_keep: int = 0,
         attn_implementation: str | None = None,
     ) -> base.Output | tuple:
-        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and what else is asked for.
+        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and other requested outputs.
 
         input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        position_ids: (B, T); None counts the real tokens of attention_mask, or all where there is no mask.
+        position_ids: (B, T); None counts the real tokens of attention_mask, or all without a mask.
         past_key_values: a cache from `new_cache`, extended in place; use_cache=True makes one that grows. It also keeps
-        the images that the last token attends to: a call without images goes on with these.
+        the images that the last token attends to, for later calls without images.
         pixel_values: (B, N, 3, height, width), or instead image_encoder_embeddings: (B, N, P, Cv), last states of
         `model.vision_model`, or perceiver_embeddings: (B, N, Q, Cv), an earlier call's `image_hidden_states`, where
         images that no token attended to are zeros.
-        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token attends to this image. Rows that are
-        missing at the end are like the last one.
+        image_attention_mask: (B, T, N), or (B, cached + T, N), 1 = this token attends to this image. Missing rows
+        at the end equal the last one.
         interpolate_pos_encoding: stretch the tower's positions to images of another size.
-        output_hidden_states: what enters the first decoder block (after the first gated one, as in the reference) and
-        leaves every decoder block, the last one normalised. output_attentions: of the decoder blocks.
+        output_hidden_states: the input of the first decoder block (after the first gated one, as in the reference) and
+        the output of every decoder block, the last one normalised. output_attentions: of the decoder blocks.
 
-        Raises ValueError where the shapes do not fit, or images or their mask are missing.
+        Raises ValueError if the shapes do not fit, or images or their mask are missing.
         """
         base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
         attn = attn_implementation or self.attn_implementation
@@ -426,7 +426,7 @@ class IdeficsModel(base.VisionLanguageModel):
             if index == 0 and states is not None:
                 states.append(x)
             if block is self.text_model.layers[-1] and states is None and weights is None:
-                mask = mask.of_last(logits_to_keep)  # the last block computes only the positions that are wanted
+                mask = mask.of_last(logits_to_keep)  # the last block computes only the requested positions
             with weights_into(weights):
                 x = block(x, cos, sin, mask, cache, index, attn)
             if states is not None:
@@ -446,7 +446,7 @@ class IdeficsModel(base.VisionLanguageModel):
         return output.to_tuple() if return_dict is False else output
 
     def _checked(self, given: dict[str, Tensor], rows: int) -> tuple[str, Tensor]:
-        """Name and content of the one argument that holds the images."""
+        """Name and value of the one argument that holds the images."""
         if len(given) != 1:
             raise ValueError(
                 "pass exactly one of pixel_values, image_encoder_embeddings and perceiver_embeddings, found "
@@ -464,7 +464,7 @@ class IdeficsModel(base.VisionLanguageModel):
 
 
 def _positions(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
-    """(B or 1, T). Of the three families' references only this one derives them from the mask; padding gets 1."""
+    """(B or 1, T). Only this family's reference derives them from the mask; padding gets 1."""
     if attention_mask is None:
         return torch.arange(past, past + x.shape[1], device=x.device)[None]
     counted = attention_mask.long().cumsum(1) - 1
@@ -491,14 +491,14 @@ def _seen(mask: Tensor | None, number: int, x: Tensor, past: int) -> Tensor:
 
 
 def _latest(cross: Pairs, seen: Tensor) -> tuple[Pairs, Tensor]:
-    """What the cache keeps: keys and values of the images that the last token attends to, as new tokens will too.
+    """The part the cache keeps: keys and values of the images that the last token attends to, as will new tokens.
 
-    That is one image, as a rule, however many there are: a decode step costs the same after 16 as after 1.
+    Usually that is one image, so a decode step costs the same after 16 images as after 1.
     cross (B, H, N·Q, D), seen (B, T, N) → (B, H, M·Q, D), (B, 1, M), M the most images of a row, or 1.
     """
     last = seen[:, -1:]  # (B, 1, N)
     most = max(1, int(last.sum(dim=2).max()))
-    order = last.int().argsort(dim=2, descending=True, stable=True)[:, :, :most]  # (B, 1, M): the seen ones first
+    order = last.int().argsort(dim=2, descending=True, stable=True)[:, :, :most]  # (B, 1, M): attended images first
 
     def kept(tensor: Tensor) -> Tensor:
         images = tensor.unflatten(2, (seen.shape[2], -1))  # (B, H, N, Q, D)
@@ -518,7 +518,7 @@ def _sight(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
 
 
 def _freeze(module: nn.Module, exceptions: tuple[str, ...] = ()) -> None:
-    """Training leaves the parameters of `module` alone, except those of the layers named (`FREEZE_EXCEPTIONS`)."""
+    """Exclude the parameters of `module` from training, except those of the named layers (`FREEZE_EXCEPTIONS`)."""
     trained = tuple(FREEZE_EXCEPTIONS[name] for name in exceptions)
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
@@ -585,7 +585,7 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
         """As `IdeficsModel.forward`, then logits (B, T or logits_to_keep, V + A) and, with labels, the loss.
 
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
+        logits_to_keep: compute logits only for the last so many tokens; 0 = all.
         """
         text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)

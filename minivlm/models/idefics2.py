@@ -6,15 +6,15 @@
                                               └─ Mistral decoder ─ logits
 
 What is special: an image keeps its aspect ratio, so the images of a batch differ in their number of patches; the
-resampler turns each, however large, into the same 64 vectors. With image splitting, its four quarters (crops) are sent
-along as images of their own.
+resampler turns each image of any size into 64 vectors. With image splitting, its four quarters (crops) are added as
+images of their own.
 
 B batch, T tokens, N images of a row, P patches, Q latents, Cv vision width, C text width, V vocabulary.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from minivlm.modules.siglip import SiglipVisionConfig, SiglipVisionTower
 
 @dataclass
 class PerceiverConfig(Config):
-    """Sizes of the perceiver resampler, in the Hub's words."""
+    """Sizes of the perceiver resampler, under the Hub's names."""
 
     multiples: ClassVar[dict[str, str]] = {"resampler_n_heads": "num_key_value_heads"}
 
@@ -63,7 +63,7 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, latents: Tensor, context: Tensor, mask: Mask, attn_implementation: str | None) -> Tensor:
         """latents (N, Q, C), context (N, P, C) → (N, Q, C)."""
-        everything = torch.cat([context, latents], dim=1)  # (N, P + Q, C): the mask counts in this order
+        everything = torch.cat([context, latents], dim=1)  # (N, P + Q, C): the order of the mask's keys
         q = self.q_proj(latents).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (N, H, Q, D)
         k = self.k_proj(everything).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (N, K, P + Q, D)
         v = self.v_proj(everything).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -72,7 +72,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """Latents and patches are normalised apart; what is appended to the patches are the normalised latents."""
+    """Latents and patches have separate norms; the normalised latents are appended to the patches."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -113,7 +113,8 @@ class PerceiverResampler(nn.Module):
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
-# What the model around it prefers over Mistral's class defaults.
+# Where no text config is given, as in the reference; one that is given has Mistral's own defaults. (The reference's
+# then has 32,000 tokens and no room for its image token.)
 TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 
 
@@ -123,11 +124,10 @@ class Idefics2Config(ModelConfig):
 
     model_type: ClassVar[str] = "idefics2"
     architecture: ClassVar[str] = "Idefics2ForConditionalGeneration"
-    preferred: ClassVar[dict[str, dict[str, Any]]] = {"text_config": TEXT}
 
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
     perceiver_config: PerceiverConfig = field(default_factory=PerceiverConfig)
-    text_config: DecoderConfig = field(default_factory=lambda: DecoderConfig(**TEXT))
+    text_config: DecoderConfig = field(default_factory=lambda: DecoderConfig(**TEXT, vocab_size=32003))
     image_token_id: int = 32001
     tie_word_embeddings: bool = False
     dtype: str | None = None  # of the stored weights
@@ -137,7 +137,7 @@ class Idefics2Config(ModelConfig):
         config_checks.token_in_vocabulary(self, "image_token_id")
         text = self.text_config
         if self.perceiver_config.hidden_size != text.hidden_size:
-            # As the reference: the class default was meant for the 8B model, so width and eps follow the text model.
+            # As in the reference: the class default is for the 8B model, so width and eps follow the text model.
             fitted = replace(self.perceiver_config, hidden_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
             object.__setattr__(self, "perceiver_config", fitted)
 
@@ -159,9 +159,9 @@ class Connector(nn.Module):
 
 
 class Idefics2Model(base.VisionLanguageModel):
-    """Vision tower, connector, merge, decoder: everything but the head that makes logits."""
+    """Vision tower, connector, merge, decoder: everything except the head."""
 
-    config_class = Idefics2Config  # the Hub, transformers 4 and transformers 5 use this file's names of tensors
+    config_class = Idefics2Config  # the Hub and transformers 4 and 5 all use this file's tensor names
     hub_root = "model."
 
     def __init__(self, config: Idefics2Config, attn_implementation: str | None = None) -> None:
@@ -180,9 +180,9 @@ class Idefics2Model(base.VisionLanguageModel):
     ) -> Tensor:
         """pixel_values (B, N, 3, height, width), pixel_attention_mask (B, N, height, width) → (real images, Q, C).
 
-        Rows with fewer images than others are filled up with empty ones, which are left out here: the mask shows them,
-        or, where there is none, they consist of zeros alone. Images whose real area has the same size go through the
-        tower together and without their padding; nothing would attend to a masked patch anyway.
+        Rows with fewer images are padded with empty ones, which are skipped: they are False in the mask, or without a
+        mask all zeros. Images whose real area has the same size run through the tower together, without their padding,
+        to which nothing would attend anyway.
         """
         if pixel_values.ndim != 5:
             raise ValueError(
@@ -210,7 +210,7 @@ class Idefics2Model(base.VisionLanguageModel):
 
     @staticmethod
     def _patch_masks(pixels: Tensor, pixel_mask: Tensor | None, patch: int) -> Tensor:
-        """(B·N, h, w) bool: a patch counts if all its pixels do; in an image that only fills up a row, none does."""
+        """(B·N, h, w) bool: a patch is real if all its pixels are; in an image that only pads a row, none is."""
         images, _, height, width = pixels.shape
         high, wide = height // patch, width // patch
         if pixel_mask is None:
@@ -245,15 +245,15 @@ class Idefics2Model(base.VisionLanguageModel):
         logits_to_keep: int = 0,
         attn_implementation: str | None = None,
     ) -> base.Output | tuple:
-        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and what else is asked for.
+        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and other requested outputs.
 
         input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
+        position_ids: (B, T); None counts from the cache's length on, padding included, as the reference does.
         past_key_values: a cache from `new_cache`, extended in place; use_cache=True makes one that grows.
         pixel_values: (B, N, 3, height, width); pixel_attention_mask: (B, N, height, width), 1 = real pixel.
         image_hidden_states: (images, Q, C) from an earlier call, instead of pixels.
 
-        Raises ValueError where the shapes do not fit, or images and image tokens do not match.
+        Raises ValueError if the shapes do not fit, or images and image tokens do not match.
         """
         base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
         base.exclude(0, pixel_values=pixel_values, image_hidden_states=image_hidden_states)
@@ -265,7 +265,7 @@ class Idefics2Model(base.VisionLanguageModel):
         if image_hidden_states is not None:
             inputs_embeds = self.merge(input_ids, inputs_embeds, image_hidden_states)
         cache = past_key_values or self.growing_cache(inputs_embeds, use_cache)
-        states = [] if output_hidden_states else None  # lists for the decoder to fill
+        states = [] if output_hidden_states else None  # lists that the decoder fills
         weights = [] if output_attentions else None
         x = self.text_model(
             inputs_embeds, attention_mask, position_ids, cache, attn, logits_to_keep, states, weights
@@ -281,7 +281,7 @@ class Idefics2Model(base.VisionLanguageModel):
 
 
 def _same_size(patch_masks: Tensor) -> dict[tuple[int, int], list[int]]:
-    """Indices of the images by the height and width of their real area in patches; those that fill up rows in none."""
+    """Indices of the images by height and width of their real area in patches; images that pad rows are left out."""
     highs = patch_masks.any(dim=2).sum(dim=1).tolist()
     wides = patch_masks.any(dim=1).sum(dim=1).tolist()
     groups = defaultdict(list)

@@ -6,11 +6,11 @@
     token ids ─ embedding ─ vectors replace the embeddings of the <image> tokens ◄─────────────────────────┘
                                               └─ Mistral, Llama or Qwen2 decoder ─ logits
 
-What is special: an image is seen twice ("anyres"), as a whole and in tiles of the same size, so CLIP, which takes
-336x336 pixels, sees details of larger images. Packing puts the tiles' features together as the image lies, cuts the
-black borders off and ends every row with a learned "newline"; `modules/anyres.py` draws it step by step.
+What is special: an image enters twice ("anyres"), as a whole and in tiles of the same size, so CLIP, which takes
+336x336 pixels, encodes details of larger images. Packing arranges the tiles' features as in the image, cuts off black
+borders and ends every row with a learned "newline"; `modules/anyres.py` draws it step by step.
 
-B batch, T tokens, N images in it, P patches of a tile, G along its side, Cv vision and C text width, V vocabulary.
+B batch, T tokens, N images in all, P patches of a tile, G along its side, Cv vision and C text width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from minivlm.modules.vision import VisionConfig
 
 
 class Projector(nn.Module):
-    """From vision width, of all the states that are used, to text width: linear, GELU, linear."""
+    """From vision width (times the number of states used) to text width: linear, GELU, linear."""
 
     def __init__(self, vision: int, text: int, hidden_act: str, bias: bool) -> None:
         super().__init__()
@@ -50,20 +50,20 @@ class Projector(nn.Module):
 
 @dataclass
 class LlavaVisionConfig(VisionConfig):
-    """CLIP's tower, or SigLIP's, which some fine-tuned models have."""
+    """CLIP's tower, or SigLIP's, as in some fine-tuned models."""
 
     model_type: str = "clip_vision_model"  # or "siglip_vision_model"
 
 
-# What all released checkpoints share: ViT-L/14 at 336 pixels.
+# The tower of all released checkpoints: ViT-L/14 at 336 pixels.
 VISION = LlavaVisionConfig(1024, 4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
-# Llama's 32000 tokens, <image>, and room up to a multiple of 64.
+# Llama's 32000 tokens and <image>, rounded up to a multiple of 64.
 TEXT = read_decoder({"model_type": "llama", "vocab_size": 32064})
 
 
 @dataclass
 class LlavaNextConfig(ModelConfig):
-    """The two parts, what is taken from the first, and the token whose embeddings the images' vectors replace."""
+    """The two parts, the features used from the first, and the token whose embeddings the images' vectors replace."""
 
     model_type: ClassVar[str] = "llava_next"
     architecture: ClassVar[str] = "LlavaNextForConditionalGeneration"
@@ -75,7 +75,7 @@ class LlavaNextConfig(ModelConfig):
     image_grid_pinpoints: list | tuple = anyres.PINPOINTS
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
-    vision_feature_layer: int | list | tuple = -2  # a hidden state of the tower, or several, joined channel by channel
+    vision_feature_layer: int | list | tuple = -2  # a hidden state of the tower, or several, concatenated
     vision_feature_select_strategy: str = "default"  # without the class token; "full" for SigLIP, which has none
     tie_word_embeddings: bool = False
     dtype: str | None = None  # of the stored weights
@@ -94,25 +94,25 @@ class LlavaNextConfig(ModelConfig):
         return super().from_hub({"image_token_index": given.get("image_token_id", cls.image_token_index), **given})
 
     def image_token_count(self, size: tuple[int, int]) -> int:
-        """Tokens that an image of this (height, width) takes in the prompt."""
+        """How many image tokens an image of this (height, width) becomes."""
         tile, patch = self.vision_config.image_size, self.vision_config.patch_size
         return anyres.image_token_count(size, self.image_grid_pinpoints, tile, patch)
 
     @property
     def class_token(self) -> bool:
-        """Whether the tower puts a class token in front of its patches."""
+        """Whether the tower puts a class token before its patches."""
         return self.vision_config.model_type == "clip_vision_model"
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """The hidden states of the tower that are used, as a tuple also where it is one."""
+        """The hidden states of the tower that are used, always as a tuple."""
         layer = self.vision_feature_layer
         return layer if isinstance(layer, tuple) else (layer,)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
-# Prefixes of names in files → here. Each part's first spelling is the one we write, which every version reads.
+# Prefixes of names in files → here. We write each part's first spelling, which every version reads.
 HUB_PREFIXES = {
     # on the Hub, and saved by transformers up to 4.51
     "language_model.model.": "model.language_model.",
@@ -120,16 +120,16 @@ HUB_PREFIXES = {
     "multi_modal_projector.": "model.multi_modal_projector.",
     "image_newline": "model.image_newline",
     "vision_tower.vision_model.": "model.vision_tower.",
-    # saved by transformers 5: the tower has lost a word. What it loads from elsewhere it saves as it found it
+    # saved by transformers 5, without `vision_model`; it saves checkpoints from elsewhere under their own names
     "vision_tower.": "model.vision_tower.",
-    # saved by transformers 4.52 to 4.57: names as here, but for the tower
+    # saved by transformers 4.52 to 4.57: names as here, except the tower's
     "model.vision_tower.vision_model.": "model.vision_tower.",
 }
 HUB_IGNORED = {r"(model\.)?vision_tower\.(vision_model\.)?head\..*": "SigLIP's pooling, which nothing here uses"}
 
 
 class LlavaNextModel(base.VisionLanguageModel):
-    """Vision tower, projector, packing, merge, decoder: everything but the head that makes logits."""
+    """Vision tower, projector, packing, merge, decoder: everything except the head."""
 
     config_class = LlavaNextConfig
     hub_root = "model."
@@ -157,12 +157,12 @@ class LlavaNextModel(base.VisionLanguageModel):
         attn_implementation: str | None = None,
         positions: Tensor | None = None,
     ) -> list[Tensor]:
-        """Each image's vectors, (its number of image tokens, C), for the N images of the batch in a flat row.
+        """Each image's vectors, (its number of image tokens, C), for the N images of the batch in a flat list.
 
-        pixel_values: (N, most tiles, 3, S, S) or a list of (tiles, 3, S, S), the base first; tiles after those that an
-        image has are filling and left out. Also all real tiles in a row, (tiles, 3, S, S).
-        image_sizes: (N, 2), each image's (height, width) in pixels as it came, from which the grid of tiles follows.
-        positions: (B, T) bool, the image tokens of the prompt, where known; they are counted before the tower runs.
+        pixel_values: (N, most tiles, 3, S, S) or a list of (tiles, 3, S, S), the base first; tiles beyond the
+        image's own are padding and ignored. Also all real tiles in one tensor, (tiles, 3, S, S).
+        image_sizes: (N, 2), each image's original (height, width) in pixels, which determines its grid of tiles.
+        positions: (B, T) bool, the image token positions if known; they are counted before the tower runs.
         """
         sizes = _sizes(image_sizes)
         if not sizes and not len(pixel_values):
@@ -175,7 +175,7 @@ class LlavaNextModel(base.VisionLanguageModel):
             words = ", ".join(f"{high}x{wide} pixels: {each[high, wide]}" for high, wide in sizes)
             base.check_positions(positions, sum(each[size] for size in sizes), f"its images ({words or 'none'})")
         states = self.vision_tower(tiles, self.config.feature_layers, attn_implementation)  # (tiles, 1 + P, Cv) each
-        # The class token goes, by a view as in the reference: in bf16 a linear map rounds otherwise on a copy.
+        # Drop the class token by a view, as in the reference: in bf16 a linear map rounds differently on a copy.
         patches = torch.cat(states, dim=-1)[:, int(self.config.class_token) :]  # (tiles, P, Cv · layers)
         projected = self.multi_modal_projector(patches).split(counts)  # (tiles, P, C) each
         return [self.pack(*image) for image in zip(projected, sizes, grids, strict=True)]
@@ -201,7 +201,7 @@ class LlavaNextModel(base.VisionLanguageModel):
         return torch.cat([image[:count].to(device) for image, count in zip(pixel_values, counts, strict=True)])
 
     def pack(self, tiles: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """The base's features as they are, then those of the other tiles, row by row of the whole image.
+        """The base's features unchanged, then those of the other tiles, row by row of the whole image.
 
         tiles: (1 + rows · columns, P, C), the base first; size: (height, width) in pixels; grid: (rows, columns).
         """
@@ -232,15 +232,15 @@ class LlavaNextModel(base.VisionLanguageModel):
         logits_to_keep: int = 0,
         attn_implementation: str | None = None,
     ) -> base.Output | tuple:
-        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and what else is asked for.
+        """One pass over T new tokens → final hidden states (B, T or logits_to_keep, C), and other requested outputs.
 
         input_ids: (B, T), or inputs_embeds: (B, T, C).  attention_mask: (B, cached + T), 1 = real token.
-        position_ids: (B, T); None counts slots from the cache's length on, padding included, as the reference does.
+        position_ids: (B, T); None counts from the cache's length on, padding included, as the reference does.
         past_key_values: a cache from `new_cache`, extended in place; use_cache=True makes one that grows.
         pixel_values: (N, most tiles, 3, S, S), and image_sizes: (N, 2), see `encode_images`; N counts the images
         of all rows.  image_hidden_states: (image tokens, C) from an earlier call, instead of pixels.
 
-        Raises ValueError where the shapes do not fit, or images and image tokens do not match.
+        Raises ValueError if the shapes do not fit, or images and image tokens do not match.
         """
         base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
         base.exclude(0, pixel_values=pixel_values, image_hidden_states=image_hidden_states)
@@ -255,7 +255,7 @@ class LlavaNextModel(base.VisionLanguageModel):
                 image_hidden_states = torch.cat([inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]), *features])
             inputs_embeds = base.merge(positions, inputs_embeds, image_hidden_states, "its images")
         cache = past_key_values or self.growing_cache(inputs_embeds, use_cache)
-        states = [] if output_hidden_states else None  # lists for the decoder to fill
+        states = [] if output_hidden_states else None  # lists that the decoder fills
         weights = [] if output_attentions else None
         x = self.language_model(
             inputs_embeds, attention_mask, position_ids, cache, attn, logits_to_keep, states, weights

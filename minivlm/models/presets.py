@@ -4,7 +4,7 @@ from typing import Any
 
 from minivlm.checkpoint.config_file import read_decoder
 from minivlm.models.idefics import IdeficsConfig
-from minivlm.models.idefics2 import Idefics2Config
+from minivlm.models.idefics2 import TEXT, Idefics2Config
 from minivlm.models.llava_next import LlavaNextConfig
 
 
@@ -17,7 +17,7 @@ def _idefics2(vocab_size: int) -> Idefics2Config:
         "image_size": 980,
         "patch_size": 14,
     }
-    return Idefics2Config(vision_config=vision, text_config={"vocab_size": vocab_size}, dtype="float32")
+    return Idefics2Config(vision_config=vision, text_config={**TEXT, "vocab_size": vocab_size}, dtype="float32")
 
 
 IDEFICS2 = {

@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from minivlm.checkpoint import saving
 from minivlm.checkpoint.names import local_name, tied
 from minivlm.generation import loop
-from minivlm.models.base import Output
-from minivlm.modules.attention import attention_taps, check_implementation
+from minivlm.models.base import Output, next_token_loss
+from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
 from minivlm.modules.inputs import Inputs
@@ -175,6 +176,10 @@ class Tools:
 
     # ---- Adapters ----
 
+    def load_adapter(self, name_or_folder: str | Path, **options: Any) -> None:
+        """Put a LoRA adapter of PEFT's folder on the model; options: see `adapters.load`."""
+        adapters.load(self, name_or_folder, **options)
+
     def save_adapter(self, folder: str | Path) -> None:
         """Write the LoRA adapter that is on the model, as PEFT reads it. ValueError if there is none."""
         adapters.save(self, folder)
@@ -206,6 +211,18 @@ class Tools:
         return {"input_ids": input_ids, **inputs}
 
     compute_transition_scores = loop.compute_transition_scores
+    push_to_hub = saving.push_to_hub
+
+    @staticmethod
+    def loss_function(
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """`next_token_loss`; vocab_size is the logits' last size."""
+        return next_token_loss(logits, labels, num_items_in_batch)
 
     def can_generate(self) -> bool:
         return hasattr(self, "lm_head")
@@ -228,6 +245,14 @@ class Tools:
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of all weights."""
         return sum(each.nbytes for each in (*self.parameters(), *(self.buffers() if return_buffers else ())))
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        return getattr(getattr(self, "quantization_config", None), "load_in_8bit", False)
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        return getattr(self, "quantization_config", None) is not None and not self.is_loaded_in_8bit
 
     @property
     def warnings_issued(self) -> dict[str, bool]:
@@ -289,3 +314,18 @@ pytree.register_pytree_node(
     lambda output: (list(output.values()), list(output)),
     lambda values, names: Output(dict(zip(names, values, strict=True))),
 )
+
+
+class _Compilable:
+    """In place of a `cached_property`, which takes a lock in Python 3.11, where torch.compile would have to stop; the
+    compiler sees by itself that it computes the same thing for every layer."""
+
+    def __init__(self, cached: cached_property) -> None:
+        self.cached = cached
+
+    def __get__(self, mask: Any, owner: Any = None) -> Any:
+        return self.cached.func(mask) if torch.compiler.is_compiling() else self.cached.__get__(mask, owner)
+
+
+for _name in ("allowed", "dense"):
+    setattr(Mask, _name, _Compilable(vars(Mask)[_name]))

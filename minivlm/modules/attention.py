@@ -16,31 +16,29 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from minivlm_kernels import has_triton, selfcheck
+from minivlm_kernels import attending
 from minivlm_kernels.addresses import addressable
 from torch import Tensor
 
-# Names that users know from the reference, and what serves them here; None: the best there is, which is the default.
+# The reference's names → the implementation here; None: the best available, which is the default.
 IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa", "triton": "triton", "flash_attention_2": None}
 
-MAX_DECODED = 8  # queries that decode attention takes (its MAX_QUERIES): more are a prefill
-
-# Functions that get the weights (B, H, T, S) of every call while they are in this list; what they return, if not None,
-# is used instead. Weights exist in the eager formula only, so then every call takes it.
+# Functions that get the weights (B, H, T, S) of every call while they are in this list; a result other than None
+# replaces the weights. Only the eager formula has weights, so every call then uses it.
 attention_taps: list[Callable[[Tensor], Tensor | None]] = []
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What each of the last T of S slots may attend to: True = may attend, everywhere in this codebase.
+    """The slots each of the last T of S slots may attend to. True = may attend, everywhere in this codebase.
 
-    causal: query i (in slot S − T + i) sees no later slot.
-    window: with `causal`, it sees the last `window` slots, its own included.
+    causal: query i (in slot S − T + i) attends to no later slot.
+    window: with `causal`, it attends to the last `window` slots, its own included.
     filled: () on the device, where shapes do not tell (`StaticCache`): so many of the S slots hold tokens, of which the
     queries are the last; None: all S do.
     valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
 
-    A query that sees no slot (padding) gets 0 from triton; the other implementations let it see its own slot.
+    A query with no slot to attend to (padding) gets 0 from triton; elsewhere it attends to its own slot.
     """
 
     queries: int
@@ -52,24 +50,24 @@ class Mask:
     filled: Tensor | None = None
 
     def of_last(self, queries: int) -> "Mask":
-        """The same for the last so many queries alone; 0 = all."""
+        """The same mask for only the last so many queries; 0 = all."""
         return replace(self, queries=min(queries, self.queries)) if queries else self
 
     @property
     def first(self) -> int:
-        """Slots before this one are outside every query's window: attention drops them before any arithmetic."""
+        """The first slot in any query's window: attention drops the earlier ones before any arithmetic."""
         known = self.window is not None and self.filled is None
         return max(0, self.keys - self.queries - self.window + 1) if known else 0
 
     @property
     def is_plain_causal(self) -> bool:
-        """The lower triangle and nothing else: what fused kernels know without being shown a mask."""
+        """Whether the mask is only the lower triangle, which fused kernels need no mask for."""
         windowed = self.window is not None and self.keys > self.window
         return self.causal and self.queries == self.keys and self.valid is None and not windowed
 
     @property
     def is_full(self) -> bool:
-        """Every query sees every key from `first` on."""
+        """Whether every query attends to every key from `first` on."""
         return self.valid is None and self.filled is None and (not self.causal or self.queries == 1)
 
     @cached_property
@@ -101,7 +99,7 @@ class Mask:
             seen &= slots > query_slots - self.window
         if valid is None:
             return seen[None, None]
-        # A padding query sees its own slot, so that no row is empty and no softmax makes NaN of it.
+        # A padding query attends to its own slot, so no row is empty and no softmax gives NaN.
         return (seen & valid) | (slots == query_slots)
 
 
@@ -112,63 +110,28 @@ def attention(
 
     `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here; ValueError for another name.
     """
-    kernels = _kernels(q, k, v, mask)
+    kernels = attending.kernels(q, k, v, mask) if q.is_cuda or attn_implementation == "triton" else ("attention",)
     chosen = "eager" if attention_taps else choose_implementation(attn_implementation, q, kernels[0])
-    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled) and _work(kernels, q):
-        return _triton(q, k, v, mask, scale, kernels[0])
+    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled) and attending.work(kernels, q):
+        return attending.run(kernels[0], q, k, v, mask, scale)
     if mask.first:
         k, v = k[:, :, mask.first :], v[:, :, mask.first :]
     return _eager(q, k, v, mask, scale) if chosen == "eager" else _sdpa(q, k, v, mask, scale)
 
 
 def choose_implementation(requested: str | None, q: Tensor, kernel: str = "attention") -> str:
-    """What serves a call: the implementation that was asked for, or the best here. That is triton in half precision
-    (its fp32 products are exact, so they do without tensor cores) on a GPU where this kernel was measured to be faster
-    (`selfcheck.AHEAD`), else sdpa."""
+    """The implementation of a call: the requested one, or the best. That is triton in half precision (its fp32 products
+    are exact, so without tensor cores) on a GPU where this kernel was measured to be faster (`selfcheck.AHEAD`), else
+    sdpa."""
     known = None if requested is None else check_implementation(requested)
-    return known or ("triton" if _suits_triton(q, kernel) else "sdpa")
+    return known or ("triton" if attending.preferred(q, kernel) else "sdpa")
 
 
 def check_implementation(name: str) -> str | None:
-    """What a value of `attn_implementation` means here, None = the best. Raises ValueError for unknown names."""
+    """The implementation for a value of `attn_implementation`, None = the best. Raises ValueError for unknown names."""
     if not isinstance(name, str) or name not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation={name!r} is not supported; known: {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]
-
-
-def _suits_triton(q: Tensor, kernel: str) -> bool:
-    """Half precision on an NVIDIA GPU of 2020 or later (sm_80), heads of a width that it tiles."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if not (q.is_cuda and half) or torch.version.hip or q.shape[3] % 8 or q.shape[3] > 128:
-        return False
-    if not has_triton() or torch.cuda.get_device_capability(q.device)[0] < 8:
-        return False
-    return selfcheck.preferred(kernel, q.device)
-
-
-def _kernels(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[str, ...]:
-    """The kernels that would serve a call, in `selfcheck`'s words: for a few queries, as in decoding, the one that
-    splits the keys among programs."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "attention", "attention backward"
-    alike = mask.valid is None or mask.valid.ndim == 2 or mask.queries == 1  # queries differ by causality alone
-    few = mask.queries <= MAX_DECODED and (mask.queries == 1 or mask.causal)
-    return ("decode attention",) if alike and few else ("attention",)
-
-
-def _work(kernels: tuple[str, ...], q: Tensor) -> bool:
-    """Whether all of them gave the right numbers on this GPU."""
-    return all(selfcheck.works(kernel, q.dtype, q.device, q.shape[3]) for kernel in kernels)
-
-
-def _triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, kernel: str) -> Tensor:
-    from minivlm_kernels.decode_attention import decode_attention
-    from minivlm_kernels.flash_attention import flash_attention
-
-    allowed, window = mask.allowed, mask.window if mask.causal else None
-    if kernel == "decode attention":
-        return decode_attention(q, k, v, lengths=mask.filled, scale=scale, window=window, mask=allowed)
-    return flash_attention(q, k, v, scale=scale, causal=mask.causal, window=window, mask=allowed)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -182,7 +145,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 
 def tapped(weights: Tensor, first: int = 0) -> Tensor:
-    """weights (B, H, T, S − first) after all `attention_taps`, which get zeros for the keys that were dropped."""
+    """weights (B, H, T, S − first) after all `attention_taps`, which get zeros for dropped keys."""
     for tap in attention_taps:
         changed = tap(F.pad(weights, (first, 0)))
         weights = weights if changed is None else changed[..., first:]
@@ -191,7 +154,7 @@ def tapped(weights: Tensor, first: int = 0) -> Tensor:
 
 @contextlib.contextmanager
 def weights_into(kept: list[Tensor] | None) -> Iterator[None]:
-    """Meanwhile every call adds its weights to `kept`; None: nothing happens."""
+    """Within the block, every call adds its weights to `kept`, unless that is None."""
     if kept is not None:
         attention_taps.append(kept.append)
     try:
@@ -202,7 +165,7 @@ def weights_into(kept: list[Tensor] | None) -> Iterator[None]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    if mask.queries == 1:  # heads that share keys as the queries of one head: no key is copied or read twice
+    if mask.queries == 1:  # treat heads that share keys as queries of one head, so no key is copied or read twice
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D)
         return F.scaled_dot_product_attention(grouped, k, v, mask.dense, scale=scale).view(q.shape)
     causal = mask.is_plain_causal

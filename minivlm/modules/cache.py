@@ -20,8 +20,8 @@ class KVCache:
         cache.advance(T)
     """
 
-    filled: Tensor | None = None  # of a `StaticCache` only
-    grows: bool = False  # takes more slots when it is full, at least twice as many
+    filled: Tensor | None = None  # only of a `StaticCache`
+    grows: bool = False  # doubles its slots, at least, when full
 
     def __init__(
         self,
@@ -66,13 +66,13 @@ class KVCache:
         self.length += tokens
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Keep only the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
         self.length = length
 
     def expand(self, times: int, slots: int) -> "KVCache":
-        """A copy with `slots` slots in which each row is repeated `times` times; this cache stays as it is."""
+        """A copy with `slots` slots and each row repeated `times` times; this cache is unchanged."""
         wide = copy.copy(self)
         pair, layers, batch, heads, _, width = self.data.shape
         wide.data = self.data.new_empty(pair, layers, batch * times, heads, slots, width)
@@ -82,7 +82,7 @@ class KVCache:
         return wide
 
     def reorder(self, rows: Tensor, shared: int = 0) -> None:
-        """Row i becomes what row rows[i] was (beam search): rows (B,) int64. Only filled slots move.
+        """Row i becomes a copy of the former row rows[i] (beam search): rows (B,) int64. Only filled slots move.
 
         The first `shared` tokens of rows[i] are those of row i, and so are its images: these stay where they are.
         """

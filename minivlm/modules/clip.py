@@ -49,7 +49,7 @@ class ClipEmbeddings(nn.Module):
         high, wide = height // patch, width // patch
         if height == width and high == grid:
             return learned
-        # The order of the reference: scales rather than sizes, and 0.1 against rounding; both move the sampling points.
+        # As in the reference: scales rather than sizes, and 0.1 against rounding; both shift the sampling points.
         scale = ((high + 0.1) / grid, (wide + 0.1) / grid)
         square = learned[1:].unflatten(0, (grid, grid)).permute(2, 0, 1)[None]  # (1, C, G, G)
         stretched = F.interpolate(square.float(), scale_factor=scale, mode="bicubic", align_corners=False)

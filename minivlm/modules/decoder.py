@@ -17,7 +17,7 @@ from minivlm.modules.layers import GatedMLP, RMSNorm
 
 @dataclass
 class DecoderConfig(Config):
-    """Sizes of a decoder, in the Hub's words; the defaults are those of Mistral 7B."""
+    """Sizes of a decoder, under the Hub's names; the defaults are those of Mistral 7B."""
 
     multiples: ClassVar[dict[str, str]] = {"num_attention_heads": "num_key_value_heads"}
 
@@ -35,8 +35,8 @@ class DecoderConfig(Config):
     rope_scaling: Any = None  # a `rope_scaling.RopeScaling`, for texts longer than those of the training
     max_position_embeddings: int = 131072
     sliding_window: int | None = 4096  # tokens that a layer attends to, the newest included; null: all
-    use_sliding_window: bool = True  # Qwen2 keeps a size in sliding_window and says here that it is off
-    max_window_layers: int = 0  # layers below this one attend to everything whatever the window (Qwen2)
+    use_sliding_window: bool = True  # Qwen2 sets sliding_window but disables it here
+    max_window_layers: int = 0  # layers below this one ignore the window (Qwen2)
     attention_bias: bool = False  # in all four projections of attention (Llama)
     mlp_bias: bool = False  # (Llama)
     initializer_range: float = 0.02
@@ -90,12 +90,12 @@ class DecoderAttention(nn.Module):
         layer: int,
         attn_implementation: str | None,
     ) -> Tensor:
-        """x (B, T, C) → (B, mask.queries, C): all T tokens give keys and values, the last `mask.queries` ask."""
-        asking = slice(-mask.queries, None)
-        q = self._heads(self.q_proj(x[:, asking]))  # (B, H, T or fewer, D)
+        """x (B, T, C) → (B, mask.queries, C): keys and values of all T tokens, queries of the last `mask.queries`."""
+        last = slice(-mask.queries, None)
+        q = self._heads(self.q_proj(x[:, last]))  # (B, H, T or fewer, D)
         k = self._heads(self.k_proj(x))  # (B, K, T, D)
         v = self._heads(self.v_proj(x))
-        q, k = rotate(q, cos[:, :, asking], sin[:, :, asking]), rotate(k, cos, sin)
+        q, k = rotate(q, cos[:, :, last], sin[:, :, last]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, K, S, D)
         mixed = attention(q, k, v, mask, scale=self.head_dim**-0.5, attn_implementation=attn_implementation)
@@ -125,14 +125,14 @@ class DecoderBlock(nn.Module):
         layer: int,
         attn_implementation: str | None,
     ) -> Tensor:
-        """x (B, T, C) → (B, mask.queries, C), T of them in all blocks but perhaps the last (see `Decoder.forward`)."""
+        """x (B, T, C) → (B, mask.queries, C), which is T except perhaps in the last block (see `Decoder.forward`)."""
         mixed = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, attn_implementation)
         x = x[:, -mask.queries :] + mixed
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Token embedding, blocks, final norm. The head that makes logits belongs to the model around it."""
+    """Token embedding, blocks, final norm. The head belongs to the model around it."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
-        """inputs_embeds (B, T, C) → (B, T, C), or (B, logits_to_keep, C) where only the last tokens are wanted.
+        """inputs_embeds (B, T, C) → (B, T, C), or (B, logits_to_keep, C) if only the last tokens are needed.
 
         The last block then computes only these positions; its other outputs would go unused. (Blocks before it need
         all T, whose keys and values the later ones attend to.)
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
         return rotary_cos_sin(position_ids, frequencies, dtype, scaling.attention_scale)
 
     def mask(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None, window: int | None) -> Mask:
-        """What the T tokens of x (B, T, C) attend to; those before them are cached."""
+        """The mask for the T tokens of x (B, T, C), which follow the cached ones."""
         if x.ndim != 3:
             raise ValueError(
                 f"input_ids should be (batch, tokens), found {x.ndim - 1} dimensions; add one by ids[None]"
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
                 f"attention_mask should be (batch, cached + new tokens) = {(x.shape[0], slots)}, "
                 f"found {tuple(attention_mask.shape)}"
             )
-        # In prefill alone: `all` waits for the device. Not while traced: what is traced has to hold for any mask.
+        # Only in prefill, because `all` waits for the device; not while tracing, which must hold for any mask.
         look = attention_mask is not None and x.shape[1] > 1 and not torch.compiler.is_compiling()
         if look and attention_mask.all():
             attention_mask = None
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for `batch` rows of `slots` tokens."""
-        heads = self.layers[0].self_attn.k_proj.out_features // self.config.head_dim  # fewer where heads are cut
+        heads = self.layers[0].self_attn.k_proj.out_features // self.config.head_dim  # fewer if heads are sharded
         sizes = (self.config.num_hidden_layers, batch, heads, slots, self.config.head_dim)
         return KVCache(*sizes, device=device, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Small parts that several networks share: activations, RMSNorm, MLPs, random initialisation. C hidden width."""
+"""Small parts used by several networks: activations, RMSNorm, MLPs, random initialisation. C hidden width."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What `hidden_act` can say; configs check it.
+# Allowed values of `hidden_act`; configs check it.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -69,7 +69,7 @@ class GatedMLP(nn.Module):
 
 @torch.no_grad()
 def initialize(model: nn.Module, std: float) -> None:
-    """Random weights as the reference draws them: normal(0, std) matrices, zero biases, unit norms."""
+    """Random weights as in the reference: normal(0, std) matrices, zero biases, unit norms."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)

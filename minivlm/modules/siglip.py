@@ -21,7 +21,7 @@ class SiglipVisionConfig(VisionConfig):
 
 
 def position_buckets(patches: Tensor, most: int, grid: int) -> Tensor:
-    """Which of the `grid` learned positions each of a side's patches takes: patches (N,) int64 → (N, most) int64.
+    """The index, among the `grid` learned positions of a side, of each patch: patches (N,) int64 → (N, most) int64.
 
     Patch i of n lies at the fraction i/n of the side and takes the position whose interval holds that fraction. The
     reference does this in fp32, and so do we: for n = 25, 49, 50 and 55 some positions differ from ⌊i·grid/n⌋.
@@ -33,7 +33,7 @@ def position_buckets(patches: Tensor, most: int, grid: int) -> Tensor:
 
 
 class SiglipEmbeddings(nn.Module):
-    """A linear map of each patch, plus a learned position that is looked up by where the patch lies in its image."""
+    """A linear map of each patch, plus a learned position chosen by the patch's relative position in its image."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SiglipEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, patch_mask: Tensor | None) -> Tensor:
         """pixel_values (N, 3, height, width), patch_mask (N, h, w) bool or None → (N, P, C)."""
-        patches = self.patch_embedding(pixel_values)  # (N, C, h, w); rows and columns that fill no patch are dropped
+        patches = self.patch_embedding(pixel_values)  # (N, C, h, w); partial patches are dropped
         return patches.flatten(2).transpose(1, 2) + self.position_embedding(self.position_ids(patches, patch_mask))
 
     def position_ids(self, patches: Tensor, patch_mask: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from minivlm.modules.layers import MLP
 
 @dataclass
 class VisionConfig(Config):
-    """Sizes of a vision tower, in the Hub's words; defaults as in the reference's CLIPVisionConfig."""
+    """Sizes of a vision tower, under the Hub's names; defaults as in the reference's CLIPVisionConfig."""
 
     multiples: ClassVar[dict[str, str]] = {"hidden_size": "num_attention_heads"}
 
@@ -80,7 +80,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The stack of blocks; a module of its own only because Hub names say `encoder.layers`."""
+    """The stack of blocks; a separate module only because Hub names have `encoder.layers`."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -89,9 +89,9 @@ class VisionEncoder(nn.Module):
     def forward(
         self, x: Tensor, mask: Mask, attn_implementation: str | None, layers: Sequence[int] = (-1,)
     ) -> list[Tensor]:
-        """The hidden states (N, P, C) of each of `layers`: 0 enters the first block, i leaves the i-th, −1 is the last.
+        """The hidden states (N, P, C) of `layers`: 0 enters the first block, i leaves the i-th, −1 is the last.
 
-        Blocks after the highest state asked for do not run. Raises IndexError for a state that there is not.
+        Blocks after the highest requested state do not run. Raises IndexError for a state that does not exist.
         """
         wanted = [range(len(self.layers) + 1)[layer] for layer in layers]
         states = {0: x}

@@ -16,6 +16,10 @@ class ImageProcessorTools:
         """The fields, and the name of the class."""
         return {**asdict(self), "image_processor_type": type(self).__name__}
 
+    def preprocess(self, images: Any, **options: Any) -> Inputs:
+        """The call, by another name."""
+        return self(images, **options)
+
 
 class ProcessorTools:
     """A mixin of `Processor`."""
@@ -29,6 +33,12 @@ class ProcessorTools:
         """The image processor's settings and the processor's own; without the tokenizer and the chat template."""
         settings = {name: getattr(self, name) for name in self.SETTINGS}
         return {"image_processor": self.image_processor.to_dict(), **settings, "processor_class": type(self).__name__}
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **options: Any
+    ) -> list[str]:
+        """`batch_decode`."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **options)
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[Sequence[int]] | None = None, **options: Any) -> Inputs:
         """num_image_tokens of images of these (height, width), and num_image_patches, the images or crops of each."""

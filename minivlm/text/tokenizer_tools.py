@@ -13,6 +13,7 @@ class TokenizerTools:
     """A mixin of `Tokenizer`: vocabularies as dicts, padding of rows made elsewhere, chat templates for text alone."""
 
     model_input_names = ("input_ids", "attention_mask")
+    is_fast = True  # it is the `tokenizers` library's
 
     @property
     def vocab_size(self) -> int:
@@ -26,6 +27,10 @@ class TokenizerTools:
     def get_added_vocab(self) -> dict[str, int]:
         """Added token → id, in the order of ids."""
         return {token.content: i for i, token in sorted(self.backend.get_added_tokens_decoder().items())}
+
+    def tokenize(self, text: str, add_special_tokens: bool = False) -> list[str]:
+        """The tokens of a text as the vocabulary spells them."""
+        return self.convert_ids_to_tokens(self.encode(text, add_special_tokens=add_special_tokens))
 
     @property
     def all_special_ids(self) -> list[int]:

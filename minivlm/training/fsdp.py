@@ -30,6 +30,10 @@ from minivlm.checkpoint import hub, loading, weights
 from minivlm.parallel import Share
 from minivlm.training.loss import token_loss
 
+# From torch 2.13 on, a process whose rows have no images can take part in the sums of gradients that it does not have.
+# Before, every parameter needs one on every process, or the sums pair up wrongly.
+UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
 
 def from_pretrained(
     cls: Any,
@@ -73,9 +77,8 @@ def shard(model: nn.Module, compute_dtype: torch.dtype | None = None, keep: set[
         fully_shard(unit, **options)
     fully_shard(model, **options)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.13: rows without images need no gradient
-                module.set_reduce_scatter_unused_params(True)
+        if isinstance(module, FSDPModule) and UNUSED:
+            module.set_reduce_scatter_unused_params(True)
     model.summed_loss = types.MethodType(_loss, model)
     register_fsdp_forward_method(model, "summed_loss")
 
@@ -91,8 +94,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     total, learned = token_loss(model, inputs)
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        # Before torch 2.13 every parameter needs a gradient on every process, or their sums pair up wrongly
+    if not UNUSED:
         unused = (parameter.sum() * 0 for name, parameter in model.named_parameters() if parameter.requires_grad)
         total = total + sum(unused)
     return total, learned

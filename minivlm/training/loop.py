@@ -3,7 +3,7 @@
     for step in finetune(model, processor, rows, Recipe(lr=1e-4), out="runs/first"):
         print(step.number, step.loss)
 
-Which rows a step takes is arithmetic on its number, so a resumed run replays nothing. The state holds everything else
+Which rows a step takes is arithmetic on its number (`order`). The state holds everything else
 (parameters, the optimiser's means, random numbers): losses after a kill are bit for bit those of a run without one.
 Under `torchrun` each process takes its share of every step, and gradients are added up before they are divided.
 """
@@ -14,20 +14,20 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from minivlm.checkpoint import journal
 from minivlm.checkpoint.files import replacing, saving
 from minivlm.training import adapters, data, memory
 from minivlm.training.loss import token_loss
 from minivlm.training.optimisation import Make, Optimisation, adamw, scheduled, trained
+from minivlm.training.order import Order, pieces
 from minivlm.training.recipe import Recipe, Step
 from minivlm.training.rows import Row, fingerprint
 
@@ -62,9 +62,9 @@ def finetune(
     run = _Run(model, data.for_training(processor), rows, recipe, folder, collate, loss, optimisers)
     run.begin(resume)
     model.train()
-    for number, batches in run.batches():
+    for number, batches in run.order.batches(run.first, run.collate):
         step = run.step(number, batches)
-        last = number + 1 == run.steps
+        last = number + 1 == run.order.steps
         if eval_rows and (last or (recipe.eval_every and step.number % recipe.eval_every == 0)):
             step = dataclasses.replace(step, eval_loss=evaluate(model, processor, eval_rows, recipe.batch))
         run.log(step)
@@ -80,8 +80,8 @@ def evaluate(model: Any, processor: Any, rows: list[Row], batch: int = 2) -> flo
     rank, world = _rank()
     processor, was, sums = data.for_training(processor), model.training, torch.zeros(2, dtype=torch.float64)
     model.eval()
-    loss, own = _loss_of(model, token_loss), _pieces(rows[rank::world], batch)
-    for number in range(len(_pieces(rows[::world], batch)) if hasattr(model, "summed_loss") else len(own)):
+    loss, own = _loss_of(model, token_loss), pieces(rows[rank::world], batch)
+    for number in range(len(pieces(rows[::world], batch)) if hasattr(model, "summed_loss") else len(own)):
         taken = own[number] if number < len(own) else rows[:1]  # as many passes in every process
         total, learned = loss(model, data.encode(processor, taken).to(model.device))
         sums += torch.tensor([total.item(), learned], dtype=torch.float64) * (number < len(own))
@@ -92,10 +92,6 @@ def evaluate(model: Any, processor: Any, rows: list[Row], batch: int = 2) -> flo
     return (sums[0] / sums[1].clamp(min=1)).item()
 
 
-def _pieces(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[begin : begin + size] for begin in range(0, len(items), size)]
-
-
 def _loss_of(model: Any, loss: Loss) -> Loss:
     """A model that is cut among processes (`fsdp.shard`) gathers its weights around a method of its own."""
     if not hasattr(model, "summed_loss"):
@@ -103,12 +99,6 @@ def _loss_of(model: Any, loss: Loss) -> Loss:
     if loss is not token_loss:
         raise ValueError("a model that is cut among processes is trained by the loss of its tokens alone")
     return lambda model, inputs: model.summed_loss(inputs)
-
-
-@lru_cache(maxsize=2)  # a step's rows are asked for twice, ahead and when it comes
-def _order(count: int, seed: int | None) -> Tensor:
-    """The order in which an epoch takes its rows; seed None: as they are."""
-    return torch.arange(count) if seed is None else torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _rank() -> tuple[int, int]:
@@ -137,11 +127,9 @@ class _Run:
             raise ValueError("float16 loses small gradients; load the model in bfloat16 or float32 to train it")
         self.collate = collate or partial(data.encode, processor)
         self.rank, self.world = _rank()
-        self.per_step = recipe.batch * recipe.accumulate * self.world
-        self.per_epoch = math.ceil(len(rows) / self.per_step)
-        self.steps = recipe.steps or math.ceil(recipe.epochs * self.per_epoch)
+        self.order = Order(rows, recipe, self.rank, self.world, even=self.cut)
         share = recipe.warmup < 1
-        self.warmup = math.ceil(recipe.warmup * self.steps) if share else int(recipe.warmup)
+        self.warmup = math.ceil(recipe.warmup * self.order.steps) if share else int(recipe.warmup)
         parameters = trained(model)
         if isinstance(loss, nn.Module):
             parameters |= {f"loss.{name}": parameter for name, parameter in loss.named_parameters()}
@@ -153,64 +141,33 @@ class _Run:
         if recipe.checkpointing:
             memory.checkpoint_layers(model)
 
-    # ---- Order
-
-    def indices(self, step: int) -> list[list[int]]:
-        """The rows of this process in a step, a list for each pass. Where a pass needs all processes (`fsdp`), all
-        have as many: those that `own` does not count repeat a row."""
-        epoch, place = divmod(step, self.per_epoch)
-        taken = _order(len(self.rows), self.recipe.seed + epoch if self.recipe.shuffle else None)
-        taken = taken[place * self.per_step : (place + 1) * self.per_step].tolist()
-        own = _pieces(taken[self.rank :: self.world], self.recipe.batch)
-        most = len(_pieces(taken[:: self.world], self.recipe.batch)) if self.cut else 0
-        return own + [taken[:1]] * (most - len(own))
-
-    def own(self, step: int) -> int:
-        """How many of a step's passes are of rows of this process."""
-        rows = min(self.per_step, len(self.rows) - step % self.per_epoch * self.per_step)
-        return math.ceil(len(range(self.rank, rows, self.world)) / self.recipe.batch)
-
-    def batches(self) -> Iterator[tuple[int, Iterator[tuple[list[int], Any]]]]:
-        """The number of each step from `first` on, and its batches with the rows they are of, read when asked for."""
-        numbers = range(self.first, self.steps)
-        loader = DataLoader(
-            self.rows,
-            batch_sampler=(one for step in numbers for one in self.indices(step)),
-            collate_fn=self.collate,
-            num_workers=self.recipe.workers,
-            generator=torch.Generator(),  # or else it would draw from the numbers that dropout takes
-        )
-        stream = iter(loader)
-        for number in numbers:
-            yield number, ((indices, next(stream)) for indices in self.indices(number))
-
     # ---- Steps
 
     def step(self, number: int, batches: Iterator[tuple[list[int], Any]]) -> Step:
         begun = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, learned tokens, all tokens
-        own = self.own(number)
+        own = self.order.own(number)
         for count, (indices, inputs) in enumerate(batches):
             inputs = inputs.to(self.model.device)
             total, learned = self.loss(self.model, inputs)
-            if count >= own:
-                total, learned = total * 0, 0  # the others need this pass too
-            tokens = inputs["input_ids"].numel() if learned and "input_ids" in inputs else learned
+            tokens = inputs["input_ids"].numel() if "input_ids" in inputs else learned
+            if count >= own:  # a pass for the others' sake
+                total, learned, tokens = total * 0, 0, 0
             sums += torch.tensor([total.item(), learned, tokens], dtype=torch.float64)
             if not math.isfinite(total.item()):
                 raise ValueError(f"step {number + 1}: the loss is {total.item()} for {self._named(indices)}; {HINT}")
             if learned or self.cut:
                 total.backward()
-        factor = scheduled(self.recipe.schedule, number, self.steps, self.warmup)
+        factor = scheduled(self.recipe.schedule, number, self.order.steps, self.warmup)
         norm, sums = self.optimisation.step(factor, sums)
         if not math.isfinite(norm):
-            rows = self._named([index for some in self.indices(number) for index in some])
+            rows = self._named([index for some in self.order.indices(number) for index in some])
             raise ValueError(f"step {number + 1}: the gradient's norm is {norm} for {rows}; {HINT}")
         seconds = time.perf_counter() - begun
         loss, learned, tokens = sums.tolist()
         return Step(
             number=number + 1,
-            epoch=round((number + 1) / self.per_epoch, 4),
+            epoch=round((number + 1) / self.order.per_epoch, 4),
             loss=loss / max(1.0, learned),
             tokens=int(tokens),
             learned=int(learned),
@@ -273,7 +230,7 @@ class _Run:
         recipe = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in free}
         if not self.cut:
             return {"rows": fingerprint(self.rows), "processes": self.world, **recipe}
-        return {"rows": fingerprint(self.rows), **recipe, "batch": None, "accumulate": self.per_step}
+        return {"rows": fingerprint(self.rows), **recipe, "batch": None, "accumulate": self.order.per_step}
 
     def log(self, step: Step) -> None:
         if self.out is not None and self.rank == 0:

@@ -82,8 +82,12 @@ class Optimisation:
         self.parameters, self.clip = parameters, clip
         self.stepped = {name: _copy(parameter) for name, parameter in parameters.items()}
         self.optimisers = make(self.stepped)
-        self.groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
         self.peaks = [group["lr"] for group in self.groups]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Of all optimisers; loading a state makes new ones."""
+        return [group for optimiser in self.optimisers for group in optimiser.param_groups]
 
     def step(self, factor: float, sums: Tensor) -> tuple[float, Tensor]:
         """Divide the gradients, clip, step at `factor` times the learning rates; → the norm before clipping, and sums.
@@ -139,7 +143,6 @@ class Optimisation:
             self.parameters[name].copy_(value)
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
 
 
 def _copy(parameter: nn.Parameter) -> nn.Parameter:

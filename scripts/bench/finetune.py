@@ -1,16 +1,19 @@
 """A training step beside transformers and PEFT: CPU seconds and memory, each way of training in a process of its own.
 
-    python scripts/bench/finetune.py                  # every way, on both sides, as a table
+    python scripts/bench/finetune.py                  # every way, on all sides, as a table
     python scripts/bench/finetune.py --steps 10 --only lora nf4
 
 A random Idefics2 of 42 M parameters in fp32 (text: 8 layers of 512, 8,192 tokens), two rows of an image and 255 tokens
 that are all learned, AdamW (fused), clipping, one thread. Seconds are of CPU time, so other load on the machine counts
-little; memory is what the process has after loading, and at most (resident, libraries included). The sides alternate.
+little; memory is what the process has after loading, and at most (resident, libraries included), with a malloc that
+gives large blocks back at once: by itself glibc keeps some, and which differs from run to run. The sides alternate.
 """
 
 import argparse
 import copy
+import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -23,8 +26,12 @@ from typing import Any
 
 import torch
 
-WAYS = ("lora", "lora+checkpointing", "nf4", "nf4+checkpointing", "full")
-SIDES = ("transformers + PEFT", "minivlm")
+WAYS = ("lora", "lora+checkpointing", "nf4", "nf4+checkpointing", "full", "full+checkpointing")
+SIDES = (
+    "transformers + PEFT",
+    "minivlm",
+    "minivlm + PEFT",
+)  # the last one: the first one's program, the import changed
 TARGETS = (
     r".*(text_model|modality_projection|perceiver_resampler)"
     r".*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$"
@@ -59,17 +66,17 @@ def batch() -> dict[str, torch.Tensor]:
     return inputs | {"pixel_attention_mask": torch.ones(2, 1, 224, 224, dtype=torch.long)}
 
 
-def theirs(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
+def with_peft(folder: str, way: str, library: str) -> Callable[[dict[str, torch.Tensor]], float]:
     import peft
-    import transformers
 
+    package = importlib.import_module(library)
     options: dict[str, Any] = {}
     if "nf4" in way:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
+        options["quantization_config"] = package.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
-    model = transformers.Idefics2ForConditionalGeneration.from_pretrained(folder, **options)
-    if way != "full":
+    model = package.Idefics2ForConditionalGeneration.from_pretrained(folder, **options)
+    if "full" not in way:
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=TARGETS))
     if "checkpointing" in way:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -99,7 +106,7 @@ def ours(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
     if "nf4" in way:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = Idefics2ForConditionalGeneration.from_pretrained(folder, **options)
-    if way != "full":
+    if "full" not in way:
         lora.apply(model, LoraConfig(r=8, target_modules=TARGETS))
         memory.freeze_tower(model)
     memory.lean_gates(model)
@@ -120,7 +127,7 @@ def ours(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
 def measure(side: str, way: str, folder: str, steps: int) -> dict[str, Any]:
     """In this process: seconds of each step, bytes after loading and at most, the losses."""
     torch.set_num_threads(1)
-    step = (theirs if side == SIDES[0] else ours)(folder, way)
+    step = ours(folder, way) if side == SIDES[1] else with_peft(folder, way, side.removesuffix(" + PEFT"))
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     loaded, seconds, losses = pages * resource.getpagesize(), [], []
     for _ in range(steps):
@@ -133,7 +140,8 @@ def measure(side: str, way: str, folder: str, steps: int) -> dict[str, Any]:
 
 def child(side: str, way: str, folder: str, steps: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", side, way, folder, "--steps", str(steps)]
-    found = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
     if found.returncode:
         raise SystemExit(f"{side}, {way}: {found.stderr[-2000:]}")
     return json.loads(found.stdout.splitlines()[-1])
@@ -162,7 +170,7 @@ def main() -> None:
 
 
 def report(way: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Two lines of the table. The losses of both sides are the same where nothing is random but the adapter's A."""
+    """A line of the table for each side. Losses are the same where nothing is random but the adapter's A."""
     found = {}
     for side, several in runs.items():
         seconds = statistics.median(value for run in several for value in run["seconds"][1:])

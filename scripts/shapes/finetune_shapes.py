@@ -140,6 +140,8 @@ class Demo:
     model: str
     case: Callable[[int], Case]
     options: tuple[str, ...] = ()
+    lr: float = 4e-3
+    steps: int = 300
     four_bits: bool = False
     few_shot: bool = False
 
@@ -147,8 +149,10 @@ class Demo:
 DEMOS = {
     "json": Demo("JSON, shapes-idefics2", "shapes-idefics2", json_case),
     "nf4": Demo("the same from NF4", "shapes-idefics2", json_case, four_bits=True),
-    "hexagon": Demo("hexagon, shapes-llava-next", "shapes-llava-next", hexagon_case, ("--targets", "all")),
-    "few-shot": Demo("JSON, shapes-idefics", "shapes-idefics", json_case, few_shot=True),
+    "hexagon": Demo(
+        "hexagon, shapes-llava-next", "shapes-llava-next", hexagon_case, ("--targets", "all"), lr=1e-3, steps=400
+    ),
+    "few-shot": Demo("JSON, shapes-idefics", "shapes-idefics", json_case, lr=2e-3, steps=200, few_shot=True),
 }
 
 
@@ -171,7 +175,8 @@ def demonstrate(name: str, work: Path, arguments: argparse.Namespace) -> str:
         columns["before, in NF4"] = measured(base, demo, arguments.count)
     rows = write_rows(work, demo.case, arguments.rows)
     begun = time.process_time()
-    steps = ("--steps", arguments.steps, "--batch", 16, "--accumulate", 1, "--lr", arguments.lr, "--warmup", 10)
+    count, lr = arguments.steps or demo.steps, arguments.lr or demo.lr
+    steps = ("--steps", count, "--batch", 16, "--accumulate", 1, "--lr", lr, "--warmup", 10)
     data = ("--image-folder", work, "--r", 8, "--train", "lm_head", "--save-every", 0)
     run("finetune", rows, adapter, "--model", base, *data, *steps, *demo.options)
     seconds = time.process_time() - begun
@@ -182,7 +187,7 @@ def demonstrate(name: str, work: Path, arguments: argparse.Namespace) -> str:
     lines = [f"| {demo.title} | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for what in columns["before"]:
         lines.append(f"| {what} | {' | '.join(f'{100 * column[what]:.1f} %' for column in columns.values())} |")
-    return "\n".join([*lines, "", f"{seconds:.0f} CPU seconds for checking the rows and {arguments.steps} steps"])
+    return "\n".join([*lines, "", f"{seconds:.0f} CPU seconds for checking the rows and {count} steps"])
 
 
 def plot(work: Path, path: Path) -> None:
@@ -206,9 +211,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", choices=DEMOS)
     parser.add_argument("--work", type=Path, default=Path("runs/finetune"), help="folder of rows, adapters and logs")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="in place of the demonstration's own")
     parser.add_argument("--rows", type=int, default=1500, help="of the new task, and as many of old questions")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, help="in place of the demonstration's own")
     parser.add_argument("--count", type=int, default=100, help="held-out questions of each old type")
     parser.add_argument("--plot", type=Path, help="PNG file for the losses")
     parser.add_argument("--threads", type=int, default=1)

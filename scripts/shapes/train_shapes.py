@@ -21,12 +21,9 @@ picture and questions about it.
 import argparse
 import json
 import os
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from multiprocessing import Pool as Workers
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +36,13 @@ from shapes import (
     LABELS,
     STYLES,
     TYPES,
-    conversation,
     draw,
     held_out,
     make_scene,
-    patch_labels,
-    size_of,
-    turns,
 )
+from shapes_lessons import Glances, Lessons, Pool, make_pool, talk
 from shapes_models import (
     FAMILIES,
-    PATCH,
     SIZE,
     Family,
     base_alone,
@@ -57,7 +50,7 @@ from shapes_models import (
     start_from_idefics2,
     write_processor,
 )
-from shapes_prompts import MIX, SHOTS, answered, chat_prompt, held_out_shots, labelled_batch, make_row
+from shapes_prompts import SHOTS, answered, chat_prompt, held_out_shots, labelled_batch
 from torch import Tensor, nn
 
 from minivlm.modules.clip import ClipVisionTower
@@ -66,57 +59,9 @@ from minivlm.processing.idefics import IdeficsProcessor
 from minivlm.training import data, loop
 from minivlm.training.loss import IGNORED, token_loss
 from minivlm.training.recipe import Recipe, Step
-from minivlm.training.rows import Row
 
 CLASSES = sum(LABELS.values())
-Pool = tuple[np.ndarray, np.ndarray]  # training images and the labels of their patches
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-
-# ------------------------------------------------------------------------------------------------------ data
-
-
-def _drawn(seed: int, square: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """One scene as the processor will shrink it, and its patch labels, both on a 64 × 64 canvas, or filling it."""
-    scene = make_scene(seed)
-    if square:
-        return np.asarray(draw(scene).resize((64, 64), Image.BICUBIC)), patch_labels(scene, square=True)
-    picture, labels = np.zeros((64, 64, 3), np.uint8), np.zeros((8, 8, 6), np.uint8)
-    small = draw(scene).resize((scene.width, scene.height), Image.BILINEAR)
-    picture[: scene.height, : scene.width] = np.asarray(small)
-    labels[: scene.height // 8, : scene.width // 8] = patch_labels(scene)
-    return picture, labels
-
-
-def make_pool(folder: Path, count: int, square: bool = False) -> Pool:
-    """The training pictures of seeds 0 to count - 1, drawn once and kept in `folder`, memory-mapped."""
-    kind = "_square" if square else ""
-    paths = folder / f"pictures{kind}_{count}.npy", folder / f"labels{kind}_{count}.npy"
-    if not all(path.exists() for path in paths):
-        pictures, labels = np.empty((count, 64, 64, 3), np.uint8), np.empty((count, 8, 8, 6), np.uint8)
-        drawn = partial(_drawn, square=square)
-        with Workers() as workers:
-            for index, (picture, label) in enumerate(workers.imap(drawn, range(count), chunksize=500)):
-                pictures[index], labels[index] = picture, label
-        np.save(paths[0], pictures)
-        np.save(paths[1], labels)
-    return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
-
-
-@dataclass(frozen=True)
-class Lesson(Row):
-    """A row made on the spot. seeds: of its images' scenes. prompt: items with marked answers, for IDEFICS. alone:
-    shown to a LLaVA-NeXT without its tiles."""
-
-    seeds: tuple[int, ...] = ()
-    prompt: list[Any] = field(default_factory=list)
-    alone: bool = False
-
-
-def labels_of(family: Family, pool: Pool, seed: int) -> Tensor:
-    """Labels (rows, columns, 6) of the patches of a scene."""
-    width, height = (64, 64) if family.square else size_of(seed)
-    return torch.from_numpy(pool[1][seed][: height // PATCH, : width // PATCH].astype(np.int64))
-
 
 # ------------------------------------------------------------------------------------------------ both stages
 
@@ -184,38 +129,6 @@ def new_head(family: Family) -> nn.Linear:
     return nn.Linear(SIZE["hidden_size"], family.labels * CLASSES)
 
 
-@dataclass(frozen=True)
-class Glances(Sequence[Lesson]):
-    """Images for stage 1, those of one step of one size. pool, by_size: images, and their seeds by size."""
-
-    family: Family
-    pool: Pool = field(repr=False)
-    steps: int
-    batch: int
-    by_size: dict[tuple[int, int], list[int]] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        for seed in range(len(self.pool[0])):
-            self.by_size.setdefault(size_of(seed), []).append(seed)
-
-    def __len__(self) -> int:
-        return self.steps * self.batch
-
-    def __getitem__(self, index: int) -> Lesson:
-        size = random.Random(index // self.batch).choice(sorted(self.by_size))
-        seed = random.Random(index).choice(self.by_size[size])
-        return Lesson(f"scene {seed}", [], (seed,))
-
-    def collate(self, lessons: list[Lesson]) -> Inputs:
-        """pixels as the tower sees them, and patches, their labels."""
-        (pictures, _), seeds = self.pool, [lesson.seeds[0] for lesson in lessons]
-        width, height = (64, 64) if self.family.square else size_of(seeds[0])
-        pixels = torch.from_numpy(pictures[seeds][:, :height, :width]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        labels = torch.stack([labels_of(self.family, self.pool, seed) for seed in seeds])
-        seen, labels = self.family.view(pixels, labels)
-        return Inputs(pixels=seen, patches=labels)
-
-
 class PatchLoss(nn.Module):
     """Loss of stage 1: a linear layer names what each vector of the tower shows."""
 
@@ -272,13 +185,6 @@ def question_batch(processor: Any, questions: list[tuple[int, str, str, str]]) -
     return data.encode(data.for_training(processor), rows)
 
 
-def talk(where: str, picture: Image.Image, asked: list[tuple[str, str]], **fields: Any) -> Lesson:
-    """An image and its question-answer turns."""
-    messages = conversation(asked)
-    messages[0]["content"][0]["image"] = picture
-    return Lesson(where, messages, **fields)
-
-
 @torch.no_grad()
 def all_likeliest(model: nn.Module, batch: dict[str, Tensor]) -> list[bool]:
     """Of each row, whether every token that counts is the likeliest at its place."""
@@ -296,58 +202,6 @@ def few_shot_match(model: nn.Module, processor: Any, count: int) -> dict[str, fl
             right = all_likeliest(model, labelled_batch(processor, rows))
             found[f"{name}, {shots} shots"] = sum(right) / len(right)
     return found
-
-
-scene_of = lru_cache(maxsize=None)(make_scene)
-
-
-@dataclass(frozen=True)
-class Lessons(Sequence[Lesson]):
-    """Rows for stage 2: an image with up to `turns` question-answer turns, or for IDEFICS several in a row."""
-
-    family: Family
-    pool: Pool = field(repr=False)
-    model: nn.Module = field(repr=False)
-    processor: Any = field(repr=False)
-    steps: int
-    batch: int
-    turns: int
-
-    def __len__(self) -> int:
-        return self.steps * self.batch
-
-    def __getitem__(self, index: int) -> Lesson:
-        rng = random.Random(index)
-        return self._interleaved(rng) if self.family.square else self._talk(rng, index // self.batch % 8 == 7)
-
-    def _talk(self, rng: random.Random, alone: bool) -> Lesson:
-        seed = rng.randrange(len(self.pool[0]))
-        scene = scene_of(seed)
-        kinds = rng.sample(MIX, min(self.turns, len(MIX)))
-        kinds[-1] = "other" if rng.random() < 0.2 else kinds[-1]
-        asked = turns(scene, rng, kinds) or turns(scene, rng, ["describe"])
-        picture = Image.fromarray(self.pool[0][seed][: scene.height, : scene.width])
-        alone = alone and self.family is FAMILIES["llava_next"]
-        return talk(f"scene {seed}", picture, asked, seeds=(seed,), alone=alone)
-
-    def _interleaved(self, rng: random.Random) -> Lesson:
-        """One to five images, two or three as a rule, in one of the forms of `make_row`."""
-        count = rng.choices(range(1, 6), weights=(3, 4, 4, 2, 1))[0]
-        seeds = tuple(rng.randrange(len(self.pool[0])) for _ in range(count))
-        drawn = [Image.fromarray(self.pool[0][seed]) for seed in seeds]
-        prompt = make_row([scene_of(seed) for seed in seeds], drawn, rng, self.turns)
-        return Lesson(f"scenes {seeds}", [], seeds, prompt)
-
-    def collate(self, lessons: list[Lesson]) -> Inputs:
-        """Conversations as `data.encode` makes them. What IDEFICS learns are no conversations: `labelled_batch`."""
-        alone = lessons[0].alone
-        with base_alone(self.model, self.processor) if alone else nullcontext():
-            if self.family.square:
-                inputs = labelled_batch(self.processor, [lesson.prompt for lesson in lessons])
-            else:
-                inputs = data.encode(data.for_training(self.processor), lessons)
-        patches = [labels_of(self.family, self.pool, seed) for lesson in lessons for seed in lesson.seeds]
-        return Inputs({**inputs, "patches": patches, "alone": alone})
 
 
 class JointLoss(nn.Module):

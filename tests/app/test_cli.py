@@ -174,7 +174,7 @@ def test_bad_models_and_devices_exit_with_1(capsys, tmp_path, pictures):
     assert "no such folder" in fails(capsys, *question, str(tmp_path / "nowhere"))
     assert "has no config.json" in fails(capsys, *question, str(tmp_path))
     assert "CUDA devices; use --device cpu" in fails(capsys, *question, str(tmp_path), "--device", "cuda:99")
-    assert "is not supported" in fails(capsys, *question, str(tmp_path), "--device", "toaster")
+    assert "is not a device" in fails(capsys, *question, str(tmp_path), "--device", "toaster")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert "model_type 'bert'; minivlm implements idefics" in fails(capsys, *question, str(tmp_path))
 

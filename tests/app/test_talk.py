@@ -246,7 +246,7 @@ def test_keys_at_a_real_terminal(tmp_path, hidden):
         screen.type("What number is written?\n")
         screen.wait_for("47")
         process.send_signal(signal.SIGINT)
-        screen.wait_for("keeps what there is of the answer")
+        screen.wait_for("keeps the answer")
         screen.type("/save " + str(tmp_path / "talk.json") + "\n")
         screen.wait_for("2 messages in")
         process.send_signal(signal.SIGINT)

@@ -832,7 +832,7 @@ def test_settings_that_do_nothing_warn_where_they_are_given(model, kwargs, messa
 ERRORS = [
     ({"max_new_token": 3}, "unknown setting 'max_new_token'; did you mean 'max_new_tokens'"),
     ({"pixel_value": 3}, "did you mean 'pixel_values'"),
-    ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported, leave it at 1; GenerationConfig has what is"),
+    ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported, leave it at 1"),
     ({"num_beams": 0}, "num_beams should be an integer > 0, found 0"),
     ({"num_beams": True}, "num_beams should be an integer > 0"),
     ({"num_beams": 2.0}, "num_beams should be an integer > 0"),
@@ -841,7 +841,7 @@ ERRORS = [
     ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than there are beams: num_beams=2"),
     ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping should be True, False or 'never', found 'soon'"),
     ({"num_beams": 2, "length_penalty": "long"}, "length_penalty should be a number from -10 to 10, found 'long'"),
-    ({"stop_strings": ["a"]}, "stop_strings need the tokenizer .*: pass tokenizer=processor.tokenizer"),
+    ({"stop_strings": ["a"]}, "stop_strings need a tokenizer"),
     (
         {"stop_strings": [""], "tokenizer": 1},
         "stop_strings should be a string or a list of strings, none of them empty",
@@ -933,7 +933,7 @@ def test_a_rule_that_returns_nothing_is_an_error(model):
 
 def test_streams_know_no_beams_and_streamers_neither(model):
     ids = torch.tensor([[8, 9]])
-    with pytest.raises(ValueError, match="a stream knows neither num_beams"):
+    with pytest.raises(ValueError, match="a stream has neither"):
         loop.stream(model, ids, num_beams=2)
     with pytest.raises(ValueError, match="a streamer cannot follow beams"):
         model.generate(ids, num_beams=2, streamer=object())

@@ -8,7 +8,7 @@ from typing import Any
 import oracle_generation
 import pytest
 import torch
-from minivlm_kernels import selfcheck
+from minivlm_kernels import attending, selfcheck
 from minivlm_kernels.decode_attention import MAX_QUERIES, decode_attention
 from minivlm_kernels.flash_attention import flash_attention
 from oracle import save
@@ -87,7 +87,7 @@ def test_tensors_without_an_address_take_sdpa() -> None:
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module.MAX_DECODED == MAX_QUERIES
+    assert attending.MAX_DECODED == MAX_QUERIES
 
     class OnGpu:
         is_cuda, device, requires_grad = True, torch.device("cuda", 0), False
@@ -106,9 +106,9 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_implementation(name, OnGpu(torch.bfloat16, 12)) == "sdpa"
         assert choose_implementation(name, OnGpu(torch.bfloat16, 256)) == "sdpa"
     assert choose_implementation("sdpa", OnGpu(torch.bfloat16, 72)) == "sdpa"
-    monkeypatch.setattr(module, "has_triton", lambda: False)
+    monkeypatch.setattr(attending, "has_triton", lambda: False)
     assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"
-    monkeypatch.setattr(module, "has_triton", lambda: True)
+    monkeypatch.setattr(attending, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"
 

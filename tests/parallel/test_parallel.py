@@ -15,9 +15,11 @@ import oracle_llava
 import pytest
 import torch
 
+import minivlm
 from minivlm import AutoModelForImageTextToText, auto, parallel
 from minivlm.app import plan
 from minivlm.app.options import quantization
+from minivlm.generation import ranking
 from minivlm.quantization.shares import narrow
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +116,24 @@ def check(folder: Path, everyone: list[dict[str, Any]]) -> None:
             exact = AutoModelForImageTextToText.from_pretrained(folder / "idefics2")(**inputs).logits
         away, alone = (found["logits"] - exact).norm(), (expected - exact).norm()
         assert away <= 1.5 * alone, (case.name, size, float(away), float(alone))
+
+    check_tools(folder / "idefics2", [each["tools"] for each in everyone])
+
+
+def check_tools(case: Path, everyone: list[dict[str, Any]]) -> None:
+    one, inputs = AutoModelForImageTextToText.from_pretrained(case), torch.load(case / "inputs.pt")
+    with torch.no_grad():
+        expected = one(**inputs).logits
+    ranks = ranking.rank(one, inputs, [[5, 9], [5], [7, 8, 9]])
+    shapes = "shapes-idefics2"
+    whole = AutoModelForImageTextToText.from_pretrained(shapes)
+    chat = minivlm.Chat(whole, minivlm.AutoProcessor.from_pretrained(shapes), max_new_tokens=8)
+    words = [chat.ask("What number is written?", ["docs/shapes.png"]), chat.ask("What colour is the star?")]
+    for found in everyone:
+        assert (found["logits"] - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (found["ranks"] - ranks).abs().max() < 1e-4
+        assert found["words"] == words
+        assert "one dimension" in found["refused"]
 
 
 def test_two_processes(cases: Path) -> None:

@@ -14,9 +14,12 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from minivlm import AutoModelForImageTextToText, parallel
+import minivlm
+from minivlm import AutoModelForImageTextToText, AutoProcessor, parallel
 from minivlm.app.options import quantization
+from minivlm.generation.ranking import rank
 
 torch.set_num_threads(1)
 
@@ -46,10 +49,38 @@ def answers(folder: Path) -> dict[str, Any]:
     return found
 
 
+def tools(folder: Path) -> dict[str, Any]:
+    """What stands on a model: ranking, a conversation, and a mesh with fewer processes than there are."""
+    size, rank_ = dist.get_world_size(), dist.get_rank()
+    inputs = torch.load(folder / "inputs.pt")
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+    model = AutoModelForImageTextToText.from_pretrained(folder, device_mesh=mesh["tp"])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    shapes = "shapes-idefics2"
+    chat = minivlm.Chat(
+        AutoModelForImageTextToText.from_pretrained(shapes, device_mesh=mesh["tp"]),
+        AutoProcessor.from_pretrained(shapes),
+        max_new_tokens=8,
+    )
+    try:
+        AutoModelForImageTextToText.from_pretrained(folder, device_mesh=mesh)
+    except ValueError as error:
+        refused = str(error)
+    return {
+        "logits": logits,
+        "ranks": rank(model, inputs, [[5, 9], [5], [7, 8, 9]]),
+        "words": [chat.ask("What number is written?", ["docs/shapes.png"]), chat.ask("What colour is the star?")],
+        "refused": refused,
+        "rank": rank_,
+    }
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     _, size = parallel.start()
     results = {case.name: answers(case) for case in sorted(folder.iterdir()) if case.is_dir()}
+    results["tools"] = tools(folder / "idefics2")
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, results)
     if dist.get_rank() == 0:

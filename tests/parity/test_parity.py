@@ -134,9 +134,9 @@ def test_recordings_of_something_else_are_refused(recorded: Path, capsys: Any, t
     assert "prompt 'where is it?'" in fails(capsys, MODEL, "--against", str(recorded), "--prompt", "where is it?")
     picture = tmp_path / "other.png"
     drawn_image().rotate(90).save(picture)
-    assert "was made of other inputs" in fails(capsys, MODEL, "--against", str(recorded), "--image", str(picture))
+    assert "other inputs" in fails(capsys, MODEL, "--against", str(recorded), "--image", str(picture))
     assert "for sides in float32" in fails(capsys, MODEL, "--against", str(recorded), "--dtype", "bfloat16")
-    assert "no stages in common" in fails(capsys, "shapes-idefics2", "--against", str(recorded))
+    assert "no common stages" in fails(capsys, "shapes-idefics2", "--against", str(recorded))
 
 
 def test_an_edited_configuration_is_named(recorded: Path, capsys: Any, tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_a_cut_recording_is_refused(recorded: Path, capsys: Any, tmp_path: Path,
     cut = tmp_path / "cut.safetensors"
     data = recorded.read_bytes()
     cut.write_bytes(data[: int(left * len(data))])
-    assert "is no complete recording" in fails(capsys, MODEL, "--against", str(cut))
+    assert "complete recording" in fails(capsys, MODEL, "--against", str(cut))
 
 
 def test_files_that_are_no_recordings(capsys: Any, tmp_path: Path) -> None:
     weights = hub.source(MODEL).folder / "model.safetensors"
-    assert "is no recording" in fails(capsys, MODEL, "--against", str(weights))
+    assert "not a parity recording" in fails(capsys, MODEL, "--against", str(weights))
     assert "there is no recording" in fails(capsys, MODEL, "--against", str(tmp_path / "none"))
 
 
@@ -396,11 +396,11 @@ def test_wrong_usage(capsys: Any, options: list[str], message: str) -> None:
         (["--b", "attn=quick"], "attn_implementation='quick' is not supported"),
         (["--b", "code=other"], "a side runs minivlm or transformers"),
         (["--b", "quantize=int3"], "quantize is one of nf4"),
-        (["--reference", "minivlm", "--b", "model=shapes-idefics2"], "no stages in common"),
+        (["--reference", "minivlm", "--b", "model=shapes-idefics2"], "no common stages"),
         (["--image", "nowhere.png"], "nowhere.png"),
-        (["--a", "quantize=nf4"], "is for sides that minivlm runs"),
-        (["--device", "banana"], "'banana' is not supported"),
-        (["--tokens", "-1"], "0 for none, found -1"),
+        (["--a", "quantize=nf4"], "sides that minivlm runs"),
+        (["--device", "banana"], "'banana', which is not a device"),
+        (["--tokens", "-1"], "found -1"),
         (["--record", "nowhere/ref.safetensors"], "nowhere/ref.safetensors cannot be written"),
         (["--record", "."], ". cannot be written"),
     ],
@@ -411,7 +411,7 @@ def test_bad_input(capsys: Any, options: list[str], message: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(capsys: Any) -> None:
-    assert "sees no GPU; pass cpu" in fails(capsys, MODEL, "--device", "cuda")
+    assert "pass cpu" in fails(capsys, MODEL, "--device", "cuda")
 
 
 # ---- Reports ---------------------------------------------------------------------------------------------------------

@@ -387,6 +387,13 @@ def test_truncation_of_text_behind_the_picture_is_fine(processor):
 # ---- configuration
 
 
+def refused(folder, file, change, message):
+    """The checkpoint in `folder` is refused with `change` in one of its files."""
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        LlavaNextProcessor.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -413,11 +420,7 @@ def test_truncation_of_text_behind_the_picture_is_fine(processor):
     ids=str,
 )
 def test_nonsense_in_the_image_processor(llava, tmp_path, change, message):
-    folder = shutil.copytree(llava(MISTRAL), tmp_path / "x")
-    config = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=message):
-        LlavaNextProcessor.from_pretrained(folder)
+    refused(shutil.copytree(llava(MISTRAL), tmp_path / "x"), "preprocessor_config.json", change, message)
 
 
 @pytest.mark.parametrize(
@@ -434,11 +437,7 @@ def test_nonsense_in_the_image_processor(llava, tmp_path, change, message):
     ids=str,
 )
 def test_nonsense_in_the_processor(llava, tmp_path, change, message):
-    folder = shutil.copytree(llava(MISTRAL), tmp_path / "x")
-    config = json.loads((folder / "processor_config.json").read_text())
-    (folder / "processor_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=message):
-        LlavaNextProcessor.from_pretrained(folder)
+    refused(shutil.copytree(llava(MISTRAL), tmp_path / "x"), "processor_config.json", change, message)
 
 
 @pytest.mark.parametrize(

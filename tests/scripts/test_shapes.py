@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import shapes
+import shapes_lessons
 import torch
 import train_shapes as train
 from eval_shapes import answers, small_numbers
@@ -155,7 +156,7 @@ def test_labels_are_those_that_the_shipped_checkpoints_learned_from(name, tmp_pa
     processor, rng = FAMILIES[name].processor.from_pretrained(tmp_path), random.Random(0)
     asked = [shapes.turns(scene, rng, [*TYPES, "layout"]) for scene in SCENES[:8]]
     pictures = [shapes.draw(scene) for scene in SCENES[:8]]
-    rows = [train.talk("", picture, each) for picture, each in zip(pictures, asked, strict=True)]
+    rows = [shapes_lessons.talk("", picture, each) for picture, each in zip(pictures, asked, strict=True)]
     found = data.encode(data.for_training(processor), rows)
     text = [processor.apply_chat_template(shapes.conversation(each)) for each in asked]
     processor.tokenizer.padding_side = "right"
@@ -179,7 +180,7 @@ def test_the_pool_holds_what_the_processor_makes(name, tmp_path):
     shrink = FAMILIES[name].processor.from_pretrained(tmp_path).image_processor
     square = FAMILIES[name].square
     for scene in SCENES[:20]:
-        pooled = train._drawn(scene.seed, square)[0]
+        pooled = shapes_lessons._drawn(scene.seed, square)[0]
         pooled = Image.fromarray(pooled if square else pooled[: scene.height, : scene.width])
         whole, small = (pixels_of(shrink([picture], return_tensors="pt")) for picture in (shapes.draw(scene), pooled))
         if name == "llava_next":  # the base is shrunk once more
@@ -195,7 +196,7 @@ class _Stopped(Exception):
 def both_stages(family, folder, monkeypatch, stops=()):
     """The weights after four steps of each stage, and the logs; stopped and begun anew at `stops`, (stage, step)."""
     write_processor(family, folder / "processor")
-    pool = train.make_pool(folder, 60, family.square)
+    pool = shapes_lessons.make_pool(folder, 60, family.square)
     recipe = train.recipe_of
     monkeypatch.setattr(train, "recipe_of", lambda *sizes: replace(recipe(*sizes), warmup=1, save_every=1))
     finetune = train.loop.finetune

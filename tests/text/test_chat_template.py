@@ -254,7 +254,7 @@ def test_templates_that_look_at_how_a_text_begins(processor, reference):
     messages = [user(text("Hi"))]
     assert processor.apply_chat_template(messages, chat_template=template) == "xHi"
     assert reference.apply_chat_template(messages, chat_template=template) == "xHi"
-    for options, message in (({"tokenize": True}, "decides by the words"), ({"continue_final_message": True}, "end")):
+    for options, message in (({"tokenize": True}, "typed special tokens"), ({"continue_final_message": True}, "end")):
         with pytest.raises(ValueError, match=message):
             processor.apply_chat_template(messages, chat_template=template, **options)
 

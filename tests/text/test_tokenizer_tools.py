@@ -96,7 +96,7 @@ def test_add_special_tokens(ours, theirs):  # noqa: F811
     assert ours.add_special_tokens(new) == 0
     guarded = ours.guard("<box>", "\U000f0000")
     assert ours.get_vocab()["<box>"] not in ours.encode_guarded(guarded, "\U000f0000")
-    with pytest.raises(ValueError, match="no role"):
+    with pytest.raises(ValueError, match="not a role"):
         ours.add_special_tokens({"padtoken": "<pad>"})
 
 

@@ -133,9 +133,10 @@ def test_checkpointing_under_an_adapter(folders: Any, family: str) -> None:
     reference, folder = folders[family]
     found = []
     for prepared in (False, True):
-        model = oracle_peft.ours(reference, folder)
+        model = oracle_peft.ours(reference, folder, load_in_4bit=True)
+        assert model.is_loaded_in_4bit
+        assert not model.is_loaded_in_8bit
         if prepared:
-            model.is_loaded_in_4bit = True
             model = peft.prepare_model_for_kbit_training(model)
             assert model.is_gradient_checkpointing
         torch.manual_seed(0)

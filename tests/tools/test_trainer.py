@@ -7,6 +7,7 @@ import oracle
 import oracle_idefics
 import oracle_llava
 import oracle_peft
+import peft
 import pytest
 import torch
 import transformers
@@ -175,3 +176,42 @@ def test_the_best_checkpoint_is_loaded_at_the_end(family: str, tmp_path: Path) -
     found = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
     assert before not in found
     assert run.evaluate()["eval_loss"] == pytest.approx(min(found))
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("kind", [Trainer, transformers.Trainer])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters(family: str, kind: type, four_bits: bool, tmp_path: Path) -> None:
+    """LoRA and QLoRA: checkpoints are PEFT's folders, resuming gives equal losses, and the folder loads on the base."""
+
+    def adapted() -> Any:
+        model = model_of(family, tmp_path / "model", **({"load_in_4bit": True} if four_bits else {}))
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(peft.prepare_model_for_kbit_training(model) if four_bits else model, config)
+
+    run = trainer(adapted(), family, tmp_path / "run", kind, save_strategy="steps", save_steps=1, learning_rate=0.01)
+    run.train()
+    assert "eval_loss" in run.evaluate()
+    again = trainer(adapted(), family, tmp_path / "again", kind, learning_rate=0.01)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert losses(again) == losses(run)
+    run.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final" / WEIGHTS).exists()
+    base = model_of(family, tmp_path / "model", **({"load_in_4bit": True} if four_bits else {}))
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "final")
+    assert torch.equal(logits(loaded, family), logits(run.model, family))
+
+
+def test_added_tokens_of_idefics(tmp_path: Path) -> None:
+    """As the released checkpoints have them, whose loss the reference fails to compute: they learn, and are saved."""
+    theirs = oracle_idefics.random_reference(oracle_idefics.idefics_config(added=2))
+    model = oracle_peft.ours(theirs, tmp_path / "model")
+    before = model.additional_fc.weight.detach().clone()
+    run = trainer(model, "idefics", tmp_path / "run", save_strategy="steps", save_steps=1)
+    run.train()
+    assert not torch.equal(model.additional_fc.weight, before)
+    assert_loads_on_both_sides(tmp_path / "run" / "checkpoint-2", "idefics", logits(model, "idefics"))
+    again = trainer(oracle_peft.ours(theirs, tmp_path / "model"), "idefics", tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert losses(again) == losses(run)

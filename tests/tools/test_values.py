@@ -10,6 +10,7 @@ import oracle_idefics
 import oracle_peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minivlm.models.idefics import IdeficsForVisionText2Text
@@ -62,6 +63,23 @@ def test_one_pass_gives_everything(pair: Any) -> None:
     assert torch.equal(values[0], found["logits"])
     assert torch.equal(found[0], found.logits)
     assert [type(value) for value in values] == [type(value) for value in found.to_tuple()]
+
+
+@torch.no_grad()
+def test_another_implementation(pair: Any, tmp_path: Path) -> None:
+    theirs, ours, inputs = pair
+    for name in ("eager", "sdpa"):
+        ours.set_attn_implementation(name)
+        assert ours.config._attn_implementation == name
+        close(logits(ours, inputs), logits(theirs, inputs))
+    with pytest.raises(ValueError, match="known: eager"):
+        ours.set_attn_implementation("flex")
+    assert ours.config._attn_implementation == "sdpa"
+    ours.save_pretrained(tmp_path)
+    for name in ("eager", "flash_attention_2"):
+        again = type(ours).from_pretrained(tmp_path, attn_implementation=name)
+        assert again.config._attn_implementation == name
+        close(logits(again, inputs), logits(theirs, inputs))
 
 
 @torch.no_grad()
@@ -194,3 +212,20 @@ def test_tied_tables(pair: Any, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "larger")
     for model_class in (type(ours), type(theirs)):
         close(logits(model_class.from_pretrained(tmp_path / "larger"), inputs), logits(ours, inputs))
+
+
+# ---- Names of tensors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_names_of_files_load_as_a_state(pair: Any, head: bool, tmp_path: Path) -> None:
+    """`load_state_dict` takes what `save_pretrained` wrote, and what `state_dict` gives, and nothing else."""
+    ours = pair[1] if head else pair[1].base_model
+    ours.save_pretrained(tmp_path)
+    for state in (load_file(tmp_path / "model.safetensors"), ours.state_dict()):
+        fresh = type(ours)(ours.config)
+        assert fresh.load_state_dict(state, strict=True) == ([], [])
+        for name, value in fresh.state_dict().items():
+            assert torch.equal(value, ours.state_dict()[name]), name
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        ours.load_state_dict({**ours.state_dict(), "another.weight": torch.zeros(1)})

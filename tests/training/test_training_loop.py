@@ -205,7 +205,7 @@ def test_full_training_in_bf16_steps_fp32_copies(tiny: Any) -> None:
     model.requires_grad_(True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     run = loop._Run(model, data.for_training(tiny[1]), tiny[2], recipe, None)
-    for number, batches in run.batches():
+    for number, batches in run.order.batches(run.first, run.collate):
         run.step(number, batches)
     copies = run.optimisation.stepped
     moved = [name for name in before if not torch.equal(copies[name].bfloat16(), before[name])]

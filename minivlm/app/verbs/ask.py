@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 
 from minivlm.app import options, terminal
-from minivlm.app.options import UsageError
 
 USAGE = "[IMAGE…] QUESTION [options]"
 RUNS_ON_GPUS = True  # --gpus: see `minivlm.app.launch`
@@ -26,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Stream the answer to stdout, or print it as JSON. Images and settings are checked before any weight is read."""
     *names, question = arguments.words
-    _check_question(question)
+    options.check_question(question)
     settings = options.generation_settings(arguments)
     name = options.model_name(arguments)
 
@@ -54,14 +52,3 @@ def run(arguments: argparse.Namespace) -> None:
         found |= {"first_token_seconds": round(chat.last.first_token, 3)}
         found |= {"tokens_per_second": round(chat.last.tokens_per_second, 2), "peak_memory_bytes": peak_memory(device)}
     print(json.dumps(found))
-
-
-def _check_question(question: str) -> None:
-    from minivlm.app.images import looks_like_image
-
-    if os.path.isfile(question):
-        raise UsageError(f"the last argument is the question, but {question!r} is a file")
-    if question == "-" or looks_like_image(question):
-        raise UsageError(f"the last argument is the question, and {question!r} looks like an image")
-    if not question.strip():
-        raise UsageError("the question is empty")

@@ -1,0 +1,50 @@
+"""Which of the attention kernels serves a call, and whether it may: `minivlm.modules.attention` asks first.
+
+A mask here is that module's `Mask`: what the kernels need of it are its fields.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivlm_kernels import has_triton, selfcheck
+
+MAX_DECODED = 8  # queries that decode attention takes (its MAX_QUERIES): more are a prefill
+
+
+def kernels(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[str, ...]:
+    """The kernels that would serve a call, in `selfcheck`'s words: for a few queries, as in decoding, the one that
+    splits the keys among programs."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "attention", "attention backward"
+    alike = mask.valid is None or mask.valid.ndim == 2 or mask.queries == 1  # queries differ by causality alone
+    few = mask.queries <= MAX_DECODED and (mask.queries == 1 or mask.causal)
+    return ("decode attention",) if alike and few else ("attention",)
+
+
+def preferred(q: Tensor, kernel: str) -> bool:
+    """Whether a kernel is the default: half precision, heads of a width that it tiles, and an NVIDIA GPU of a
+    generation (sm_80 or later) on which it was measured to be faster than torch's."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if not (q.is_cuda and half) or torch.version.hip or q.shape[3] % 8 or q.shape[3] > 128:
+        return False
+    if not has_triton() or torch.cuda.get_device_capability(q.device)[0] < 8:
+        return False
+    return selfcheck.preferred(kernel, q.device)
+
+
+def work(kernels: tuple[str, ...], q: Tensor) -> bool:
+    """Whether all of them gave the right numbers on this GPU."""
+    return all(selfcheck.works(kernel, q.dtype, q.device, q.shape[3]) for kernel in kernels)
+
+
+def run(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+    """Attention by one of the kernels: shapes as in `minivlm.modules.attention.attention`."""
+    from minivlm_kernels.decode_attention import decode_attention
+    from minivlm_kernels.flash_attention import flash_attention
+
+    allowed, window = mask.allowed, mask.window if mask.causal else None
+    if kernel == "decode attention":
+        return decode_attention(q, k, v, lengths=mask.filled, scale=scale, window=window, mask=allowed)
+    return flash_attention(q, k, v, scale=scale, causal=mask.causal, window=window, mask=allowed)

@@ -1,0 +1,70 @@
+"""Say which of several given answers is the likeliest."""
+
+import argparse
+import json
+from typing import Any
+
+from minivlm.app import options
+from minivlm.app.options import UsageError
+
+USAGE = "[IMAGE…] QUESTION --answers A B … [options]"
+RUNS_ON_GPUS = True  # --gpus: see `minivlm.app.launch`
+EXAMPLES = """\
+minivlm rank docs/shapes.png "What number is written?" --answers 46. 47. 48.
+minivlm rank photo.jpg "Is it day or night? One word." --answers Day Night --model HuggingFaceM4/idefics2-8b --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    images = "image files, URLs, base64, or - for stdin; then the question"
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
+    parser.add_argument("--answers", nargs="+", required=True, metavar="ANSWER", help="at least two, quoted")
+    mean = "compare answers by the mean over their tokens, not the sum: for answers of different lengths"
+    parser.add_argument("--mean", action="store_true", help=mean)
+    parser.add_argument("--system", metavar="TEXT", help="the system message, before the question")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options.add_model_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print every answer with its share of the likelihood, the likeliest first."""
+    *names, question = arguments.words
+    options.check_question(question)
+    if len(set(arguments.answers)) < 2:
+        raise UsageError("--answers takes at least two different ones")
+    name = options.model_name(arguments)
+
+    from minivlm.app import images
+    from minivlm.generation.ranking import rank
+    from minivlm.processing.common import fetch_image
+
+    device, dtype = options.device_and_dtype(arguments)
+    processor = options.load_processor(name, arguments)
+    fetched = [fetch_image(processor, images.source(each)) for each in names]
+    prompt, candidates = _encoded(processor, question, fetched, arguments.system, arguments.answers)
+    model = options.load_model(name, arguments, device, dtype)
+    scores = rank(model, prompt, candidates, mean=arguments.mean)[0]
+    found = sorted(zip(scores.softmax(-1).tolist(), scores.tolist(), arguments.answers, strict=True), reverse=True)
+    if arguments.json:
+        answers = [{"answer": answer, "share": share, "log_probability": score} for share, score, answer in found]
+        print(json.dumps({"model": name, "answers": answers}))
+        return
+    for share, score, answer in found:
+        print(f"{share:7.2%}  {score:9.3f}  {answer}")
+
+
+def _encoded(
+    processor: Any, question: str, fetched: list[Any], system: str | None, answers: list[str]
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """The prompt, and each answer's ids with the mark that ends it, as the chat template writes them."""
+    content = [*({"type": "image", "image": image} for image in fetched), {"type": "text", "text": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    options_ = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options_)
+    found = []
+    for answer in answers:
+        whole = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        inputs = processor.apply_chat_template(whole, return_assistant_tokens_mask=True, **options_)
+        found.append(inputs["input_ids"][0][inputs["assistant_masks"][0].bool()].tolist())
+    return dict(prompt), found
