@@ -27,7 +27,9 @@ def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return False
     if not suits(x, weight) or not (bias is None or (bias.dtype == x.dtype and addresses.addressable(bias))):
         return False
-    return x.dtype == torch.bfloat16 or not processor.abilities().fp32_row_in_torch
+    found = processor.abilities()
+    in_torch = found.fp32_row_in_torch if x.dtype == torch.float32 else found.bf16_row_in_torch
+    return not (in_torch and x.numel() == weight.shape[1])
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:

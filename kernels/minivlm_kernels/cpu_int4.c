@@ -5,6 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #ifdef __AVX512F__
 enum { LANES = 16 };
 #else
@@ -131,6 +135,104 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
     }
     for (int t = 0; t < TILES; t++)
         for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16 + at) = total[t * rows + i];
+}
+
+#ifdef __AVX512BF16__
+enum { AHEAD = 1024 }; // bytes: a processor's own prefetching ends with a page
+
+// The same with x in bf16: one instruction looks up 32 codes, and one multiplies and adds them in pairs. The table is in
+// bf16 too, which is exact for whole numbers; products are exact, and sums are in fp32.
+// A word of 16 bits holds four codes. Shifted to its end, bit 4 belongs to the next code: the table is there twice.
+// x: four pairs for every eight inputs, the codes' order in the lower and the upper half of a word of 32 bits.
+INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t *x, const float *sums, float *y,
+                              const __m512i table, const int many, const int rows) {
+    const int count = many * rows, ways = count < 8 ? 8 / count : 1; // sums that do not wait for each other
+    const int64_t groups = w->columns / w->group;
+    floats total[16]; // of a constant size, so that they become registers
+    __m512 part[16];
+    float absmax[4][LANES];
+    for (int i = 0; i < count; i++) total[i] = (floats){0};
+    for (int64_t g = 0; g < groups; g++) {
+        for (int i = 0; i < count * ways; i++) part[i] = _mm512_setzero_ps();
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
+            __m512i eight[4];
+            for (int t = 0; t < many; t++) {
+                eight[t] = _mm512_loadu_si512(tiles[t].codes + 8 * k);
+                _mm_prefetch(tiles[t].codes + 8 * k + AHEAD, _MM_HINT_T0);
+            }
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++)
+                for (int t = 0; t < many; t++) {
+                    const __m512i values = _mm512_permutexvar_epi16(_mm512_srli_epi16(eight[t], 4 * s), table);
+#pragma GCC unroll 8
+                    for (int i = 0; i < rows; i++) {
+                        __m512 *sum = part + (t * rows + i) * ways + s % ways;
+                        const __m512i pair = _mm512_set1_epi32((int)x[(i * w->columns + k) / 2 + s]);
+                        *sum = _mm512_dpbf16_ps(*sum, (__m512bh)values, (__m512bh)pair);
+                    }
+                }
+        }
+        for (int t = 0; t < many; t++) {
+            const floats scales = scales_of(w, tiles + t, g, 0, absmax[t]), shifts = shifts_of(w, tiles + t, g, 0);
+            for (int i = 0; i < rows; i++) {
+                __m512 *sum = part + (t * rows + i) * ways;
+                for (int j = 1; j < ways; j++) sum[0] += sum[j];
+                total[t * rows + i] += ((floats)sum[0] + shifts * sums[i * groups + g]) * scales;
+            }
+        }
+    }
+    for (int t = 0; t < many; t++)
+        for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16) = total[t * rows + i];
+}
+#endif
+
+// Whether `product_bf16` can be called.
+int has_bf16(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// As `product`, with x and the table in bf16.
+int product_bf16(const Weight *w, const uint16_t *x, const uint16_t *codes, float *y, int64_t rows, int64_t inputs) {
+#ifdef __AVX512BF16__
+    const int64_t columns = w->columns, groups = columns / w->group;
+    uint32_t *pairs = malloc(rows * (columns / 2 * sizeof *pairs + groups * sizeof(float)));
+    float *sums = (float *)(pairs + rows * columns / 2);
+    if (!pairs) return 1;
+    memset(sums, 0, rows * groups * sizeof *sums);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < columns; k += 8)
+            for (int64_t s = 0; s < 4; s++) {
+                const int64_t low = (k + s) ^ w->high_first, high = (k + 4 + s) ^ w->high_first;
+                const uint32_t first = low < inputs ? x[i * inputs + low] : 0, last = high < inputs ? x[i * inputs + high] : 0;
+                pairs[(i * columns + k) / 2 + s] = first | last << 16;
+                if (w->zeros) {
+                    const union { uint32_t bits; float value; } a = {first << 16}, b = {last << 16};
+                    sums[i * groups + k / w->group] += a.value + b.value;
+                }
+            }
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)codes));
+#pragma omp parallel for schedule(static) num_threads(w->threads)
+    for (int64_t number = 0; number < w->tiles; number += 4) { // four streams are read faster than one
+        Tile tiles[4];
+        for (int t = 0; t < 4; t++) tiles[t] = tile_at(w, number + t < w->tiles ? number + t : w->tiles - 1);
+        FOR_ROWS(rows, {
+            const uint32_t *some = pairs + FROM * columns / 2;
+            float *out = y + FROM * 16 * w->tiles;
+            if (ROWS < 4) tile_product_bf16(w, tiles, some, sums + FROM * groups, out, table, 4, ROWS);
+            else // so many sums as there are registers
+                for (int t = 0; t < 4; t += 2)
+                    tile_product_bf16(w, tiles + t, some, sums + FROM * groups, out, table, 2, ROWS);
+        })
+    }
+    free(pairs);
+    return 0;
+#else
+    return 2;
+#endif
 }
 
 // x: (rows, inputs).  y: (rows, 16 * tiles).  Returns 1 where there is no memory, else 0.

@@ -111,10 +111,19 @@ def _sequential(size: int) -> Tensor:
 
 
 def product(x: Tensor, weight: Tiles) -> Tensor:
-    """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows."""
-    rows = x.float().contiguous()
-    y = rows.new_empty(len(rows), len(weight.stream) * LANES)
-    if _call("product", ctypes.byref(_described(weight)), rows, y, *rows.shape):
+    """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows.
+
+    For x in bf16, on a processor with bf16 instructions, the table is rounded to bf16 too; sums are in fp32.
+    """
+    described = _described(weight)
+    if x.dtype == torch.bfloat16 and has_bf16():
+        rows, codes = x.contiguous(), _table(weight).bfloat16()
+        given = ("product_bf16", ctypes.byref(described), rows, codes)
+    else:
+        rows = x.float().contiguous()
+        given = ("product", ctypes.byref(described), rows)
+    y = rows.new_empty(len(rows), len(weight.stream) * LANES, dtype=torch.float32)
+    if _call(*given, y, *rows.shape):
         raise MemoryError(f"no memory for {len(rows):,} rows of {rows.shape[1]:,} numbers")
     return y[:, : weight.shape[0]]
 
@@ -148,9 +157,18 @@ def _whole_numbers() -> Tensor:
     return torch.arange(-8, 8, dtype=torch.float32)  # of codes with a zero point: the C adds 8 − zero
 
 
+def _table(weight: Tiles) -> Tensor:
+    return _whole_numbers() if weight.table is None else weight.table
+
+
+def has_bf16() -> bool:
+    """Whether the library multiplies in bf16: this processor can, and nobody has forbidden it."""
+    return bool(_library().has_bf16())
+
+
 def _described(weight: Tiles) -> _Weight:
     columns = -(-weight.shape[1] // weight.group) * weight.group
-    table = _whole_numbers() if weight.table is None else weight.table
+    table = _table(weight)
     values, absmax, offset = weight.nested or (None, None, 0.0)
     nested = (None, None) if weight.nested is None else (values.data_ptr(), absmax.data_ptr())
     last = 0 if weight.nested is None else len(absmax) - 1

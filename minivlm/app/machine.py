@@ -30,20 +30,23 @@ def _version(name: str) -> str | None:
 
 def _layers() -> list[tuple[str, str, str]]:
     """(layer, path, why) of a model on this CPU."""
-    found, times = processor.abilities(), processor.abilities().times
+    found, four = processor.abilities(), cpu_int4.available()
+    times = found.times
     trial = f"a trial took {times['bf16']:g} ms in bf16, {times['fp32']:g} in fp32"
-    dense, four = cpu_dense.available(), cpu_int4.available()
-    row = f"one row in {times['row']:g} ms, its weight read in {times['read']:g}"
-    if found.fp32_row_in_torch:
-        one = ("torch", f"as fast as reading: {row}")
-    else:
-        one = _page(cpu_dense.SOURCE.name, dense, f"torch is slower than reading: {row}")
     return [
-        ("a row of float32", *one),
-        ("few rows of bfloat16, norms", *_page(cpu_dense.SOURCE.name, dense, "torch is slower than reading")),
+        ("a row of float32", *_row("fp32", found.fp32_row_in_torch, times)),
+        ("a row of bfloat16", *_row("bf16", found.bf16_row_in_torch, times)),
+        ("few rows of bfloat16, norms", *_page(cpu_dense.SOURCE.name, cpu_dense.available(), "fewer operations")),
         ("many rows of bfloat16", "torch, in bfloat16" if found.bf16_products else "torch, in float32", trial),
         ("few rows of four bits", *_page(cpu_int4.SOURCE.name, four, "torch has no such product")),
     ]
+
+
+def _row(name: str, in_torch: bool, times: dict[str, float]) -> tuple[str, str]:
+    if not cpu_dense.available():
+        return _page(cpu_dense.SOURCE.name, False, "")
+    why = f"a trial took {times[f'{name} row']:g} ms by torch, {times.get(f'{name} row in C', 0):g} in C"
+    return ("torch" if in_torch else f"compiled {cpu_dense.SOURCE.name}"), why
 
 
 def _page(name: str, there: bool, why: str) -> tuple[str, str]:

@@ -141,11 +141,12 @@ def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str
 
 def asked_quantization(arguments: argparse.Namespace) -> Any:
     """The configuration behind `--quantize` and `--quantize-head`; None without."""
+    head = getattr(arguments, "quantize_head", False)
     if arguments.quantize is None:
-        if arguments.quantize_head:
+        if head:
             raise UsageError("--quantize-head goes with --quantize FORMAT")
         return None
-    return quantization(arguments.quantize, head=arguments.quantize_head)
+    return quantization(arguments.quantize, head=head)
 
 
 def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None, head: bool = False) -> Any:

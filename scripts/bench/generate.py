@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=[], choices=["nf4", "int8", "int4"])
     parser.add_argument("--context", type=int, default=2900)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", metavar="WORD", default="", help="work with this word in its name, as decode")
+    parser.add_argument("--only", metavar="WORD", nargs="+", help="work with one of these in its name, as decode")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -304,7 +304,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         work = FAMILIES[options.family][1](options.context)
-        work = {what: inputs for what, inputs in work.items() if options.only in what}
+        work = {what: inputs for what, inputs in work.items() if any(word in what for word in options.only or [""])}
         parameters = write_checkpoint(options.family, Path(folder) / "float32")
         load("minivlm", f"{folder}/float32", "bfloat16").save_pretrained(f"{folder}/bfloat16")
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

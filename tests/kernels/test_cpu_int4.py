@@ -27,8 +27,10 @@ CASES = [
 ]
 
 
-def weight(rows: int, columns: int, held: torch.dtype, zero_points: bool, group: int) -> tuple[Tiles, Tensor]:
-    """A random weight, and its values (N, K) in fp64, worked out one scale at a time."""
+def weight(
+    rows: int, columns: int, held: torch.dtype, zero_points: bool, group: int, half: bool = False
+) -> tuple[Tiles, Tensor]:
+    """A random weight, and its values (N, K) in fp64, worked out one scale at a time. half: its table is in bf16."""
     torch.manual_seed(rows + columns)
     groups = -(-columns // group)
     codes = torch.randint(16, (rows, columns + columns % 2))
@@ -37,6 +39,7 @@ def weight(rows: int, columns: int, held: torch.dtype, zero_points: bool, group:
     qweight = (halves[0] * 16 + halves[1]).to(torch.uint8)
     zeros = torch.randint(17, (rows, groups), dtype=torch.uint8) if zero_points else None
     table = torch.arange(16.0) if zero_points else torch.randn(16)
+    table = table.bfloat16().float() if half else table
     nested = None
     if held == torch.uint8:
         scales = torch.randint(256, (rows, groups), dtype=torch.uint8)
@@ -67,6 +70,21 @@ def test_products(case: tuple, rows: int, library: None) -> None:
     largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
     expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)
     bounds.assert_within(product(x, packed), expected, bound, case)
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+def test_products_of_bf16(case: tuple, rows: int, library: None) -> None:
+    """With bf16 instructions or without: exact products of x and the table as bf16 holds them, and sums in fp32."""
+    packed, exact = weight(*case, half=True)
+    x = torch.randn(rows, packed.shape[1]).bfloat16()
+    largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
+    expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)
+    found = product(x, packed)
+    assert found.dtype == torch.float32
+    bounds.assert_within(found, expected, bound, case)
+    bounds.assert_within(product(x.float(), packed), expected, bound, case)  # the slow twin
 
 
 @needs_compiler
