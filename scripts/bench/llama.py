@@ -1,6 +1,6 @@
 """A decode step at the widths of Idefics2-8B (4 layers and the head) beside llama.cpp, in one run.
 
-    pip install llama-cpp-python gguf; python scripts/bench/llama_cpp.py [--types Q4_0 Q8_0 BF16] [--rounds 7]
+    pip install llama-cpp-python gguf; python scripts/bench/llama.py [--types Q4_0 Q8_0 BF16] [--rounds 7]
 
 Both sides hold random weights of the same shapes. Each round times every contestant once, so that drifts in the machine
 affect all; figures are medians of a token's milliseconds after a prompt of 97 tokens. llama.cpp quantises its output
