@@ -45,9 +45,11 @@ def kept(model: Any, batch: dict[str, torch.Tensor]) -> int:
     """Bytes that the forward pass keeps for the backward pass, weights and lookup tables left out."""
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
+    alive = []  # or another tensor could get the address of one that was dropped on the way
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor.untyped_storage())
+        sizes[alive[-1].data_ptr()] = alive[-1].nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
