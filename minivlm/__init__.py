@@ -86,7 +86,7 @@ _INSTEAD = {
     "StoppingCriteriaList": "a list of functions in generate(stopping_criteria=[…])",
     "TextIteratorStreamer": "Chat(model, processor).stream(…), which yields pieces of text",
     "TextStreamer": "Chat(model, processor).stream(…), or any object with put and end in generate(streamer=…)",
-    "Trainer": "minivlm.trainer.Trainer",
+    "Trainer": "the one of minivlm.trainer",
     "pipeline": "Chat(model, processor).ask(text, images)",
     "set_seed": "generate(seed=…), or torch.manual_seed",
 }

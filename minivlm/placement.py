@@ -45,6 +45,7 @@ class Placement:
 
     @property
     def is_single(self) -> bool:
+        """Whether all is on one device, so that nothing need be moved."""
         return set(self.blocks.values()) <= {self.home}
 
     def table(self) -> dict[str, int | str]:
@@ -173,6 +174,8 @@ def _by_map(device_map: dict, blocks: list[str]) -> Placement:
     """By a map as `hf_device_map` is: the longest name that a block's begins with decides; all else is with the
     embeddings."""
     devices = {str(name): one_device(device) for name, device in device_map.items()}
+    if torch.device("meta") in devices.values():
+        raise ValueError("device_map names meta, where a tensor has no values; place every part on a real device")
 
     def of(name: str) -> torch.device | None:
         names = _spellings(name)
@@ -240,10 +243,12 @@ def _stays(*args: Any, **options: Any) -> None:
 
 
 class _Moves:
-    """Moves the arguments of blocks. What all blocks share (rotations, masks) is moved to a device once a pass."""
+    """Moves the arguments of blocks. What blocks share (rotations, masks) is copied to a device once a pass."""
 
     def __init__(self) -> None:
-        self.moved: dict[tuple[int, torch.device], tuple[Any, Any]] = {}  # the value is kept, so that its id stays its
+        # (id of a value, device) → the value, which must live as long as its id is a key, and its copy there.
+        # Values that are where they should be are not kept: every block's input would outlive its block.
+        self.moved: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
 
     def to(self, device: torch.device, last: bool = False) -> Any:
         """A pre-hook. last: the pass is over, and what has been moved for it can go."""
@@ -261,9 +266,12 @@ class _Moves:
         if not isinstance(value, Tensor | Mask):
             return value
         key = (id(value), device)
-        if key not in self.moved:
-            self.moved[key] = (value, moved(value, device))
-        return self.moved[key][1]
+        if key in self.moved:
+            return self.moved[key][1]
+        there = moved(value, device)
+        if there is not value:
+            self.moved[key] = (value, there)
+        return there
 
 
 def moved(value: Tensor | Mask, device: torch.device) -> Tensor | Mask:
@@ -277,6 +285,7 @@ def moved(value: Tensor | Mask, device: torch.device) -> Tensor | Mask:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; itself if it is there. A function of its own, so that tests can stand in for devices."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -310,13 +319,21 @@ def _stream(block: nn.Module, device: torch.device) -> None:
 
 
 class streamed:
-    """In this block, the parameters of a module that `_stream` has prepared are on the device where it computes."""
+    """In this block, the parameters of a module that `_stream` has prepared are on the device where it computes.
+
+    ValueError in training: the copies are dropped after the pass, and gradients with them.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.device = getattr(module, "streams_to", None)
         self.module, self.kept = module, []
 
     def __enter__(self) -> None:
+        if self.device is not None and self.module.training and torch.is_grad_enabled():
+            raise ValueError(
+                "blocks that wait in main memory cannot be trained; use more devices, four bits on one "
+                "(finetune --load nf4), or several processes (--fsdp)"
+            )
         for module in self.module.modules() if self.device is not None else ():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

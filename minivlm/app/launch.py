@@ -6,8 +6,10 @@ others. If one process fails, its error is printed and torchrun ends the others;
 """
 
 import argparse
+import atexit
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,7 +84,9 @@ def _own_copy(out: Path, rank: int) -> Path:
     begun = shared(lambda: part.read_bytes() if part.exists() else None)
     if not rank:
         return out
-    mine = Path(tempfile.mkdtemp(prefix="minivlm-")) / out.name
+    folder = tempfile.mkdtemp(prefix="minivlm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    mine = Path(folder) / out.name
     if begun is not None:
         mine.with_name(part.name).write_bytes(begun)
     return mine

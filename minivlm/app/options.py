@@ -70,8 +70,8 @@ def model_name(arguments: argparse.Namespace) -> str:
     return arguments.model or DEFAULT_MODEL
 
 
-def check_question(question: str) -> None:
-    """UsageError if the last word cannot have been meant as the question."""
+def checked_question(question: str) -> str:
+    """The question, as text. UsageError if the last word cannot have been meant as one."""
     from minivlm.app.images import looks_like_image
 
     if os.path.isfile(question):
@@ -80,6 +80,7 @@ def check_question(question: str) -> None:
         raise UsageError(f"the last argument is the question, and {question!r} looks like an image")
     if not question.strip():
         raise UsageError("the question is empty")
+    return terminal.typed(question)
 
 
 def check_name(name: str) -> None:
@@ -204,8 +205,9 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="of sampling: the same seed gives the same answer")
     group.add_argument("--num-beams", type=positive, metavar="N", help="follow N continuations, keep the likeliest")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: fewer repeated words")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer with this text; may be repeated")
-    group.add_argument("--system", metavar="TEXT", help="the system message, before the first question")
+    stop, system = "end the answer with this text; may be repeated", "the system message, before the first question"
+    group.add_argument("--stop", action="append", type=terminal.typed, metavar="TEXT", help=stop)
+    group.add_argument("--system", type=terminal.typed, metavar="TEXT", help=system)
     group.add_argument(
         "--set",
         action="append",

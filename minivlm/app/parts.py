@@ -63,6 +63,8 @@ def all_parts(out: Path) -> list[Path]:
 
 def check_new(out: Path) -> None:
     """ValueError if the answers have no folder, or are there already, and not because a run was killed as it ended."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file for the answers")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}; make it first")
     if out.exists() and not all_parts(out):
@@ -81,17 +83,28 @@ def resume(part: BinaryIO, header: dict[str, Any]) -> None:
 def read_all(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The answers in all part files, by line. What there is of a last line does not count: it may be being written.
 
+    Where `out` stands beside parts, a process has just finished, or was killed while it removed them: all is in `out`.
     ValueError for a part that belongs to other questions or settings.
     """
     found: dict[int, dict[str, Any]] = {}
-    for path in all_parts(out):
+    parts = all_parts(out)
+    for path in parts:
         try:
             text = path.read_bytes()
         except FileNotFoundError:  # another process has just put all together
             continue
         if whole := text.rfind(b"\n") + 1:
             found |= _answers(text[:whole], header, path)
+    if parts and out.exists():
+        found |= _finished(out)
     return found
+
+
+def _finished(out: Path) -> dict[int, dict[str, Any]]:
+    try:
+        return {answer["line"]: answer for answer in map(json.loads, out.read_bytes().splitlines())}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{out} exists already and holds no answers; remove it, or write to another file") from error
 
 
 def _answers(text: bytes, header: dict[str, Any], path: Path) -> dict[int, dict[str, Any]]:

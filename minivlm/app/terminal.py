@@ -10,14 +10,26 @@ from typing import Any
 
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # what terminals obey (not tab and new line); surrogates
 
+ASCII = ("ascii", "us-ascii", "ansi_x3.4-1968", "646")  # names of an encoding
+
 
 def prepare() -> None:
-    """From here on, no character ends the program because stdout or stderr cannot encode it (cp1252, ASCII), and a
-    warning is one line."""
+    """From here on, no character ends the program because stdout or stderr cannot encode it (cp1252, ASCII), stdin is
+    UTF-8 where the locale is ASCII, and a warning is one line."""
+    if (getattr(sys.stdin, "encoding", None) or "").lower() in ASCII and hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"minivlm: warning: {one_line(str(message))}\n"
+
+
+def typed(text: str) -> str:
+    """An argument as text: in an ASCII locale, Python hands over the bytes of other letters as lone surrogates."""
+    if re.search(r"[\udc80-\udcff]", text):
+        with contextlib.suppress(UnicodeError):
+            return text.encode("ascii", "surrogateescape").decode()
+    return text
 
 
 def drop_stdout() -> None:

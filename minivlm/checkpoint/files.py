@@ -77,7 +77,11 @@ class Save:
                 journal.write(path, text)
             for path, temporary in self.written.items():
                 kept.append((path, self._keep(path)))
-                os.replace(temporary, path)
+                try:
+                    os.replace(temporary, path)
+                except FileNotFoundError:  # a reader took this process for dead and has made this rename
+                    if not journals:
+                        raise
             for path in removed:
                 kept.append((path, self._keep(path)))
                 path.unlink(missing_ok=True)

@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-PATIENCE = 10.0  # seconds that a live process may take for its renames; an older journal is of a dead one
+# Seconds after which a journal counts as a dead process's. One that was only slow (a suspended machine) does no harm:
+# it makes the same renames, and `commit` takes those that another process has made as its own.
+PATIENCE = 10.0
 ENDING = ".save.json"
 
 
@@ -48,7 +50,7 @@ def plan(mark: str, written: Iterable[Path], removed: Iterable[Path]) -> dict[Pa
 
 
 def write(path: Path, text: str) -> None:
-    """Onto the disk. One that was cut is no journal, and nothing has been renamed yet."""
+    """Write a journal, onto the disk itself. One that was cut short is ignored: nothing has been renamed yet."""
     path.write_text(text, encoding="utf-8")
     with path.open("r+b") as file:
         os.fsync(file.fileno())
@@ -66,7 +68,7 @@ def finish(folder: Path) -> None:
         mark = journal.name.removeprefix(".").removesuffix(ENDING)
         try:
             for path in (folder / name for name in names["written"]):
-                with contextlib.suppress(FileNotFoundError):  # has taken its place already
+                with contextlib.suppress(FileNotFoundError):  # it is in its place already
                     os.replace(new(path, mark), path)
                 old(path, mark).unlink(missing_ok=True)
             for path in (folder / name for name in names["removed"]):
@@ -82,9 +84,12 @@ def finish(folder: Path) -> None:
 
 
 def _wait(journal: Path) -> dict[str, list[str]] | None:
-    """What a journal says once it is old enough to be a dead process's; None if it is removed before, or is none."""
+    """What a journal says, once it is old enough to be a dead process's.
+
+    None if it is removed before, or is not one of ours.
+    """
     until = time.monotonic() + PATIENCE
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         while time.time() - journal.stat().st_mtime < PATIENCE and time.monotonic() < until:
             time.sleep(0.05)
         match json.loads(journal.read_text(encoding="utf-8")):

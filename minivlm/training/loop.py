@@ -9,6 +9,7 @@ Under `torchrun` each process takes its share of every step, and gradients are a
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -32,6 +33,7 @@ from minivlm.training.recipe import Recipe, Step
 from minivlm.training.rows import Row, fingerprint
 
 STATE, LOG = "state.pt", "log.jsonl"
+RESULTS = ("config.json", adapters.CONFIG)  # what `save` writes a model or an adapter around
 PARTS = "state-"  # folders with the state of a model that is cut among processes
 Loss = Callable[[Any, Any], tuple[Tensor, int]]  # of a model and a batch: see `token_loss`
 
@@ -101,6 +103,20 @@ def _loss_of(model: Any, loss: Loss) -> Loss:
     return lambda model, inputs: model.summed_loss(inputs)
 
 
+def _kind(model: Any, processor: Any) -> dict[str, Any]:
+    """What losses depend on beside rows and recipe: the adapter's settings, the weights' form, the inputs."""
+    adapter = getattr(model, "adapter_config", None)
+    settings = {} if adapter is None else dataclasses.asdict(adapter)
+    images, quantised = getattr(processor, "image_processor", None), getattr(model, "quantization_config", None)
+    inputs = [images.to_dict() if hasattr(images, "to_dict") else None, getattr(processor, "chat_template", None)]
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+    return {
+        **{f"the adapter's {name}": value for name, value in settings.items()},
+        "weights": str(model.dtype).removeprefix("torch.") + (f", {quantised.format}" if quantised else ""),
+        "image settings and chat template": digest[:16],
+    }
+
+
 def _rank() -> tuple[int, int]:
     """(this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -122,6 +138,7 @@ class _Run:
     ) -> None:
         self.model, self.rows, self.recipe, self.out = model, rows, recipe, out
         self.loss = _loss_of(model, loss)
+        self.kind = _kind(model, processor)
         self.cut = hasattr(model, "summed_loss")
         if model.dtype == torch.float16:
             raise ValueError("float16 loses small gradients; load the model in bfloat16 or float32 to train it")
@@ -191,6 +208,13 @@ class _Run:
         state, log = self.out / STATE, self.out / LOG
         if not resume and (state.exists() or log.exists()):
             raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is a file; name a folder for the result")
+        made = [name for name in RESULTS if (self.out / name).exists()]
+        if made and not (state.exists() or log.exists()):
+            raise ValueError(
+                f"{self.out} holds a model already ({made[0]}), which no run here made; name another folder"
+            )
         self.out.mkdir(parents=True, exist_ok=True)
         journal.finish(self.out)  # a save that a kill has stopped halfway
         for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:
@@ -205,7 +229,7 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():
-            if state["about"].get(name) != value:
+            if state["about"].get(name, value if name in self.kind else None) != value:  # older states lack the kind
                 raise ValueError(
                     f"{self.out / STATE} was saved with {name} {state['about'].get(name)!r:.80}, not {value!r:.80}; "
                     "go on as it was begun, or name another folder"
@@ -228,9 +252,8 @@ class _Run:
         """What a resumed run must have in common with the one before."""
         free = ("workers", "eval_every", "save_every")  # these change no loss
         recipe = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in free}
-        if not self.cut:
-            return {"rows": fingerprint(self.rows), "processes": self.world, **recipe}
-        return {"rows": fingerprint(self.rows), **recipe, "batch": None, "accumulate": self.order.per_step}
+        about = {"rows": fingerprint(self.rows), **self.kind, **recipe}
+        return about | ({"batch": None, "accumulate": self.order.per_step} if self.cut else {"processes": self.world})
 
     def log(self, step: Step) -> None:
         if self.out is not None and self.rank == 0:

@@ -134,9 +134,12 @@ class Optimisation:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`. ValueError if it is of other parameters."""
         values = state["parameters"]
-        if values.keys() != self.stepped.keys():
+        other = values.keys() ^ self.stepped.keys()
+        other |= {name for name in values.keys() - other if values[name].shape != self.stepped[name].shape}
+        if other:
             raise ValueError(
-                f"the saved state trains other parameters: {sorted(values.keys() ^ self.stepped.keys())[:3]}"
+                f"the saved state trains other parameters: {sorted(other)[:3]}; go on as it was begun, or name another "
+                "folder"
             )
         for name, value in values.items():
             self.stepped[name].copy_(value)

@@ -427,3 +427,20 @@ def test_no_prompts_no_model_is_read(tmp_path, capsys):
     argv = ["batch", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "out"), "--model", str(tmp_path)]
     assert cli.main(argv) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+def test_another_adapter_or_folder_of_images_is_another_run(tmp_path, capsys, monkeypatch):
+    abouts = []
+    for name in ("load_processor", "load_model"):
+        monkeypatch.setattr(options, name, lambda *_: None)
+    monkeypatch.setattr(batch, "run", lambda job, text, out, about, shard: abouts.append(about) or batch.Summary())
+    prompts = write(tmp_path / "prompts.jsonl", [{"question": "?"}])
+    command = ["batch", str(prompts), "--out", str(tmp_path / "out.jsonl"), "--model", "shapes-idefics2"]
+    for more in ([], ["--adapter", "one"], ["--adapter", "two"], ["--image-folder", "here"]):
+        assert cli.main(command + more) == 0
+    assert all(abouts.count(about) == 1 for about in abouts)
+
+
+def test_answers_into_a_folder(tmp_path, capsys):
+    assert cli.main(["batch", os.devnull, "--out", str(tmp_path)]) == 1
+    assert "is a folder" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from minivlm import AutoModelForImageTextToText
-from minivlm.app import cli
+from minivlm.app import cli, lock
 from minivlm.training import adapters
 
 STEPS = ["--steps", "2", "--batch", "2", "--accumulate", "1", "--r", "2"]
@@ -123,3 +123,14 @@ def test_two_processes_of_torchrun_take_the_steps_of_one(rows: Path, tmp_path: P
     one, two = (adapters.read(tmp_path / side).tensors for side in ("one", "two"))
     for name, tensor in one.items():
         assert (two[name] - tensor).norm() <= 1e-2 * tensor.norm(), name
+
+
+def test_one_run_at_a_time_trains_into_a_folder(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    train = ["finetune", rows, tmp_path / "new" / "out", "--image-folder", tmp_path, *STEPS]
+    (tmp_path / "new").mkdir()
+    with lock.held(tmp_path / "new" / "out.lock"):
+        code, _, err = run(capsys, *train)
+        assert (code, f"process {os.getpid()}" in err) == (1, True)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert run(capsys, *train)[0] == 0
+    assert not (tmp_path / "new" / "out.lock").exists()

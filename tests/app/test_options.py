@@ -100,7 +100,7 @@ def test_settings_reach_the_answer(capsys):
 
 @pytest.mark.parametrize("kind", options.FORMATS)
 def test_weights_are_quantised_as_they_are_read(kind):
-    arguments = argparse.Namespace(quantize=kind, attn=None, gpus=1)
+    arguments = argparse.Namespace(quantize=kind, quantize_head=False, attn=None, gpus=1)
     model = options.load_model("shapes-idefics2", arguments, "cpu", None)
     plain = minivlm.AutoModelForImageTextToText.from_pretrained("shapes-idefics2")
     assert len(list(model.parameters())) < len(list(plain.parameters()))
@@ -252,3 +252,14 @@ def test_a_warning_is_one_line(capsys):
     err = capsys.readouterr().err
     assert "UserWarning" not in err
     terminal.prepare()
+
+
+def test_other_letters_in_an_ascii_locale() -> None:
+    """What was typed is UTF-8, whatever Python makes of the locale."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "minivlm", "rank", "docs/shapes.png", "Où est-elle?", "--answers", "là", "ça"]
+    found = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=120)
+    assert {answer["answer"] for answer in json.loads(found.stdout)["answers"]} == {"là", "ça"}
+    command = [sys.executable, "-m", "minivlm", "chat", "docs/shapes.png"]
+    found = subprocess.run(command, env=environment, input="Où?\n".encode(), capture_output=True, timeout=120)
+    assert found.returncode == 0

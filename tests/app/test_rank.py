@@ -46,6 +46,7 @@ def test_the_score_is_the_loss_of_the_answer(capsys: pytest.CaptureFixture) -> N
     [
         ([*QUESTION, "--answers", "one"], "two different"),
         ([*QUESTION, "--answers", "a", "a"], "two different"),
+        ([*QUESTION, "--answers", "a", " "], "empty"),
         (["What?", "docs/shapes.png", "--answers", "a", "b"], "is a file"),
     ],
 )

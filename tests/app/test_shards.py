@@ -217,3 +217,15 @@ def test_on_ray():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == sorted(f"{number} 47." for number in range(10))
+
+
+def test_killed_while_it_removed_the_parts_nothing_is_asked_again(job, text, whole, out, monkeypatch):
+    for rank in range(3):
+        batch.run(job, text, out, ABOUT, Shard(rank, 4))
+    kept = out.with_name(f"{out.name}.part-00001-of-00004").read_bytes()
+    batch.run(job, text, out, ABOUT, Shard(3, 4))
+    out.with_name(f"{out.name}.part-00001-of-00004").write_bytes(kept)
+    monkeypatch.setattr(batch, "_texts", None)
+    assert batch.run(job, text, out, ABOUT, Shard(0, 2)).missing == 0
+    assert out.read_bytes() == whole
+    assert files(out) == {out.name}

@@ -121,3 +121,34 @@ def test_a_process_that_is_killed(renames: int, tmp_path: Path, monkeypatch: pyt
     with pytest.warns(UserWarning, match="it is finished now"):
         journal.finish(tmp_path)
     assert contents(tmp_path) == dict.fromkeys("abc", "new")
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000])
+def test_a_journal_of_noise(text: bytes, halfway: Path) -> None:
+    (halfway / f".{MARK}{journal.ENDING}").write_bytes(text)
+    journal.finish(halfway)
+    assert (halfway / "b").read_text() == "old"
+
+
+@pytest.mark.parametrize("before", [{}, {"a": "old", "b": "old"}])
+def test_a_slow_process_whose_save_somebody_else_has_finished(
+    before: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Suspended between two renames for longer than a reader waits: the save holds, nothing is undone."""
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    replace, calls = os.replace, []
+
+    def slow(*names: Path) -> None:
+        calls.append(names)
+        if len(calls) == 2:
+            with pytest.warns(UserWarning, match="it is finished now"):
+                journal.finish(tmp_path)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", slow)
+    with files.saving() as save:
+        for name in "abc":
+            save.text(tmp_path / name, "new")
+    assert contents(tmp_path) == dict.fromkeys("abc", "new")

@@ -37,11 +37,13 @@ def test_an_error_is_told_once() -> None:
 
 
 @pytest.mark.slow
-def test_batch_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_batch_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     out = tmp_path / "answers.jsonl"
     rows = [{"question": "What number is written?", "images": [IMAGE]}] * 2
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ("batch", str(tmp_path / "questions.jsonl"), "--out", str(out), "--batch-size", "1")
     assert run(*words).returncode == 0
+    assert list(tmp_path.glob("minivlm-*")) == []
     lines = out.read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == ["47.", "47."]

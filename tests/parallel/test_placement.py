@@ -136,6 +136,17 @@ def test_blocks_that_wait_on_the_cpu(name: str, moves: list) -> None:
     with contextlib.suppress(TypeError):
         model.get_submodule(waiting[0])(None)
     assert all(p.place == CPU for block in waiting for p in model.get_submodule(block).parameters())
+    model.train()
+    with pytest.raises(ValueError, match="cannot be trained"):
+        model(**inputs)
+
+
+def test_what_is_in_its_place_is_not_kept() -> None:
+    moves, x, elsewhere = placement._Moves(), torch.ones(2), torch.device("meta")
+    assert moves._one(x, CPU) is x
+    assert not moves.moved
+    assert moves._one(x, elsewhere) is moves._one(x, elsewhere)
+    assert len(moves.moved) == 1
 
 
 # ---- What goes where ----
@@ -213,6 +224,11 @@ def test_a_map_of_transformers(form: str) -> None:
     found = {int(name.rpartition(".")[2]): device for name, device in places.blocks.items() if device != ZERO}
     assert found == {1: ONE, 30: CPU, 31: ONE}
     assert places.home == ZERO
+
+
+def test_a_map_without_values() -> None:
+    with pytest.raises(ValueError, match="names meta"):
+        placement.place(meta("HuggingFaceM4/idefics2-8b"), {"": "cpu", "model.text_model.layers.0": "meta"}, None, {})
 
 
 def test_a_map_with_a_hole() -> None:

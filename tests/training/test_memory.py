@@ -10,7 +10,7 @@ import torch
 
 from minivlm import BitsAndBytesConfig, Idefics2Config, Idefics2ForConditionalGeneration
 from minivlm.quantization import apply as quantise
-from minivlm.training import lora, memory
+from minivlm.training import lean, lora, memory
 from minivlm.training.loss import token_loss
 from minivlm.training.optimisation import Optimisation, adamw, trained
 from minivlm.training.targets import LoraConfig
@@ -130,3 +130,11 @@ def test_the_estimate_is_what_a_step_takes(way: str) -> None:
     states = [value for one in optimisation.optimisers for state in one.state.values() for value in state.values()]
     assert found.optimiser == sum(value.nbytes for value in states if value.ndim) + 2 * unused
     assert found.activations + found.logits == pytest.approx(kept(model, inputs()), rel=0.12)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    gate, up, a = (torch.randn(3, 3, requires_grad=True) for _ in range(3))
+    for result in (lean.gated(gate, up, torch.sin), lean.low_rank(a, gate, up, act=torch.sin)):
+        (first,) = torch.autograd.grad(result.sum(), gate, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"require grad|once_differentiable"):
+            first.sum().backward()

@@ -1,5 +1,6 @@
 """The loop against `Trainer`; accumulation, checkpointing, processes, kills: the same losses whatever happens."""
 
+import copy
 import json
 import math
 import multiprocessing
@@ -280,11 +281,31 @@ def test_a_run_that_is_there_is_not_overwritten(tiny: Any, tmp_path: Path) -> No
         )
     with pytest.raises(ValueError, match="rows"):
         next(loop.finetune(fresh(tiny), tiny[1], tiny[2][1:], recipe, tmp_path, resume=True))
+    for settings, word in (({"r": 8}, "adapter's r 4, not 8"), ({"lora_alpha": 16}, "adapter's lora_alpha")):
+        with pytest.raises(ValueError, match=word):
+            next(loop.finetune(fresh(tiny, **settings), *tiny[1:], recipe, tmp_path, resume=True))
+    other = copy.copy(tiny[1])
+    other.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="chat template"):
+        next(loop.finetune(fresh(tiny), other, tiny[2], recipe, tmp_path, resume=True))
+    with pytest.raises(ValueError, match="weights 'float32', not 'bfloat16'"):
+        next(loop.finetune(fresh(tiny).bfloat16(), *tiny[1:], recipe, tmp_path, resume=True))
     again = [data.Row(row.where, copied(row.messages)) for row in tiny[2]]
     assert list(loop.finetune(fresh(tiny), tiny[1], again, recipe, tmp_path, resume=True)) == []  # done already
     again[0].messages[0]["content"][0]["image"].putpixel((0, 0), (1, 2, 3))
     with pytest.raises(ValueError, match="rows"):
         next(loop.finetune(fresh(tiny), tiny[1], again, recipe, tmp_path, resume=True))
+
+
+def test_a_model_that_is_there_is_not_overwritten(tiny: Any, tmp_path: Path) -> None:
+    recipe, file = Recipe(batch=2, accumulate=1, steps=2), tmp_path / "file"
+    (tmp_path / "config.json").write_text("{}")
+    file.write_text("")
+    for resume in (False, True):
+        for out, words in ((tmp_path, "holds a model already"), (file, "is a file")):
+            with pytest.raises(ValueError, match=words):
+                next(loop.finetune(fresh(tiny), *tiny[1:], recipe, out, resume=resume))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "file"}
 
 
 def copied(value: Any) -> Any:

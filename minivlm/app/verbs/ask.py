@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Stream the answer to stdout, or print it as JSON. Images and settings are checked before any weight is read."""
     *names, question = arguments.words
-    options.check_question(question)
+    question = options.checked_question(question)
     settings = options.generation_settings(arguments)
     name = options.model_name(arguments)
 

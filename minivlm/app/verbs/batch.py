@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "questions", type=Path, metavar="QUESTIONS", help="JSON lines, - for stdin, parquet, or a folder of images"
     )
-    parser.add_argument("--question", metavar="TEXT", help="the question about each image of a folder or parquet file")
+    about = "the question about each image of a folder or parquet file"
+    parser.add_argument("--question", type=terminal.typed, metavar="TEXT", help=about)
     out = "a new file, in the order of the questions, or - for stdout"
     parser.add_argument("--out", type=Path, required=True, metavar="ANSWERS.jsonl", help=out)
     start = "where relative image paths start (default: the current folder)"
@@ -78,6 +79,8 @@ def _run(arguments: argparse.Namespace, name: str, settings: dict[str, Any], sha
         quantize = f"{arguments.quantize} and the head" if arguments.quantize_head else arguments.quantize
         about = {"model": name, "dtype": dtype, "no_split": arguments.no_split, "quantize": quantize}
         about |= {"chat_template": arguments.chat_template, "system": arguments.system, **settings}
+        about["adapter"] = arguments.adapter
+        about["image_folder"] = None if arguments.image_folder is None else str(arguments.image_folder)
         summary = batch.run(job, text, arguments.out, about, shard)
     terminal.note(f"{summary}; {arguments.out}" if str(arguments.out) != "-" else f"{summary}")
     if arguments.verbose:

@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Images and question are checked before any weight is read."""
     *names, question = arguments.words
-    if not names or not question.strip():
+    if not names:
         raise UsageError("name an image, then ask a question about it")
+    question = options.checked_question(question)
     if not arguments.out.absolute().parent.is_dir() or arguments.out.is_dir():
         raise OSError(f"{arguments.out} cannot be written: name a file in a folder that exists")
     name = options.model_name(arguments)
@@ -47,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     found["model"]["name"] = name
     text = explain.page(found)
-    terminal.note(f"{arguments.out}: {len(text.encode()) / 1e6:.1f} MB")
     explain.write(text, arguments.out)
+    terminal.note(f"{arguments.out}: {len(text.encode()) / 1e6:.1f} MB")
     if arguments.png:
         terminal.note(f"{arguments.png}: {figures.write(found, pictures, arguments.png)} figures")
     print(found["answer"])

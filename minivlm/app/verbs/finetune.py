@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _show(model, processor, rows, sizes, arguments)
         return
-    with _processes() as (rank, device):
+    with _processes() as (rank, device), _alone(arguments.out, rank):
         _train(name, processor, rows, held_out, arguments, rank, device, model.config.dtype)
 
 
@@ -179,6 +179,19 @@ def _processes() -> Any:
         yield dist.get_rank(), device
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _alone(out: Path, rank: int) -> Any:
+    """In this block no other run trains into the same folder. ValueError if one does."""
+    if rank != 0:
+        yield
+        return
+    from minivlm.app import lock
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock.held(out.with_name(f"{out.name}.lock")):
+        yield
 
 
 def _loaded(name: str, arguments: argparse.Namespace, device: str, dtype: str | None) -> Any:

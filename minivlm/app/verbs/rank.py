@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from minivlm.app import options
+from minivlm.app import options, terminal
 from minivlm.app.options import UsageError
 
 USAGE = "[IMAGE…] QUESTION --answers A B … [options]"
@@ -17,10 +17,12 @@ minivlm rank photo.jpg "Is it day or night? One word." --answers Day Night --mod
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = "image files, URLs, base64, or - for stdin; then the question"
     parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
-    parser.add_argument("--answers", nargs="+", required=True, metavar="ANSWER", help="at least two, quoted")
+    parser.add_argument(
+        "--answers", nargs="+", required=True, type=terminal.typed, metavar="ANSWER", help="two or more, quoted"
+    )
     mean = "compare answers by the mean over their tokens, not the sum: for answers of different lengths"
     parser.add_argument("--mean", action="store_true", help=mean)
-    parser.add_argument("--system", metavar="TEXT", help="the system message, before the question")
+    parser.add_argument("--system", type=terminal.typed, metavar="TEXT", help="the system message, before the question")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options.add_model_options(parser)
 
@@ -28,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print every answer with its share of the likelihood, the likeliest first."""
     *names, question = arguments.words
-    options.check_question(question)
+    question = options.checked_question(question)
     if len(set(arguments.answers)) < 2:
         raise UsageError("--answers takes at least two different ones")
+    if not all(answer.strip() for answer in arguments.answers):
+        raise UsageError("one of the --answers is empty")
     name = options.model_name(arguments)
 
     from minivlm.app import images

@@ -1,6 +1,6 @@
 """What a process holds while it loads its share of a checkpoint of 1 GB: that share and one tensor.
 
-pytest -m slow -s tests/parallel/test_memory.py
+pytest -m slow -s tests/parallel/test_share_memory.py
 """
 
 import json
