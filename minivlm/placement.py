@@ -286,7 +286,7 @@ def moved(value: Tensor | Mask, device: torch.device) -> Tensor | Mask:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; itself if it is there. A function of its own, so that tests can stand in for devices."""
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")  # a CPU would read before the copy has arrived
 
 
 def _move_arguments(module: nn.Module, method: str, hook: Any) -> None:

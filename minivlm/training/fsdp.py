@@ -47,9 +47,9 @@ def from_pretrained(
 ) -> nn.Module:
     """A model of class `cls` cut among the processes that torchrun started; no process ever holds all of it.
 
-    dtype: what the optimiser steps. compute_dtype: what blocks compute in (None: the same); gradients are summed in
-    fp32. prepare: called with the meta-device model before it is cut, to freeze parts of it, say. where: revision,
-    cache_dir, token, local_files_only.
+    dtype: what the optimiser steps. compute_dtype: what blocks compute in, and what the result is saved in (None: the
+    same); gradients are summed in fp32. prepare: called with the meta-device model before it is cut, to freeze parts
+    of it, say. where: revision, cache_dir, token, local_files_only.
 
     Raises as `from_pretrained` does for files that do not fit, on all processes before any data is read.
     """
@@ -66,19 +66,18 @@ def from_pretrained(
     return model.train()
 
 
-def shard(model: nn.Module, compute_dtype: torch.dtype | None = None, keep: set[nn.Parameter] | None = None) -> None:
-    """Cut a model among all processes, in place. keep: parameters that every process has whole, an adapter's, say.
+def shard(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+    """Cut a model among all processes, in place; what is put on it later, an adapter, is whole in each.
 
     `summed_loss` becomes a method of the model: the loss of a batch, as `loss.token_loss`.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy, "ignored_params": keep or set()}
-    for unit in units(model):
-        fully_shard(unit, **options)
-    fully_shard(model, **options)
+    for unit in [*units(model), model]:
+        fully_shard(unit, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule) and UNUSED:
             module.set_reduce_scatter_unused_params(True)
+    model.result_dtype = compute_dtype or model.dtype
     model.summed_loss = types.MethodType(_loss, model)
     register_fsdp_forward_method(model, "summed_loss")
 
@@ -194,12 +193,12 @@ def save_parts(
     model: nn.Module, optimisers: list[torch.optim.Optimizer], out: Path, step: int
 ) -> tuple[dict[str, Tensor] | None, str]:
     """Save the state of a step beside earlier ones; → the whole weights (None where an adapter is trained), in the
-    dtype of the checkpoint they came from, and the name of the state's folder in `out`. All processes call this."""
+    dtype that the model computed in, and the name of the state's folder in `out`. All processes call this."""
     name = f"state-{step:06d}"
     save_state(model, optimisers, out / name)
     if getattr(model, "adapter_config", None) is not None:
         return None, name
-    return full_state_dict(model, loading.DTYPES.get(model.config.dtype)), name
+    return full_state_dict(model, model.result_dtype), name
 
 
 def _state(model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> dict[str, Any]:

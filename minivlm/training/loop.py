@@ -83,7 +83,7 @@ def evaluate(model: Any, processor: Any, rows: list[Row], batch: int = 2) -> flo
     processor, was, sums = data.for_training(processor), model.training, torch.zeros(2, dtype=torch.float64)
     model.eval()
     loss, own = _loss_of(model, token_loss), pieces(rows[rank::world], batch)
-    for number in range(len(pieces(rows[::world], batch)) if hasattr(model, "summed_loss") else len(own)):
+    for number in range(len(pieces(rows[::world], batch)) if _is_cut(model) else len(own)):
         taken = own[number] if number < len(own) else rows[:1]  # as many passes in every process
         total, learned = loss(model, data.encode(processor, taken).to(model.device))
         sums += torch.tensor([total.item(), learned], dtype=torch.float64) * (number < len(own))
@@ -95,8 +95,8 @@ def evaluate(model: Any, processor: Any, rows: list[Row], batch: int = 2) -> flo
 
 
 def _loss_of(model: Any, loss: Loss) -> Loss:
-    """A model that is cut among processes (`fsdp.shard`) gathers its weights around a method of its own."""
-    if not hasattr(model, "summed_loss"):
+    """A model that is cut among processes gathers its weights around a method of its own."""
+    if not _is_cut(model):
         return loss
     if loss is not token_loss:
         raise ValueError("a model that is cut among processes is trained by the loss of its tokens alone")
@@ -115,6 +115,11 @@ def _kind(model: Any, processor: Any) -> dict[str, Any]:
         "weights": str(model.dtype).removeprefix("torch.") + (f", {quantised.format}" if quantised else ""),
         "image settings and chat template": digest[:16],
     }
+
+
+def _is_cut(model: Any) -> bool:
+    """Whether `fsdp.shard` has cut it among all processes."""
+    return hasattr(model, "summed_loss")
 
 
 def _rank() -> tuple[int, int]:
@@ -139,7 +144,7 @@ class _Run:
         self.model, self.rows, self.recipe, self.out = model, rows, recipe, out
         self.loss = _loss_of(model, loss)
         self.kind = _kind(model, processor)
-        self.cut = hasattr(model, "summed_loss")
+        self.cut = _is_cut(model)
         if model.dtype == torch.float16:
             raise ValueError("float16 loses small gradients; load the model in bfloat16 or float32 to train it")
         self.collate = collate or partial(data.encode, processor)

@@ -2,16 +2,13 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import oracle
 import oracle_idefics
 import oracle_llava
+import processes
 import pytest
 import torch
 
@@ -65,23 +62,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(folder: Path, size: int, limit: float = 240) -> list[dict[str, Any]]:
-    """The results of every process. However it ends, none of them is left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, str(ROOT / "tests/parallel/worker.py"), str(folder)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-3000:]
+    """The results of every process."""
+    processes.torchrun(ROOT / "tests/parallel/worker.py", folder, size, limit)
     return torch.load(folder / f"results-{size}.pt")
 
 

@@ -4,13 +4,10 @@ pytest -m slow -s tests/parallel/test_share_memory.py
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -86,20 +83,6 @@ def plans(folder: Path, size: int) -> list[int]:
 
 def measured(folder: Path, size: int) -> list[dict[str, Any]]:
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    process = subprocess.Popen(
-        [*command, str(folder / "worker.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0
+    output = processes.torchrun(folder / "worker.py", folder, size, 240, MALLOC_MMAP_THRESHOLD_="131072")
     found = [json.loads(line.partition("MEASURED ")[2]) for line in output.splitlines() if "MEASURED " in line]
     return sorted(found, key=lambda each: each["rank"])

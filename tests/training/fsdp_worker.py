@@ -35,12 +35,24 @@ def steps(folder: Path) -> dict[str, Any]:
     return {**found, "share": share, "all": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def run(folder: Path, out: Path, stop: int | None, resume: bool, adapter: bool = False) -> list[Any]:
+def run(
+    folder: Path,
+    out: Path,
+    stop: int | None,
+    resume: bool,
+    adapter: bool = False,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+) -> list[Any]:
     """A run of the training loop, stopped after so many steps."""
     world = dist.get_world_size()
     recipe = Recipe(batch=1, accumulate=4 // world, steps=5, lr=1e-2, warmup=0, decay=0.1, save_every=2)
     model = fsdp.from_pretrained(
-        model_class(folder), folder, compute_dtype=None, prepare=lambda model: model.requires_grad_(not adapter)
+        model_class(folder),
+        folder,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        prepare=lambda model: model.requires_grad_(not adapter),
     )
     torch.manual_seed(1)
     if adapter:
@@ -65,6 +77,11 @@ def main() -> None:
         results["whole"] = run(chat, folder / "whole", None, False)
         results["begun"] = run(chat, folder / "run", 3, False)
         results["adapter"] = run(chat, folder / "adapter", None, False, adapter=True)
+        half = torch.bfloat16
+        results["adapter in bf16"] = run(
+            chat, folder / "half", None, False, adapter=True, dtype=half, compute_dtype=half
+        )
+        results["bf16"] = run(chat, folder / "whole in bf16", 2, False, compute_dtype=half)
         try:
             fsdp.from_pretrained(model_class(folder / "nf4"), folder / "nf4")
         except ValueError as error:
