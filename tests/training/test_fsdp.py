@@ -154,7 +154,7 @@ def test_an_adapter_on_bf16_weights(folder: Path, two: dict[str, Any]) -> None:
 
 
 def test_mixed_precision(folder: Path, two: dict[str, Any]) -> None:
-    """fp32 weights, bf16 products: the first step's loss is that of a model in bf16, whose weights are rounded alike; the
+    """fp32 weights, bf16 products: the first loss is that of a model in bf16, whose weights are rounded alike; the
     result is saved in bf16."""
     expected = alone(folder / "chat", dtype=torch.bfloat16)
     assert two["bf16"][0][0] == pytest.approx(expected[0][0], rel=1e-3)
