@@ -123,6 +123,14 @@ def test_two_processes(cases: Path) -> None:
 
 
 @pytest.mark.slow
+def test_eight_processes(tmp_path: Path) -> None:
+    """One query head each; four processes hold the same key/value head."""
+    config = oracle.idefics2_config(heads=(8, 2), text_width=64)
+    write_case(tmp_path / "idefics2", oracle.random_reference(config), oracle.random_inputs((2, 0, 3, 1), 4))
+    check(tmp_path, launch(tmp_path, 8))
+
+
+@pytest.mark.slow
 def test_four_processes(cases: Path) -> None:
     """More of them than there are key/value heads."""
     check(cases, launch(cases, 4))
