@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from minivlm.generation.diagnosis import explain
-from minivlm.generation.loop import positions, prefill
 from minivlm.generation.settings import plain
 from minivlm.generation.speculation import alike
+from minivlm.generation.steps import forward, positions, prefill
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
@@ -69,12 +69,9 @@ def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Te
     if not tokens:
         return []
     end = cache.length + len(tokens)
-    output = model(
-        input_ids=torch.tensor(tokens, device=mask.device).expand(len(mask), -1),  # (B, T)
-        attention_mask=mask[:, :end],
-        position_ids=positions(mask[:, :end])[:, cache.length :],
-        past_key_values=cache,
-    )
+    ids = torch.tensor(tokens, device=mask.device).expand(len(mask), -1)  # (B, T)
+    at = positions(mask[:, :end])[:, cache.length :]
+    output = forward(model, ids, cache, mask[:, :end], at, keep=0)
     return list(output.logits.float().log_softmax(-1).unbind(1))
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minivlm.checkpoint import saving
 from minivlm.checkpoint.names import local_name, tied
-from minivlm.generation import loop
+from minivlm.generation import output
 from minivlm.models.base import Output, next_token_loss
 from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
@@ -210,7 +210,7 @@ class Tools:
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, **inputs}
 
-    compute_transition_scores = loop.compute_transition_scores
+    compute_transition_scores = output.compute_transition_scores
     push_to_hub = saving.push_to_hub
 
     @staticmethod
