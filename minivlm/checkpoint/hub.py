@@ -160,58 +160,52 @@ class Source:
         return None if path is None else read_json(path)
 
     def _download(self, filename: str, required: bool) -> Path | None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        """A file from the Hub, or from its local cache; None if it is absent and not `required`."""
+        from huggingface_hub import errors, hf_hub_download
 
         try:
-            offline = self.local_files_only or not _is_reachable()
-            return Path(
-                hf_hub_download(
-                    self.name,
-                    filename,
-                    subfolder=self.subfolder or None,
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=offline,
-                )
+            found = hf_hub_download(
+                self.name,
+                filename,
+                subfolder=self.subfolder or None,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                local_files_only=self.local_files_only or not _is_reachable(),
             )
-        except LocalEntryNotFoundError as error:
-            if not required and self._cached_anything():
+        except (errors.EntryNotFoundError, errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            unknown = isinstance(error, errors.LocalEntryNotFoundError) and not self._cached_anything()
+            if isinstance(error, errors.EntryNotFoundError) and not required and not unknown:
                 return None
-            raise CheckpointFileError(
-                f"{filename} of {self.name!r} is not in the local cache and the Hub cannot be reached; "
-                f"connect once, or pass a local folder. {suggestion(self.name) or _hint()}"
-            ) from error
-        except EntryNotFoundError as error:
-            if not required:
-                return None
-            raise CheckpointFileError(f"{self.name!r} on the Hub has no file {filename}") from error
-        except GatedRepoError as error:
-            raise CheckpointFileError(
-                f"{self.name!r} is gated: accept its licence at https://huggingface.co/{self.name}, "
-                "then log in with `hf auth login` or pass token="
-            ) from error
-        except RevisionNotFoundError as error:
-            raise CheckpointFileError(f"{self.name!r} has no revision {self.revision!r}") from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            raise CheckpointFileError(
-                f"{self.name!r} is neither a folder, nor a checkpoint that ships with minivlm "
-                f"({', '.join(built_in())}), nor a repository on the Hub that you may read (private ones need token=)"
-                f". {suggestion(self.name)}".rstrip(". ")
-            ) from error
-        except (HfHubHTTPError, OSError) as error:
-            raise CheckpointFileError(
-                f"could not download {filename} of {self.name!r}: {' '.join(str(error).split())}. {_hint()}"
-            ) from error
+            raise CheckpointFileError(self._why_not(filename, error)) from error
+        return Path(found)
+
+    def _why_not(self, filename: str, error: Exception) -> str:
+        """The message about a file that could not be fetched."""
+        from huggingface_hub import errors
+
+        match error:
+            case errors.LocalEntryNotFoundError():
+                return (
+                    f"{filename} of {self.name!r} is not in the local cache and the Hub cannot be reached; "
+                    f"connect once, or pass a local folder. {suggestion(self.name) or _hint()}"
+                )
+            case errors.EntryNotFoundError():
+                return f"{self.name!r} on the Hub has no file {filename}"
+            case errors.GatedRepoError():
+                return (
+                    f"{self.name!r} is gated: accept its licence at https://huggingface.co/{self.name}, "
+                    "then log in with `hf auth login` or pass token="
+                )
+            case errors.RevisionNotFoundError():
+                return f"{self.name!r} has no revision {self.revision!r}"
+            case errors.RepositoryNotFoundError() | errors.HFValidationError():
+                return (
+                    f"{self.name!r} is neither a folder, nor a checkpoint that ships with minivlm "
+                    f"({', '.join(built_in())}), nor a repository on the Hub that you may read (private ones need "
+                    f"token=). {suggestion(self.name)}".rstrip(". ")
+                )
+        return f"could not download {filename} of {self.name!r}: {' '.join(str(error).split())}. {_hint()}"
 
     def _cached_anything(self) -> bool:
         """True if the config of this checkpoint is cached: then an absent optional file is simply absent."""

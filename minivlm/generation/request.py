@@ -178,7 +178,7 @@ def _mask(settings: GenerationConfig, mask: Tensor | None, ids: Tensor, K: int) 
         raise ValueError(f"attention_mask should have one entry per prompt token, {(B, K)}, found {tuple(mask.shape)}")
     mask = mask.bool()
     if not mask[:, -1].all():
-        warnings.warn("a prompt ends in padding and its answer comes after it; pad on the left", stacklevel=4)
+        warnings.warn("a prompt ends in padding and its answer comes after it; pad on the left", stacklevel=5)
     return mask
 
 

@@ -301,4 +301,4 @@ def _warn_unused(settings: GenerationConfig, given: dict[str, Any]) -> None:
     ]:
         unused = [name for name in names if given.get(name) not in (None, 0, DEFAULTS.get(name))]
         if unused and not present:
-            warnings.warn(f"{', '.join(unused)} has no effect without {need}", stacklevel=5)
+            warnings.warn(f"{', '.join(unused)} has no effect without {need}", stacklevel=6)
