@@ -10,6 +10,7 @@ anything is read, loading puts each tensor there, and `connect` adds hooks that 
 """
 
 import copy
+import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ BLOCK = re.compile(r"(.*\.)?(text_model|language_model)\.layers\.(\d+)|(.*\.)?ga
 SPARE = 0.9  # of a device's free memory that weights may take; the rest is for the cache and activations
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CPU = torch.device("cpu")
+ONLY_IN_TRANSFORMERS = ("rotary_emb", "post_layernorm")  # modules that its device maps may name and that are none here
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def place(model: nn.Module, device_map: Any, max_memory: dict | None, sizes: dic
     """
     blocks = [name for name, _ in model.named_modules() if BLOCK.fullmatch(name)]
     if isinstance(device_map, dict):
+        _check_names(model, device_map)
         return _by_map(device_map, blocks)
     if device_map not in ("auto", "balanced", "sequential"):
         home = one_device(device_map)
@@ -170,6 +173,21 @@ def _free_memory() -> int:
         return 0
 
 
+def _check_names(model: nn.Module, device_map: dict) -> None:
+    """ValueError for a name that no part of the model has, here or in any spelling of checkpoints and transformers."""
+    parts = [name for named in (model.named_modules(), model.named_parameters()) for name, _ in named if name]
+    known = {"", *(spelled for name in parts for spelled in _spellings(name))}
+    known |= {name[: end.start()] for name in known for end in re.finditer(r"\.", name)}
+    for key in map(str, device_map):
+        name = f"{key}."
+        for theirs, ours in model.hub_prefixes.items():
+            name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+        if not known & {key, name.rstrip(".")} and key.rpartition(".")[2] not in ONLY_IN_TRANSFORMERS:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"names look like {parts[len(parts) // 2]!r}"
+            raise ValueError(f"device_map names {key!r:.200}, which is no part of this model; {hint}")
+
+
 def _by_map(device_map: dict, blocks: list[str]) -> Placement:
     """By a map as `hf_device_map` is: the longest name that a block's begins with decides; all else is with the
     embeddings."""
@@ -193,7 +211,7 @@ def _spellings(name: str) -> list[str]:
     """A name here, and as checkpoints and the versions of transformers have it."""
     rest = name.removeprefix("model.").removeprefix("text_model.").removeprefix("language_model.")
     starts = ("model.text_model.", "model.language_model.", "language_model.model.", "model.")
-    return [name, *(start + rest for start in starts)]
+    return [name, rest, *(start + rest for start in starts)]
 
 
 def one_device(device: Any) -> torch.device:
