@@ -193,7 +193,7 @@ def _by_map(device_map: dict, blocks: list[str]) -> Placement:
     embeddings."""
     devices = {str(name): one_device(device) for name, device in device_map.items()}
     if torch.device("meta") in devices.values():
-        raise ValueError("device_map names meta, where a tensor has no values; place every part on a real device")
+        raise ValueError("device_map names meta, where a tensor has no values; put every part on a real device")
 
     def of(name: str) -> torch.device | None:
         names = _spellings(name)
@@ -233,7 +233,7 @@ def one_device(device: Any) -> torch.device:
 
 
 def connect(model: nn.Module, placement: Placement) -> nn.Module:
-    """Have every block compute where it is placed; `model.hf_device_map` says where that is."""
+    """Have every block compute on its device; `model.hf_device_map` says where that is."""
     model.hf_device_map = placement.table()
     for name in ("to", "cuda", "cpu"):
         setattr(model, name, _stays)

@@ -1,6 +1,6 @@
 """Writing files so that an interruption, a full disk or a refusal leaves what was there; and a processor's small files.
 
-    with saving() as save:                                 # all of them take their places at the end, or none does
+    with saving() as save:                                 # all of them are there at the end, or none is
         save_file(tensors, save.file(folder / WEIGHTS))    # a path beside it, to be written to
         save.json(folder / "config.json", values)
         save.remove(folder / "older.safetensors")
@@ -58,11 +58,11 @@ class Save:
         self.text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
     def remove(self, path: str | Path) -> None:
-        """Remove a file, if it is there, after all others are in place."""
+        """Remove a file, if it is there, after all others are written."""
         self.removed.append(Path(path))
 
     def commit(self) -> None:
-        """Put every file in its place, in the order of the calls; if that fails, put the old ones back."""
+        """Rename every file to its name, in the order of the calls; if that fails, put the old ones back."""
         if self.failed:
             raise OSError("a part of it could not be written")
         for temporary in self.written.values():
@@ -104,7 +104,7 @@ class Save:
         return old
 
     def discard(self) -> None:
-        """Remove what has not taken its place."""
+        """Remove what has not been renamed."""
         for temporary in self.written.values():
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def saving() -> Iterator[Save]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write one file: the path to write to, which takes the place of `path` at the end."""
+    """Write one file: the path to write to, which is renamed to `path` at the end."""
     with saving() as save:
         yield save.file(path)
 

@@ -369,7 +369,7 @@ def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
 
 
 def check_start(path: Path, content: bytes) -> None:
-    """CheckpointFileError if a file is empty, or begins like something else that often stands in its place."""
+    """CheckpointFileError if a file is empty, or begins like something else that is often found instead."""
     if not content:
         raise CheckpointFileError(f"{path} is empty; download it again")
     for start, found in NOT_THE_FILE.items():

@@ -68,7 +68,7 @@ def finish(folder: Path) -> None:
         mark = journal.name.removeprefix(".").removesuffix(ENDING)
         try:
             for path in (folder / name for name in names["written"]):
-                with contextlib.suppress(FileNotFoundError):  # it is in its place already
+                with contextlib.suppress(FileNotFoundError):  # it is there already
                     os.replace(new(path, mark), path)
                 old(path, mark).unlink(missing_ok=True)
             for path in (folder / name for name in names["removed"]):

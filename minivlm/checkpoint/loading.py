@@ -78,11 +78,10 @@ def from_pretrained(
     use_flash_attention_2=True.
     config: a config to build the model from instead of the checkpoint's own.
     new: names of parameters, or patterns such as "model.connector.*", that the checkpoint may lack or have in another
-    shape; they get random values. unused: the same for stored tensors that the model has no place for. One warning
-    lists all of them; without these two every tensor must have its place. ignore_mismatched_sizes: any parameter of
-    another shape is new.
+    shape; they get random values. unused: the same for stored tensors that the model does not have. One warning lists
+    all of them; without these two every tensor must fit. ignore_mismatched_sizes: one of another shape is new.
     generation_config: instead of the checkpoint's own.
-    adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Named in place of a checkpoint,
+    adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Given instead of a checkpoint,
     such a folder loads the one that it was trained on, and itself.
     fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
     tp_plan="auto": under torchrun, cut the model among all processes (`minivlm.parallel`); each reads its share alone.
@@ -277,13 +276,13 @@ def _devices(
             sizes[name] = arrival.config.format.nbytes(tuple(parameter.shape))
         else:
             sizes[name] = parameter.numel() * (dtype or parameter.dtype).itemsize
-    places = placement.place(model, device_map, max_memory, sizes)
-    for device in {places.home, *places.blocks.values()}:
+    devices = placement.place(model, device_map, max_memory, sizes)
+    for device in {devices.home, *devices.blocks.values()}:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device_map names {device}, and torch finds {torch.cuda.device_count()} GPUs")
-    if arrival is not None and places.home != placement.CPU and placement.CPU in places.blocks.values():
+    if arrival is not None and devices.home != placement.CPU and placement.CPU in devices.blocks.values():
         raise ValueError("quantised blocks cannot wait on the CPU; use more devices, or no quantization_config")
-    return places
+    return devices
 
 
 def wanted_device(device_map: Any) -> torch.device:

@@ -29,7 +29,7 @@ LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     "_commit_hash": ((None,), "pass revision="),
     "use_fast": ((None, True, False), ""),  # of processors: there is one here
 }
-PLACES = ("revision", "cache_dir", "local_files_only", "subfolder")
+WHERE = ("revision", "cache_dir", "local_files_only", "subfolder")
 # The same for `save_pretrained`.
 SAVING: dict[str, tuple[tuple[Any, ...], str]] = {
     "safe_serialization": ((None, True), "pickled weights can run code when read; safetensors is the only format"),
@@ -60,7 +60,7 @@ def refuse_others(options: dict[str, Any], table: dict[str, Any], known: Iterabl
 def where(given: dict[str, Any]) -> dict[str, Any]:
     """Of all options those that say where the files are, as `hub.source` takes them."""
     token = first(token=given.get("token"), use_auth_token=given.get("use_auth_token"))
-    return {name: given[name] for name in PLACES if name in given} | {"token": token}
+    return {name: given[name] for name in WHERE if name in given} | {"token": token}
 
 
 def first(**spellings: Any) -> Any:

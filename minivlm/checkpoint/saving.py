@@ -1,6 +1,6 @@
 """From a model to a folder that minivlm and `transformers` load. All of a save takes effect, or nothing does.
 
-    tensors by Hub name ─ shards ─ written beside their places, with config.json ─ renamed, the index last
+    tensors by Hub name ─ shards ─ written under other names, with config.json ─ renamed, the index last
                                                                                         └─ older shards removed
 
 A save that is killed between two renames is finished by the next reader (`journal`). Where a copy stopped halfway,

@@ -8,7 +8,7 @@ from torch import Tensor
 from minivlm.families.record import (
     GATED_MLP,
     Family,
-    Places,
+    Layout,
     Region,
     Rows,
     Stage,
@@ -71,12 +71,12 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     order = seen.nonzero()[:, 0]
     select = {"minivlm": [torch.ones_like(order, dtype=torch.bool)], "transformers": [seen]}
     return {
-        "patches": Rows(select, ("image", "place"), order),
+        "patches": Rows(select, ("image", "position"), order),
         "vectors": Rows(select, ("image", "vector"), order),
     }
 
 
-def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
+def layout(ids: Tensor, inputs: dict[str, Any], config: Any) -> Layout:
     """Image vectors are no tokens: which image a token attends to is in image_attention_mask, not here."""
     pixels, patch = inputs["pixel_values"], config.vision_config.patch_size
     grid = pixels.shape[3] // patch, pixels.shape[4] // patch
@@ -88,7 +88,7 @@ def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
     vectors = config.perceiver_config.resampler_n_latents if config.use_resampler else 0
     tokens = torch.full((*ids.shape, 4), -1)
     calls = ((seen.flatten().nonzero()[:, 0], None),)
-    return Places(tokens, views, vectors, crossed=True, calls=calls, sizes=(seen.numel(), 1 + grid[0] * grid[1]))
+    return Layout(tokens, views, vectors, crossed=True, calls=calls, sizes=(seen.numel(), 1 + grid[0] * grid[1]))
 
 
 def slicing(height: int, width: int, regions: list[Region], options: Any, config: Any) -> list[str]:
@@ -140,7 +140,7 @@ IDEFICS = Family(
     kept={"lm_head": "logits decide between near neighbours", "additional_fc": "logits too, of added tokens"},
     stages=stages,
     image_rows=image_rows,
-    places=places,
+    layout=layout,
     slicing=slicing,
     new_images=new_images,
     image_tokens=image_tokens,

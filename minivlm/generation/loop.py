@@ -30,7 +30,7 @@ from minivlm.generation.output import GenerateOutput
 from minivlm.generation.request import Run, prepare
 from minivlm.generation.sampling import sample
 from minivlm.generation.speculation import SpeculativeStep
-from minivlm.generation.steps import forward
+from minivlm.generation.steps import decode_step, forward
 from minivlm.generation.stopping import ended, finish_reasons
 from minivlm.modules.cache import KVCache
 
@@ -163,8 +163,8 @@ class Decoding(Iterator[Tensor]):
             self.text.copy_(self.text[rows])
             if self.cache is not None:
                 self.cache.reorder(rows, shared=self.run.keys)
+        self.ids[:, self.run.ids.shape[1] + self.count] = token
         self.count += 1
-        self.text[:, -1] = token
 
     def ended(self, ids: Tensor) -> Tensor:
         """The rows of ids (R, S) that a rule ends, (R,) bool."""
@@ -229,7 +229,7 @@ class Decoding(Iterator[Tensor]):
         if self.step is not None:
             return self.step(token, position)
         mask = None if run.mask is None else run.mask[:, :S]
-        output = forward(self.model, token[:, None], self.cache, mask, position[:, None], **self.wanted)
+        output = decode_step(self.model, token, self.cache, position, mask, **self.wanted)
         if self.layers:
             self._keep([output])
         return output.logits[:, -1].float()

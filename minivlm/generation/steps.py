@@ -47,6 +47,13 @@ def prefill(
     return forward(model, input_ids, cache, attention_mask, position_ids, **inputs).logits[:, -1].float()
 
 
+def decode_step(
+    model: Any, token: Tensor, cache: KVCache, position: Tensor, mask: Tensor | None = None, **wanted: bool
+) -> Any:
+    """The model's output for one more token (B,) at `position` (B,)."""
+    return forward(model, token[:, None], cache, mask, position[:, None], **wanted)
+
+
 def positions(mask: Tensor) -> Tensor:
     """Rotary positions (B, S) of a padding mask (B, S): real tokens count from 0, pads before them are 0."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -317,7 +317,7 @@ pytree.register_pytree_node(
 
 
 class _Compilable:
-    """In place of a `cached_property`, which takes a lock in Python 3.11, where torch.compile would have to stop; the
+    """Instead of a `cached_property`, which takes a lock in Python 3.11, where torch.compile would have to stop; the
     compiler sees by itself that it computes the same thing for every layer."""
 
     def __init__(self, cached: cached_property) -> None:

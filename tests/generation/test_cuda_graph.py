@@ -209,7 +209,7 @@ def operations(model: Any, cached: int, captured: bool) -> Operations:
         if captured:
             step(token, position)
         else:
-            loop.forward(model, token[:, None], cache, mask[:, : cached + 1], position[:, None])
+            loop.decode_step(model, token, cache, position, mask[:, : cached + 1])
     return seen
 
 
