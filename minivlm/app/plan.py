@@ -1,15 +1,16 @@
 """`minivlm inspect MODEL --gpus N`: what each device would hold, before anything is downloaded.
 
-Counted on a meta-device model that `minivlm.parallel` has cut for each rank: the same shapes that loading would fill.
+Counted on a meta-device model that `devices.parallel` has cut for each rank: the same shapes that loading would fill.
 """
 
 from typing import Any
 
 import torch
 
-from minivlm import auto, parallel
+from minivlm import auto
 from minivlm.app.inspection import memory
 from minivlm.checkpoint import hub, loading
+from minivlm.devices import parallel
 from minivlm.modules.config import text_config
 from minivlm.quantization import apply
 

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from minivlm import fast_cpu as faster
-from minivlm import parallel, placement
 from minivlm.checkpoint import hub, options
 from minivlm.checkpoint.hub import CheckpointError
 from minivlm.checkpoint.saving import save_pretrained  # noqa: F401  (for model classes)
 from minivlm.checkpoint.tensors import Allowed, Plan, fill
 from minivlm.checkpoint.unread import unread
 from minivlm.checkpoint.weights import weight_files
+from minivlm.devices import fast_cpu as faster
+from minivlm.devices import parallel, placement
 from minivlm.generation.settings import SPECIAL_IDS, GenerationConfig
 from minivlm.modules.config import text_config
 from minivlm.quantization import apply
@@ -70,7 +70,7 @@ def from_pretrained(
 
     dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
     device_map: None (the CPU), one device, "auto" (all GPUs there are, and the CPU where these are too small), or a
-    dict from names of parts to devices; max_memory: bytes for each device (`minivlm.placement`).
+    dict from names of parts to devices; max_memory: bytes for each device (`devices.placement`).
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
     that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) says so itself and needs none.
     load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig of this alone.
@@ -83,8 +83,8 @@ def from_pretrained(
     generation_config: instead of the checkpoint's own.
     adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Given instead of a checkpoint,
     such a folder loads the one that it was trained on, and itself.
-    fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
-    tp_plan="auto": under torchrun, cut the model among all processes (`minivlm.parallel`); each reads its share alone.
+    fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`devices.fast_cpu`); False leaves torch's.
+    tp_plan="auto": under torchrun, cut the model among all processes (`devices.parallel`); each reads its share alone.
     device_mesh: among those of this one-dimensional torch DeviceMesh.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
     Other options of `transformers` are accepted where they change nothing here (`options.LOADING`).

@@ -23,8 +23,8 @@ from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
 from minivlm.checkpoint.names import is_ignored, local_name, tied
 from minivlm.checkpoint.weights import open_weights
-from minivlm.parallel import Share
-from minivlm.placement import Placement
+from minivlm.devices.parallel import Share
+from minivlm.devices.placement import Placement
 from minivlm.quantization.arrival import Arrival
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in

@@ -254,7 +254,7 @@ def _functions(name: str, given: list[Callable] | None) -> list[Callable]:
 def _generator(
     model: Any, settings: GenerationConfig, generator: torch.Generator | None, seed: int | None, device: torch.device
 ) -> torch.Generator | None:
-    """The random source of sampling; None = torch's own. Processes sharing a model draw alike (`minivlm.parallel`)."""
+    """The random source of sampling; None = torch's own. Processes sharing a model draw alike (`devices.parallel`)."""
     if seed is None and generator is None and settings.do_sample and hasattr(model, "agreed"):
         seed = model.agreed(int(torch.randint(2**62, ())))
     if seed is None:

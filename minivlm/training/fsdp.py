@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minivlm.checkpoint import hub, loading, tensors, weights
-from minivlm.parallel import Share
+from minivlm.devices.parallel import Share
 from minivlm.training.loss import token_loss
 
 # From torch 2.13 on, a process whose rows have no images can take part in the sums of gradients that it does not have.

@@ -5,7 +5,7 @@
     cpu     blocks for which no GPU has room: their weights are copied to the GPU for each pass
 
 Everything but the blocks lives on the first device, the "home". Only one device works at a time, so this adds memory
-and no speed; `minivlm.parallel` cuts the model instead, and all work at once. `place` decides from sizes before
+and no speed; `minivlm.devices.parallel` cuts the model instead, and all work at once. `place` decides from sizes before
 anything is read, loading puts each tensor there, and `connect` adds hooks that move what passes between devices.
 """
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 import minivlm
-from minivlm import placement
 from minivlm.auto import PRESETS, family
-from minivlm.placement import CPU
+from minivlm.devices import placement
+from minivlm.devices.placement import CPU
 
 ZERO, ONE, TWO = (torch.device("cuda", index) for index in range(3))
 NAMES = ("shapes-idefics2", "shapes-llava-next", "shapes-idefics")
