@@ -60,14 +60,14 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     order = torch.tensor([image for group in groups.values() for image in group])
     if not len(order):
         return {}
-    number = masks.flatten(1).any(1).cumsum(0) - 1  # of an image among the real ones
+    real = masks.flatten(1).any(1).cumsum(0) - 1  # of an image among the real ones
     patches = torch.cat([F.pad(masks[n].flatten().nonzero(), (1, 0), value=int(n)) for n in order])  # (R, 2)
     ours = [masks[group][:, :high, :wide].flatten(1) for (high, wide), group in groups.items()]
     every = [torch.ones(len(group), dtype=torch.bool) for group in groups.values()]
-    theirs = number[patches[:, 0]], patches[:, 1]
+    theirs = real[patches[:, 0]], patches[:, 1]
     return {
         "patches": Rows({"minivlm": ours, "transformers": [theirs]}, ("image", "patch"), patches),
-        "vectors": Rows({"minivlm": every, "transformers": [number[order]]}, ("image", "vector"), order),
+        "vectors": Rows({"minivlm": every, "transformers": [real[order]]}, ("image", "vector"), order),
     }
 
 
@@ -79,19 +79,19 @@ def layout(ids: Tensor, inputs: dict[str, Any], config: Any) -> Layout:
     cells = torch.stack([count // latents, torch.zeros_like(count), -torch.ones_like(count), count % latents], dim=-1)
     masks = patch_masks(inputs, config.vision_config.patch_size)  # (B·N, h, w)
     _, high, wide = masks.shape
-    number = masks.flatten(1).any(1).long().cumsum(0) - 1
+    real = masks.flatten(1).any(1).long().cumsum(0) - 1
     views: list[list[list[View]]] = [[] for _ in inputs["pixel_values"]]
     calls = []
     for (rows, columns), group in same_size(masks).items():
         patches = torch.arange(high * wide).view(high, wide)[:rows, :columns].flatten()
-        calls.append((number[group], patches))
+        calls.append((real[group], patches))
     for image, mask in enumerate(masks):
         if mask.any():
             row, number_in_row = divmod(image, inputs["pixel_values"].shape[1])
             grid = int(mask.any(1).sum()), int(mask.any(0).sum())
-            views[row].append([View(grid, (row, number_in_row), int(number[image]), 0, wide)])
+            views[row].append([View(grid, (row, number_in_row), int(real[image]), 0, wide)])
     tokens = cells.where(number[..., None] > 0, -1)
-    return Layout(tokens, views, latents, calls=tuple(calls), sizes=(int(number[-1]) + 1, high * wide))
+    return Layout(tokens, views, latents, calls=tuple(calls), sizes=(int(real[-1]) + 1, high * wide))
 
 
 def slicing(height: int, width: int, regions: list[Region], options: Any, config: Any) -> list[str]:
