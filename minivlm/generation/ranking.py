@@ -22,7 +22,7 @@ from torch import Tensor
 from minivlm.generation.diagnosis import explain
 from minivlm.generation.settings import plain
 from minivlm.generation.speculation import alike
-from minivlm.generation.steps import forward, positions, prefill
+from minivlm.generation.steps import forward, positions
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
@@ -44,8 +44,9 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
     candidates = _checked(candidates)
     mask = _room(model, ids, mask, max(map(len, candidates)) - 1)
-    cache = model.new_cache(*mask.shape)
-    first = prefill(model, ids, cache, mask[:, : ids.shape[1]], **inputs)  # (B, V)
+    cache, real = model.new_cache(*mask.shape), mask[:, : ids.shape[1]]
+    prefill = partial(forward, model, ids, mask=real, positions=positions(real), **inputs)
+    first = prefill(cache).logits[:, -1].float()  # (B, V)
     if (highest := max(map(max, candidates))) >= first.shape[-1]:
         raise ValueError(f"a candidate has the id {highest}, but the vocabulary has {first.shape[-1]} tokens")
     scores = first.new_empty(len(ids), len(candidates))
@@ -58,8 +59,7 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
         cached = begin
         scores[:, index] = sum(after[k][:, token] for k, token in enumerate(candidate))
     if not scores.isfinite().all():
-        again = partial(prefill, model, ids, None, mask[:, : ids.shape[1]], **inputs)
-        raise ValueError(f"scores are not finite: {explain(model, inputs, again)}")
+        raise ValueError(f"scores are not finite: {explain(model, inputs, prefill)}")
     lengths = torch.tensor([len(candidate) for candidate in candidates], device=scores.device)
     return scores / lengths if mean else scores
 

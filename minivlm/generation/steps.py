@@ -33,20 +33,6 @@ def forward(
     )
 
 
-def prefill(
-    model: Any,
-    input_ids: Tensor | None,
-    cache: KVCache | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    **inputs: Any,
-) -> Tensor:
-    """Run a prompt as `forward` does, its real tokens at positions from 0; returns the last logits, (B, V) float32."""
-    if position_ids is None and attention_mask is not None:
-        position_ids = positions(attention_mask)[:, 0 if cache is None else cache.length :]
-    return forward(model, input_ids, cache, attention_mask, position_ids, **inputs).logits[:, -1].float()
-
-
 def decode_step(
     model: Any, token: Tensor, cache: KVCache, position: Tensor, mask: Tensor | None = None, **wanted: bool
 ) -> Any:
