@@ -93,7 +93,7 @@ class Save:
                 path.unlink(missing_ok=True)
 
     def _keep(self, path: Path) -> Path | None:
-        """Give an old file a second name, or another one where the file system knows no links; None: there is none."""
+        """Give an old file a second name (a new name on file systems without links); None if there is no old file."""
         if not os.path.lexists(path):
             return None
         old = journal.old(path, self.mark)
@@ -112,7 +112,7 @@ class Save:
 
 @contextlib.contextmanager
 def saving() -> Iterator[Save]:
-    """Write several files as a whole; see the head of this module. Raises WriteError."""
+    """Write several files as a whole; see this module's docstring. Raises WriteError."""
     outer = _current.get()
     if outer is not None:
         try:
@@ -190,6 +190,6 @@ def _restore(path: Path, old: Path | None) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file reach the disk: some file systems say only then that it is full."""
+    """Flush a file to the disk: some file systems report only then that they are full."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())

@@ -1,9 +1,9 @@
 """Where a checkpoint's files come from: a folder, a checkpoint that ships in this package, or the Hugging Face Hub.
 
-Only files that are asked for are downloaded, one by one, through `huggingface_hub` (its cache, its progress bars, its
-resumed downloads). Nothing here knows about models.
+Only requested files are downloaded, one by one, through `huggingface_hub` (its cache, its progress bars, its resumed
+downloads). Nothing here depends on models.
 
-Files come from strangers: only regular files are opened, and links to such (a named pipe would wait for ever), and only
+Files come from strangers: only regular files and links to them are opened (a named pipe would block for ever), and only
 up to a size that such a file can have.
 """
 
@@ -26,8 +26,8 @@ BUILT_IN = Path(__file__).parents[1] / "builtin"
 MAX_JSON = 2**23  # bytes; parsed, they can take twenty times as much
 MAX_DEPTH = 16  # of objects and lists in each other; files need 4
 CONFIG = "config.json"
-MAX_MESSAGE = 2500  # characters of an error, which may show what a file says
-# How a file begins that is not what its name says → what it is.
+MAX_MESSAGE = 2500  # characters of an error, which may quote a file
+# First bytes of files that are not what their names promise → what they are.
 NOT_THE_FILE = {
     b"version https://git-lfs": "a Git LFS pointer, which only names the file; run `git lfs pull`, or download it",
     b"<!doctype html": "a web page; download the file from …/resolve/main/, not from …/blob/main/",
@@ -49,7 +49,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointFileError(CheckpointError, OSError):
-    """A checkpoint's file is missing, cannot be fetched, is incomplete, or is no regular file."""
+    """A checkpoint's file is missing, cannot be fetched, is incomplete, or is not a regular file."""
 
 
 @contextlib.contextmanager
@@ -155,7 +155,7 @@ class Source:
         raise CheckpointFileError(f"{self.name} has no {filename}{_unfinished(path)}; found {_listing(path.parent)}")
 
     def json(self, filename: str, required: bool = True) -> dict | None:
-        """One JSON file as a dict; None if absent and not `required`. CheckpointError if it is no JSON object."""
+        """One JSON file as a dict; None if absent and not `required`. CheckpointError if it is not a JSON object."""
         path = self.file(filename, required)
         return None if path is None else read_json(path)
 
@@ -347,7 +347,7 @@ def read_text(path: Path) -> str:
 
 
 def _read(path: Path) -> bytes:
-    if not path.stat().st_size:  # nor do the kernel's files have a size, some of which wait for ever
+    if not path.stat().st_size:  # the kernel's files have no size either, and reading some of them blocks for ever
         check_start(path, b"")
     with path.open("rb") as file:
         content = file.read(MAX_JSON + 1)

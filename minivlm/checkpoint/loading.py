@@ -72,7 +72,7 @@ def from_pretrained(
     device_map: None (the CPU), one device, "auto" (all GPUs there are, and the CPU where these are too small), or a
     dict from names of parts to devices; max_memory: bytes for each device (`devices.placement`).
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
-    that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) says so itself and needs none.
+    that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) is recognised and needs none.
     load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig of this alone.
     attn_implementation: "eager", "sdpa", "triton", or None for the best here, which "flash_attention_2" means too, and
     use_flash_attention_2=True.
@@ -91,7 +91,7 @@ def from_pretrained(
 
     Raises CheckpointFileError, an OSError, for files that are missing or cannot be fetched, and CheckpointError, a
     ValueError, for a config or weights that do not fit: every missing, unexpected and misshapen tensor is named in one.
-    All is checked before any data is read, but for the numbers themselves (see `checking.not_finite`).
+    Everything except the numbers themselves is checked before any data is read, see `checking.not_finite`.
     """
     options.refuse_others(others, options.LOADING, inspect.signature(from_pretrained).parameters)
     attention = options.first(attn_implementation=attn_implementation, _attn_implementation=_attn_implementation)
@@ -158,7 +158,7 @@ def _adapter(
         return lambda model: model
     if is_shared:
         raise ValueError("an adapter cannot be put on a model that several devices share; merge it first")
-    from minivlm.training import adapters  # stands above this room; nobody else here needs it
+    from minivlm.training import adapters  # a room above this one, needed only here
 
     where = {"cache_dir": files.cache_dir, "token": files.token, "local_files_only": files.local_files_only}
     found = adapters.read(name, **where)

@@ -42,7 +42,7 @@ SAVING: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def refuse_others(options: dict[str, Any], table: dict[str, Any], known: Iterable[str]) -> None:
-    """TypeError for an option that nobody knows, ValueError for a value of another library's that is not supported.
+    """TypeError for an unknown option, ValueError for an unsupported value of an option of another library.
 
     known: the options that the caller takes itself, for the suggestion.
     """
@@ -58,7 +58,7 @@ def refuse_others(options: dict[str, Any], table: dict[str, Any], known: Iterabl
 
 
 def where(given: dict[str, Any]) -> dict[str, Any]:
-    """Of all options those that say where the files are, as `hub.source` takes them."""
+    """Those of the options that locate the files, as `hub.source` takes them."""
     token = first(token=given.get("token"), use_auth_token=given.get("use_auth_token"))
     return {name: given[name] for name in WHERE if name in given} | {"token": token}
 

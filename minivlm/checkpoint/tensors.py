@@ -35,7 +35,7 @@ UNREAL = f"that are not of {', '.join(FLOATS)}"
 TWICE = "given twice"
 UNTIED = "other than the embeddings, which config.json says they are (tie_word_embeddings)"
 PROBLEMS = (MISSING, UNEXPECTED, MISSHAPEN, UNREAL, TWICE, UNTIED)
-# What `Allowed` lets pass, and a warning lists.
+# What `Allowed` accepts, and a warning lists.
 NEW, UNUSED = "new, with random values", "in the files and not used"
 
 
@@ -101,7 +101,7 @@ def fill(
     """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
 
     A layer that is quantised as it is read has its weight in memory unquantised only until the next one is read.
-    build: makes the model, for parameters that `allowed` lets be new.
+    build: makes the model, for parameters that are `allowed` to be new.
     """
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(open_weights(path)) for path in shards]

@@ -67,7 +67,7 @@ def place(model: nn.Module, device_map: Any, max_memory: dict | None, sizes: dic
 
     device_map: None or one device; "auto": the first GPU if it has room, else all of them, evenly, and the CPU where
     these are too small, or the CPU alone where there is none; "balanced": all GPUs in any case; "sequential": each is
-    filled before the next; or a dict from names of parts (or of what they stand in; "" is everything) to devices.
+    filled before the next; or a dict from names of parts, or of modules around them ("" is everything), to devices.
     max_memory: {0: "20GiB", 1: 10**9, "cpu": "60GiB"}.
 
     Raises ValueError for what is none of these, and for a model that does not fit.
@@ -95,7 +95,7 @@ def place(model: nn.Module, device_map: Any, max_memory: dict | None, sizes: dic
 
 
 def _in_order(weights: dict[str, int]) -> dict[str, int]:
-    """Blocks as the forward pass meets them: gated block i of IDEFICS stands before the decoder block that follows."""
+    """Blocks in the order of the forward pass: gated block i of IDEFICS before the decoder block that follows it."""
     gated = [name for name in weights if "gated_cross_attn_layers" in name]
     plain = [name for name in weights if name not in gated]
     every = len(plain) // len(gated) if gated else 0
@@ -165,7 +165,7 @@ def _bytes(size: int | str) -> int:
 
 
 def _free_memory() -> int:
-    """Bytes of main memory that are free, where the system says so; else none is planned with."""
+    """Free bytes of main memory where the system reports them, else 0."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
@@ -185,7 +185,7 @@ def _check_names(model: nn.Module, device_map: dict) -> None:
         if not known & {key, name.rstrip(".")} and key.rpartition(".")[2] not in ONLY_IN_TRANSFORMERS:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"names look like {parts[len(parts) // 2]!r}"
-            raise ValueError(f"device_map names {key!r:.200}, which is no part of this model; {hint}")
+            raise ValueError(f"device_map names {key!r:.200}, which is not a part of this model; {hint}")
 
 
 def _by_map(device_map: dict, blocks: list[str]) -> Placement:
@@ -243,7 +243,7 @@ def connect(model: nn.Module, placement: Placement) -> nn.Module:
         if placement.blocks[name] != device:
             _stream(block, device)
         block.register_forward_pre_hook(moves.to(device), with_kwargs=True)
-        if hasattr(block, "cross_attn"):  # IDEFICS asks it for keys and values beside its forward pass
+        if hasattr(block, "cross_attn"):  # IDEFICS computes its keys and values outside its forward pass
             _move_arguments(block.cross_attn, "keys_values", moves.to(device))
     decoder = model.decoder
     decoder.norm.register_forward_pre_hook(moves.to(placement.home, last=True), with_kwargs=True)
@@ -303,7 +303,7 @@ def moved(value: Tensor | Mask, device: torch.device) -> Tensor | Mask:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; itself if it is there. A function of its own, so that tests can stand in for devices."""
+    """The tensor on a device; itself if it is there. A separate function, so that tests can replace it."""
     return tensor.to(device, non_blocking=device.type == "cuda")  # a CPU would read before the copy has arrived
 
 
@@ -366,7 +366,7 @@ class streamed:
 
 
 class PlacedCache(KVCache):
-    """A `KVCache` whose layers are on several devices: one cache a device, behind the same methods."""
+    """A `KVCache` whose layers are on several devices: one cache per device, with the same methods."""
 
     def __init__(self, like: KVCache, slots: int, devices: list[torch.device]) -> None:
         """like: of the same sizes but without slots, on any device.  devices: of each layer."""

@@ -18,7 +18,7 @@ from minivlm.families.record import (
     vision_layers,
 )
 
-# Without `o_proj`: tokens that see no image may get anything there, which is set to 0 afterwards.
+# Without `o_proj`: its output for tokens that attend to no image is arbitrary and set to 0 afterwards.
 CROSS = ("input_layernorm", "cross_attn.q_proj", "post_attention_layernorm", *GATED_MLP)
 
 
@@ -64,7 +64,7 @@ def _resampler(depth: int) -> list[Stage]:
 
 
 def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
-    """Ours are only those that a token sees."""
+    """Ours are only those that a token attends to."""
     seen = inputs["image_attention_mask"].bool().any(1).flatten()  # (B·N,)
     if not seen.any():
         return {}
@@ -101,12 +101,12 @@ def slicing(height: int, width: int, regions: list[Region], options: Any, config
     ]
     if config.use_resampler:
         found.append(f"The resampler turns them into {perceiver.resampler_n_latents} latents.")
-    return [*found, "The text attends to them from gated blocks; the <image> token only marks where the image stands."]
+    return [*found, "The text attends to them from gated blocks; the <image> token only marks the image's position."]
 
 
 def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]] | None:
-    """pixel_values (1, N, …), image_attention_mask (1, P, N). Tokens that see what the last kept one sees run without
-    images, since the cache holds it; those after them run with the new images. None if they see an old one."""
+    """pixel_values (1, N, …), image_attention_mask (1, P, N). Tokens that attend to what the last kept one attends to
+    run without images, which the cache holds; later ones run with the new images. None if those attend to old ones."""
     pixels, mask = inputs["pixel_values"], inputs["image_attention_mask"]
     if not kept:
         return 0, {"pixel_values": pixels, "image_attention_mask": mask}

@@ -1,6 +1,6 @@
-"""What the rest of minivlm has to know about one family of models: plain data, and functions of its inputs.
+"""Everything about one family of models that the rest of minivlm uses: plain data, and functions of its inputs.
 
-A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records stand below every
+A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records are below every
 other room but `modules`, so they name classes by reference: "minivlm.models.presets:IDEFICS2".
 
 B rows of the batch, T tokens, N images (Idefics2: crops; LLaVA-NeXT: tiles), P patches, R rows of a stage, C its width.
@@ -81,7 +81,7 @@ def layers(
     heads: str = "",
     layer: str = "",
 ) -> list[Stage]:
-    """One stage a layer; `{}` in name and paths stands for its number."""
+    """One stage a layer; `{}` in name and paths is its number."""
     return [
         Stage(
             name.format(n),
@@ -106,7 +106,7 @@ def vision_layers(count: int, *towers: str) -> list[Stage]:
 
 
 def decoder_layers(count: int, *texts: str) -> list[Stage]:
-    """The blocks of a text decoder, likewise."""
+    """The blocks of a text decoder; paths as above."""
     paths = (f"{text}.layers.{{}}" for text in texts)
     options = {"parts": DECODER, "attention": "self_attn", "heads": "self_attn.o_proj"}
     return layers(count, "decoder layer {}", "tokens", *paths, **options)
@@ -114,7 +114,7 @@ def decoder_layers(count: int, *texts: str) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which vectors of a stage's output count: padding and images that no token sees may hold anything.
+    """Which vectors of a stage's output count: padding and images that no token attends to may hold anything.
 
     select: for each code, what picks the rows from the output of the 1st, 2nd, … time that the module runs.
     names: of the two coordinates of a row.  coordinates: (R, 2); or (N,), the first of them, where each of N things has
@@ -226,13 +226,13 @@ def equal_shares(processor: Any, inputs: dict[str, Any], image_tokens: int, imag
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models. Classes and tables that stand above this room are "module:name", resolved when used.
+    """One family of models. Classes and tables of rooms above this one are "module:name", resolved when used.
 
     model_type: as in config.json.  model, processor: classes.  presets: configurations by Hub name.
     quantised: the parts whose linear layers are quantised, all of them.  kept: linear layers that never are, and why.
     stages: of a model with this configuration, in the order in which data flows.
     image_rows: kinds of rows that stages have besides "tokens", for these inputs; {} if they hold no image.
-    layout: (ids (B, T), inputs, config) → where the images of these inputs are; None = `inside` cannot tell.
+    layout: (ids (B, T), inputs, config) → where the images of these inputs are; None = unknown to `inside`.
     slicing: (height, width of an image, its regions, image processor, config) → how it is cut into views and why, a
     sentence each.  buckets: (grid, config) → for each row and each column of patches the learned position it takes,
     where the tower looks positions up by a patch's position in its own view.

@@ -128,6 +128,9 @@ def _prompt(
     return ids, mask, positions(mask) if position_ids is None else position_ids.to(device).expand(len(ids), -1)
 
 
+# ---- Checks and defaults ---------------------------------------------------------------------------------------------
+
+
 def vocab_size(model: Any) -> int:
     """The number of logits: IDEFICS counts its image tokens separately."""
     return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)

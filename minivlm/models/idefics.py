@@ -5,8 +5,8 @@
     token ids ─ embedding ─────────────────────── gated cross-attention ─ 4 blocks ─ gated … ─ 4 blocks ─ … logits
                                                                  └── Llama, 32 blocks in all ──┘
 
-What is special: images never become tokens. Their <image> token only marks where they stand, and the text attends to
-them in extra blocks woven between those of a ready-made Llama, each behind a gate tanh(α) that is closed (α = 0) before
+What is special: images never become tokens. Their <image> token only marks their position, and the text attends to
+them in extra blocks woven between those of a ready-made Llama, each with a gate tanh(α) that is closed (α = 0) before
 training. `image_attention_mask` says which images a token attends to: the processor allows the last one before it.
 Images do not depend on the text, so their keys and values are computed once, at prefill, and wait in the cache.
 

@@ -5,7 +5,7 @@ evaluation harnesses know these names. Each is a line or two over what exists; n
     embeddings                  get, set, resize
     names of tensors            those of files where those of the model are expected
     adapters                    save
-    other names                 of what stands elsewhere
+    other names                 of what is elsewhere
 """
 
 import copy
@@ -33,7 +33,7 @@ from minivlm.training import adapters
 
 
 def equip(model_class: type[nn.Module]) -> None:
-    """Put all of `Tools` on a class that does not know of it."""
+    """Add all of `Tools` to a class."""
     for name, value in vars(Tools).items():
         if not name.startswith("__"):
             setattr(model_class, name, value)
@@ -259,7 +259,7 @@ class Tools:
         return vars(self).setdefault("_warnings_issued", {})
 
     def add_model_tags(self, tags: str | list[str]) -> None:
-        """Kept in `model_tags` for whoever writes a model card."""
+        """Kept in `model_tags`, for model cards."""
         self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
 
 

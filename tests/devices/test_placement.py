@@ -248,7 +248,7 @@ def test_a_map_with_a_hole() -> None:
 def test_a_map_with_names_of_no_part(name: str, key: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         placement.place(meta(name), {"": 0, key: 1}, None, {})
-    assert "no part of this model" in str(caught.value)
+    assert "not a part of this model" in str(caught.value)
 
 
 @pytest.mark.parametrize(
