@@ -13,14 +13,13 @@ B prompts, P prompt ids, T tokens to run, V vocabulary.
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.generation.diagnosis import explain
-from minivlm.generation.settings import plain
+from minivlm.generation.settings import are_words, plain
 from minivlm.generation.speculation import alike
 from minivlm.generation.steps import forward, positions
 from minivlm.modules.cache import KVCache
@@ -77,8 +76,7 @@ def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Te
 
 def _checked(candidates: Any) -> list[list[int]]:
     candidates = plain(candidates)
-    lists = isinstance(candidates, list | tuple) and all(isinstance(one, list | tuple) and one for one in candidates)
-    if not lists or not candidates or not all(type(id) is int and id >= 0 for id in chain(*candidates)):
+    if not are_words(candidates):
         raise ValueError(
             "candidates are lists of token ids, none of them empty, such as "
             f'tokenizer(["cat", "dog"], add_special_tokens=False).input_ids; found {candidates!r:.80}'

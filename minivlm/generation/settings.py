@@ -205,7 +205,7 @@ def _are_strings(value: Any) -> bool:
     return isinstance(strings, list | tuple) and all(isinstance(each, str) and each for each in strings)
 
 
-def _are_words(value: Any) -> bool:
+def are_words(value: Any) -> bool:
     lists = isinstance(value, list | tuple) and all(isinstance(word, list | tuple) and word for word in value)
     return lists and len(value) > 0 and all(is_whole(id) for word in value for id in word)
 
@@ -223,7 +223,7 @@ ALLOWED = [
     ("a float > 0, such as 1.2", _is_float, "repetition_penalty"),
     ("a float > 0 (for greedy search, pass do_sample=False)", _is_float, "temperature"),
     ("a string or a list of strings, none of them empty", _are_strings, "stop_strings"),
-    ("a list of words, each a list of token ids, such as [[5], [2, 7]]", _are_words, "bad_words_ids"),
+    ("a list of words, each a list of token ids, such as [[5], [2, 7]]", are_words, "bad_words_ids"),
 ]
 # Values besides None that disable a rule.
 OFF = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "stop_strings": [], "temperature": 1, "top_k": 0}
