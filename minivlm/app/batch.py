@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from minivlm.app import parts
-from minivlm.app.answer import Clock, setting_of
+from minivlm.app.answer import ERRORS, Clock, encoded, setting_of
 from minivlm.app.parts import Records, Shard
 from minivlm.app.questions import KEYS, QUESTION, Row, numbered, read_row, reason, row_of
 from minivlm.processing.common import fetch_image
-
-ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
+from minivlm.text.messages import make_message
 
 
 @dataclass
@@ -170,15 +168,7 @@ def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary)
     clock, processor, settings = Clock(), job.processor, dict(job.settings)
     tokenizer = processor.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    inputs = processor.apply_chat_template(
-        [_with_system(row.messages, job.system) for row in rows],
-        images=images,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    )
+    inputs = encoded(processor, [_with_system(row.messages, job.system) for row in rows], images=images, padding=True)
     if settings.get("seed") is not None:
         settings["seed"] += rows[0].line  # or every batch would draw the same numbers
     timed = job.timed and (setting_of(job.model, settings, "num_beams") or 1) == 1
@@ -206,7 +196,7 @@ def _length(new: list[int], eos: int | list[int] | None, pad: int | None) -> int
 def _with_system(messages: Records, system: str | None) -> Records:
     if system is None or messages[0]["role"] == "system":
         return messages
-    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+    return [make_message("system", system), *messages]
 
 
 def _record(row: Row, **result: str) -> dict[str, Any]:

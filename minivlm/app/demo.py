@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from minivlm.app.chat import ERRORS, Chat
+from minivlm.app.answer import ERRORS
+from minivlm.app.chat import Chat
 from minivlm.app.terminal import one_line
 from minivlm.processing.common import fetch_image
 

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from minivlm import __version__
+from minivlm.app.answer import encoded
 from minivlm.families import family
 from minivlm.inside import attribute, edit, latents, logit_lens, watch
 from minivlm.inside.hooks import hooked
 from minivlm.inside.stages import stages_of
 from minivlm.inside.watch import Seen
 from minivlm.parity.sides import code_at
+from minivlm.text.messages import make_message
 
 LONGEST = 960  # pixels of an image on the page
 RELEVANCE = 500_000_000  # parameters: gradients of larger models take long, and much memory
@@ -73,7 +75,7 @@ def gather(
     """
     if not images:
         raise ValueError("there is nothing to explain without an image")
-    inputs = dict(_prompt(processor, images, question).to(model.device))
+    inputs = dict(encoded(processor, [make_message("user", question, images)]).to(model.device))
     start = time.perf_counter()
     ids = model.generate(**inputs, **settings)
     seconds, length = time.perf_counter() - start, inputs["input_ids"].shape[1]
@@ -129,17 +131,6 @@ def _fitting(model: Any, positions: int, tokens: int, room: int) -> list[int]:
 
 
 # ---- Running
-
-
-def _prompt(processor: Any, images: list[Any], question: str) -> Any:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
 
 
 def _with_answer(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minivlm import auto
+from minivlm.app.answer import encoded
 from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
 from minivlm.modules.config import text_config
@@ -16,6 +17,7 @@ from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_image
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
+from minivlm.text.messages import make_message
 from minivlm.text.tokenizer import Tokenizer
 from minivlm.training import adapters, targets
 
@@ -39,40 +41,39 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def describe(name: str) -> dict[str, Any]:
     """What `inspect` prints, as plain data. The model is built on the meta device: no weights, no memory."""
-    if name in auto.PRESETS and not Path(name).is_dir():
-        config, files = auto.PRESETS[name], None
-        model_type = config.to_hub()["model_type"]
-    else:
-        files = hub.source(name)
-        model_type = files.json("config.json").get("model_type")
-        config = loading.read_config(files, auto.family(model_type, name).model_class.config_class)
-    with torch.device("meta"):
-        model = auto.family(model_type, name).model_class(config)
-    stored = None if files is None else files.json("config.json").get("quantization_config")
+    config, model = known_config(name), auto.skeleton(known_config(name))
+    stored = None if is_release(name) else hub.source(name).json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
     text = text_config(config)
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "model": name,
-        "model_type": model_type,
+        "model_type": config.model_type,
         "dtype": config.dtype,
         "parts": parts,
         "parameters": total,
         "bytes": {dtype: total * size for dtype, size in BYTES.items()},
         "quantised": _quantised(model, stored),
-        "tokens_per_image": auto.family(model_type, name).image_tokens(config),
+        "tokens_per_image": auto.family(config.model_type).image_tokens(config),
         "max_position_embeddings": text.max_position_embeddings,
         "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
     }
 
 
+def is_release(name: str) -> bool:
+    """Whether it is the name of a released checkpoint, whose configuration is known without its files."""
+    return name in auto.PRESETS and not Path(name).is_dir()
+
+
+def known_config(name: str) -> Any:
+    """A checkpoint's configuration; of a released one without a network."""
+    return auto.PRESETS[name] if is_release(name) else auto.config_of(name)
+
+
 def check(name: str) -> dict[str, int]:
     """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
-    files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with torch.device("meta"):
-        model = model_class(loading.read_config(files, model_class.config_class))
+    files, model = hub.source(name), auto.skeleton(auto.config_of(name))
     loading.read_generation_config(files)
     auto.AutoProcessor.from_pretrained(name)
     tokenizer = Tokenizer.from_source(files)
@@ -84,10 +85,7 @@ def check(name: str) -> dict[str, int]:
 
 def adapter(name: str, folder: str) -> dict[str, Any]:
     """What an adapter is made of, once every tensor of it has its place in this model; no weight of that is read."""
-    files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with torch.device("meta"):
-        model = model_class(loading.read_config(files, model_class.config_class))
+    model = auto.skeleton(auto.config_of(name))
     found = adapters.read(folder)
     fit = adapters.fit(model, found)
     numbers: Counter[str] = Counter()
@@ -105,28 +103,17 @@ def adapter_line(found: dict[str, Any]) -> str:
     return f"adapter {found['adapter']}: {found['kind']}, {sizes}; parameters: {parts}"
 
 
-def prompt(processor: Any, images: list[Any]) -> Inputs:
-    """A question about these images as the model will get it."""
-    content = [
-        *({"type": "image", "image": image} for image in images),
-        {"type": "text", "text": "What is this?"},
-    ]
-    messages = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-
-
 def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
     """What these images will cost, from sizes alone: tokens of each and of all in one prompt, and the bytes of their
     pixels; and that prompt."""
     processor = auto.AutoProcessor.from_pretrained(name)
     fetched = [fetch_image(processor, image) for image in images]
 
-    def tokens(some: list[Any]) -> int:
-        return prompt(processor, some)["input_ids"].shape[1]
+    def prompt(*some: Any) -> Inputs:
+        return encoded(processor, [make_message("user", "What is this?", some)])
 
-    each, inputs = [tokens([image]) - tokens([]) for image in fetched], prompt(processor, fetched)
+    without, inputs = prompt()["input_ids"].shape[1], prompt(*fetched)
+    each = [prompt(image)["input_ids"].shape[1] - without for image in fetched]
     whole = inputs["input_ids"].shape[1]
     return {"tokens": each, "prompt_tokens": whole, "pixel_bytes": inputs["pixel_values"].nbytes}, inputs
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.app import images
-from minivlm.text.chat_template import normalise
+from minivlm.text.messages import make_message, normalise
 from minivlm.text.shown import short
 
 QUESTION, IMAGES, ID = ("question", "prompt", "text"), ("images", "image"), ("id", "question_id")
@@ -119,8 +119,7 @@ def _message(values: dict[str, Any], question: str, given: list[str]) -> list[di
     found = [found] if isinstance(found, str | bytes | dict) else [] if found is None else found
     if not isinstance(found, list):
         raise ValueError(f'"{given[0]}" is a list of paths and URLs, found {short(found)}')
-    items = [{"type": "image", "image": image} for image in found]
-    return [{"role": "user", "content": [*items, {"type": "text", "text": values[question]}]}]
+    return [make_message("user", values[question], found)]
 
 
 def _located(source: Any, folder: Path | None) -> Any:

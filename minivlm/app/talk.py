@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minivlm.app import images, terminal
+from minivlm.app.answer import ERRORS
 from minivlm.app.chat import Chat
 from minivlm.app.options import SAMPLING, check_settings, parse_value, with_sampling
 from minivlm.checkpoint.files import write_json
 from minivlm.processing.common import fetch_image
-from minivlm.text.chat_template import normalise
+from minivlm.text.messages import make_message, normalise
 
 COMMANDS = {
     "/help": "this list",
@@ -33,7 +32,6 @@ COMMANDS = {
 }
 FENCE = '"""'
 HINTS = 'A line with """ begins and ends a question of several lines. Ctrl-C stops an answer.'
-ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one question, not of the program
 
 
 class Talk:
@@ -164,7 +162,7 @@ class Talk:
             return
         self.chat.system = argument
         said = [message for message in self.chat.messages if message["role"] != "system"]
-        self.chat.messages = [{"role": "system", "content": [{"type": "text", "text": argument}]}, *said]
+        self.chat.messages = [make_message("system", argument), *said]
         self._confirm("the system message from now on")
 
     def _set(self, argument: str) -> None:

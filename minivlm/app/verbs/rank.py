@@ -60,15 +60,14 @@ def _encoded(
     processor: Any, question: str, fetched: list[Any], system: str | None, answers: list[str]
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """The prompt, and each answer's ids with the mark that ends it, as the chat template writes them."""
-    content = [*({"type": "image", "image": image} for image in fetched), {"type": "text", "text": question}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    options_ = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options_)
+    from minivlm.app.answer import encoded
+    from minivlm.text.messages import make_message
+
+    messages = [] if system is None else [make_message("system", system)]
+    messages.append(make_message("user", question, fetched))
     found = []
     for answer in answers:
-        whole = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        inputs = processor.apply_chat_template(whole, return_assistant_tokens_mask=True, **options_)
+        whole = [*messages, make_message("assistant", answer)]
+        inputs = encoded(processor, whole, answered=True, return_assistant_tokens_mask=True)
         found.append(inputs["input_ids"][0][inputs["assistant_masks"][0].bool()].tolist())
-    return dict(prompt), found
+    return dict(encoded(processor, messages)), found
