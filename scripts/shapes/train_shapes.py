@@ -20,6 +20,7 @@ picture and questions about it.
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -259,20 +260,25 @@ def train_answers(
 
 
 def plot(folder: Path, path: Path) -> None:
-    """Both stages' logs as one small picture: accuracy per label, then exact match per question type."""
+    """Both stages' logs: accuracy per label, then exact match per question type, each curve named at its end."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=80)
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), dpi=100)
     for axis, stage, keys in zip(axes, ("vision", "joint"), (LABELS, TYPES[:-1]), strict=True):
         log = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+        ends = {}
         for key in keys:
             points = {line["step"]: 100 * line[key] for line in log if key in line}  # a resumed step counts once
-            axis.plot(*zip(*sorted(points.items()), strict=True), label=key, linewidth=1)
+            (curve,) = axis.plot(*zip(*sorted(points.items()), strict=True), linewidth=1.5)
+            ends[key] = points[max(points)], curve.get_color()
+        height = math.inf
+        for key, (end, colour) in sorted(ends.items(), key=lambda item: -item[1][0]):
+            height = min(end, height - 4)  # so that names do not lie on each other
+            axis.annotate(key, (1.02, height), xycoords=("axes fraction", "data"), color=colour, va="center")
         axis.set(xlabel="step", ylabel="right, %", ylim=(0, 101))
-        axis.legend(fontsize=7, loc="lower right")
         axis.grid(alpha=0.3)
-    axes[0].set_title("1. vision tower: labels of each patch", fontsize=9)
-    axes[1].set_title("2. whole model: held-out questions by type", fontsize=9)
+    axes[0].set_title("1. vision tower: labels of each patch")
+    axes[1].set_title("2. whole model: held-out questions by type")
     figure.tight_layout()
     figure.savefig(path)
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
