@@ -5,6 +5,8 @@ import difflib
 import json
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +126,43 @@ def load_processor(name: str, arguments: argparse.Namespace) -> Any:
     return processor
 
 
+@dataclass(frozen=True)
+class Session:
+    """Everything that a verb needs but the weights, so that a bad option or image costs no loading."""
+
+    name: str
+    arguments: argparse.Namespace
+    device: str
+    dtype: str | None
+    processor: Any
+    images: list[Any]  # PIL, RGB
+
+    def model(self) -> Any:
+        return load_model(self.name, self.arguments, self.device, self.dtype)
+
+
+def prepared(arguments: argparse.Namespace, images: Sequence[str] = ()) -> Session:
+    """The session that the options describe. images: as people name them; ValueError, OSError for bad ones."""
+    name = model_name(arguments)
+
+    from minivlm.app.images import source
+    from minivlm.processing.common import fetch_image
+
+    device, dtype = device_and_dtype(arguments)
+    processor = load_processor(name, arguments)
+    fetched = [fetch_image(processor, source(image)) for image in images]
+    return Session(name, arguments, device, dtype, processor, fetched)
+
+
 def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str | None) -> Any:
     from minivlm import AutoModelForImageTextToText
 
-    config = asked_quantization(arguments)
     return AutoModelForImageTextToText.from_pretrained(
         name,
         device_map=device,
         dtype=dtype,
         attn_implementation=arguments.attn,
-        quantization_config=config,
+        quantization_config=asked_quantization(arguments),
         adapter=getattr(arguments, "adapter", None),
         tp_plan="auto" if arguments.gpus > 1 else None,
     )

@@ -93,17 +93,15 @@ def recipe_of(steps: int, batch: int) -> Recipe:
     return Recipe(batch=batch // WORLD, accumulate=1, steps=steps, warmup=200, shuffle=False, save_every=250)
 
 
-def follow(
-    steps: Iterator[Step], loss: Any, path: Path, check: Callable[[], dict[str, float]] | None = None, every: int = 500
-) -> None:
-    """Go through the steps; every 50, write the means of `loss.numbers`, and each `every` what `check` finds."""
+def follow(steps: Iterator[Step], loss: Any, path: Path, check: Callable[[], dict[str, float]] | None = None) -> None:
+    """Go through the steps; every 50, write the means of `loss.numbers`, and every 500 what `check` finds."""
     sums: dict[str, list[float]] = {}
     for step in steps:
         for key, value in {"loss": step.loss, **loss.numbers}.items():
             sums.setdefault(key, []).append(value)
         if RANK == 0 and step.number % 50 == 0:
             numbers = {key: float(np.nanmean(values)) for key, values in sums.items()}
-            numbers |= check() if check and step.number % every == 0 else {}
+            numbers |= check() if check and step.number % 500 == 0 else {}
             line = json.dumps({"step": step.number, **{key: round(value, 4) for key, value in numbers.items()}})
             print(line, flush=True)
             with path.open("a") as log:
@@ -235,17 +233,9 @@ class JointLoss(nn.Module):
 
 
 def train_answers(
-    folder: Path,
-    family: Family,
-    model: nn.Module,
-    pool: Pool,
-    steps: int,
-    batch: int,
-    turns: int,
-    lr: float,
-    every: int = 500,
+    folder: Path, family: Family, model: nn.Module, pool: Pool, steps: int, batch: int, turns: int, lr: float
 ) -> None:
-    """Stage 2: the whole model learns to answer, on `batch` images or rows a step; checked each `every` steps."""
+    """Stage 2: the whole model learns to answer, on `batch` images or rows a step."""
     processor = family.processor.from_pretrained(folder / "processor")
     rows = Lessons(family, pool, model, processor, steps, batch, turns)
     loss, questions = JointLoss(family, model, processor), held_out(40)
@@ -256,7 +246,7 @@ def train_answers(
 
     options = {"collate": rows.collate, "loss": loss, "optimisers": partial(muon_and_adamw, lr=lr)}
     run = loop.finetune(model, processor, rows, recipe_of(steps, batch), folder / "joint", resume=True, **options)
-    follow(run, loss, folder / "joint.jsonl", check, every)
+    follow(run, loss, folder / "joint.jsonl", check)
 
 
 def plot(folder: Path, path: Path) -> None:
@@ -297,7 +287,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pictures, or for idefics rows")
     parser.add_argument("--turns", type=int, default=7, help="question-answer turns per picture (idefics: per row)")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--check-every", type=int, default=500, help="steps between checks on held-out questions")
     args = parser.parse_args()
     family = FAMILIES[args.family]
     if WORLD > 1:
@@ -317,7 +306,7 @@ def main() -> None:
     for tower in (part for part in model.modules() if isinstance(part, ClipVisionTower)):
         tower.post_layernorm.requires_grad_(False)  # nothing passes through it
     train_vision(args.work, family, model, pool, args.vision_steps)
-    train_answers(args.work, family, model, pool, args.steps, args.batch, args.turns, args.lr, args.check_every)
+    train_answers(args.work, family, model, pool, args.steps, args.batch, args.turns, args.lr)
     if args.out and RANK == 0:
         save_package(family, model, args.out)
     if args.plot and RANK == 0:
