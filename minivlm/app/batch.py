@@ -20,7 +20,8 @@ from tqdm import tqdm
 from minivlm.app import parts
 from minivlm.app.answer import ERRORS, Clock, encoded, setting_of
 from minivlm.app.parts import Records, Shard
-from minivlm.app.questions import KEYS, QUESTION, Row, numbered, read_row, reason, row_of
+from minivlm.app.questions import Row, numbered, read_row, row_of, with_question
+from minivlm.app.terminal import one_line
 from minivlm.processing.common import fetch_image
 from minivlm.text.messages import make_message
 
@@ -127,7 +128,7 @@ def _all_answers(job: Job, lines: dict[int, bytes], summary: Summary) -> Iterato
         try:
             rows.append(read_row(number, text, job.folder))
         except (ValueError, RecursionError) as error:
-            failed.append({"line": number, "error": reason(error)})
+            failed.append({"line": number, "error": one_line(error)})
     if failed:
         summary.count(failed)
         yield failed
@@ -145,7 +146,7 @@ def _answers(job: Job, rows: list[Row], summary: Summary) -> Records:
         try:
             ready.append((row, [fetch_image(job.processor, source) for source in row.sources]))
         except ERRORS as error:
-            records.append(_record(row, error=reason(error)))
+            records.append(_record(row, error=one_line(error)))
     return records + _generated(job, ready, summary)
 
 
@@ -159,7 +160,7 @@ def _generated(job: Job, ready: list[tuple[Row, list[Any]]], summary: Summary) -
     except ERRORS as error:
         if len(ready) > 1:
             return [record for one in ready for record in _generated(job, [one], summary)]
-        return [_record(rows[0], error=reason(error))]
+        return [_record(rows[0], error=one_line(error))]
     return [_record(row, answer=text, finish_reason=why) for row, (text, why) in zip(rows, found, strict=True)]
 
 
@@ -230,7 +231,8 @@ class Answerer:
         from minivlm import AutoModelForImageTextToText, AutoProcessor
 
         self.question = question
-        loaded = AutoModelForImageTextToText.from_pretrained(model, **({"device_map": "auto"} | (load or {})))
+        load = {"device_map": "auto"} | (load or {})
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **load)
         settings = {"max_new_tokens": 256, "do_sample": False} | settings
         self.job = Job(loaded, AutoProcessor.from_pretrained(model), settings, system=system)
 
@@ -241,13 +243,11 @@ class Answerer:
         count = len(next(iter(table.values())))
         rows, records = [], []
         for number in range(count):
-            values = {name: _plain(column[number]) for name, column in table.items() if name in KEYS}
-            if self.question is not None and not values.keys() & {"messages", *QUESTION}:
-                values["question"] = self.question
+            values = with_question({name: column[number] for name, column in table.items()}, self.question)
             try:
-                rows.append(row_of(number, values))
+                rows.append(row_of(number, {name: _plain(value) for name, value in values.items()}))
             except (ValueError, RecursionError) as error:
-                records.append({"line": number, "error": reason(error)})
+                records.append({"line": number, "error": one_line(error)})
         records += _answers(self.job, rows, Summary()) if rows else []
         found = {record["line"]: record for record in records}
         new = {name: [found[n].get(name) for n in range(count)] for name in ("answer", "finish_reason", "error")}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.app import images
+from minivlm.app.terminal import one_line
 from minivlm.text.messages import make_message, normalise
 from minivlm.text.shown import short
 
@@ -64,13 +65,16 @@ def about_table(path: Path, question: str | None = None) -> bytes:
     """The rows of a parquet file (by pyarrow) as lines of a file would say them; columns of other names stay behind."""
     from minivlm.training.rows import parquet_rows
 
-    lines = []
-    for _, values in parquet_rows(path):
-        row = {name: value for name, value in values.items() if name in KEYS}
-        if question is not None and not row.keys() & {"messages", *QUESTION}:
-            row["question"] = question
-        lines.append(json.dumps(row, default=_in_json) + "\n")
-    return "".join(lines).encode()
+    rows = (with_question(values, question) for _, values in parquet_rows(path))
+    return "".join(json.dumps(row, default=_in_json) + "\n" for row in rows).encode()
+
+
+def with_question(values: dict[str, Any], question: str | None) -> dict[str, Any]:
+    """What a row of a table says of a question; `question` if it has none of its own."""
+    row = {name: value for name, value in values.items() if name in KEYS}
+    if question is not None and not row.keys() & {"messages", *QUESTION}:
+        row["question"] = question
+    return row
 
 
 def _in_json(data: Any) -> str:
@@ -138,7 +142,7 @@ def bad_lines(text: bytes, folder: Path | None = None) -> dict[int, str]:
         try:
             why = _missing(read_row(number, line, folder))
         except (ValueError, RecursionError) as error:
-            why = reason(error)
+            why = one_line(error)
         if why is not None:
             found[number] = why
     return found
@@ -155,8 +159,3 @@ def _missing(row: Row) -> str | None:
             if not there:
                 return f"no image at {source!r:.200}"
     return None
-
-
-def reason(error: BaseException) -> str:
-    """An error in one line, as on the terminal."""
-    return " ".join(str(error).split()) or type(error).__name__
