@@ -71,7 +71,7 @@ def run(job: Job, text: bytes, out: Path, about: dict[str, Any], shard: Shard = 
     """Answer every line of `text`, or a shard of them; `out` appears when all lines are answered, by any process.
 
     Out comes {"line": 1, "id": …, "answer": "…", "finish_reason": "stop"}, or {"line": 1, "error": "why"}. Empty lines
-    are passed over. `about` names what the answers depend on.
+    are skipped. `about` names what the answers depend on.
 
     Raises ValueError if `out` exists, or if what an earlier run left of it belongs to other questions or settings.
     """
@@ -122,7 +122,7 @@ def _bar(total: int, done: int) -> tqdm:
 
 
 def _all_answers(job: Job, lines: dict[int, bytes], summary: Summary) -> Iterator[Records]:
-    """Records of all lines, a batch at a time: what cannot be read first, then the longest, which need most memory."""
+    """Records of all lines, a batch at a time: unreadable lines first, then the longest, which need most memory."""
     rows, failed = [], []
     for number, text in lines.items():
         try:
@@ -140,7 +140,7 @@ def _all_answers(job: Job, lines: dict[int, bytes], summary: Summary) -> Iterato
 
 
 def _answers(job: Job, rows: list[Row], summary: Summary) -> Records:
-    """Records of one batch. A row whose images cannot be had does not hold up the others."""
+    """Records of one batch. A row whose images cannot be fetched does not hold up the others."""
     records, ready = [], []
     for row in rows:
         try:
@@ -188,7 +188,7 @@ def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary)
 
 
 def _length(new: list[int], eos: int | list[int] | None, pad: int | None) -> int:
-    """How many of a row's new ids it took, without the filler after its end."""
+    """The number of a row's new ids, without the padding after its end."""
     ends = [eos] if isinstance(eos, int) else eos or []
     first = next((n for n, id in enumerate(new, 1) if id in ends), len(new))
     return next((n for n in range(first, 0, -1) if new[n - 1] != pad or pad in ends), 0)
@@ -251,7 +251,7 @@ class Answerer:
         records += _answers(self.job, rows, Summary()) if rows else []
         found = {record["line"]: record for record in records}
         new = {name: [found[n].get(name) for n in range(count)] for name in ("answer", "finish_reason", "error")}
-        return {**table, **{name: np.array(column, dtype=object) for name, column in new.items()}}
+        return table | {name: np.array(column, dtype=object) for name, column in new.items()}
 
 
 def _plain(value: Any) -> Any:

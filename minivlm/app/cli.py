@@ -119,7 +119,7 @@ def _verb(name: str) -> ModuleType:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows every default that says something, where the help does not do so in its own words."""
+    """Adds an option's default to its help, unless it is None or False or the help mentions it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""

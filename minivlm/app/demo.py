@@ -28,7 +28,7 @@ SHAPES = ("Describe the picture.", "What number is written?", "What colour is th
 
 
 def check(port: int) -> None:
-    """ValueError if NiceGUI is missing or the port is no number of one, OSError if it is taken."""
+    """ValueError if NiceGUI is missing or the port number too large, OSError if the port is taken."""
     if importlib.util.find_spec("nicegui") is None:
         raise ValueError("`minivlm demo` needs NiceGUI, which is not installed: pip install 'nicegui>=3.18,<4'")
     if port > 65535:
@@ -104,7 +104,7 @@ def serve(desk: Desk, image: Any, port: int) -> None:
     def index() -> None:
         Page(desk, image).build()
 
-    # a page of another site whose name was made to point at this machine gets nothing
+    # refuses requests under any other host name, which a page of another site could make (DNS rebinding)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     ui.run(
         host=HOST,

@@ -73,7 +73,7 @@ def gather(
     """Everything the page shows, as plain data.
 
     images: PIL, RGB.  layers: whose heads are kept one by one; None = as many, evenly spaced, as fit in `room` bytes;
-    of the others the mean over heads stays.
+    of other layers only the mean over heads is kept.
     settings: of `generate`.  Raises ValueError for a prompt without an image, and what `generate` raises.
     """
     if not images:
@@ -86,7 +86,7 @@ def gather(
     text = _with_answer(inputs, ids)
     with _watched(model, len(answer)) as (seen, rollout):
         probabilities = model(**text, logits_to_keep=len(answer)).logits[0].float().softmax(-1)
-    grey = model(**{**text, "pixel_values": torch.zeros_like(text["pixel_values"])}, logits_to_keep=len(answer))
+    grey = model(**text | {"pixel_values": torch.zeros_like(text["pixel_values"])}, logits_to_keep=len(answer))
     views = _of_images(seen, processor, images, model.config)
     layers = layers or _fitting(model, length, len(answer), room)
     return {
@@ -111,7 +111,7 @@ def page(found: dict[str, Any]) -> str:
     data = json.dumps(found, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(f"{found['question']} - {found['model']['name']}")
     head, between, end = re.split(r"{{title}}|{{data}}", template)
-    return f"{head}{title}{between}{data}{end}"  # what was asked may hold such marks itself
+    return f"{head}{title}{between}{data}{end}"  # the question may contain such marks itself
 
 
 def layers_of(model: Any, text: str | None) -> list[int] | None:
@@ -194,7 +194,7 @@ def _about(model: Any) -> dict[str, Any]:
 
 
 def _stages(model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompt's way: layers of one kind together, their shape, the milliseconds they took, whose code they are."""
+    """The prompt's path through the model: layers of one kind in one row, with shapes, milliseconds and code."""
     stages = [stage for stage in stages_of(model) if stage.take not in ("weights", "heads") and "," not in stage.name]
     model(**inputs)  # once before the clock counts
     shapes, seconds, total = _timed(model, inputs, stages)
@@ -359,8 +359,8 @@ def _named(processor: Any, ids: Tensor, values: Tensor) -> list[list[Any]]:
 
 
 def packed(values: Tensor) -> dict[str, Any]:
-    """(…, n) of 0 and more as bytes: the square root of the share of each row's largest value. 255² levels are enough
-    for the eye, and the root keeps what is small apart."""
+    """Values (…, n) ≥ 0 as bytes, each relative to the largest of its row. The square root is stored: it keeps small
+    values apart, and 255² levels are enough for the eye."""
     values = values.float().clamp(min=0)
     most = values.amax(-1, keepdim=True)
     data = (255 * (values / most.clamp(min=1e-30)).sqrt()).round().to(torch.uint8)

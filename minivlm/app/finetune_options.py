@@ -60,5 +60,5 @@ def add_step_options(group: Any) -> None:
     text = "under torchrun: cut the weights among the processes instead of copying them to each (FSDP2)"
     group.add_argument("--fsdp", action="store_true", help=text)
     group.add_argument("--checkpointing", action="store_true", help="less memory for a third more time")
-    group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep what a frozen tower sees")
+    group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep a frozen tower's outputs")
     group.add_argument("--save-every", type=int, default=100, metavar="N", help="steps")

@@ -84,7 +84,7 @@ def check(name: str) -> dict[str, int]:
 
 
 def adapter(name: str, folder: str) -> dict[str, Any]:
-    """What an adapter is made of, once every tensor of it has its place in this model; no weight of that is read."""
+    """What an adapter is made of, once each of its tensors is found to fit this model, whose weights are not read."""
     model = auto.skeleton(auto.config_of(name))
     found = adapters.read(folder)
     fit = adapters.fit(model, found)
@@ -97,7 +97,7 @@ def adapter(name: str, folder: str) -> dict[str, Any]:
 
 
 def adapter_line(found: dict[str, Any]) -> str:
-    """It in words."""
+    """One line about an adapter."""
     parts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
     sizes = f"r {found['r']}, alpha {found['alpha']}, {found['layers']} layers"
     return f"adapter {found['adapter']}: {found['kind']}, {sizes}; parameters: {parts}"
@@ -127,7 +127,7 @@ def sight(name: str, inputs: Inputs) -> float:
     model = auto.AutoModelForImageTextToText.from_pretrained(name, device_map="auto")
     inputs = inputs.to(model.device)
     seen, grey = (
-        model(**{**inputs, "pixel_values": pixels}).logits[0, -1].float().log_softmax(0)
+        model(**inputs | {"pixel_values": pixels}).logits[0, -1].float().log_softmax(0)
         for pixels in (inputs["pixel_values"], torch.zeros_like(inputs["pixel_values"]))
     )
     moved = float((seen.exp() * (seen - grey)).sum())

@@ -81,7 +81,7 @@ def resume(part: BinaryIO, header: dict[str, Any]) -> None:
 
 
 def read_all(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The answers in all part files, by line. What there is of a last line does not count: it may be being written.
+    """The answers in all part files, by line. An unfinished last line does not count: it may be being written.
 
     Where `out` stands beside parts, a process has just finished, or was killed while it removed them: all is in `out`.
     ValueError for a part that belongs to other questions or settings.

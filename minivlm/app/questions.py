@@ -32,7 +32,7 @@ class Row:
 
     @property
     def size(self) -> tuple[int, int]:
-        """What its length in tokens follows from, without opening an image: how many there are, and characters."""
+        """Stands for its length in tokens without opening an image: the numbers of images and characters."""
         texts = (item.get("text", "") for message in self.messages for item in message["content"])
         return len(self.sources), sum(map(len, texts))
 
@@ -50,7 +50,7 @@ def read_file(path: Path, question: str | None = None) -> bytes:
 
 
 def about_folder(folder: Path, question: str) -> bytes:
-    """The same question about every image of a folder, in the order of their names, as lines of a file would say it.
+    """The same question about every image of a folder, in the order of their names, as lines of a questions file.
 
     Raises ValueError for a folder without images.
     """
@@ -62,7 +62,7 @@ def about_folder(folder: Path, question: str) -> bytes:
 
 
 def about_table(path: Path, question: str | None = None) -> bytes:
-    """The rows of a parquet file (by pyarrow) as lines of a file would say them; columns of other names stay behind."""
+    """The rows of a parquet file (by pyarrow) as lines of a questions file; columns of other names are left out."""
     from minivlm.training.rows import parquet_rows
 
     rows = (with_question(values, question) for _, values in parquet_rows(path))
@@ -70,7 +70,7 @@ def about_table(path: Path, question: str | None = None) -> bytes:
 
 
 def with_question(values: dict[str, Any], question: str | None) -> dict[str, Any]:
-    """What a row of a table says of a question; `question` if it has none of its own."""
+    """The columns of a row that make a question; `question` if it has none of its own."""
     row = {name: value for name, value in values.items() if name in KEYS}
     if question is not None and not row.keys() & {"messages", *QUESTION}:
         row["question"] = question
@@ -136,7 +136,7 @@ def _located(source: Any, folder: Path | None) -> Any:
 
 
 def bad_lines(text: bytes, folder: Path | None = None) -> dict[int, str]:
-    """What is wrong with lines that cannot be answered, by their number, as far as files need not be opened."""
+    """Line number → why it cannot be answered, as far as that shows without opening an image."""
     found = {}
     for number, line in numbered(text).items():
         try:

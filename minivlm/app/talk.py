@@ -38,8 +38,8 @@ class Talk:
     """Answers line after line.
 
     first: images for the first question, each with its name.  show: prints the pieces of an answer.
-    watched: somebody sits at the terminal, so what a command did is confirmed on stderr.
-    verbose: what each answer took, on stderr.
+    watched: a person is at the terminal, so commands confirm on stderr what they did.
+    verbose: print time and memory of each answer on stderr.
     """
 
     def __init__(

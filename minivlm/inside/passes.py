@@ -39,7 +39,7 @@ class Pass:
 
     @cached_property
     def places(self) -> Places | None:
-        """Where its images are; None if it has none, or if the family's record does not tell."""
+        """Where its images are; None if it has none, or if the family's record has no `places`."""
         find = family(self.config.model_type).places
         if not self.inputs or find is None:
             return None
@@ -128,7 +128,7 @@ def scatter(stage: Stage, pieces: list[Tensor], places: Places | None) -> Tensor
 
 
 def gather(stage: Stage, whole: Tensor, piece: Tensor, places: Places | None, call: int) -> Tensor:
-    """The part of `whole`, in the reference's shape, that belongs in the place of one call's output."""
+    """The part of `whole`, in the reference's shape, that one call's output corresponds to."""
     if places is None or not places.calls:
         return whole[call * len(piece) : (call + 1) * len(piece)]
     images, cells = places.calls[call]
