@@ -148,7 +148,7 @@ def edit(model: Any, edits: dict[str, Edit | Callable[[Tensor], Tensor]]) -> Ite
     for stage in chosen:
         if stage.take not in ("output", "input", "weights", "heads", "logits"):
             raise ValueError(
-                f"{stage.name!r} is only reported by the model, so an edit would change nothing; edit the next stage"
+                f"{stage.name!r} is what the model reports, and nothing is computed from it; edit the next stage"
             )
     passes = Passes(model)
 
