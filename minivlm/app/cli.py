@@ -82,8 +82,7 @@ def _run(argv: list[str]) -> int | bool:
 
 def overview() -> str:
     """The help of `minivlm` without a verb: what each verb does."""
-    width = max(map(len, VERBS))
-    verbs = [f"  {verb:{width}}  {_summary(_verb(verb))}" for verb in VERBS]
+    verbs = terminal.columns([(f"  {verb}", _summary(_verb(verb))) for verb in VERBS])
     return "\n".join(
         [
             "usage: minivlm VERB …\n",

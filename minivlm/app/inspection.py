@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minivlm import auto
+from minivlm.app import terminal
 from minivlm.app.answer import encoded
 from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
@@ -177,12 +178,7 @@ def table(found: dict[str, Any]) -> str:
         sizes = ", ".join(f"{SIZES[name]} {value}" for name, value in part["sizes"].items())
         held = (memory(part["bytes"][dtype]) for dtype in BYTES)
         rows.append((part["part"], part["class"], f"{part['parameters']:,}", *held, sizes))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1, len(widths) - 1}
-    lines = [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in columns).rstrip()
-        for columns in (enumerate(zip(row, widths, strict=True)) for row in rows)
-    ]
+    lines = terminal.columns(rows, right=(2, 3, 4))
     tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
     quantised = [
         f"{entry['format']}: {entry['parameters']:,} parameters, {entry['bytes_per_parameter']:.3f} byte each; "

@@ -14,6 +14,8 @@ from minivlm.app import launch, terminal
 
 DEFAULT_MODEL = "shapes-idefics2"
 FORMATS = ["nf4", "fp4", "int4", "int8"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+ATTENTION = ["eager", "sdpa", "triton"]
 # Settings that only make sense where tokens are drawn: any of them switches sampling on.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # They would change what `generate` returns, or are options of their own.
@@ -41,9 +43,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     attention = "attention backend (default: best for the device); triton needs a GPU"
     group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
     add_adapter_option(group)
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=weights)
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help=weights)
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help=attention)
+    group.add_argument("--attn", choices=ATTENTION, help=attention)
     group.add_argument("--quantize", choices=FORMATS, help="turn the weights into 4 or 8 bits as they are read")
     add_head_option(group)
     launch.add_option(group)
@@ -70,6 +72,18 @@ def model_name(arguments: argparse.Namespace) -> str:
     if arguments.model is None:
         terminal.note(f"no --model given, asking {DEFAULT_MODEL}, a small model that knows simple shapes")
     return arguments.model or DEFAULT_MODEL
+
+
+def add_words(parser: argparse.ArgumentParser) -> None:
+    """Images and the question about them, for verbs that take both."""
+    images = "image files, URLs, base64, or - for stdin; then the question"
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
+
+
+def check_new_folder(out: Path) -> None:
+    """ValueError for a folder that holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; name a new folder")
 
 
 def checked_question(question: str) -> str:

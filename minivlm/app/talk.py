@@ -123,9 +123,7 @@ class Talk:
         commands[word](argument)
 
     def _help(self, _: str) -> None:
-        width = max(map(len, COMMANDS))
-        lines = [f"{command:{width}}  {what}" for command, what in COMMANDS.items()]
-        terminal.tell("\n".join([*lines, HINTS]))
+        terminal.tell("\n".join([*terminal.columns(list(COMMANDS.items())), HINTS]))
 
     def _image(self, argument: str) -> None:
         if not argument:

@@ -14,8 +14,7 @@ curl -s https://example.org/photo.jpg | minivlm ask - "Describe it." --temperatu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    images = "image files, URLs, base64, or - for stdin; then the question"
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
+    options.add_words(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
     options.add_model_options(parser)
     options.add_generation_options(parser)

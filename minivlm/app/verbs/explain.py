@@ -14,7 +14,7 @@ minivlm explain photo.jpg "What is this?" --out page.html --png figures"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="image files, URLs, base64; the question")
+    options.add_words(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="one file that needs nothing else")
     parser.add_argument(
         "--layers", metavar="N,N,…", help="whose heads are shown one by one (default: as many as fit in 5 MB)"

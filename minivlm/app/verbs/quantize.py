@@ -21,16 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip", nargs="*", default=[], metavar="MODULE", help="modules to leave as they are, such as vision_model"
     )
     options.add_head_option(parser)
-    kinds = ["auto", "float32", "bfloat16", "float16"]
     what = "of what is not quantised; auto: as stored"
-    parser.add_argument("--dtype", choices=kinds, default="bfloat16", help=what)
+    parser.add_argument("--dtype", choices=options.DTYPES, default="bfloat16", help=what)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantise while loading, write the weights, and copy what belongs to them."""
     out = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; name a new folder")
+    options.check_new_folder(out)
 
     from minivlm import AutoModelForImageTextToText
     from minivlm.app.inspection import memory

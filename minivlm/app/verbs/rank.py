@@ -15,8 +15,7 @@ minivlm rank photo.jpg "Is it day or night? One word." --answers Day Night --mod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    images = "image files, URLs, base64, or - for stdin; then the question"
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
+    options.add_words(parser)
     parser.add_argument(
         "--answers", nargs="+", required=True, type=terminal.typed, metavar="ANSWER", help="two or more, quoted"
     )
