@@ -48,7 +48,7 @@ class Answer:
 
 
 def encoded(processor: Any, messages: list[Any], *, answered: bool = False, **options: Any) -> Inputs:
-    """Conversations as the model's inputs, up to where its answer begins; with `answered`, as far as they go."""
+    """Conversations as the model's inputs, up to where an answer begins; with `answered`, as they are."""
     return processor.apply_chat_template(
         messages,
         add_generation_prompt=not answered,

@@ -183,7 +183,7 @@ def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str
 
 
 def asked_quantization(arguments: argparse.Namespace) -> Any:
-    """The configuration behind `--quantize` and `--quantize-head`; None without."""
+    """The configuration that `--quantize` and `--quantize-head` ask for; None without."""
     head = getattr(arguments, "quantize_head", False)
     if arguments.quantize is None:
         if head:
@@ -193,7 +193,7 @@ def asked_quantization(arguments: argparse.Namespace) -> Any:
 
 
 def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None, head: bool = False) -> Any:
-    """The configuration behind `--quantize` and `--format`.  skip: modules that stay; head: the output head too."""
+    """The configuration of a `--quantize` or `--format`.  skip: modules that stay; head: the output head too."""
     from minivlm import BitsAndBytesConfig, Int4Config
 
     if kind == "int4":

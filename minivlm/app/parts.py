@@ -25,7 +25,7 @@ PART = r"\.part(-\d{5,}-of-\d{5,})?"
 
 @dataclass(frozen=True)
 class Shard:
-    """The questions of one process among `count`: number `rank`, `rank + count`, … of those that there are."""
+    """The questions of one process among `count`: number `rank`, `rank + count`, … of all questions."""
 
     rank: int = 0
     count: int = 1
@@ -57,7 +57,7 @@ ALL = Shard()
 
 
 def all_parts(out: Path) -> list[Path]:
-    """The part files that there are, of any number of shards."""
+    """All part files, of any number of shards."""
     return sorted(path for path in out.parent.glob("*.part*") if re.fullmatch(re.escape(out.name) + PART, path.name))
 
 

@@ -14,8 +14,8 @@ one core and its share of the batch. Plain `python` works as well.
 
 The real LLaVA-NeXT began with a trained CLIP and a trained language model. This one begins with the vision tower and
 the decoder of the small Idefics2; its projector, its newline and one decoder layer are new. So does the IDEFICS, with a
-new perceiver and new gated blocks; it learns from rows of several pictures (shapes_prompts.py), the others from one
-picture and questions about it.
+new perceiver and new gated blocks; it learns from rows of several images (shapes_prompts.py), the others from one
+image and questions about it.
 """
 
 import argparse
@@ -178,17 +178,17 @@ def exact_match(model: nn.Module, processor: Any, questions: list[tuple[int, str
 
 def question_batch(processor: Any, questions: list[tuple[int, str, str, str]]) -> dict[str, Tensor]:
     """Each question with its image and answer as a conversation of one turn."""
-    pictures = [draw(make_scene(seed)) for seed, *_ in questions]
+    images = [draw(make_scene(seed)) for seed, *_ in questions]
     if isinstance(processor, IdeficsProcessor):
-        zipped = zip(pictures, questions, strict=True)
-        return labelled_batch(processor, [answered(chat_prompt(picture, q[2]), q[3]) for picture, q in zipped])
-    rows = [talk(f"scene {q[0]}", picture, [q[2:]]) for picture, q in zip(pictures, questions, strict=True)]
+        zipped = zip(images, questions, strict=True)
+        return labelled_batch(processor, [answered(chat_prompt(image, q[2]), q[3]) for image, q in zipped])
+    rows = [talk(f"scene {q[0]}", image, [q[2:]]) for image, q in zip(images, questions, strict=True)]
     return data.encode(data.for_training(processor), rows)
 
 
 @torch.no_grad()
 def all_likeliest(model: nn.Module, batch: dict[str, Tensor]) -> list[bool]:
-    """Of each row, whether every token that counts is the likeliest at its place."""
+    """Of each row, whether every token that counts is the likeliest at its position."""
     labels = batch.pop("labels")[:, 1:]
     wrong = (model(**batch).logits[:, :-1].argmax(-1) != labels) & (labels != IGNORED)
     return (~wrong.any(dim=1)).tolist()
@@ -278,14 +278,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="idefics2")
     parser.add_argument("--start-from", type=Path, help="folder of the small Idefics2, for the others")
-    parser.add_argument("--work", type=Path, required=True, help="folder for pictures, logs and checkpoints")
+    parser.add_argument("--work", type=Path, required=True, help="folder for images, logs and checkpoints")
     parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
     parser.add_argument("--plot", type=Path, help="PNG file for the training curves")
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--vision-steps", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch", type=int, default=32, help="pictures, or for idefics rows")
-    parser.add_argument("--turns", type=int, default=7, help="question-answer turns per picture (idefics: per row)")
+    parser.add_argument("--batch", type=int, default=32, help="images, or for idefics rows")
+    parser.add_argument("--turns", type=int, default=7, help="question-answer turns per image (idefics: per row)")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     family = FAMILIES[args.family]
@@ -294,10 +294,10 @@ def main() -> None:
     if RANK == 0:
         args.work.mkdir(parents=True, exist_ok=True)
         write_processor(family, args.work / "processor")
-        make_pool(args.work, args.pictures, family.square)
+        make_pool(args.work, args.images, family.square)
     if WORLD > 1:
         dist.barrier()
-    pool = make_pool(args.work, args.pictures, family.square)
+    pool = make_pool(args.work, args.images, family.square)
     torch.manual_seed(0)
     # Spelled-out attention: at these lengths its bf16 backward takes half the time of the fused one on a CPU.
     model = family.model(family.config(), attn_implementation="eager")
