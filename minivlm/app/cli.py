@@ -82,8 +82,7 @@ def _run(argv: list[str]) -> int | bool:
 
 def overview() -> str:
     """The help of `minivlm` without a verb: what each verb does."""
-    width = max(map(len, VERBS))
-    verbs = [f"  {verb:{width}}  {_summary(_verb(verb))}" for verb in VERBS]
+    verbs = terminal.columns([(f"  {verb}", _summary(_verb(verb))) for verb in VERBS])
     return "\n".join(
         [
             "usage: minivlm VERB …\n",
@@ -119,7 +118,7 @@ def _verb(name: str) -> ModuleType:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows every default that says something, where the help does not do so in its own words."""
+    """Adds an option's default to its help, unless it is None or False or the help mentions it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""

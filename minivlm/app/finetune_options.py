@@ -9,9 +9,9 @@ from minivlm.app import options
 def add_model_options(group: Any) -> None:
     group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {options.DEFAULT_MODEL})")
     group.add_argument("--load", choices=options.FORMATS, help="freeze the weights in 4 or 8 bits (QLoRA)")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the weights")
+    group.add_argument("--dtype", choices=options.DTYPES[:3], default="auto", help="of the weights")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help="attention backend")
+    group.add_argument("--attn", choices=options.ATTENTION, help="attention backend")
     group.add_argument("--chat-template", metavar="NAME|FILE", help="of the prompts (default: the checkpoint's own)")
 
 
@@ -60,5 +60,5 @@ def add_step_options(group: Any) -> None:
     text = "under torchrun: cut the weights among the processes instead of copying them to each (FSDP2)"
     group.add_argument("--fsdp", action="store_true", help=text)
     group.add_argument("--checkpointing", action="store_true", help="less memory for a third more time")
-    group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep what a frozen tower sees")
+    group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep a frozen tower's outputs")
     group.add_argument("--save-every", type=int, default=100, metavar="N", help="steps")

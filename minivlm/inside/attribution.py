@@ -36,7 +36,7 @@ class Attribution:
 def attribute(
     model: Any, inputs: dict[str, Any], token: int | None = None, *, method: str = "relevance", batch: int = 16
 ) -> Attribution:
-    """How much each patch has to do with the next token of a prompt (one row), or with another `token` in its place.
+    """How much each patch contributes to the next token of a prompt (one row), or to another `token` instead.
 
         found = attribute(model, inputs)
         heat = to_image(found, found.patches, image, processor)
@@ -119,7 +119,7 @@ def _kept(model: Any) -> Iterator[tuple[Seen, list[tuple[str, Pass, Tensor]]]]:
 
 
 def _weights(model: Any) -> list[Stage]:
-    """Attention weights of everything behind the tower."""
+    """Attention weights of everything after the tower."""
     return [stage for stage in stages_of(model) if stage.name.endswith(WEIGHTS) and stage.rows != "patches"]
 
 

@@ -120,8 +120,7 @@ def to_image(
 
     Raises ValueError if image, processor and patches do not belong together.
     """
-    picture = fetch_image(processor, image)
-    height, width = picture.height, picture.width
+    width, height = fetch_image(processor, image).size
     regions = processor.image_processor.regions(height, width, seen.config.vision_config.patch_size)
     patches = to_patches(seen, weights, row) if isinstance(weights, Tensor) else weights
     grids = _of_image(patches, number, len(regions))

@@ -39,7 +39,7 @@ class Pass:
 
     @cached_property
     def layout(self) -> Layout | None:
-        """Where its images are; None if it has none, or if the family's record does not tell."""
+        """Where its images are; None if it has none, or if the family's record has no `layout`."""
         find = family(self.config.model_type).layout
         if not self.inputs or find is None:
             return None
@@ -128,7 +128,7 @@ def scatter(stage: Stage, pieces: list[Tensor], layout: Layout | None) -> Tensor
 
 
 def gather(stage: Stage, whole: Tensor, piece: Tensor, layout: Layout | None, call: int) -> Tensor:
-    """The part of `whole`, in the reference's shape, that belongs in the place of one call's output."""
+    """The part of `whole`, in the reference's shape, that one call's output corresponds to."""
     if layout is None or not layout.calls:
         return whole[call * len(piece) : (call + 1) * len(piece)]
     images, cells = layout.calls[call]

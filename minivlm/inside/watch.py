@@ -69,7 +69,7 @@ class Seen:
         return found[0] if len(found) == 1 else torch.cat(found, dim=2 if weights else 1)
 
     def _all_images(self, one: Pass, weights: Tensor) -> Tensor:
-        """Later passes attend to the images that the last token of the prompt saw: put back at their positions."""
+        """Weights of later passes, which attend to the images of the prompt's last token alone, over all images."""
         images = next((each for each in reversed(self.passes.all[: one.number + 1]) if each.inputs), None)
         if images is None or images is one or images.latest is None:
             return weights
@@ -122,12 +122,12 @@ class Seen:
         return self._text(tables)
 
     def views(self, row: int = 0) -> list[list[View]]:
-        """The views of each image of a row. ValueError where the family does not tell them."""
+        """The views of each image of a row. ValueError if the family's record has no `layout`."""
         return [image for layout in self._layouts() for image in layout.views[row]]
 
     @property
     def layout(self) -> Layout:
-        """Where the images of the first pass with images are. ValueError where the family does not tell."""
+        """Where the images of the first pass with images are. ValueError if the family's record has no `layout`."""
         return self._layouts()[0]
 
     def _layouts(self) -> list[Layout]:
@@ -169,7 +169,7 @@ def watch(
     only so many of the last tokens: with 1, those that chose the answer's tokens.
 
     Attention whose weights are watched takes the eager formula, the last block runs for all tokens, and nothing of the
-    model is compiled into a graph. Afterwards nothing is left on the model. With an `edit`, it sees what is edited.
+    model is compiled into a graph. Afterwards nothing is left on the model. With an `edit`, edited values are kept.
     Raises ValueError for a pattern that names no stage.
     """
     stages = matching(model, patterns)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import minivlm
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
-from minivlm.families import Family, Stage
+from minivlm.families import Stage
 from minivlm.inside.hooks import code_of, hooked, path_of
 from minivlm.modules.attention import check_implementation
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
@@ -129,14 +129,8 @@ def config_of(side: Side) -> Any:
         config = side.model.config
         if side.code == "minivlm":
             return config
-        return family(config.model_type).model_class.config_class.from_hub(config.to_dict())
-    files = hub.source(side.model)
-    return loading.read_config(files, family(files.json("config.json").get("model_type")).model_class.config_class)
-
-
-def family(model_type: Any) -> Family:
-    """The record of a side's family. ValueError for an unknown one."""
-    return auto.family(model_type, "the model")
+        return auto.family(config.model_type, "the model").model_class.config_class.from_hub(config.to_dict())
+    return auto.config_of(side.model)
 
 
 def _folder(side: Side) -> Any:
@@ -155,7 +149,7 @@ def load(side: Side) -> nn.Module:
         return side.model if side.model.dtype == wanted else copy.deepcopy(side.model).to(wanted)
     foresee(side)
     options = {"dtype": side.dtype or "auto", "attn_implementation": side.attn}
-    model_class = family(config_of(side).model_type).model_class
+    model_class = auto.family(config_of(side).model_type).model_class
     if side.code == "minivlm":
         config = QUANTIZED[side.quantize][0] if side.quantize else None
         options |= {"device_map": side.device, "quantization_config": config, "adapter": side.adapter}
@@ -178,8 +172,7 @@ def foresee(side: Side) -> None:
     if isinstance(side.model, nn.Module):
         return
     config, stored = config_of(side), hub.source(side.model).json("config.json").get("quantization_config")
-    with torch.device("meta"):
-        model = family(config.model_type).model_class(config)
+    model = auto.skeleton(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
     quantize = side.quantize or (stored and ("int8" if stored.get("load_in_8bit") else "nf4"))  # or about as small
@@ -249,7 +242,7 @@ def processor_of(side: Side) -> Any:
 def _pillow(model_type: str) -> Any:
     """transformers' Pillow-based image processor: a separate class since version 5, before that the only one."""
     package = f"transformers.models.{model_type}.image_processing"
-    name = family(model_type).processor_class.__name__.removesuffix("Processor") + "ImageProcessor"
+    name = auto.family(model_type).processor_class.__name__.removesuffix("Processor") + "ImageProcessor"
     try:
         return getattr(importlib.import_module(f"{package}_pil_{model_type}"), f"{name}Pil")
     except ImportError:
@@ -263,7 +256,7 @@ def encode(side: Side, images: list[Any], prompt: str) -> dict[str, Any]:
     in transformers takes no such text, so there the prompt is the one of the model's documentation.
     """
     processor, options = processor_of(side), {"return_tensors": "pt"}
-    if family(config_of(side).model_type).takes_items:
+    if auto.family(config_of(side).model_type).takes_items:
         found = processor(text=[["User:", *images, f"{prompt}\nAssistant:"]], **options)
     else:
         options |= {"images": [images]} if images else {}

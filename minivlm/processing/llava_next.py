@@ -235,8 +235,6 @@ class LlavaNextProcessor(Processor):
             self.num_additional_image_tokens,
         )
 
-    image_places = image_tokens  # an earlier name
-
     def image_counts(self, height: int, width: int) -> tuple[int, int]:
         """How many image tokens an image of this size becomes, and 1: its tiles are one entry of pixel_values."""
         return self.image_tokens(height, width), 1

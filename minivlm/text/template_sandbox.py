@@ -204,11 +204,8 @@ def _serve() -> None:
 
 def _set_limits() -> None:
     """Limit memory to MEMORY more bytes, and forbid opening files: code that escapes the sandbox can read nothing."""
-    for template in (
-        "{{ 'é' | tojson }}{{ strftime_now('%c') }}",
-        "{{ a.b }}",
-        "{{",
-    ):  # makes Python open files it loads lazily
+    for template in ("{{ 'é' | tojson }}{{ strftime_now('%c') }}", "{{ a.b }}", "{{"):
+        # makes Python open files that it loads lazily
         with contextlib.suppress(ValueError):
             _answer({"template": template, "calls": [{}]})
     if resource is None:
@@ -256,8 +253,9 @@ class _Child:
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
             process.stdout.close()
+            with contextlib.suppress(OSError):  # of a request that was cut off
+                process.stdin.close()
 
     def forget(self) -> None:
         """After a fork: the child belongs to the other process."""
@@ -277,7 +275,6 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**environment, "PYTHONPATH": os.pathsep.join(folders)},
-                bufsize=0,
             )
         except OSError as error:
             raise ValueError(f"the process for chat templates cannot be started: {error}") from error
@@ -291,15 +288,11 @@ class _Child:
         timer.daemon = True
         timer.start()
         try:
-            data = b"" if request is None else json.dumps(request).encode() + b"\n"
-            while data:
-                data = data[process.stdin.write(data) :]
-            line = bytearray()
-            while not line.endswith(b"\n"):
-                if not (more := process.stdout.read(2**20)):
-                    return None
-                line += more
-            return json.loads(line)
+            if request is not None:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+            return json.loads(line) if line.endswith(b"\n") else None
         except OSError:  # the child has closed its pipe
             return None
         finally:

@@ -17,18 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = "nf4 (default) and fp4: as bitsandbytes, doubly quantised; int4: fastest on a CPU; int8"
     parser.add_argument("--format", choices=options.FORMATS, default="nf4", help=formats)
     parser.add_argument("--group-size", type=int, default=128, choices=[32, 64, 128], help="of int4")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="MODULE", help="leave it as it is, as vision_model")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], metavar="MODULE", help="modules to leave as they are, such as vision_model"
+    )
     options.add_head_option(parser)
-    kinds = ["auto", "float32", "bfloat16", "float16"]
     what = "of what is not quantised; auto: as stored"
-    parser.add_argument("--dtype", choices=kinds, default="bfloat16", help=what)
+    parser.add_argument("--dtype", choices=options.DTYPES, default="bfloat16", help=what)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantise while loading, write the weights, and copy what belongs to them."""
     out = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; name a new folder")
+    options.check_new_folder(out)
 
     from minivlm import AutoModelForImageTextToText
     from minivlm.app.inspection import memory
