@@ -102,7 +102,7 @@ def ours(folder: str, way: str) -> Callable[[dict[str, torch.Tensor]], float]:
     from minivlm.training.optimisation import Optimisation, adamw, trained
     from minivlm.training.targets import LoraConfig
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"fast_cpu": False}  # as `minivlm finetune`
     if "nf4" in way:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = Idefics2ForConditionalGeneration.from_pretrained(folder, **options)
