@@ -135,11 +135,10 @@ def measured(name: str | Path, demo: "Demo", count: int, adapter: Path | None = 
         ),
         f"old questions ({len(OLD) * count})": sum(shares.values()) / len(OLD),
     }
-    found |= {f"- {kind}": value for kind, value in shares.items()}
     if demo.few_shot:
         others = list(STYLES)[1:]  # what only examples show
         found[f"two examples show the task ({2 * count})"] = few_shot_share(model, processor, 2, others, 2 * count)
-    return found
+    return found | shares
 
 
 # ---- The demonstrations
@@ -202,7 +201,9 @@ def demonstrate(name: str, work: Path, arguments: argparse.Namespace) -> str:
         columns["merged to bf16"] = measured(work / "merged", demo, arguments.count)
     lines = [f"| {demo.title} | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for what in columns["before"]:
-        lines.append(f"| {what} | {' | '.join(f'{100 * column[what]:.1f} %' for column in columns.values())} |")
+        shares = [f"{100 * column[what]:.1f} %" for column in columns.values()]
+        lines.append(f"{what}: {' → '.join(shares)}" if what in OLD else f"| {what} | {' | '.join(shares)} |")
+    lines.sort(key=lambda line: not line.startswith("|"))  # old questions by type come after the table
     return "\n".join([*lines, "", f"{seconds:.0f} CPU seconds for checking the rows and {count} steps"])
 
 
