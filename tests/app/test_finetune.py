@@ -16,9 +16,9 @@ from minivlm import AutoModelForImageTextToText
 from minivlm.app import cli, lock
 from minivlm.training import adapters
 
-IMPOSSIBLE = """--workers=-1 --lr=nan --lr=0 --r=0 --batch=0 --accumulate=-2 --steps=0 --epochs=0 --alpha=nan --dropout=1
-    --warmup=-1 --decay=inf --clip=0 --clip=nan --seed=-1 --save-every=-5 --eval-every=-1 --cache-features=-1
-    --max-tokens=0 --longest-edge=0"""
+IMPOSSIBLE = """--workers=-1 --lr=nan --lr=0 --r=0 --batch=0 --accumulate=-2 --steps=0 --epochs=0 --alpha=nan
+    --dropout=1 --warmup=-1 --decay=inf --clip=0 --clip=nan --seed=-1 --save-every=-5 --eval-every=-1
+    --cache-features=-1 --max-tokens=0 --longest-edge=0"""
 STEPS = ["--steps", "2", "--batch", "2", "--accumulate", "1", "--r", "2"]
 
 
