@@ -128,12 +128,19 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     return y[:, : weight.shape[0]]
 
 
-def dequantize(weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16."""
+def dequantize(
+    weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None, scratch: Tensor | None = None
+) -> Tensor:
+    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16.
+
+    scratch: a flat tensor of `dtype`, large enough, whose memory the result takes.
+    """
     rows, columns = weight.shape
     stop, described = rows if stop is None else stop, _described(weight)
     first, last = start // LANES, -(-stop // LANES)
-    out = weight.stream.new_empty(described.columns, (last - first) * LANES, dtype=dtype)
+    size = described.columns * (last - first) * LANES
+    scratch = weight.stream.new_empty(size, dtype=dtype) if scratch is None else scratch
+    out = scratch[:size].view(described.columns, -1)
     _call("dequantize", ctypes.byref(described), first, last, out, dtype == torch.bfloat16)
     return out[:columns, : stop - start]
 

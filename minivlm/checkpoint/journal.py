@@ -83,6 +83,12 @@ def finish(folder: Path) -> None:
         warnings.warn(f"a save into {folder} had been interrupted halfway; it is finished now", stacklevel=3)
 
 
+def clear(folder: Path) -> None:
+    """Remove what killed saves into this folder had written of files that took no place. No other may be under way."""
+    for unfinished in [*folder.glob(".*.new"), *folder.glob(".*.old")]:
+        unfinished.unlink(missing_ok=True)
+
+
 def _wait(journal: Path) -> dict[str, list[str]] | None:
     """A journal's contents, once it is old enough to be a dead process's.
 
