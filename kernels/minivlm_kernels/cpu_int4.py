@@ -50,7 +50,7 @@ class Tiles:
 
 class _Weight(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax")),
+        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax", "nested_bytes")),
         ("offset", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("tiles", "columns", "group", "kind", "zeros", "last_nested")),
         *((name, ctypes.c_int64) for name in ("high_first", "threads")),
@@ -177,7 +177,7 @@ def _described(weight: Tiles) -> _Weight:
     columns = -(-weight.shape[1] // weight.group) * weight.group
     table = _table(weight)
     values, absmax, offset = weight.nested or (None, None, 0.0)
-    nested = (None, None) if weight.nested is None else (values.data_ptr(), absmax.data_ptr())
+    nested = (None,) * 3 if weight.nested is None else (values.data_ptr(), absmax.data_ptr(), None)
     last = 0 if weight.nested is None else len(absmax) - 1
     sizes = (len(weight.stream), columns, weight.group, SCALES.index(weight.scales), weight.table is None, last)
     pointers = (weight.stream.data_ptr(), table.data_ptr(), *nested)
