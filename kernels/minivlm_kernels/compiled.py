@@ -61,6 +61,7 @@ def _options() -> tuple[str, ...]:
     """Those of this processor, but for what a user has told torch or oneDNN not to use."""
     sets = processor.instruction_sets()
     forbidden = {"avx512f": "-mno-avx512f", "avx512_bf16": "-mno-avx512bf16", "avx512_vnni": "-mno-avx512vnni"}
+    forbidden["avx512vbmi"] = "-mno-avx512vbmi"
     return (*OPTIONS, *(option for name, option in forbidden.items() if name not in sets))
 
 

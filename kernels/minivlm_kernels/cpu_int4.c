@@ -1,13 +1,10 @@
 // Few rows of x times a weight of four bits, on a CPU; cpu_int4.py says what the arguments are and how a weight lies in memory.
 // GCC's vectors of one register: 16 floats with AVX-512, 8 with AVX2, which takes 16 lanes in two parts.
 
+#include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #ifdef __AVX512F__
 enum { LANES = 16 };
@@ -22,6 +19,17 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
 
 #define INLINE static inline __attribute__((always_inline))
+
+// GCC's own conversions between lanes of different sizes go one by one.
+#ifdef __AVX512F__
+INLINE floats of_bytes(const void *at) { return (floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(at))); }
+INLINE words of_halves(const void *at) { return (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(at)); }
+INLINE floats of_fp16(const void *at) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(at)); }
+#else
+INLINE floats of_bytes(const void *at) { return (floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(at))); }
+INLINE words of_halves(const void *at) { return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128(at)); }
+INLINE floats of_fp16(const void *at) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(at)); }
+#endif
 
 // BODY for rows FROM to FROM + ROWS - 1 of x, until all are done. ROWS is a constant: sums of several rows stay in
 // registers only if their number is known.
@@ -38,6 +46,7 @@ typedef struct {
     const uint8_t *stream;                  // tiles of 16 outputs: scales, zeros, codes
     const float *table;                     // 16 values
     const float *nested_map, *nested_absmax; // a nested scale: nested_map[byte] · nested_absmax, one for 256, + offset
+    const uint8_t *nested_bytes;            // the map as four tables: all first bytes, all second ones, …
     float offset;
     int64_t tiles, columns, group, kind, zeros, last_nested, high_first, threads; // `zeros`, `high_first`: 0 or 1
 } Weight;
@@ -47,47 +56,74 @@ typedef struct {
     int64_t number, first; // its first scale's number in the order of the format
 } Tile;
 
+// The map as four tables, at `bytes`.
+static void split_map(Weight *w, uint8_t *bytes) {
+    for (int i = 0; w->kind == NESTED && i < 1024; i++) bytes[i % 4 * 256 + i / 4] = ((const uint8_t *)w->nested_map)[i];
+    w->nested_bytes = bytes;
+}
+
 static inline Tile tile_at(const Weight *w, int64_t number) {
     const int64_t count = 16 * w->columns / w->group, each = w->kind == FLOAT32 ? 4 : w->kind == NESTED ? 1 : 2;
     const uint8_t *scales = w->stream + number * (count * (each + w->zeros) + 8 * w->columns);
     return (Tile){scales, scales + count * each, scales + count * (each + w->zeros), number, number * count};
 }
 
-// The two factors of a group's nested scales, from lane `at` on. One by one: a gather is slower on many processors.
-INLINE void read_nested(const Weight *w, const Tile *tile, int64_t group, int at, float *values, float *absmax) {
-    const int64_t groups = w->columns / w->group;
-    const uint8_t *held = tile->scales + 16 * group + at;
-    for (int i = 0; i < LANES; i++) {
+enum { GROUPS = 4 }; // of nested scales looked up at once
+
+// nested_map of the bytes of the groups from `group` on, all outputs of the tile. Bytes after the last scale are codes.
+INLINE void read_nested(const Weight *w, const Tile *tile, int64_t group, float *values) {
+    const uint8_t *held = tile->scales + 16 * group;
+#ifdef __AVX512VBMI__ // an instruction looks up 64 bytes in 128: a table for each byte of the numbers, in two halves
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // undone by unpacking
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(held));
+    const __mmask64 upper = _mm512_movepi8_mask(bytes);
+    __m512i found[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512i *table = (const __m512i *)(w->nested_bytes + 256 * i);
+        found[i] = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), bytes, _mm512_loadu_si512(table + 1));
+        found[i] = _mm512_mask_blend_epi8(
+            upper, found[i], _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 2), bytes, _mm512_loadu_si512(table + 3)));
+    }
+    const __m512i low = _mm512_unpacklo_epi8(found[0], found[1]), low_next = _mm512_unpackhi_epi8(found[0], found[1]);
+    const __m512i high = _mm512_unpacklo_epi8(found[2], found[3]), high_next = _mm512_unpackhi_epi8(found[2], found[3]);
+    _mm512_storeu_si512(values, _mm512_unpacklo_epi16(low, high));
+    _mm512_storeu_si512(values + 16, _mm512_unpackhi_epi16(low, high));
+    _mm512_storeu_si512(values + 32, _mm512_unpacklo_epi16(low_next, high_next));
+    _mm512_storeu_si512(values + 48, _mm512_unpackhi_epi16(low_next, high_next));
+#else
+    for (int i = 0; i < 16 * GROUPS; i++) {
         values[i] = w->nested_map[held[i]];
-        __asm__(""); // keeps the loop as it is
+        __asm__(""); // keeps the loop as it is: a gather is slower on many processors
     }
-    if (group % (groups & -groups)) return; // where no multiple of 256 can be, for outputs are `groups` scales apart
-    for (int i = 0; i < LANES; i++) {
-        const int64_t block = (tile->first + (at + i) * groups + group) / 256;
-        absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
-    }
+#endif
 }
 
-// Scales of one group, from lane `at` on. absmax: room that is kept from group to group.
-INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, float *absmax) {
-    const int64_t place = 16 * group + at;
+typedef struct {
+    float values[16 * GROUPS], absmax[16]; // nested: the two factors, kept from group to group
+} Nested;
+
+// Scales of one group, from lane `at` on, groups asked for in order.
+INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, Nested *nested) {
+    const int64_t place = 16 * group + at, groups = w->columns / w->group;
     if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
-    if (w->kind == NESTED) {
-        float values[LANES];
-        read_nested(w, tile, group, at, values, absmax);
-        floats products = *(const floats *)values * *(const floats *)absmax;
-        __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
-        return products + w->offset;
-    }
-    const words half = __builtin_convertvector(*(const halves *)(tile->scales + 2 * place), words);
-    if (w->kind == BFLOAT16) return (floats)(half << 16);
-    return (floats)((half & 0x8000) << 16 | (half & 0x7fff) << 13) * 0x1p112f; // exponents count from -15 and -127
+    if (w->kind == BFLOAT16) return (floats)(of_halves(tile->scales + 2 * place) << 16);
+    if (w->kind == FLOAT16) return of_fp16(tile->scales + 2 * place);
+    if (group % GROUPS == 0) read_nested(w, tile, group, nested->values);
+    if (group % (groups & -groups) == 0) // elsewhere no multiple of 256 can be, for outputs are `groups` scales apart
+        for (int i = 0; i < 16; i++) {
+            const int64_t block = (tile->first + i * groups + group) / 256;
+            nested->absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
+        }
+    const float *values = nested->values + 16 * (group % GROUPS) + at;
+    floats products = *(const floats *)values * *(const floats *)(nested->absmax + at);
+    __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
+    return products + w->offset;
 }
 
 // 8 - zero: values are (table[code] + 8 - zero) * scale, table[code] being code - 8 where there are zeros.
-INLINE floats shifts_of(const Weight *w, const Tile *tile, int64_t group, int at) {
-    if (!w->zeros) return (floats){0};
-    return 8 - __builtin_convertvector(*(const bytes *)(tile->zeros + 16 * group + at), floats);
+INLINE floats shifts_of(const Tile *tile, int64_t group, int at) {
+    return 8 - of_bytes(tile->zeros + 16 * group + at);
 }
 
 // The lowest 4 bits of each word say which of 16 values it becomes.
@@ -108,7 +144,7 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
     const int count = TILES * rows, ways = count < 4 ? 4 / count : 1; // sums that do not wait for each other
     const int64_t groups = w->columns / w->group;
     floats table[PARTS], total[count], part[count * ways];
-    float absmax[TILES][LANES];
+    Nested nested[TILES];
     for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
     for (int i = 0; i < count; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
@@ -124,8 +160,11 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
                         part[(t * rows + i) * ways + s % ways] += values * x[i * w->columns + k + s];
                 }
         }
+#pragma GCC unroll 2
         for (int t = 0; t < TILES; t++) {
-            const floats scales = scales_of(w, tiles + t, g, at, absmax[t]), shifts = shifts_of(w, tiles + t, g, at);
+            const floats scales = scales_of(w, tiles + t, g, at, nested + t);
+            const floats shifts = w->zeros ? shifts_of(tiles + t, g, at) : (floats){0};
+#pragma GCC unroll 8
             for (int i = 0; i < rows; i++) {
                 floats *sum = part + (t * rows + i) * ways;
                 for (int j = 1; j < ways; j++) sum[0] += sum[j];
@@ -150,7 +189,7 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
     const int64_t groups = w->columns / w->group;
     floats total[16]; // of a constant size, so that they become registers
     __m512 part[16];
-    float absmax[4][LANES];
+    Nested nested[4];
     for (int i = 0; i < count; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
         for (int i = 0; i < count * ways; i++) part[i] = _mm512_setzero_ps();
@@ -172,8 +211,11 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
                     }
                 }
         }
+#pragma GCC unroll 4
         for (int t = 0; t < many; t++) {
-            const floats scales = scales_of(w, tiles + t, g, 0, absmax[t]), shifts = shifts_of(w, tiles + t, g, 0);
+            const floats scales = scales_of(w, tiles + t, g, 0, nested + t);
+            const floats shifts = w->zeros ? shifts_of(tiles + t, g, 0) : (floats){0};
+#pragma GCC unroll 8
             for (int i = 0; i < rows; i++) {
                 __m512 *sum = part + (t * rows + i) * ways;
                 for (int j = 1; j < ways; j++) sum[0] += sum[j];
@@ -196,13 +238,15 @@ int has_bf16(void) {
 }
 
 // As `product`, with x and the table in bf16.
-int product_bf16(const Weight *w, const uint16_t *x, const uint16_t *codes, float *y, int64_t rows, int64_t inputs) {
+int product_bf16(Weight *w, const uint16_t *x, const uint16_t *codes, float *y, int64_t rows, int64_t inputs) {
 #ifdef __AVX512BF16__
     const int64_t columns = w->columns, groups = columns / w->group;
     uint32_t *pairs = malloc(rows * (columns / 2 * sizeof *pairs + groups * sizeof(float)));
     float *sums = (float *)(pairs + rows * columns / 2);
     if (!pairs) return 1;
     memset(sums, 0, rows * groups * sizeof *sums);
+    uint8_t bytes[1024];
+    split_map(w, bytes);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < columns; k += 8)
             for (int64_t s = 0; s < 4; s++) {
@@ -236,10 +280,12 @@ int product_bf16(const Weight *w, const uint16_t *x, const uint16_t *codes, floa
 }
 
 // x: (rows, inputs).  y: (rows, 16 * tiles).  Returns 1 where there is no memory, else 0.
-int product(const Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
+int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     const int64_t columns = w->columns, groups = columns / w->group;
     float *ordered = malloc(rows * (columns + groups) * sizeof(float)), *sums = ordered + rows * columns;
     if (!ordered) return 1;
+    uint8_t bytes[1024];
+    split_map(w, bytes);
     for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order in which codes come out of a word
         for (int64_t k = 0; k < columns; k++) ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
     for (int64_t i = 0; i < rows * groups; i++) {
@@ -265,16 +311,19 @@ INLINE void store(floats values, void *out, int64_t at, int bf16) {
 }
 
 // Tiles first to last - 1, transposed: out is (columns, 16 * (last - first)), as a tile holds them.
-void dequantize(const Weight *w, int64_t first, int64_t last, void *out, int64_t bf16) {
+void dequantize(Weight *w, int64_t first, int64_t last, void *out, int64_t bf16) {
+    uint8_t bytes[1024];
+    split_map(w, bytes);
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = first; number < last; number++) {
         const Tile tile = tile_at(w, number);
         floats table[PARTS];
         for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
         for (int at = 0; at < 16; at += LANES) {
-            float absmax[LANES];
+            Nested nested;
             for (int64_t g = 0; g < w->columns / w->group; g++) {
-                const floats scales = scales_of(w, &tile, g, at, absmax), shifts = shifts_of(w, &tile, g, at);
+                const floats scales = scales_of(w, &tile, g, at, &nested);
+                const floats shifts = w->zeros ? shifts_of(&tile, g, at) : (floats){0};
                 for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
                     const words eight = *(const words *)(tile.codes + 64 * (k / 8) + 4 * at);
                     const floats values = look_up(table, eight >> 4 * ((k ^ w->high_first) % 8));

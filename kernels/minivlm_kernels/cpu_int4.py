@@ -50,7 +50,7 @@ class Tiles:
 
 class _Weight(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax")),
+        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax", "nested_bytes")),
         ("offset", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("tiles", "columns", "group", "kind", "zeros", "last_nested")),
         *((name, ctypes.c_int64) for name in ("high_first", "threads")),
@@ -128,12 +128,19 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     return y[:, : weight.shape[0]]
 
 
-def dequantize(weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16."""
+def dequantize(
+    weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None, scratch: Tensor | None = None
+) -> Tensor:
+    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16.
+
+    scratch: a flat tensor of `dtype`, large enough, whose memory the result takes.
+    """
     rows, columns = weight.shape
     stop, described = rows if stop is None else stop, _described(weight)
     first, last = start // LANES, -(-stop // LANES)
-    out = weight.stream.new_empty(described.columns, (last - first) * LANES, dtype=dtype)
+    size = described.columns * (last - first) * LANES
+    scratch = weight.stream.new_empty(size, dtype=dtype) if scratch is None else scratch
+    out = scratch[:size].view(described.columns, -1)
     _call("dequantize", ctypes.byref(described), first, last, out, dtype == torch.bfloat16)
     return out[:columns, : stop - start]
 
@@ -170,7 +177,7 @@ def _described(weight: Tiles) -> _Weight:
     columns = -(-weight.shape[1] // weight.group) * weight.group
     table = _table(weight)
     values, absmax, offset = weight.nested or (None, None, 0.0)
-    nested = (None, None) if weight.nested is None else (values.data_ptr(), absmax.data_ptr())
+    nested = (None,) * 3 if weight.nested is None else (values.data_ptr(), absmax.data_ptr(), None)
     last = 0 if weight.nested is None else len(absmax) - 1
     sizes = (len(weight.stream), columns, weight.group, SCALES.index(weight.scales), weight.table is None, last)
     pointers = (weight.stream.data_ptr(), table.data_ptr(), *nested)

@@ -196,7 +196,7 @@ class Chat:
         """The answer's ids. The first `blind` ids of the prompt are run before those that go with `images`."""
         ids = torch.tensor([self._ids], device=self.model.device)
         if blind > self._cache.length:
-            loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
+            loop.forward(self.model, ids[:, self._cache.length : blind], self._cache)
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **images}
         if (setting_of(self.model, settings, "num_beams") or 1) > 1:
             # the answer is known at the end of the search; this cache keeps the prompt, beams go on in copies of it

@@ -405,7 +405,7 @@ def _layer(weights: Tensor, heads: bool) -> dict[str, Any]:
 
 def _latents(seen: Seen) -> list[dict[str, Any]]:
     """For each view of the row where its latents look: (Q, h · w). [] without a resampler."""
-    if not seen.places.vectors:
+    if not seen.layout.vectors:
         return []
     return [packed(grid.flatten(1).cpu()) for image in latents(seen) for grid in image]
 

@@ -1,4 +1,4 @@
-"""`--gpus N`: one verb on N processes, each of which holds a share of the model (`minivlm.parallel`).
+"""`--gpus N`: one verb on N processes, each of which holds a share of the model (`minivlm.devices.parallel`).
 
 `minivlm ask … --gpus 2` starts itself again under `torch.distributed.run --standalone`. All processes then run the same
 verb in step. The first one alone reads stdin, fetches URLs, writes files and prints; what it reads is handed to the
@@ -54,7 +54,7 @@ def join(arguments: argparse.Namespace) -> None:
         return
     import torch.distributed as dist
 
-    from minivlm import parallel
+    from minivlm.devices import parallel
     from minivlm.processing import images
 
     rank, _ = parallel.start()

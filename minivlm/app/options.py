@@ -80,12 +80,6 @@ def add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
 
 
-def check_new_folder(out: Path) -> None:
-    """ValueError for a folder that holds something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; name a new folder")
-
-
 def checked_question(question: str) -> str:
     """The question, as text. UsageError if the last word cannot have been meant as one."""
     from minivlm.app.images import looks_like_image

@@ -1,12 +1,13 @@
 """`minivlm inspect MODEL --gpus N`: what each device would hold, before anything is downloaded.
 
-Counted on a meta-device model that `minivlm.parallel` has cut for each rank: the same shapes that loading would fill.
+Counted on a meta-device model that `devices.parallel` has cut for each rank: the same shapes that loading would fill.
 """
 
 from typing import Any
 
-from minivlm import auto, parallel
+from minivlm import auto
 from minivlm.app.inspection import known_config, memory
+from minivlm.devices import parallel
 from minivlm.modules.config import text_config
 from minivlm.quantization import apply
 

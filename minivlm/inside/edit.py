@@ -88,7 +88,7 @@ def replace(tensor: Tensor, *, tokens: Where = None) -> Edit:
 
     def change(value: Tensor, at: At) -> Tensor:
         if at.stage.rows != "tokens":
-            return gather(at.stage, tensor, value, at.one.places, at.call)
+            return gather(at.stage, tensor, value, at.one.layout, at.call)
         mine = slice(at.one.start, at.one.start + at.one.tokens)
         beams = max(1, len(tensor) // len(value))  # the prompt of several beams is recorded once for each
         new = value.clone()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.families import Stage
-from minivlm.families.record import Places, View
+from minivlm.families.record import Layout, View
 from minivlm.inside.hooks import hooked
 from minivlm.inside.passes import Pass, Passes, scatter
 from minivlm.inside.stages import matching
@@ -53,7 +53,7 @@ class Seen:
         if stage.rows == "tokens":
             return self._tokens(stage, pieces)
         found = [
-            scatter(stage, [tensor for owner, tensor in pieces if owner is one], one.places)
+            scatter(stage, [tensor for owner, tensor in pieces if owner is one], one.layout)
             for one in {id(owner): owner for owner, _ in pieces}.values()
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -111,29 +111,29 @@ class Seen:
         """
         tables, before = [], 0
         for one in self.passes.all:
-            places = one.places
-            if places is None:
+            layout = one.layout
+            if layout is None:
                 tables.append(-torch.ones(*one.ids.shape, 4, dtype=torch.long))
                 continue
-            table = places.tokens.clone()
+            table = layout.tokens.clone()
             table[..., 0] += before * (table[..., 0] >= 0)
             tables.append(table)
-            before += max(map(len, places.views), default=0)
+            before += max(map(len, layout.views), default=0)
         return self._text(tables)
 
     def views(self, row: int = 0) -> list[list[View]]:
-        """The views of each image of a row. ValueError if the family's record has no `places`."""
-        return [image for places in self._places() for image in places.views[row]]
+        """The views of each image of a row. ValueError if the family's record has no `layout`."""
+        return [image for layout in self._layouts() for image in layout.views[row]]
 
     @property
-    def places(self) -> Places:
-        """Where the images of the first pass with images are. ValueError if the family's record has no `places`."""
-        return self._places()[0]
+    def layout(self) -> Layout:
+        """Where the images of the first pass with images are. ValueError if the family's record has no `layout`."""
+        return self._layouts()[0]
 
-    def _places(self) -> list[Places]:
-        found = [one.places for one in self.passes.all if one.places is not None]
+    def _layouts(self) -> list[Layout]:
+        found = [one.layout for one in self.passes.all if one.layout is not None]
         if not found:
-            raise ValueError("no pass of the model had an image whose position is known")
+            raise ValueError("no pass of the model had images whose layout is known")
         return found
 
     def _kept(self, one: Pass) -> int:

@@ -9,17 +9,20 @@ B batch, T tokens, P patches, C hidden width, F MLP width, H and K query and key
 """
 
 import hashlib
+import itertools
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from minivlm.families import family
+from minivlm.models.tools import stacked_layers
 from minivlm.modules.config import text_config
 from minivlm.modules.layers import GatedMLP
 from minivlm.quantization import apply as quantise
@@ -34,8 +37,40 @@ def checkpoint_layers(model: Any) -> None:
 
     Not reentrant, so gradients arrive wherever they are wanted, in a tower above a frozen embedding too.
     """
-    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    model.gradient_checkpointing_enable({"preserve_rng_state": dropout})
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        model.gradient_checkpointing_enable({"preserve_rng_state": True})
+        return
+    for layer in stacked_layers(model):
+        layer.forward = _Rerun(layer.forward)
+
+
+class _Rerun:
+    """`torch.utils.checkpoint` of a forward pass without random numbers or autocast, in a few lines: torch's function
+    imports torch's compiler, which takes 150 MB."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        kept: dict[int, Tensor] = {}  # by the order in which autograd asks to save them, the same in both passes
+        numbers = itertools.count()
+
+        def found(number: int) -> Tensor:
+            if number not in kept:
+                second = itertools.count()
+                save = partial(_save, kept, second)
+                with torch.enable_grad(), saved_tensors_hooks(save, lambda _: None):
+                    self.forward(*args, **kwargs)
+            return kept.pop(number)
+
+        with saved_tensors_hooks(lambda _: next(numbers), found):
+            return self.forward(*args, **kwargs)
+
+
+def _save(kept: dict[int, Tensor], numbers: Iterator[int], tensor: Tensor) -> None:
+    kept[next(numbers)] = tensor.detach()
 
 
 # ---- Less without running anything of size again
@@ -52,11 +87,9 @@ def _gated(mlp: GatedMLP, x: Tensor) -> Tensor:
     """`GatedMLP.forward`, same numbers. x (…, C) → (…, C)."""
     shape, x, down = x.shape[:-1], x.flatten(0, -2), mlp.down_proj
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    product = lean.gated(gate, up, mlp.act)
-    if not isinstance(down, LoRALinear) or down.drops or down.lora_magnitude_vector is not None:
-        return down(product).unflatten(0, shape)
-    h = lean.low_rank(down.lora_A, gate, up, act=mlp.act)
-    return down.plus(down.base_layer(product), h).unflatten(0, shape)
+    if isinstance(down, LoRALinear) and not down.drops and down.lora_magnitude_vector is None:
+        return lean.adapted(down, gate, up, act=mlp.act).unflatten(0, shape)
+    return down(lean.gated(gate, up, mlp.act)).unflatten(0, shape)
 
 
 # ---- Frozen towers

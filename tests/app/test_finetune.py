@@ -1,5 +1,6 @@
 """`minivlm finetune` and `merge`, and `--adapter` of the other verbs, on a checkpoint that ships here."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,9 @@ from minivlm import AutoModelForImageTextToText
 from minivlm.app import cli, lock
 from minivlm.training import adapters
 
+IMPOSSIBLE = """--workers=-1 --lr=nan --lr=0 --r=0 --batch=0 --accumulate=-2 --steps=0 --epochs=0 --alpha=nan
+    --dropout=1 --warmup=-1 --decay=inf --clip=0 --clip=nan --seed=-1 --save-every=-5 --eval-every=-1
+    --cache-features=-1 --max-tokens=0 --longest-edge=0"""
 STEPS = ["--steps", "2", "--batch", "2", "--accumulate", "1", "--r", "2"]
 
 
@@ -98,6 +102,42 @@ def test_merging_a_four_bit_base_gives_16_bits_or_says_what_four_cost(rows: Path
     code, out, _ = run(capsys, "merge", small, adapter, tmp_path / "four", "--format", "nf4")
     assert code == 0
     assert "% of the change" in out
+
+
+@pytest.mark.parametrize("option", IMPOSSIBLE.split())
+def test_a_number_that_cannot_be_is_one_error_before_rows_are_read(option: str, tmp_path: Path, capsys: Any) -> None:
+    name, _, value = option.partition("=")
+    with contextlib.suppress(SystemExit):
+        assert cli.main(["finetune", str(tmp_path / "none.jsonl"), str(tmp_path / "out"), option]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    found = value if name != "--cache-features" else "-1"
+    assert f"found {found}" in err or f"found '{found}'" in err or f"found [{found}" in err
+
+
+def test_a_used_folder_is_refused_before_rows_are_read(tmp_path: Path, capsys: Any) -> None:
+    missing, out = tmp_path / "none.jsonl", tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").touch()
+    code, _, err = run(capsys, "finetune", missing, out)
+    assert (code, "--resume" in err) == (1, True)
+    code, _, err = run(capsys, "finetune", missing, out / "log.jsonl")
+    assert (code, "is a file" in err) == (1, True)
+
+
+def test_what_a_killed_run_left_in_a_new_folder_goes(tmp_path: Path, capsys: Any) -> None:
+    """Of quantize and merge; a folder that holds anything else stays as it is."""
+    out = tmp_path / "small"
+    out.mkdir()
+    (out / ".model.safetensors.0123abcd.new").write_bytes(b"half")
+    assert run(capsys, "quantize", "shapes-idefics2", out)[0] == 0
+    assert not list(out.glob(".*"))
+    assert not list(tmp_path.glob("*.lock"))
+    (out / ".model.safetensors.0123abcd.new").write_bytes(b"half")
+    before = (out / "model.safetensors").read_bytes()
+    code, _, err = run(capsys, "quantize", "shapes-idefics2", out)
+    assert (code, "exists already" in err) == (1, True)
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

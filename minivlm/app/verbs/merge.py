@@ -26,13 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load both, merge, write the weights and the processor."""
-    out = arguments.out
-    options.check_new_folder(out)
+    from minivlm.app import lock
 
+    with lock.new_folder(arguments.out):
+        _merge(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText, AutoProcessor
     from minivlm.checkpoint.files import saving
     from minivlm.training import lora
 
+    out = arguments.out
     options.check_name(arguments.model)
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(

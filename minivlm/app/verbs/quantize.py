@@ -27,15 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantise while loading, write the weights, and copy what belongs to them."""
-    out = arguments.out
-    options.check_new_folder(out)
+    from minivlm.app import lock
 
+    with lock.new_folder(arguments.out):
+        _quantize(arguments)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText
     from minivlm.app.inspection import memory
     from minivlm.checkpoint import hub
     from minivlm.checkpoint.files import saving
     from minivlm.quantization import apply
 
+    out = arguments.out
     options.check_name(arguments.model)
     config = options.quantization(arguments.format, arguments.group_size, arguments.skip, arguments.quantize_head)
     files = hub.source(arguments.model)
