@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minivlm.fast_cpu import FastLinear
+from minivlm.devices.fast_cpu import FastLinear
 from minivlm.quantization import products
 from minivlm.quantization.linear import QuantizedLinear
 
