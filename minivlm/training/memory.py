@@ -40,6 +40,7 @@ def checkpoint_layers(model: Any) -> None:
         model.gradient_checkpointing_enable({"preserve_rng_state": True})
         return
     for layer in stacked_layers(model):
+        vars(layer).pop("forward", None)  # as it was checkpointed before
         layer.forward = _Rerun(layer.forward)
 
 
