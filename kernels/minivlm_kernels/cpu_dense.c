@@ -1,5 +1,5 @@
 // Few rows of x times a weight of 32 or 16 bits, and the norm between such products, on a CPU; cpu_dense.py says what the
-// arguments are. GCC's vectors: 16 floats are one AVX-512 register, or as many smaller ones as the processor has.
+// arguments are. GCC's vectors of one register: 16 floats with AVX-512, 8 with AVX2. A chunk is two registers of numbers.
 
 #include <math.h>
 #include <stdint.h>
@@ -8,11 +8,19 @@
 #include <immintrin.h>
 #endif
 
-typedef float floats __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(64), aligned(1)));
+#ifdef __AVX512F__
+enum { LANES = 16, CHUNK = 2 * LANES };
+#else
+enum { LANES = 8, CHUNK = 2 * LANES };
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
 
 static inline float sum(floats v) {
+#ifdef __AVX512F__
     v += __builtin_shuffle(v, (words){8, 9, 10, 11, 12, 13, 14, 15});
+#endif
     v += __builtin_shuffle(v, (words){4, 5, 6, 7});
     v += __builtin_shuffle(v, (words){2, 3});
     return v[0] + v[1];
@@ -30,26 +38,28 @@ static inline uint16_t narrow(float value) {
     return (uint16_t)((number.bits + 0x7fff + ((number.bits >> 16) & 1)) >> 16);
 }
 
-// A word holds two bf16: of every 32 numbers, the 16 even ones are lower halves and the 16 odd ones upper ones.
+// A word holds two bf16: of every chunk, the even numbers are lower halves and the odd ones upper ones.
 static inline floats lower(words pairs) { return (floats)(pairs << 16); }
 static inline floats upper(words pairs) { return (floats)(pairs & 0xffff0000u); }
 
-// So many rows (`lines`) of the weight times so many of x (`count`), `size` bytes and `chunks` vectors of 32 numbers each.
-// All four numbers behind `chunks` are constants where this is called, so that the sums are registers.
+// `lines` rows of the weight times `count` rows of x, one of these 1: `size` bytes and `chunks` chunks each. All three
+// numbers behind `size` are constants where this is called, so that the sums are registers.
 static inline __attribute__((always_inline)) void dots(const char *weight, const floats *x, float *sums, int64_t chunks,
                                                        int64_t size, const int lines, const int count, const int half) {
+    const int many = lines * count;
     floats even[4] = {{0}}, odd[4] = {{0}};
     for (int64_t c = 0; c < chunks; c++)
-        for (int line = 0; line < lines; line++) {
-            const void *w = weight + line * size;
+#pragma GCC unroll 4
+        for (int i = 0; i < many; i++) {
+            const void *w = weight + (lines > 1 ? i : 0) * size;
+            const floats *given = x + 2 * ((count > 1 ? i : 0) * chunks + c);
             const floats first = half ? lower(((const words *)w)[c]) : ((const floats *)w)[2 * c];
             const floats second = half ? upper(((const words *)w)[c]) : ((const floats *)w)[2 * c + 1];
-            for (int m = 0; m < count; m++) {
-                even[line * count + m] += first * x[2 * (m * chunks + c)];
-                odd[line * count + m] += second * x[2 * (m * chunks + c) + 1];
-            }
+            even[i] += first * given[0];
+            odd[i] += second * given[1];
         }
-    for (int i = 0; i < lines * count; i++) sums[i] = sum(even[i] + odd[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < many; i++) sums[i] = sum(even[i] + odd[i]);
 }
 
 #ifdef __AVX512BF16__
@@ -84,12 +94,7 @@ static inline __attribute__((always_inline)) void pairs(const char *weight, cons
 
 // As many rows of the weight as are read at once. A row that fills a page of memory is read alone no faster than pages
 // can be found; of shorter ones one after the other is memory in order, which is read up to twice as fast as several.
-// AVX2 has no registers for the sums of more than two.
-#ifdef __AVX512F__
 enum { LINES = 4, PAGE = 4096 };
-#else
-enum { LINES = 2, PAGE = 4096 };
-#endif
 
 // The sums of lines · count products; one of these is 1. `given`: x as `dots` wants it, or as it is for `pairs`.
 static inline void few(const char *weight, const void *given, float *sums, int64_t chunks, int64_t size, int64_t lines,
@@ -104,8 +109,8 @@ static inline void few(const char *weight, const void *given, float *sums, int64
         return;
     }
 #endif
-#define DOTS(LINES, COUNT) \
-    (half ? dots(weight, given, sums, chunks, size, LINES, COUNT, 1) : dots(weight, given, sums, chunks, size, LINES, COUNT, 0))
+#define DOTS(lines, count) \
+    (half ? dots(weight, given, sums, chunks, size, lines, count, 1) : dots(weight, given, sums, chunks, size, lines, count, 0))
     if (lines > 1) DOTS(LINES, 1);
     else if (count == 1) DOTS(1, 1);
     else if (count == 2) DOTS(1, 2);
@@ -117,8 +122,8 @@ static inline void few(const char *weight, const void *given, float *sums, int64
 // Returns 1 where there is no memory, else 0.
 int matvec_dense(const void *weight, const void *x, const void *bias, void *y, int64_t count, int64_t rows,
                   int64_t columns, int64_t half, int64_t threads) {
-    const int64_t chunks = columns / 32, size = columns * (half ? 2 : 4);
-    floats *split = 0; // of every 32 numbers, even, then odd ones
+    const int64_t chunks = columns / CHUNK, size = columns * (half ? 2 : 4);
+    floats *split = 0; // of every chunk, even, then odd numbers
 #ifndef __AVX512BF16__
     split = half ? malloc(2 * count * chunks * sizeof(floats)) : 0;
     if (half && !split) return 1;
@@ -156,7 +161,7 @@ int matvec_dense(const void *weight, const void *x, const void *bias, void *y, i
 void rms_norm(const void *x, const void *weight, void *y, int64_t rows, int64_t columns, int64_t half, double eps) {
     for (int64_t start = 0; start < rows * columns; start += columns) {
         floats squares = {0};
-        for (int64_t c = start / 32; c < (start + columns) / 32; c++) {
+        for (int64_t c = start / CHUNK; c < (start + columns) / CHUNK; c++) {
             const floats first = half ? lower(((const words *)x)[c]) : ((const floats *)x)[2 * c];
             const floats second = half ? upper(((const words *)x)[c]) : ((const floats *)x)[2 * c + 1];
             squares += first * first + second * second;
