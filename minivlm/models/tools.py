@@ -10,7 +10,7 @@ evaluation harnesses know these names. Each is a line or two over what exists; n
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
 from minivlm.modules.inputs import Inputs
+from minivlm.modules.layers import stacked_layers
 from minivlm.training import adapters
 
 
@@ -261,13 +262,6 @@ class Tools:
     def add_model_tags(self, tags: str | list[str]) -> None:
         """Kept in `model_tags`, for model cards."""
         self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
-
-
-def stacked_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of all module lists: the layers of decoder, towers and resamplers, and IDEFICS' gated blocks."""
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList):
-            yield from (layer for layer in stack if not isinstance(layer, nn.ModuleList))
 
 
 def _checkpointed(layer: nn.Module, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ def adapted(layer: Any, *inputs: Tensor, act: Act | None = None) -> Tensor:
     """
     base = layer.base_layer
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
-    known = type(base) in (nn.Linear, FastLinear, QuantizedLinear)
+    known = type(base) in (nn.Linear, FastLinear, QuantizedLinear) and not base._forward_hooks
     autocast = torch.is_autocast_enabled(layer.lora_A.device.type)
     if torch.is_grad_enabled() and known and frozen and not autocast:
         return _Adapted.apply(layer.lora_A, layer.lora_B, base, layer.scaling, act, *inputs)

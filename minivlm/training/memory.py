@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from minivlm.families import family
-from minivlm.models.tools import stacked_layers
 from minivlm.modules.config import text_config
-from minivlm.modules.layers import GatedMLP
+from minivlm.modules.layers import GatedMLP, stacked_layers
 from minivlm.quantization import apply as quantise
 from minivlm.training import lean, loss
 from minivlm.training.lora import LoRALinear
@@ -41,6 +40,7 @@ def checkpoint_layers(model: Any) -> None:
         model.gradient_checkpointing_enable({"preserve_rng_state": True})
         return
     for layer in stacked_layers(model):
+        vars(layer).pop("forward", None)  # as it was checkpointed before
         layer.forward = _Rerun(layer.forward)
 
 

@@ -2,7 +2,7 @@
 
     python scripts/bench/finetune.py                  # every way, on all sides, as a table
     python scripts/bench/finetune.py --steps 10 --only lora nf4
-    python scripts/bench/finetune.py --large          # 205 M parameters
+    python scripts/bench/finetune.py --large          # 224 M parameters
 
 A random Idefics2 of 42 M parameters in fp32 (text: 8 layers of 512, 8,192 tokens), two rows of an image and 255 tokens
 that are all learned, AdamW (fused), clipping, one thread. Seconds are of CPU time, so other load on the machine counts
