@@ -207,10 +207,8 @@ def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Imag
     if image.mode == "P" and not image.getpalette():
         raise ValueError(f"{name} has a palette of no colours; export it again")
     try:
-        if image.mode == "P" and isinstance(
-            image.info.get("transparency"), bytes
-        ):  # convert first: Pillow would warn about the transparency
-            image = image.convert("RGBA")
+        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+            image = image.convert("RGBA")  # first: Pillow would warn about the transparency
         if transparent:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
