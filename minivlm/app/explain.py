@@ -50,7 +50,7 @@ WORDS = {  # what happens in a stage, by the beginning of its name
     "packed vectors": "tiles are put together as the image lies; the border goes, newlines come",
     "merged embeddings": "image vectors take the positions of the image tokens",
     "token embeddings": "ids become vectors",
-    "gated block": "text attends to the image vectors, behind a gate",
+    "gated block": "text attends to the image vectors; a gate scales the result",
     "decoder layer": "tokens attend to those before them",
     "final norm": "the vectors are normalised",
     "logits": "a score for every token of the vocabulary",
