@@ -4,8 +4,6 @@ import re
 import sys
 from typing import Any
 
-from minivlm.processing.images import is_base64
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -24,6 +22,13 @@ def is_local(source: Any) -> bool:
     """Whether a source names a file, by its path."""
     named = isinstance(source, str) and "://" not in source and not source.startswith("data:")
     return named and not is_base64(source)
+
+
+def is_base64(text: str) -> bool:
+    """Whether it is an image in base64."""
+    from minivlm.processing import images  # imports torch; wrong usage is told without
+
+    return images.is_base64(text)
 
 
 def looks_like_image(name: str) -> bool:
