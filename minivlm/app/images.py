@@ -26,7 +26,7 @@ def is_local(source: Any) -> bool:
 
 def is_base64(text: str) -> bool:
     """Whether it is an image in base64."""
-    from minivlm.processing import images  # imports torch; wrong usage is told without
+    from minivlm.processing import images  # imports torch; wrong usage is reported without it
 
     return images.is_base64(text)
 
