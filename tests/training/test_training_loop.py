@@ -161,8 +161,11 @@ def gradients(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", peft_side.FAMILIES)
-def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(tmp_path: Path, family: str) -> None:
-    """Towers included, with dropout too; only what a model does not use has none."""
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(
+    tmp_path: Path, family: str, dropout: float
+) -> None:
+    """Towers included; only what a model does not use has none. With dropout torch runs layers again, else we do."""
     import oracle
 
     reference, inputs = peft_side.reference(family), peft_side.inputs(family)
@@ -171,7 +174,7 @@ def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(tmp_
     for checkpointing in (False, True):
         model = peft_side.ours(reference, tmp_path)
         torch.manual_seed(0)
-        lora.apply(model, LoraConfig(r=4, target_modules="all", lora_dropout=0.1, init_lora_weights=False))
+        lora.apply(model, LoraConfig(r=4, target_modules="all", lora_dropout=dropout, init_lora_weights=False))
         if checkpointing:
             memory.checkpoint_layers(model)
         found.append(gradients(model, dict(inputs)))
@@ -181,6 +184,15 @@ def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(tmp_
         if gradient is not None:
             assert gradient.any(), name
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_side_of_the_padding_changes_no_loss(tiny: Any) -> None:
+    model, processor = fresh(tiny).eval(), data.for_training(tiny[1])
+    left = data.for_training(processor)
+    left.tokenizer.padding_side = "left"
+    found = [token_loss(model, data.encode(each, tiny[2])) for each in (processor, left)]
+    assert found[0][1] == found[1][1] > 0
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
 
 
 def test_a_frozen_tower_runs_once_per_image(tiny: Any) -> None:
