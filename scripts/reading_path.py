@@ -2,12 +2,14 @@
 
     python scripts/reading_path.py            the table
     python scripts/reading_path.py --rooms    the files and lines of every room, with the kernels' and the tests'
+    python scripts/reading_path.py --write    both, into README and docs/reading.md
 
 Follows imports of minivlm's own modules, inside functions too, from models/<family>.py through models/ and modules/.
 Rooms that no forward pass enters are left out: files, settings and loops around it (checkpoint, generation, …).
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,5 +99,17 @@ def rooms_table() -> str:
     return "\n".join(rows)
 
 
+def write() -> None:
+    """Put both tables between their marks in README and docs/reading.md."""
+    for page in (ROOT / "README.md", ROOT / "docs" / "reading.md"):
+        text = page.read_text(encoding="utf-8")
+        for mark, made in (("path", table()), ("rooms", rooms_table())):
+            text = re.sub(f"<!-- {mark} -->.*?<!-- end", f"<!-- {mark} -->\n{made}\n<!-- end", text, flags=re.S)
+        page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(rooms_table() if "--rooms" in sys.argv else table())
+    if "--write" in sys.argv:
+        write()
+    else:
+        print(rooms_table() if "--rooms" in sys.argv else table())

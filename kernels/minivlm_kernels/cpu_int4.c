@@ -176,6 +176,67 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
         for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16 + at) = total[t * rows + i];
 }
 
+#ifndef __AVX512F__
+// The same for tables of bf16 numbers: a shuffle looks up 32 bytes, so that two give 32 values, which become the upper
+// halves of floats in pairs. A lane is then half of one output, and two neighbours are added at a group's end.
+// x: the eight inputs of a word as pairs of lanes meet them, (0, 4), (2, 6), (1, 5), (3, 7).
+INLINE void tile_product_bytes(const Weight *w, const Tile *tile, const float *x, const float *sums, float *y,
+                               const int rows) {
+    const int64_t groups = w->columns / w->group;
+    const __m256i four = _mm256_set1_epi8(15), high = _mm256_set1_epi32(0xffff0000);
+    __m128i first = _mm_setzero_si128(), second = first; // the bytes of the table's numbers
+    for (int i = 0; i < 16; i++) {
+        ((uint8_t *)&first)[i] = ((const uint8_t *)(w->table + i))[2];
+        ((uint8_t *)&second)[i] = ((const uint8_t *)(w->table + i))[3];
+    }
+    const __m256i lower = _mm256_broadcastsi128_si256(first), upper = _mm256_broadcastsi128_si256(second);
+    floats total[4];
+    __m256 part[8];
+    Nested nested;
+    for (int i = 0; i < 2 * rows; i++) total[i] = (floats){0};
+    for (int64_t g = 0; g < groups; g++) {
+        for (int i = 0; i < 4 * rows; i++) part[i] = _mm256_setzero_ps();
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8)
+#pragma GCC unroll 4
+            for (int part_of = 0; part_of < 4; part_of++) { // the lower and the upper codes of 8 outputs, and of 8 others
+                const int half = part_of / 2, odd = part_of % 2;
+                const __m256i eight = _mm256_loadu_si256((const void *)(tile->codes + 8 * k + 32 * half));
+                const __m256i codes = _mm256_and_si256(odd ? _mm256_srli_epi16(eight, 4) : eight, four);
+                const __m256i one = _mm256_shuffle_epi8(lower, codes), two = _mm256_shuffle_epi8(upper, codes);
+                const __m256i pairs[2] = {_mm256_unpacklo_epi8(one, two), _mm256_unpackhi_epi8(one, two)};
+#pragma GCC unroll 2
+                for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+                    for (int p = 0; p < 2; p++) {
+                        const double *given = (const double *)(x + i * w->columns + k + 4 * odd);
+                        __m256 *sum = part + 4 * i + 2 * half + p;
+                        *sum = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(pairs[p], 16), (__m256)_mm256_broadcast_sd(given), *sum);
+                        *sum = _mm256_fmadd_ps((__m256)_mm256_and_si256(pairs[p], high), (__m256)_mm256_broadcast_sd(given + 1), *sum);
+                    }
+            }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const floats scales = scales_of(w, tile, g, 8 * half, &nested);
+            const floats shifts = w->zeros ? shifts_of(tile, g, 8 * half) : (floats){0};
+#pragma GCC unroll 2
+            for (int i = 0; i < rows; i++) {
+                const floats sum = (floats)_mm256_hadd_ps(part[4 * i + 2 * half], part[4 * i + 2 * half + 1]);
+                total[2 * i + half] += (sum + shifts * sums[i * groups + g]) * scales;
+            }
+        }
+    }
+    for (int i = 0; i < 2 * rows; i++)
+        *(floats *)(y + (i / 2 * w->tiles + tile->number) * 16 + 8 * (i % 2)) = total[i];
+}
+
+static int in_bf16(const float *table) {
+    uint32_t bits[16], low = 0;
+    memcpy(bits, table, sizeof bits);
+    for (int i = 0; i < 16; i++) low |= bits[i] & 0xffff;
+    return !low;
+}
+#endif
+
 #ifdef __AVX512BF16__
 enum { AHEAD = 1024 }; // bytes: a processor's own prefetching ends with a page
 
@@ -228,9 +289,11 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
 }
 #endif
 
-// Whether `product_bf16` can be called.
-int has_bf16(void) {
-#ifdef __AVX512BF16__
+// 2: `product_bf16` can be called; 1: `product` is faster for a table of bf16 numbers; 0: neither.
+int bf16_tables(void) {
+#if defined(__AVX512BF16__)
+    return 2;
+#elif !defined(__AVX512F__)
     return 1;
 #else
     return 0;
@@ -286,8 +349,17 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     if (!ordered) return 1;
     uint8_t bytes[1024];
     split_map(w, bytes);
+    static const uint8_t in_pairs[8] = {0, 4, 2, 6, 1, 5, 3, 7}; // where each of eight inputs goes
+#ifdef __AVX512F__
+    const int pairs = 0;
+#else
+    const int pairs = in_bf16(w->table);
+#endif
     for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order in which codes come out of a word
-        for (int64_t k = 0; k < columns; k++) ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
+        for (int64_t k = 0; k < columns; k++) {
+            const int64_t code = k ^ w->high_first, to = pairs ? (code & ~7) + in_pairs[code & 7] : code;
+            ordered[i * columns + to] = k < inputs ? x[i * inputs + k] : 0;
+        }
     for (int64_t i = 0; i < rows * groups; i++) {
         sums[i] = 0;
         for (int64_t k = 0; w->zeros && k < w->group; k++) sums[i] += ordered[i * w->group + k];
@@ -295,6 +367,16 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = 0; number < w->tiles; number += TILES) {
         const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
+#ifndef __AVX512F__
+        if (pairs) {
+            for (int64_t i = 0; i < rows; i += 2) { // so many sums as there are registers
+                const float *some = ordered + i * columns, *its = sums + i * groups;
+                if (i + 1 < rows) tile_product_bytes(w, tiles, some, its, y + i * 16 * w->tiles, 2);
+                else tile_product_bytes(w, tiles, some, its, y + i * 16 * w->tiles, 1);
+            }
+            continue;
+        }
+#endif
         for (int at = 0; at < 16; at += LANES)
             FOR_ROWS(rows, tile_product(w, tiles, at, ordered + FROM * columns, sums + FROM * groups,
                                         y + FROM * 16 * w->tiles, ROWS))

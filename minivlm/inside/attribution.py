@@ -17,6 +17,7 @@ from minivlm.inside.hooks import hooked
 from minivlm.inside.passes import Pass
 from minivlm.inside.stages import WEIGHTS, stages_of
 from minivlm.inside.watch import Seen, watch
+from minivlm.modules.inputs import Inputs
 
 METHODS = ("relevance", "attention", "occlusion")
 
@@ -125,8 +126,7 @@ def _weights(model: Any) -> list[Stage]:
 
 def _next(model: Any, inputs: dict[str, Any]) -> Tensor:
     """(V,): the next token's distribution."""
-    moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return model(**moved, logits_to_keep=1).logits[0, -1].float().softmax(-1)
+    return model(**Inputs(inputs).to(model.device), logits_to_keep=1).logits[0, -1].float().softmax(-1)
 
 
 # ---- Occlusion

@@ -133,7 +133,7 @@ class Seen:
     def _layouts(self) -> list[Layout]:
         found = [one.layout for one in self.passes.all if one.layout is not None]
         if not found:
-            raise ValueError("no pass of the model had images whose layout is known")
+            raise ValueError("no pass of the model had an image whose position is known")
         return found
 
     def _kept(self, one: Pass) -> int:

@@ -27,6 +27,7 @@ from minivlm.checkpoint import hub, loading
 from minivlm.families import Stage
 from minivlm.inside.hooks import code_of, hooked, path_of
 from minivlm.modules.attention import check_implementation
+from minivlm.modules.inputs import Inputs
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 
 Sink = Callable[[Stage, int, Tensor], None]
@@ -285,12 +286,7 @@ def forward(model: nn.Module, stages: list[Stage], inputs: dict[str, Any], sink:
         sink(stage, calls[stage] - 1, value.detach())
 
     with hooked(model, dict.fromkeys(stages, watch)):
-        model(**moved(inputs, model))
-
-
-def moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The inputs on the model's device."""
-    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        model(**Inputs(inputs).to(model.device))
 
 
 @torch.no_grad()
@@ -298,7 +294,9 @@ def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, T
     """At most `tokens` new tokens (B, N), and the scores each was chosen by, (B, N, V) in the model's dtype."""
     options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
     with _quietly() if code_of(model) == "transformers" else contextlib.nullcontext():
-        found = model.generate(**moved(inputs, model), **options, return_dict_in_generate=True, output_scores=True)
+        found = model.generate(
+            **Inputs(inputs).to(model.device), **options, return_dict_in_generate=True, output_scores=True
+        )
     scores = torch.stack(found.scores, dim=1).to(model.dtype).cpu()
     return {"tokens": found.sequences[:, -scores.shape[1] :].cpu(), "scores": scores}
 

@@ -1,6 +1,5 @@
 """Finds chat templates, and turns conversations into prompts and inputs: `apply_chat_template`."""
 
-import difflib
 import inspect
 import json
 import re
@@ -13,7 +12,7 @@ from minivlm.checkpoint.files import saving
 from minivlm.modules.inputs import Inputs
 from minivlm.text.messages import normalise
 from minivlm.text.rendering import Rendered, learned_spans, render_conversation
-from minivlm.text.shown import short
+from minivlm.text.shown import short, suggestion
 from minivlm.text.template_sandbox import mentioned
 from minivlm.text.tokenizer import Prompt
 
@@ -27,10 +26,9 @@ def named(template: str | None) -> str | None:
     if isinstance(template, str) and template in KNOWN:
         return hub.read_text(KNOWN[template])
     if template is not None and not (isinstance(template, str) and re.search(r"\{[{%]", template)):
-        near = difflib.get_close_matches(str(template), KNOWN, n=1)
         raise ValueError(
             f"chat_template is a jinja template, with {{{{ … }}}} in it, or one of the names {', '.join(KNOWN)}; "
-            f"found {short(template)}{f'; did you mean {near[0]!r}?' if near else ''}"
+            f"found {short(template)}{suggestion(str(template), KNOWN)}"
         )
     return template
 
@@ -154,10 +152,10 @@ def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> t
     names = mentioned(template) - {"messages"}
     for name, value in variables.items():
         if name not in names and not (name in ("tools", "documents") and value is None):
-            near = difflib.get_close_matches(name, [*inspect.signature(apply).parameters, *known, *names], n=1)
+            near = suggestion(name, [*inspect.signature(apply).parameters, *known, *names])
             raise TypeError(
                 f"apply_chat_template got an unknown option {name!r}: not an option of this processor, and the chat "
-                f"template mentions no variable of that name{f'; did you mean {near[0]!r}?' if near else ''}"
+                f"template mentions no variable of that name{near}"
             )
     try:
         plain = json.loads(json.dumps(variables))

@@ -63,14 +63,14 @@ def render(template: str, calls: Sequence[dict[str, Any]]) -> list[str]:
     if is_known(template):
         compiled = _compile(template, known=True)
         return ["".join(compiled.generate(variables)) for variables in calls]
-    return _ask({"template": template, "calls": calls})["prompts"]
+    return _CHILD.ask({"template": template, "calls": calls})["prompts"]
 
 
 @lru_cache(maxsize=64)
 def mentioned(template: str) -> frozenset[str]:
     """Names of the variables that a template uses but does not set."""
     request = {"template": template, "calls": None}
-    return frozenset((_answer(request) if is_known(template) else _ask(request))["names"])
+    return frozenset((_answer(request) if is_known(template) else _CHILD.ask(request))["names"])
 
 
 @lru_cache(maxsize=64)
@@ -261,6 +261,7 @@ class _Child:
         """After a fork: the child belongs to the other process."""
         if self._process is not None:
             self._process.returncode = 0  # so this process does not wait for it
+        self._lock, self._process = threading.Lock(), None
 
     def _start(self) -> None:
         self.stop()
@@ -310,25 +311,9 @@ class _Child:
 
 
 _CHILD = _Child()
-
-
-def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    return _CHILD.ask(request)
-
-
-@atexit.register
-def _stop_child() -> None:
-    _CHILD.stop()
-
-
-def _forget_child() -> None:
-    global _CHILD
-    _CHILD.forget()
-    _CHILD = _Child()
-
-
+atexit.register(_CHILD.stop)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_child)
+    os.register_at_fork(after_in_child=_CHILD.forget)
 
 if __name__ == "__main__":
     _serve()
