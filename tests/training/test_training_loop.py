@@ -23,6 +23,7 @@ import transformers
 from PIL import Image
 
 from minivlm.training import adapters, data, loop, lora, memory
+from minivlm.training.folder import LOG, STATE
 from minivlm.training.loop import Recipe
 from minivlm.training.loss import token_loss
 from minivlm.training.optimisation import scheduled
@@ -243,7 +244,7 @@ def train(tiny: Any, out: Path, recipe: Recipe = RECIPE, slow: float = 0.0) -> N
 
 
 def log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / loop.LOG).read_text().splitlines()]
+    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
 
 
 def test_killed_at_any_moment_a_resumed_run_has_the_same_losses(tiny: Any, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_killed_at_any_moment_a_resumed_run_has_the_same_losses(tiny: Any, tmp_p
     rng, out, kills = random.Random(), tmp_path / "killed", 0
     context = multiprocessing.get_context("fork")
     out.mkdir()
-    (out / loop.LOG).touch()
+    (out / LOG).touch()
     for _ in range(3):
         child = context.Process(target=train, args=(tiny, out, RECIPE, 0.02))
         child.start()
@@ -269,7 +270,7 @@ def test_killed_at_any_moment_a_resumed_run_has_the_same_losses(tiny: Any, tmp_p
 
 
 def log_lines(out: Path) -> list[str]:
-    return (out / loop.LOG).read_text().splitlines()
+    return (out / LOG).read_text().splitlines()
 
 
 def same(one: Path, other: Path) -> None:
@@ -340,7 +341,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_rows(tiny: Any, tmp_path
         model.model.text_model.layers[0].mlp.down_proj.lora_B[0, 0] = math.inf
     with pytest.raises(ValueError, match=r"step 1: the loss is .* for line \d+, line \d+"):
         next(loop.finetune(model, *tiny[1:], RECIPE, tmp_path))
-    assert not (tmp_path / loop.STATE).exists()
+    assert not (tmp_path / STATE).exists()
 
 
 def test_workers_and_evaluation_change_nothing(tiny: Any, tmp_path: Path) -> None:
