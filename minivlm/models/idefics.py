@@ -576,11 +576,23 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits only for the last so many tokens; 0 = all.
         """
-        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
-        seen = (image_attention_mask, interpolate_pos_encoding)
-        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
-        output = self.model(*text, *images, *seen, *asked)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_encoder_embeddings=image_encoder_embeddings,
+            perceiver_embeddings=perceiver_embeddings,
+            image_attention_mask=image_attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            attn_implementation=self.attn_implementation,
+        )
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)

@@ -333,10 +333,21 @@ class Idefics2ForConditionalGeneration(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits for the last so many tokens only; 0 = all.
         """
-        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        images = (pixel_values, pixel_attention_mask, image_hidden_states)
-        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
-        output = self.model(*text, *images, *asked)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            image_hidden_states=image_hidden_states,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            attn_implementation=self.attn_implementation,
+        )
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)
