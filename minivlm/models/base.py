@@ -87,7 +87,7 @@ class VisionLanguageModel(nn.Module):
         """ValueError for an attention implementation that is not known."""
         super().__init__()
         self.config = config
-        self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
+        self.attn_implementation = check_implementation(attn_implementation)
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @property
