@@ -108,12 +108,16 @@ class ModelConfig(Config):
     use_cache = True  # no field, and nothing here reads it: training scripts set it, `generate` has its own
 
     def __post_init__(self) -> None:
+        self.make_parts()
+        super().__post_init__()
+
+    def make_parts(self) -> None:
+        """Parts given as dicts become configs. A family calls this first if it derives fields from its parts."""
         for name in parts(type(self)):
             if not isinstance(getattr(self, name), Config):
                 setattr(self, name, self._part(vars(self), name))
         if isinstance(getattr(self, "rope_scaling", None), dict):
             self.rope_scaling = read_rope(vars(self))["rope_scaling"]
-        super().__post_init__()
 
     @classmethod
     def from_hub(cls, values: dict[str, Any]) -> Self:

@@ -192,7 +192,7 @@ def read_config(files: hub.Source, config_class: Any) -> Any:
         )
     try:
         config = config_class.from_hub(values)
-        object.__setattr__(config, "unread", unread(values, config))
+        config.unread = unread(values, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{files.name}: config.json describes no {expected} model: {error}") from error
     return config

@@ -338,7 +338,7 @@ class IdeficsModel(base.VisionLanguageModel):
         everything[wanted] = vectors
         return everything
 
-    def look(
+    def image_keys_values(
         self,
         images: tuple[Tensor | None, ...],
         mask: Tensor | None,
@@ -409,8 +409,10 @@ class IdeficsModel(base.VisionLanguageModel):
         at = _positions(x, attention_mask, cache) if position_ids is None else position_ids
         cos, sin = self.text_model.rotations(at, x.dtype)  # (B, 1, T, D)
         images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
-        vectors, cross, seen = self.look(images, image_attention_mask, x, cache, interpolate_pos_encoding, attn)
-        image_mask, blind = _sight(seen, cross[0][0].shape[2])
+        vectors, cross, seen = self.image_keys_values(
+            images, image_attention_mask, x, cache, interpolate_pos_encoding, attn
+        )
+        image_mask, blind = _image_mask(seen, cross[0][0].shape[2])
         states = [] if output_hidden_states else None
         weights = [] if output_attentions else None
         for index, block in enumerate(self.text_model.layers):
@@ -502,7 +504,7 @@ def _latest(cross: Pairs, seen: Tensor) -> tuple[Pairs, Tensor]:
     return [(kept(k), kept(v)) for k, v in cross], last.take_along_dim(order, dim=2)
 
 
-def _sight(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
+def _image_mask(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
     """From seen (B, T, N): the mask over all N·Q keys, and which tokens attend to no image, (B, T, 1) bool.
 
     Such tokens attend to everything, so no softmax row is empty; their output is zeroed afterwards.
@@ -538,8 +540,9 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         added = config.additional_vocab_size
         self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
-        for head in filter(None, (self.lm_head, self.additional_fc)):
-            initialize(head, config.initializer_range)
+        initialize(self.lm_head, config.initializer_range)
+        if added:
+            initialize(self.additional_fc, config.initializer_range)
         if config.freeze_lm_head:
             _freeze(self.lm_head)
         self.tie_weights()

@@ -133,13 +133,13 @@ class Idefics2Config(ModelConfig):
     dtype: str | None = None  # of the stored weights
 
     def __post_init__(self) -> None:
+        self.make_parts()
+        width, eps = self.text_config.hidden_size, self.text_config.rms_norm_eps
+        if self.perceiver_config.hidden_size != width:
+            # As in the reference: the class default is for the 8B model, so width and eps follow the text model.
+            self.perceiver_config = replace(self.perceiver_config, hidden_size=width, rms_norm_eps=eps)
         super().__post_init__()
         config_checks.token_in_vocabulary(self, "image_token_id")
-        text = self.text_config
-        if self.perceiver_config.hidden_size != text.hidden_size:
-            # As in the reference: the class default is for the 8B model, so width and eps follow the text model.
-            fitted = replace(self.perceiver_config, hidden_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
-            object.__setattr__(self, "perceiver_config", fitted)
 
 
 class Connector(nn.Module):

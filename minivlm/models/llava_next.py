@@ -81,11 +81,12 @@ class LlavaNextConfig(ModelConfig):
     dtype: str | None = None  # of the stored weights
 
     def __post_init__(self) -> None:
+        self.make_parts()
         if not isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = tuple(self.vision_feature_layer)
-        super().__post_init__()
         config_checks.llava_next(self)
-        object.__setattr__(self, "image_grid_pinpoints", tuple(tuple(size) for size in self.image_grid_pinpoints))
+        self.image_grid_pinpoints = tuple(tuple(size) for size in self.image_grid_pinpoints)
+        super().__post_init__()
 
     @classmethod
     def from_hub(cls, values: dict[str, Any]) -> Self:
