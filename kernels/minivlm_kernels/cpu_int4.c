@@ -70,8 +70,21 @@ static inline Tile tile_at(const Weight *w, int64_t number) {
 
 enum { GROUPS = 4 }; // of nested scales looked up at once
 
-// nested_map of the bytes of the groups from `group` on, all outputs of the tile. Bytes after the last scale are codes.
-INLINE void read_nested(const Weight *w, const Tile *tile, int64_t group, float *values) {
+typedef struct {
+    float values[16 * GROUPS], absmax[16]; // nested: the two factors, kept from group to group
+} Nested;
+
+// The second factor of a group. It changes at multiples of 256, which can only be multiples of the largest power of two in
+// the number of groups, for that is how far outputs are apart.
+static __attribute__((noinline)) void read_absmax(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
+    for (int i = 0; i < 16; i++) {
+        const int64_t block = (tile->first + i * (w->columns / w->group) + group) / 256;
+        nested->absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
+    }
+}
+
+// The first factor of GROUPS groups. Bytes after the last scale are codes.
+static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
     const uint8_t *held = tile->scales + 16 * group;
 #ifdef __AVX512VBMI__ // an instruction looks up 64 bytes in 128: a table for each byte of the numbers, in two halves
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // undone by unpacking
@@ -87,21 +100,17 @@ INLINE void read_nested(const Weight *w, const Tile *tile, int64_t group, float 
     }
     const __m512i low = _mm512_unpacklo_epi8(found[0], found[1]), low_next = _mm512_unpackhi_epi8(found[0], found[1]);
     const __m512i high = _mm512_unpacklo_epi8(found[2], found[3]), high_next = _mm512_unpackhi_epi8(found[2], found[3]);
-    _mm512_storeu_si512(values, _mm512_unpacklo_epi16(low, high));
-    _mm512_storeu_si512(values + 16, _mm512_unpackhi_epi16(low, high));
-    _mm512_storeu_si512(values + 32, _mm512_unpacklo_epi16(low_next, high_next));
-    _mm512_storeu_si512(values + 48, _mm512_unpackhi_epi16(low_next, high_next));
+    _mm512_storeu_si512(nested->values, _mm512_unpacklo_epi16(low, high));
+    _mm512_storeu_si512(nested->values + 16, _mm512_unpackhi_epi16(low, high));
+    _mm512_storeu_si512(nested->values + 32, _mm512_unpacklo_epi16(low_next, high_next));
+    _mm512_storeu_si512(nested->values + 48, _mm512_unpackhi_epi16(low_next, high_next));
 #else
     for (int i = 0; i < 16 * GROUPS; i++) {
-        values[i] = w->nested_map[held[i]];
+        nested->values[i] = w->nested_map[held[i]];
         __asm__(""); // keeps the loop as it is: a gather is slower on many processors
     }
 #endif
 }
-
-typedef struct {
-    float values[16 * GROUPS], absmax[16]; // nested: the two factors, kept from group to group
-} Nested;
 
 // Scales of one group, from lane `at` on, groups asked for in order.
 INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, Nested *nested) {
@@ -109,12 +118,8 @@ INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at
     if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
     if (w->kind == BFLOAT16) return (floats)(of_halves(tile->scales + 2 * place) << 16);
     if (w->kind == FLOAT16) return of_fp16(tile->scales + 2 * place);
-    if (group % GROUPS == 0) read_nested(w, tile, group, nested->values);
-    if (group % (groups & -groups) == 0) // elsewhere no multiple of 256 can be, for outputs are `groups` scales apart
-        for (int i = 0; i < 16; i++) {
-            const int64_t block = (tile->first + i * groups + group) / 256;
-            nested->absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
-        }
+    if (group % GROUPS == 0) read_nested(w, tile, group, nested);
+    if (group % (groups & -groups) == 0) read_absmax(w, tile, group, nested);
     const float *values = nested->values + 16 * (group % GROUPS) + at;
     floats products = *(const floats *)values * *(const floats *)(nested->absmax + at);
     __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation

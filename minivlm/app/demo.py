@@ -9,7 +9,6 @@ import importlib.util
 import os
 import socket
 import tempfile
-from dataclasses import dataclass
 from importlib.resources import files
 from threading import Lock
 from typing import Any
@@ -41,12 +40,6 @@ def check(port: int) -> None:
             raise OSError(f"port {port} cannot be used ({error.strerror}); --port takes another one") from error
 
 
-@dataclass
-class Asked:
-    image: Any
-    question: str
-
-
 class Desk:
     """A model that answers one question at a time, and the questions whose answers can be looked into."""
 
@@ -54,7 +47,7 @@ class Desk:
         self.model, self.processor, self.name = model, processor, name
         self.settings = {"max_new_tokens": new_tokens, "do_sample": False}
         self.lock = Lock()
-        self.asked: dict[int, Asked] = {}
+        self.asked: dict[int, tuple[Any, str]] = {}  # number → image and question
         self._count = 0
 
     def chat(self) -> Chat:
@@ -63,7 +56,7 @@ class Desk:
     def keep(self, image: Any, question: str) -> int:
         """The number under which this question can be looked into; the oldest is forgotten."""
         self._count += 1
-        self.asked[self._count] = Asked(image, question)
+        self.asked[self._count] = image, question
         self.asked.pop(self._count - KEPT, None)
         return self._count
 
@@ -73,9 +66,9 @@ class Desk:
 
         if number not in self.asked:
             raise ValueError(f"answer {number} is not kept (the last {KEPT} are); ask once more")
-        asked = self.asked[number]
+        image, question = self.asked[number]
         with self.lock:
-            found = explain.gather(self.model, self.processor, [asked.image], asked.question, **self.settings)
+            found = explain.gather(self.model, self.processor, [image], question, **self.settings)
         found["model"]["name"] = self.name
         return explain.page(found)
 

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from torch import Tensor
 
 from minivlm import __version__
 from minivlm.app.answer import encoded
-from minivlm.checkpoint.files import replacing
 from minivlm.families import Stage, family
 from minivlm.inside import attribute, edit, latents, logit_lens, watch
 from minivlm.inside.hooks import hooked
@@ -52,7 +50,7 @@ WORDS = {  # what happens in a stage, by the beginning of its name
     "packed vectors": "tiles are put together as the image lies; the border goes, newlines come",
     "merged embeddings": "image vectors take the positions of the image tokens",
     "token embeddings": "ids become vectors",
-    "gated block": "text attends to the image vectors, behind a gate",
+    "gated block": "text attends to the image vectors; a gate scales the result",
     "decoder layer": "tokens attend to those before them",
     "final norm": "the vectors are normalised",
     "logits": "a score for every token of the vocabulary",
@@ -420,9 +418,3 @@ def _relevance(model: Any, inputs: dict[str, Any], ids: Tensor, length: int) -> 
         patches = attribute(model, text, int(ids[0, end])).patches
         found.append([packed(grid.flatten()) for image in patches for grid in image])
     return found
-
-
-def write(text: str, path: Path) -> None:
-    """Write the page as a whole or not at all."""
-    with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")

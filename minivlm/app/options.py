@@ -61,7 +61,7 @@ def add_head_option(group: Any) -> None:
 
 
 def add_adapter_option(group: Any) -> None:
-    text = "a LoRA adapter (PEFT's folder) to put on the model; without a model: and on the one that it names"
+    text = "a LoRA adapter (PEFT's folder) to put on the model; without --model, on the one that it names"
     group.add_argument("--adapter", metavar="DIR", help=text)
 
 

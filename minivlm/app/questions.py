@@ -127,12 +127,8 @@ def _message(values: dict[str, Any], question: str, given: list[str]) -> list[di
 
 
 def _located(source: Any, folder: Path | None) -> Any:
-    if not isinstance(source, str) or source == "-":
-        return source
-    found = images.decoded(source) or source
-    if folder is None or isinstance(found, bytes) or "://" in found or found.startswith("data:"):
-        return found
-    return os.path.join(folder, found)
+    local = images.is_local(source) and source != "-"
+    return os.path.join(folder, source) if local and folder is not None else source
 
 
 def bad_lines(text: bytes, folder: Path | None = None) -> dict[int, str]:
@@ -151,7 +147,7 @@ def bad_lines(text: bytes, folder: Path | None = None) -> dict[int, str]:
 def _missing(row: Row) -> str | None:
     """A local image of this row that is not there, in words."""
     for source in row.sources:
-        if isinstance(source, str) and "://" not in source and not source.startswith("data:"):
+        if images.is_local(source):
             try:
                 there = os.path.isfile(os.path.expanduser(source))
             except ValueError:  # a NUL in it

@@ -77,7 +77,8 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
     if "stream" in tensors and len(rows) <= FEW:
         y = cpu_int4.product(rows, _tiles(tensors, format, shape))
     elif "stream" in tensors:
-        y, rows = rows.new_empty(len(rows), shape[0]), rows.to(_wide(x.dtype))
+        rows = rows.to(_wide(x.dtype))
+        y = rows.new_empty(len(rows), shape[0])
         for some, weight in _pieces(tensors, format, shape, rows.dtype):
             torch.mm(rows, weight, out=y[:, some])
     elif isinstance(format, Int8) and x.dtype == torch.bfloat16 and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:

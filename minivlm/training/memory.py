@@ -8,6 +8,7 @@
 B batch, T tokens, P patches, C hidden width, F MLP width, H and K query and key heads of D numbers, L layers.
 """
 
+import contextlib
 import hashlib
 import itertools
 import resource
@@ -56,22 +57,33 @@ class _Rerun:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         kept: dict[int, Tensor] = {}  # by the order in which autograd asks to save them, the same in both passes
-        numbers = itertools.count()
+        asked = 0
 
-        def found(number: int) -> Tensor:
+        def save(_: Tensor) -> int:
+            nonlocal asked
+            asked += 1
+            return asked - 1
+
+        def find(number: int) -> Tensor:
             if number not in kept:
-                second = itertools.count()
-                save = partial(_save, kept, second)
-                with torch.enable_grad(), saved_tensors_hooks(save, lambda _: None):
+                again = saved_tensors_hooks(partial(_save_again, kept, itertools.count(1), asked), lambda _: None)
+                with contextlib.suppress(_Enough), torch.enable_grad(), again:
                     self.forward(*args, **kwargs)
             return kept.pop(number)
 
-        with saved_tensors_hooks(lambda _: next(numbers), found):
+        with saved_tensors_hooks(save, find):
             return self.forward(*args, **kwargs)
 
 
-def _save(kept: dict[int, Tensor], numbers: Iterator[int], tensor: Tensor) -> None:
-    kept[next(numbers)] = tensor.detach()
+def _save_again(kept: dict[int, Tensor], counter: Iterator[int], most: int, tensor: Tensor) -> None:
+    count = next(counter)
+    kept[count - 1] = tensor.detach()
+    if count == most:
+        raise _Enough
+
+
+class _Enough(Exception):
+    """The last tensor is there; what the layer would compute from it is not needed."""
 
 
 # ---- Less without running anything of size again

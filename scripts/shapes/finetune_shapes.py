@@ -7,8 +7,9 @@
     python scripts/shapes/finetune_shapes.py json --plot curves.png    also draw the losses of all demonstrations so far
 
 A demonstration writes rows.jsonl and its images to a folder, runs the commands that it prints (`minivlm finetune`, and
-for nf4 `quantize` and `merge`), and prints a table of right answers. Half of the rows are questions that the model
-knew before, which keeps them known. Images, and the wording of old questions, are held out for measuring.
+for nf4 `quantize` and `merge`), and prints a table of right answers, and of old questions by their type. Half of the
+rows are questions that the model knew before, which keeps them known. Images, and the wording of old questions, are
+held out for measuring.
 """
 
 import argparse
@@ -165,7 +166,13 @@ DEMOS = {
     "json": Demo("JSON, shapes-idefics2", "shapes-idefics2", json_case),
     "nf4": Demo("the same from NF4", "shapes-idefics2", json_case, four_bits=True),
     "hexagon": Demo(
-        "hexagon, shapes-llava-next", "shapes-llava-next", hexagon_case, ("--targets", "all"), lr=1e-3, steps=400
+        "hexagon, shapes-llava-next",
+        "shapes-llava-next",
+        hexagon_case,
+        ("--targets", "all"),
+        lr=2e-3,
+        r=32,
+        beside=("describe", "layout", "shape", "exists"),
     ),
     "few-shot": Demo("JSON, shapes-idefics", "shapes-idefics", json_case, lr=2e-3, steps=200, few_shot=True),
 }

@@ -72,6 +72,29 @@ def test_train_ask_and_merge(rows: Path, tmp_path: Path, capsys: Any) -> None:
     assert not any("lora" in name for name, _ in AutoModelForImageTextToText.from_pretrained(merged).named_parameters())
 
 
+def test_every_option_reaches_the_loop(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    rows.write_text(rows.read_text() + "\n" + json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    common = ["--image-folder", tmp_path, *STEPS, "--skip-bad", "--eval", rows, "--eval-every", 1, "--no-split"]
+    adapter = ["--dora", "--rslora", "--alpha", 3, "--dropout", 0.1, "--train", "lm_head", "--targets", "all"]
+    ways = {
+        "full": ["--method", "full", "--schedule", "linear", "--longest-edge", 64, "--warmup", 1, "--save-every", 1],
+        "lora": [*adapter, "--checkpointing", "--schedule", "constant", "--decay", 0.01, "--clip", 0.5, "--seed", 3],
+    }
+    for name, options in ways.items():
+        code, _, err = run(capsys, "finetune", rows, tmp_path / name, *common, *options)
+        assert code == 0, err
+        assert "left out 1 of 5" in err
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert all(line["eval_loss"] > 0 for line in log)
+        assert [line["lr"] for line in log] == [0.0, 1e-4]  # a warm-up of one step
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["use_rslora"], config["lora_alpha"], config["r"]) == (True, True, 3, 2)
+    assert config["modules_to_save"] == ["lm_head"]
+    images = json.loads((tmp_path / "full" / "preprocessor_config.json").read_text())
+    assert (images["size"]["longest_edge"], images["do_image_splitting"]) == (64, False)
+    assert run(capsys, "ask", tmp_path / "0.png", "colour?", "--model", tmp_path / "full")[0] == 0
+
+
 def test_inspect_and_parity_with_an_adapter(rows: Path, tmp_path: Path, capsys: Any) -> None:
     """Also where the adapter is on one side alone: then that is what parity finds."""
     adapter = tmp_path / "adapter"

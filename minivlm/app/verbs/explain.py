@@ -35,13 +35,15 @@ def run(arguments: argparse.Namespace) -> None:
     session = options.prepared(arguments, names)
 
     from minivlm.app import explain, figures
+    from minivlm.checkpoint.files import replacing
 
     model, processor, images = session.model(), session.processor, session.images
     layers = explain.layers_of(model, arguments.layers)
     found = explain.gather(model, processor, images, question, layers=layers, max_new_tokens=arguments.max_new_tokens)
     found["model"]["name"] = session.name
     text = explain.page(found)
-    explain.write(text, arguments.out)
+    with replacing(arguments.out) as unfinished:  # as a whole or not at all
+        unfinished.write_text(text, encoding="utf-8")
     terminal.note(f"{arguments.out}: {len(text.encode()) / 1e6:.1f} MB")
     if arguments.png:
         terminal.note(f"{arguments.png}: {figures.write(found, images, arguments.png)} figures")
