@@ -133,9 +133,9 @@ class IdeficsVisionConfig(VisionConfig):
 
 @dataclass
 class IdeficsConfig(ModelConfig):
-    """The text model's fields lie flat beside what joins it to the images, as on the Hub.
+    """The text model's fields are not nested, as on the Hub: they stand beside those of the cross-attention.
 
-    `dropout`, 0 in every checkpoint, is not among them: there is none here.
+    There is no `dropout`, which is 0 in every checkpoint.
     """
 
     model_type: ClassVar[str] = "idefics"

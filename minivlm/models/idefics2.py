@@ -113,8 +113,8 @@ class PerceiverResampler(nn.Module):
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
-# Where no text config is given, as in the reference; one that is given has Mistral's own defaults. (The reference's
-# then has 32,000 tokens and no room for its image token.)
+# The text config if none is given, as in the reference. A given one starts from Mistral's defaults instead: it needs its own
+# vocab_size, because the 32,000 tokens of Mistral do not include the image token.
 TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 
 

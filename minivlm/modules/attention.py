@@ -33,8 +33,8 @@ class Mask:
 
     causal: query i (in slot S − T + i) attends to no later slot.
     window: with `causal`, it attends to the last `window` slots, its own included.
-    filled: () on the device, if shapes do not give it (`StaticCache`): so many of the S slots hold tokens, of which the
-    queries are the last; None: all S do.
+    filled: () on the device: how many of the S slots hold tokens, the queries last (`StaticCache`, whose shapes do not
+    show it); None: all S do.
     valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
 
     A query with no slot to attend to (padding) gets 0 from triton; elsewhere it attends to its own slot.
