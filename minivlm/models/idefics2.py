@@ -113,8 +113,8 @@ class PerceiverResampler(nn.Module):
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
-# The text config if none is given, as in the reference. A given one starts from Mistral's defaults instead: it needs its own
-# vocab_size, because the 32,000 tokens of Mistral do not include the image token.
+# The text config if none is given, as in the reference. One that is given starts from Mistral's defaults instead, whose
+# 32,000 tokens do not include the image token: it needs a vocab_size of its own.
 TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 
 
