@@ -1,6 +1,6 @@
-"""Many questions, answered in batches: whatever interrupts it, nothing is lost or done twice.
+"""Many questions, answered in batches. After an interruption, no answer is lost or computed twice.
 
-    questions ─► lines without answer yet ─► batches of like length ─► generate ─► part files, as they come
+    questions ─► lines without answer yet ─► batches of similar length ─► generate ─► part files, as they come
                                                           all answers, in order ─► answers.jsonl, by renaming
 
 `parts` has the files, and how several processes share the questions; `Answerer` is the same for other schedulers.

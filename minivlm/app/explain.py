@@ -371,7 +371,7 @@ def packed(values: Tensor) -> dict[str, Any]:
 
 
 def _attention(seen: Seen, rollout: _Rollout, tokens: int, length: int, layers: list[int]) -> dict[str, Any]:
-    """Weights over the prompt's positions, and over image vectors where these are no tokens.
+    """Weights over the prompt's positions, and over image vectors where these are not tokens.
 
     text: for each layer the mean over heads, (N, P), and if it is one of `layers` each head, (N, H, P).
     vectors: the same for the gated blocks; block: which of them each decoder layer comes after.

@@ -112,7 +112,7 @@ def _answers(text: bytes, header: dict[str, Any], path: Path) -> dict[int, dict[
     for name in header:
         if found.get(name) != header[name]:
             what = "other prompts" if name == "prompts" else f"{name}={found.get(name)!r}, not {header[name]!r}"
-            raise ValueError(f"{path} was begun with {what}; go on as it was begun, or remove it to begin anew")
+            raise ValueError(f"{path} was begun with {what}; continue with that, or remove it to start again")
     return {answer["line"]: answer for answer in answers}
 
 

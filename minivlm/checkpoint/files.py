@@ -42,7 +42,7 @@ class Save:
         self.failed = False  # a `saving` inside it failed, even if that error was caught
 
     def file(self, path: str | Path) -> Path:
-        """The path to write to. Its folder is made if need be."""
+        """The path to write to. Its folder is created if missing."""
         path = Path(path)
         self.written[path] = journal.new(path, self.mark)
         path.parent.mkdir(parents=True, exist_ok=True)

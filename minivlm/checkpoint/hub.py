@@ -93,7 +93,7 @@ class Source:
     subfolder: str = ""
 
     def file(self, filename: str, required: bool = True) -> Path | None:
-        """Local path of one file, downloaded if need be; None if it is absent and not `required`.
+        """Local path of one file, downloaded if not yet here; None if it is absent and not `required`.
 
         What an adapter's folder does not have is taken from the checkpoint that it was trained on.
         Raises CheckpointFileError for anything but a regular file, or a link to one.
@@ -301,7 +301,7 @@ def upload(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> str:
-    """Upload a folder as one commit to a repository, which is made if need be; returns the commit's address.
+    """Upload a folder as one commit to a repository, which is created if missing; returns the commit's address.
 
     Raises OSError where the Hub refuses or cannot be reached.
     """

@@ -77,7 +77,7 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
 
 
 def layout(ids: Tensor, inputs: dict[str, Any], config: Any) -> Layout:
-    """Image vectors are no tokens: which image a token attends to is in image_attention_mask, not here."""
+    """Image vectors are not tokens: which image a token attends to is in image_attention_mask, not here."""
     pixels, patch = inputs["pixel_values"], config.vision_config.patch_size
     grid = pixels.shape[3] // patch, pixels.shape[4] // patch
     seen = inputs["image_attention_mask"].bool().any(1)  # (B, N)

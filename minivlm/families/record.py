@@ -198,7 +198,7 @@ class Layout:
     tokens: (B, T, 4) int64, for each position of the text the image of its row, the view of that image, and row and
     column of the patch. −1 where it has none: text is −1 four times; a latent has its number instead of a column.
     views: for each row of the batch, for each of its images, its views.  vectors: latents of a view, 0 where each
-    image token is one patch.  crossed: image vectors are no tokens; the text attends to them from layers of its own.
+    image token is one patch.  crossed: image vectors are not tokens; the text attends to them from layers of its own.
     calls: how the tower runs: for each call of it, which views, and which patches in the reference's padded order, get
     its outputs; [] = all views at once, as in the reference.  sizes: (views, patches) of the reference.
     """

@@ -87,9 +87,9 @@ class GenerationConfig:
     no_repeat_ngram_size: int | None
     bad_words_ids: list[list[int]] | None
     remove_invalid_values: bool | None  # generate despite NaN or infinite logits, which become 0 or the largest number
-    prompt_lookup_num_tokens: int | None  # guess so many tokens ahead from the text so far; same answer
-    max_matching_ngram_size: int | None  # look up so many of the newest ids, or fewer; 2 if not set
-    num_assistant_tokens: int | None  # guess so many tokens ahead by `assistant_model`
+    prompt_lookup_num_tokens: int | None  # tokens to guess ahead from the text so far; same answer
+    max_matching_ngram_size: int | None  # the most of the newest ids to look up; 2 if not set
+    num_assistant_tokens: int | None  # tokens that `assistant_model` guesses ahead
     assistant_confidence_threshold: float | None  # stop guessing below this probability
     eos_token_id: int | list[int] | None
     pad_token_id: int | None  # fills rows that have ended; the first eos id if not set

@@ -107,7 +107,7 @@ class Seen:
         """(R, S, 4): for each position of the text its image, view, row and column of the patch, −1 where it has none.
 
         Images count within a row. Text: −1 four times. A latent (Idefics2) has no row, its column is its number. A
-        newline (LLaVA-NeXT) has an image only. IDEFICS: all −1, its image vectors are no tokens.
+        newline (LLaVA-NeXT) has an image only. IDEFICS: all −1, since its image vectors are not tokens.
         """
         tables, before = [], 0
         for one in self.passes.all:
@@ -166,7 +166,7 @@ def watch(
         seen["decoder layer 3"]
 
     to, dtype: where and in what to keep it: to="cpu", dtype=torch.float16 spare a GPU's memory.  last: of every pass
-    only so many of the last tokens: with 1, those that chose the answer's tokens.
+    only this many of the last tokens: with 1, those that chose the answer's tokens.
 
     Attention whose weights are watched takes the eager formula, the last block runs for all tokens, and nothing of the
     model is compiled into a graph. Afterwards nothing is left on the model. With an `edit`, edited values are kept.

@@ -83,7 +83,7 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
             torch.mm(rows, weight, out=y[:, some])
     elif isinstance(format, Int8) and x.dtype == torch.bfloat16 and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:
         # The operator would take bf16 scales: it gets ones, and the real ones come after. It reads rows by 16 inputs,
-        # and past the end of a row that is no multiple (torch 2.13).
+        # and past the end of a row that is not a multiple (torch 2.13).
         scales = tensors["scales"] / 127
         y = torch._weight_int8pack_mm(rows.contiguous(), tensors["qweight"], torch.ones_like(scales).to(x)) * scales
     else:

@@ -48,7 +48,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The changed weight (out, in), made anew at each call, in the dtype of the base's."""
+        """The changed weight (out, in), computed at each call, in the dtype of the base's."""
         return self.changed().to(self.base_layer.dtype if self.quantised else self.base_layer.weight.dtype)
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class LoRAEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The changed table (V, C), made anew at each call, in the dtype of the base's."""
+        """The changed table (V, C), computed at each call, in the dtype of the base's."""
         return self.changed().to(self.base_layer.weight.dtype)
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ def scheduled(schedule: str, step: int, steps: int, warmup: int) -> float:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name. ValueError if there is none."""
+    """The parameters that are trained, by name. ValueError if there are none."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
         raise ValueError("no parameter of this model is trained; apply an adapter (minivlm.training.lora.apply) first")
@@ -40,7 +40,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adamw(model: nn.Module, lr: float, decay: float = 0.0, kind: str = "adamw") -> Make:
-    """Makes AdamW for the parameters of a model, of which norms and biases do not decay.
+    """A function that makes AdamW for the parameters of a model; norms and biases do not decay.
 
     kind: torch's, or one of bitsandbytes whose two means take 8 bits; ValueError if that is not installed.
     """

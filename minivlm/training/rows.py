@@ -47,7 +47,7 @@ def read_rows(path: str | Path, images: str | Path | None = None) -> list[Row]:
     text, or LLaVA's {"image": …, "conversations": [{"from": "human", "value": "<image>\\n…"}, …]}. In a tar file, a
     row's images are the files beside its .json. images: the folder from which relative paths start.
 
-    ValueError names the line of a row that is none.
+    ValueError names the line of a row that is not valid.
     """
     path = Path(path)
     readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": parquet_rows, ".tar": _tar}
@@ -96,7 +96,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _tar(path: Path) -> Iterator[tuple[str, Any]]:
-    """Files of one name but for what follows its first dot are one row: 0001.json, 0001.0.jpg, 0001.1.jpg."""
+    """Files whose names agree up to the first dot are one row: 0001.json, 0001.0.jpg, 0001.1.jpg."""
     samples: dict[str, dict[str, Member]] = {}
     with tarfile.open(path, "r:") as archive:
         for entry in archive:
