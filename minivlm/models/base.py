@@ -156,7 +156,8 @@ def check_positions(positions: Tensor, vectors: int, images: str) -> None:
         )
 
 
-def exclude(least: int = 1, **given: Any) -> None:
-    """ValueError unless exactly one of two arguments is given; with least = 0, at most one."""
-    if not least <= sum(value is not None for value in given.values()) <= 1:
+def check_one_of(*, optional: bool = False, **given: Any) -> None:
+    """ValueError unless exactly one of two arguments is given, or with `optional` at most one."""
+    count = sum(value is not None for value in given.values())
+    if count > 1 or (count == 0 and not optional):
         raise ValueError(f"pass either {' or '.join(given)}, and not both")

@@ -401,7 +401,7 @@ class IdeficsModel(base.VisionLanguageModel):
 
         Raises ValueError if the shapes do not fit, or images or their mask are missing.
         """
-        base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        base.check_one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         attn = attn_implementation or self.attn_implementation
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         cache = past_key_values or self.growing_cache(x, use_cache)
@@ -596,7 +596,7 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
             logits_to_keep=logits_to_keep,
             attn_implementation=self.attn_implementation,
         )
-        logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
+        logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])  # −0 keeps all
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)
         return output.to_tuple() if return_dict is False else output

@@ -255,8 +255,8 @@ class Idefics2Model(base.VisionLanguageModel):
 
         Raises ValueError if the shapes do not fit, or images and image tokens do not match.
         """
-        base.exclude(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        base.exclude(0, pixel_values=pixel_values, image_hidden_states=image_hidden_states)
+        base.check_one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        base.check_one_of(optional=True, pixel_values=pixel_values, image_hidden_states=image_hidden_states)
         attn = attn_implementation or self.attn_implementation
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)  # (B, T, C)
@@ -348,7 +348,7 @@ class Idefics2ForConditionalGeneration(base.VisionLanguageModel):
             logits_to_keep=logits_to_keep,
             attn_implementation=self.attn_implementation,
         )
-        logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
+        logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])  # −0 keeps all
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)
         return output.to_tuple() if return_dict is False else output
