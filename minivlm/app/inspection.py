@@ -13,7 +13,7 @@ from minivlm.app import terminal
 from minivlm.app.answer import encoded
 from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
-from minivlm.modules.config import text_config
+from minivlm.modules.config import text_config, vocabulary
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_image
 from minivlm.quantization import apply, foreign
@@ -78,9 +78,8 @@ def check(name: str) -> dict[str, int]:
     loading.read_generation_config(files)
     auto.AutoProcessor.from_pretrained(name)
     tokenizer = Tokenizer.from_source(files)
-    text = getattr(model.config, "text_config", model.config)
     with hub.blame(f"{name}: tokenizer.json"):
-        tokenizer.check_vocabulary(text.vocab_size + getattr(text, "additional_vocab_size", 0))
+        tokenizer.check_vocabulary(vocabulary(model.config))
     return {"tensors": check_weights(model, files), "tokens": len(tokenizer)}
 
 

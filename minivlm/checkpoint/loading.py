@@ -26,7 +26,7 @@ from minivlm.checkpoint.weights import weight_files
 from minivlm.devices import fast_cpu as faster
 from minivlm.devices import parallel, placement
 from minivlm.generation.settings import SPECIAL_IDS, GenerationConfig
-from minivlm.modules.config import text_config
+from minivlm.modules.config import vocabulary
 from minivlm.quantization import apply
 from minivlm.quantization.arrival import Arrival, choose
 from minivlm.quantization.config import BitsAndBytesConfig
@@ -213,8 +213,7 @@ def read_generation_config(files: hub.Source) -> GenerationConfig | None:
 
 def _warn_ids(model: nn.Module, where: str) -> None:
     """Warn of special ids beyond the vocabulary: they are never generated, so no answer would end with one."""
-    text = text_config(model.config)
-    size = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
+    size = vocabulary(model.config)
     for name in SPECIAL_IDS:
         value = getattr(model.generation_config, name)
         ids = value if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -19,7 +19,7 @@ from minivlm.generation.speculation import Guess, guess_rule
 from minivlm.generation.steps import positions
 from minivlm.generation.stopping import Stop, stop_rules
 from minivlm.modules.cache import KVCache
-from minivlm.modules.config import text_config
+from minivlm.modules.config import text_config, vocabulary
 
 DEFAULT_NEW_TOKENS = 20  # if neither max_new_tokens nor max_length is set
 
@@ -63,7 +63,7 @@ def prepare(
     **options: Any,
 ) -> Run:
     """Check the arguments of `loop.generate` and build its `Run`. Errors as described there."""
-    device, V = next(model.parameters()).device, vocab_size(model)
+    device, V = next(model.parameters()).device, vocabulary(model.config)
     settings, inputs = _settings(model, generation_config, options, V, device)
     ids, mask, at = _prompt(settings, input_ids, attention_mask, position_ids, inputs, V, device)
     (B, K), n = mask.shape, settings.copies
@@ -129,11 +129,6 @@ def _prompt(
 
 
 # ---- Checks and defaults ---------------------------------------------------------------------------------------------
-
-
-def vocab_size(model: Any) -> int:
-    """The number of logits: IDEFICS counts its image tokens separately."""
-    return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
 
 
 def _inputs(given: dict[str, Any], device: torch.device) -> dict[str, Any]:

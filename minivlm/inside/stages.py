@@ -10,7 +10,7 @@ from torch import nn
 
 from minivlm.families import Stage, family
 from minivlm.inside.hooks import path_of
-from minivlm.modules.config import text_config
+from minivlm.modules.config import text_config, vocabulary
 
 WEIGHTS, HEADS = "attention weights", "attention heads"
 AXES = {  # of a stage's rows
@@ -75,7 +75,7 @@ def _shape(model: Any, stage: Stage) -> tuple[str | int, ...]:
         return *axes, module.in_features // owner.head_dim, owner.head_dim
     text = text_config(model.config)
     if stage.take == "logits":
-        return *axes, text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
+        return *axes, vocabulary(model.config)
     if stage.take == "image_hidden_states":
         return *axes, text.hidden_size
     widths = [_width(part) for part in module.modules()]

@@ -27,7 +27,7 @@ from minivlm.generation import output
 from minivlm.models.base import Output, next_token_loss
 from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
-from minivlm.modules.config import Config
+from minivlm.modules.config import Config, vocabulary
 from minivlm.modules.inputs import Inputs
 from minivlm.modules.stacks import stacked_layers
 from minivlm.training import adapters
@@ -122,7 +122,7 @@ class Tools:
         """
         flat = hasattr(self.config, "additional_vocab_size")  # IDEFICS
         base = self.config.vocab_size if flat else 0
-        found = base + self.config.additional_vocab_size if flat else self.config.text_config.vocab_size
+        found = vocabulary(self.config)
         wanted = found if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of:
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
@@ -130,11 +130,10 @@ class Tools:
             return self.get_input_embeddings()
         if wanted < base:
             raise ValueError(f"IDEFICS keeps its vocabulary of {base} tokens and adds to it; found {wanted}")
-        part = {"additional_vocab_size": wanted - base} if flat else {"vocab_size": wanted}
         if flat:
-            config = changed(self.config, **part)
+            config = changed(self.config, additional_vocab_size=wanted - base)
         else:
-            config = changed(self.config, text_config=changed(self.config.text_config, **part))
+            config = changed(self.config, text_config=changed(self.config.text_config, vocab_size=wanted))
         inner = getattr(self, "model", self)
         std = self.config.initializer_range if flat else self.config.text_config.initializer_range
         grow = partial(_resized, rows=wanted - base, std=0.0 if mean_resizing else std)

@@ -86,3 +86,8 @@ def check_token_ids(where: str, value: Any) -> None:
 def text_config(config: Any) -> Any:
     """The decoder's part of a model's config."""
     return getattr(config, "text_config", None) or config.decoder  # IDEFICS keeps its decoder's fields flat
+
+
+def vocabulary(config: Any) -> int:
+    """The number of tokens, which is that of logits: IDEFICS counts its added ones separately."""
+    return text_config(config).vocab_size + getattr(config, "additional_vocab_size", 0)

@@ -103,14 +103,13 @@ def _choose(model: Any, adapter: Any) -> None:
 
 def _checked(processor: Any, rows: list[Any], model: Any, arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """The rows that can be trained on, and their sizes."""
-    from minivlm.modules.config import text_config
+    from minivlm.modules.config import text_config, vocabulary
     from minivlm.training import data
 
     text = text_config(model.config)
-    vocabulary = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
     most = min(arguments.max_tokens or text.max_position_embeddings, text.max_position_embeddings)
     sizes = data.measure(data.for_training(processor), rows, arguments.workers)
-    good = data.fitting(rows, sizes, most, vocabulary, arguments.skip_bad)
+    good = data.fitting(rows, sizes, most, vocabulary(model.config), arguments.skip_bad)
     if len(good) < len(rows):
         terminal.note(f"left out {len(rows) - len(good)} of {len(rows)} rows")
     kept = {row.where for row in good}
