@@ -46,7 +46,7 @@ def describe(name: str) -> dict[str, Any]:
         files = hub.source(name)
         model_type = files.json("config.json").get("model_type")
         config = loading.read_config(files, auto.family(model_type, name).model_class.config_class)
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = auto.family(model_type, name).model_class(config)
     stored = None if files is None else files.json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
@@ -71,7 +71,7 @@ def check(name: str) -> dict[str, int]:
     """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
     files = hub.source(name)
     model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = model_class(loading.read_config(files, model_class.config_class))
     loading.read_generation_config(files)
     auto.AutoProcessor.from_pretrained(name)
@@ -86,7 +86,7 @@ def adapter(name: str, folder: str) -> dict[str, Any]:
     """What an adapter is made of, once every tensor of it has its place in this model; no weight of that is read."""
     files = hub.source(name)
     model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = model_class(loading.read_config(files, model_class.config_class))
     found = adapters.read(folder)
     fit = adapters.fit(model, found)

@@ -5,8 +5,6 @@ Counted on a meta-device model that `minivlm.parallel` has cut for each rank: th
 
 from typing import Any
 
-import torch
-
 from minivlm import auto, parallel
 from minivlm.app.inspection import memory
 from minivlm.checkpoint import hub, loading
@@ -60,7 +58,7 @@ def _weights(
     config: Any, model_class: Any, rank: int, gpus: int, dtype: str, quantization: Any, block: int
 ) -> tuple[int, int]:
     """Bytes of a rank's weights, and of those that a decode step reads: decoder, gated blocks and head."""
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = model_class(config)
     parallel.cut(model, rank, gpus, block)
     asked = () if quantization is None else (quantization.skip_modules, quantization.quantize_head)
@@ -79,7 +77,7 @@ def _weights(
 
 def _sums(model_class: Any, config: Any) -> int:
     """Collectives of one decoded token: two a block, and one that gathers the logits."""
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = model_class(config)
     return sum(1 for _ in parallel.connected(model)) + 1
 

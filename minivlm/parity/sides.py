@@ -179,7 +179,7 @@ def foresee(side: Side) -> None:
     if isinstance(side.model, nn.Module):
         return
     config, stored = config_of(side), hub.source(side.model).json("config.json").get("quantization_config")
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = family(config.model_type).model_class(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
