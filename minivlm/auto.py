@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from minivlm import families
-from minivlm.checkpoint import hub
+from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.options import where
 from minivlm.families import FAMILIES, Family
 
@@ -19,6 +19,19 @@ def family(model_type: Any, name: str = "this configuration") -> Family:
         return families.family(model_type, name)
     except ValueError as error:
         raise hub.CheckpointError(str(error)) from None
+
+
+def config_of(name_or_folder: str | Path) -> Any:
+    """A checkpoint's configuration, in its family's class."""
+    files = hub.source(name_or_folder)
+    kind = family(files.json(hub.CONFIG).get("model_type"), str(name_or_folder))
+    return loading.read_config(files, kind.model_class.config_class)
+
+
+def skeleton(config: Any) -> nn.Module:
+    """A model of this configuration on the meta device: shapes without memory."""
+    with loading.shapes_only():
+        return family(config.model_type).model_class(config)
 
 
 class AutoModelForImageTextToText:

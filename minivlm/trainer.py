@@ -2,7 +2,7 @@
 
 The stock Trainer trains, evaluates and resumes them as it is. But it calls `save_pretrained` only of subclasses of
 transformers' own `PreTrainedModel`; of any other model it writes the bare tensors, by the names they have in memory and
-without config.json, and fails where two are tied. It asks no attribute that could change that, so this is a subclass
+without config.json, and fails where two are tied. It reads no attribute that could change that, so this is a subclass
 that overrides one method. Weighed and left: instances that pretend to be of a class that they are not of (pickling and
 FSDP break), and replacing a name inside transformers (which others use too).
 """

@@ -1,12 +1,16 @@
 """The files to open to follow a forward pass: a table of files and lines for each family.
 
-    python scripts/reading_path.py
+    python scripts/reading_path.py            the table
+    python scripts/reading_path.py --rooms    the files and lines of every room, with the kernels' and the tests'
+    python scripts/reading_path.py --write    both, into README and docs/reading.md
 
 Follows imports of minivlm's own modules, inside functions too, from models/<family>.py through models/ and modules/.
 Rooms that no forward pass enters are left out: files, settings and loops around it (checkpoint, generation, …).
 """
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +38,11 @@ def reading_path(family: str) -> ReadingPath:
         if path not in found:
             found.append(path)
             todo += [target for target in imports(path) if target.parent.name in ROOMS]
-    return ReadingPath(
-        found, sum(len(path.read_text(encoding="utf-8").splitlines()) for path in found), first_module(found[0])
-    )
+    return ReadingPath(found, sum(map(lines_of, found)), first_module(found[0]))
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 def imports(path: Path) -> Iterator[Path]:
@@ -75,5 +81,35 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def rooms() -> dict[str, tuple[int, int]]:
+    """Room → its Python files and their lines; the package as a whole under its own name."""
+    package = ROOT / "minivlm"
+    folders = [path.parent for path in sorted(package.glob("*/__init__.py"))]
+    files = {f"minivlm/{folder.name}/": folder.rglob("*.py") for folder in folders}
+    files |= {"minivlm/*.py": package.glob("*.py"), "minivlm/ in all": package.rglob("*.py")}
+    files |= {f"{name}/": (ROOT / name).rglob("*.py") for name in ("kernels", "scripts", "tests")}
+    lines = {room: [lines_of(path) for path in paths] for room, paths in files.items()}
+    return {room: (len(each), sum(each)) for room, each in lines.items()}
+
+
+def rooms_table() -> str:
+    """The table of docs/reading.md: lines to the nearest hundred, so that it need not follow every edit."""
+    rows = ["| room | files | lines |", "| --- | ---: | ---: |"]
+    rows += [f"| `{room}` | {files} | {round(lines, -2):,} |" for room, (files, lines) in rooms().items()]
+    return "\n".join(rows)
+
+
+def write() -> None:
+    """Put both tables between their marks in README and docs/reading.md."""
+    for page in (ROOT / "README.md", ROOT / "docs" / "reading.md"):
+        text = page.read_text(encoding="utf-8")
+        for mark, made in (("path", table()), ("rooms", rooms_table())):
+            text = re.sub(f"<!-- {mark} -->.*?<!-- end", f"<!-- {mark} -->\n{made}\n<!-- end", text, flags=re.S)
+        page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(table())
+    if "--write" in sys.argv:
+        write()
+    else:
+        print(rooms_table() if "--rooms" in sys.argv else table())

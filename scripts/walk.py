@@ -38,7 +38,7 @@ STEPS = {
     "model.multi_modal_projector": "from vision width to text width, patch by patch",
     "model.text_model.embed_tokens": "token ids become vectors",
     "model.language_model.embed_tokens": "token ids become vectors",
-    "model.gated_cross_attn_layers.*": "each token attends to the images before it, behind a gate",
+    "model.gated_cross_attn_layers.*": "each token attends to the images before it; a gate scales the result",
     "model.text_model.layers.*": "each token attends to itself and to the tokens before it",
     "model.language_model.layers.*": "each token attends to itself and to the tokens before it",
     "model.text_model.norm": "the last norm, at the last token alone",

@@ -59,6 +59,18 @@ def test_the_reading_path_is_the_script_s(page: Path) -> None:
     assert f"<!-- path -->\n{reading_path.table()}\n<!-- end of path -->" in page.read_text(encoding="utf-8")
 
 
+def test_the_rooms_have_the_lines_that_reading_says() -> None:
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- rooms -->")[2].partition("<!-- end of rooms -->")[0]
+    stated = {
+        room: int(lines.replace(",", "")) for room, lines in re.findall(r"^\| `(.+)` \| \d+ \| ([\d,]+)", table, re.M)
+    }
+    counted = {room: lines for room, (_, lines) in reading_path.rooms().items()}
+    assert stated.keys() == counted.keys()
+    for room, lines in counted.items():
+        assert abs(lines - stated[room]) <= max(100, lines / 8), room
+
+
 def test_the_walk_is_a_real_run() -> None:
     text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
     assert f"{walk.START}\n{walk.markdown(walk.rows('shapes-idefics2')[0])}\n{walk.END}" in text

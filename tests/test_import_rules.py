@@ -15,18 +15,14 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "minivlm_kernels": set(),
     "minivlm.modules": {"minivlm_kernels"},
-    "minivlm.parallel": {"minivlm.modules"},
-    "minivlm.placement": {"minivlm.modules"},
+    "minivlm.devices": {"minivlm.modules", "minivlm_kernels"},
     "minivlm.families": {"minivlm.modules"},  # classes by reference, see `Family`
     "minivlm.quantization": {"minivlm.modules", "minivlm.families", "minivlm_kernels"},
-    "minivlm.fast_cpu": {"minivlm.modules", "minivlm_kernels"},
     "minivlm.generation": {"minivlm.modules", "minivlm.checkpoint"},
     "minivlm.checkpoint": {
         "minivlm.training",  # adapters, where one is asked for
-        "minivlm.parallel",
-        "minivlm.placement",
+        "minivlm.devices",
         "minivlm.families",
-        "minivlm.fast_cpu",
         "minivlm.generation",
         "minivlm.modules",
         "minivlm.quantization",
@@ -50,7 +46,7 @@ MAY_IMPORT = {
         "minivlm.checkpoint",
         "minivlm.families",
         "minivlm.modules",
-        "minivlm.parallel",
+        "minivlm.devices",
         "minivlm.processing",
         "minivlm.quantization",
         "minivlm.text",

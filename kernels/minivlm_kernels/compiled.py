@@ -19,6 +19,12 @@ import torch
 from minivlm_kernels import kept, processor
 
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-Wno-psabi")
+FORBIDDEN = {  # what keeps gcc from using an instruction set
+    "avx512f": "-mno-avx512f",
+    "avx512vbmi": "-mno-avx512vbmi",
+    "avx512_bf16": "-mno-avx512bf16",
+    "avx512_vnni": "-mno-avx512vnni",
+}
 SECONDS = 60  # for each of gcc's two steps, which take about a second
 
 
@@ -60,8 +66,7 @@ def _path(source: Path) -> Path:
 def _options() -> tuple[str, ...]:
     """Those of this processor, but for what a user has told torch or oneDNN not to use."""
     sets = processor.instruction_sets()
-    forbidden = {"avx512f": "-mno-avx512f", "avx512_bf16": "-mno-avx512bf16", "avx512_vnni": "-mno-avx512vnni"}
-    return (*OPTIONS, *(option for name, option in forbidden.items() if name not in sets))
+    return (*OPTIONS, *(option for name, option in FORBIDDEN.items() if name not in sets))
 
 
 def _threads() -> list[str]:

@@ -1,13 +1,10 @@
 // Few rows of x times a weight of four bits, on a CPU; cpu_int4.py says what the arguments are and how a weight lies in memory.
 // GCC's vectors of one register: 16 floats with AVX-512, 8 with AVX2, which takes 16 lanes in two parts.
 
+#include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #ifdef __AVX512F__
 enum { LANES = 16 };
@@ -22,6 +19,17 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
 
 #define INLINE static inline __attribute__((always_inline))
+
+// GCC's own conversions between lanes of different sizes go one by one.
+#ifdef __AVX512F__
+INLINE floats of_bytes(const void *at) { return (floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(at))); }
+INLINE words of_halves(const void *at) { return (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(at)); }
+INLINE floats of_fp16(const void *at) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(at)); }
+#else
+INLINE floats of_bytes(const void *at) { return (floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(at))); }
+INLINE words of_halves(const void *at) { return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128(at)); }
+INLINE floats of_fp16(const void *at) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(at)); }
+#endif
 
 // BODY for rows FROM to FROM + ROWS - 1 of x, until all are done. ROWS is a constant: sums of several rows stay in
 // registers only if their number is known.
@@ -38,6 +46,7 @@ typedef struct {
     const uint8_t *stream;                  // tiles of 16 outputs: scales, zeros, codes
     const float *table;                     // 16 values
     const float *nested_map, *nested_absmax; // a nested scale: nested_map[byte] · nested_absmax, one for 256, + offset
+    const uint8_t *nested_bytes;            // the map as four tables: all first bytes, all second ones, …
     float offset;
     int64_t tiles, columns, group, kind, zeros, last_nested, high_first, threads; // `zeros`, `high_first`: 0 or 1
 } Weight;
@@ -47,47 +56,79 @@ typedef struct {
     int64_t number, first; // its first scale's number in the order of the format
 } Tile;
 
+// The map as four tables, at `bytes`.
+static void split_map(Weight *w, uint8_t *bytes) {
+    for (int i = 0; w->kind == NESTED && i < 1024; i++) bytes[i % 4 * 256 + i / 4] = ((const uint8_t *)w->nested_map)[i];
+    w->nested_bytes = bytes;
+}
+
 static inline Tile tile_at(const Weight *w, int64_t number) {
     const int64_t count = 16 * w->columns / w->group, each = w->kind == FLOAT32 ? 4 : w->kind == NESTED ? 1 : 2;
     const uint8_t *scales = w->stream + number * (count * (each + w->zeros) + 8 * w->columns);
     return (Tile){scales, scales + count * each, scales + count * (each + w->zeros), number, number * count};
 }
 
-// The two factors of a group's nested scales, from lane `at` on. One by one: a gather is slower on many processors.
-INLINE void read_nested(const Weight *w, const Tile *tile, int64_t group, int at, float *values, float *absmax) {
-    const int64_t groups = w->columns / w->group;
-    const uint8_t *held = tile->scales + 16 * group + at;
-    for (int i = 0; i < LANES; i++) {
-        values[i] = w->nested_map[held[i]];
-        __asm__(""); // keeps the loop as it is
-    }
-    if (group % (groups & -groups)) return; // where no multiple of 256 can be, for outputs are `groups` scales apart
-    for (int i = 0; i < LANES; i++) {
-        const int64_t block = (tile->first + (at + i) * groups + group) / 256;
-        absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
+enum { GROUPS = 4 }; // of nested scales looked up at once
+
+typedef struct {
+    float values[16 * GROUPS], absmax[16]; // nested: the two factors, kept from group to group
+} Nested;
+
+// The second factor of a group. It changes at multiples of 256, which can only be multiples of the largest power of two in
+// the number of groups, for that is how far outputs are apart.
+static __attribute__((noinline)) void read_absmax(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
+    for (int i = 0; i < 16; i++) {
+        const int64_t block = (tile->first + i * (w->columns / w->group) + group) / 256;
+        nested->absmax[i] = w->nested_absmax[block < w->last_nested ? block : w->last_nested];
     }
 }
 
-// Scales of one group, from lane `at` on. absmax: room that is kept from group to group.
-INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, float *absmax) {
-    const int64_t place = 16 * group + at;
-    if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
-    if (w->kind == NESTED) {
-        float values[LANES];
-        read_nested(w, tile, group, at, values, absmax);
-        floats products = *(const floats *)values * *(const floats *)absmax;
-        __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
-        return products + w->offset;
+// The first factor of GROUPS groups. Bytes after the last scale are codes.
+static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
+    const uint8_t *held = tile->scales + 16 * group;
+#ifdef __AVX512VBMI__ // an instruction looks up 64 bytes in 128: a table for each byte of the numbers, in two halves
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // undone by unpacking
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(held));
+    const __mmask64 upper = _mm512_movepi8_mask(bytes);
+    __m512i found[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512i *table = (const __m512i *)(w->nested_bytes + 256 * i);
+        found[i] = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), bytes, _mm512_loadu_si512(table + 1));
+        found[i] = _mm512_mask_blend_epi8(
+            upper, found[i], _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 2), bytes, _mm512_loadu_si512(table + 3)));
     }
-    const words half = __builtin_convertvector(*(const halves *)(tile->scales + 2 * place), words);
-    if (w->kind == BFLOAT16) return (floats)(half << 16);
-    return (floats)((half & 0x8000) << 16 | (half & 0x7fff) << 13) * 0x1p112f; // exponents count from -15 and -127
+    const __m512i low = _mm512_unpacklo_epi8(found[0], found[1]), low_next = _mm512_unpackhi_epi8(found[0], found[1]);
+    const __m512i high = _mm512_unpacklo_epi8(found[2], found[3]), high_next = _mm512_unpackhi_epi8(found[2], found[3]);
+    _mm512_storeu_si512(nested->values, _mm512_unpacklo_epi16(low, high));
+    _mm512_storeu_si512(nested->values + 16, _mm512_unpackhi_epi16(low, high));
+    _mm512_storeu_si512(nested->values + 32, _mm512_unpacklo_epi16(low_next, high_next));
+    _mm512_storeu_si512(nested->values + 48, _mm512_unpackhi_epi16(low_next, high_next));
+#else
+    for (int i = 0; i < 16 * GROUPS; i++) {
+        nested->values[i] = w->nested_map[held[i]];
+        __asm__(""); // keeps the loop as it is: a gather is slower on many processors
+    }
+#endif
+}
+
+// Scales of one group, from lane `at` on, groups asked for in order.
+INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, Nested *nested) {
+    const int64_t place = 16 * group + at, groups = w->columns / w->group;
+    if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
+    if (w->kind == BFLOAT16) return (floats)(of_halves(tile->scales + 2 * place) << 16);
+    if (w->kind == FLOAT16) return of_fp16(tile->scales + 2 * place);
+    if (group % GROUPS == 0) read_nested(w, tile, group, nested);
+    if (group % (groups & -groups) == 0) read_absmax(w, tile, group, nested);
+    const float *values = nested->values + 16 * (group % GROUPS) + at;
+    floats products = *(const floats *)values * *(const floats *)(nested->absmax + at);
+    __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
+    return products + w->offset;
 }
 
 // 8 - zero: values are (table[code] + 8 - zero) * scale, table[code] being code - 8 where there are zeros.
-INLINE floats shifts_of(const Weight *w, const Tile *tile, int64_t group, int at) {
-    if (!w->zeros) return (floats){0};
-    return 8 - __builtin_convertvector(*(const bytes *)(tile->zeros + 16 * group + at), floats);
+INLINE floats shifts_of(const Tile *tile, int64_t group, int at) {
+    return 8 - of_bytes(tile->zeros + 16 * group + at);
 }
 
 // The lowest 4 bits of each word say which of 16 values it becomes.
@@ -108,7 +149,7 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
     const int count = TILES * rows, ways = count < 4 ? 4 / count : 1; // sums that do not wait for each other
     const int64_t groups = w->columns / w->group;
     floats table[PARTS], total[count], part[count * ways];
-    float absmax[TILES][LANES];
+    Nested nested[TILES];
     for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
     for (int i = 0; i < count; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
@@ -124,8 +165,11 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
                         part[(t * rows + i) * ways + s % ways] += values * x[i * w->columns + k + s];
                 }
         }
+#pragma GCC unroll 2
         for (int t = 0; t < TILES; t++) {
-            const floats scales = scales_of(w, tiles + t, g, at, absmax[t]), shifts = shifts_of(w, tiles + t, g, at);
+            const floats scales = scales_of(w, tiles + t, g, at, nested + t);
+            const floats shifts = w->zeros ? shifts_of(tiles + t, g, at) : (floats){0};
+#pragma GCC unroll 8
             for (int i = 0; i < rows; i++) {
                 floats *sum = part + (t * rows + i) * ways;
                 for (int j = 1; j < ways; j++) sum[0] += sum[j];
@@ -136,6 +180,67 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
     for (int t = 0; t < TILES; t++)
         for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16 + at) = total[t * rows + i];
 }
+
+#ifndef __AVX512F__
+// The same for tables of bf16 numbers: a shuffle looks up 32 bytes, so that two give 32 values, which become the upper
+// halves of floats in pairs. A lane is then half of one output, and two neighbours are added at a group's end.
+// x: the eight inputs of a word as pairs of lanes meet them, (0, 4), (2, 6), (1, 5), (3, 7).
+INLINE void tile_product_bytes(const Weight *w, const Tile *tile, const float *x, const float *sums, float *y,
+                               const int rows) {
+    const int64_t groups = w->columns / w->group;
+    const __m256i four = _mm256_set1_epi8(15), high = _mm256_set1_epi32(0xffff0000);
+    __m128i first = _mm_setzero_si128(), second = first; // the bytes of the table's numbers
+    for (int i = 0; i < 16; i++) {
+        ((uint8_t *)&first)[i] = ((const uint8_t *)(w->table + i))[2];
+        ((uint8_t *)&second)[i] = ((const uint8_t *)(w->table + i))[3];
+    }
+    const __m256i lower = _mm256_broadcastsi128_si256(first), upper = _mm256_broadcastsi128_si256(second);
+    floats total[4];
+    __m256 part[8];
+    Nested nested;
+    for (int i = 0; i < 2 * rows; i++) total[i] = (floats){0};
+    for (int64_t g = 0; g < groups; g++) {
+        for (int i = 0; i < 4 * rows; i++) part[i] = _mm256_setzero_ps();
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8)
+#pragma GCC unroll 4
+            for (int part_of = 0; part_of < 4; part_of++) { // the lower and the upper codes of 8 outputs, and of 8 others
+                const int half = part_of / 2, odd = part_of % 2;
+                const __m256i eight = _mm256_loadu_si256((const void *)(tile->codes + 8 * k + 32 * half));
+                const __m256i codes = _mm256_and_si256(odd ? _mm256_srli_epi16(eight, 4) : eight, four);
+                const __m256i one = _mm256_shuffle_epi8(lower, codes), two = _mm256_shuffle_epi8(upper, codes);
+                const __m256i pairs[2] = {_mm256_unpacklo_epi8(one, two), _mm256_unpackhi_epi8(one, two)};
+#pragma GCC unroll 2
+                for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+                    for (int p = 0; p < 2; p++) {
+                        const double *given = (const double *)(x + i * w->columns + k + 4 * odd);
+                        __m256 *sum = part + 4 * i + 2 * half + p;
+                        *sum = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(pairs[p], 16), (__m256)_mm256_broadcast_sd(given), *sum);
+                        *sum = _mm256_fmadd_ps((__m256)_mm256_and_si256(pairs[p], high), (__m256)_mm256_broadcast_sd(given + 1), *sum);
+                    }
+            }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const floats scales = scales_of(w, tile, g, 8 * half, &nested);
+            const floats shifts = w->zeros ? shifts_of(tile, g, 8 * half) : (floats){0};
+#pragma GCC unroll 2
+            for (int i = 0; i < rows; i++) {
+                const floats sum = (floats)_mm256_hadd_ps(part[4 * i + 2 * half], part[4 * i + 2 * half + 1]);
+                total[2 * i + half] += (sum + shifts * sums[i * groups + g]) * scales;
+            }
+        }
+    }
+    for (int i = 0; i < 2 * rows; i++)
+        *(floats *)(y + (i / 2 * w->tiles + tile->number) * 16 + 8 * (i % 2)) = total[i];
+}
+
+static int in_bf16(const float *table) {
+    uint32_t bits[16], low = 0;
+    memcpy(bits, table, sizeof bits);
+    for (int i = 0; i < 16; i++) low |= bits[i] & 0xffff;
+    return !low;
+}
+#endif
 
 #ifdef __AVX512BF16__
 enum { AHEAD = 1024 }; // bytes: a processor's own prefetching ends with a page
@@ -150,7 +255,7 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
     const int64_t groups = w->columns / w->group;
     floats total[16]; // of a constant size, so that they become registers
     __m512 part[16];
-    float absmax[4][LANES];
+    Nested nested[4];
     for (int i = 0; i < count; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
         for (int i = 0; i < count * ways; i++) part[i] = _mm512_setzero_ps();
@@ -172,8 +277,11 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
                     }
                 }
         }
+#pragma GCC unroll 4
         for (int t = 0; t < many; t++) {
-            const floats scales = scales_of(w, tiles + t, g, 0, absmax[t]), shifts = shifts_of(w, tiles + t, g, 0);
+            const floats scales = scales_of(w, tiles + t, g, 0, nested + t);
+            const floats shifts = w->zeros ? shifts_of(tiles + t, g, 0) : (floats){0};
+#pragma GCC unroll 8
             for (int i = 0; i < rows; i++) {
                 __m512 *sum = part + (t * rows + i) * ways;
                 for (int j = 1; j < ways; j++) sum[0] += sum[j];
@@ -186,9 +294,11 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
 }
 #endif
 
-// Whether `product_bf16` can be called.
-int has_bf16(void) {
-#ifdef __AVX512BF16__
+// 2: `product_bf16` can be called; 1: `product` is faster for a table of bf16 numbers; 0: neither.
+int bf16_tables(void) {
+#if defined(__AVX512BF16__)
+    return 2;
+#elif !defined(__AVX512F__)
     return 1;
 #else
     return 0;
@@ -196,13 +306,15 @@ int has_bf16(void) {
 }
 
 // As `product`, with x and the table in bf16.
-int product_bf16(const Weight *w, const uint16_t *x, const uint16_t *codes, float *y, int64_t rows, int64_t inputs) {
+int product_bf16(Weight *w, const uint16_t *x, const uint16_t *codes, float *y, int64_t rows, int64_t inputs) {
 #ifdef __AVX512BF16__
     const int64_t columns = w->columns, groups = columns / w->group;
     uint32_t *pairs = malloc(rows * (columns / 2 * sizeof *pairs + groups * sizeof(float)));
     float *sums = (float *)(pairs + rows * columns / 2);
     if (!pairs) return 1;
     memset(sums, 0, rows * groups * sizeof *sums);
+    uint8_t bytes[1024];
+    split_map(w, bytes);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < columns; k += 8)
             for (int64_t s = 0; s < 4; s++) {
@@ -236,12 +348,23 @@ int product_bf16(const Weight *w, const uint16_t *x, const uint16_t *codes, floa
 }
 
 // x: (rows, inputs).  y: (rows, 16 * tiles).  Returns 1 where there is no memory, else 0.
-int product(const Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
+int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     const int64_t columns = w->columns, groups = columns / w->group;
     float *ordered = malloc(rows * (columns + groups) * sizeof(float)), *sums = ordered + rows * columns;
     if (!ordered) return 1;
+    uint8_t bytes[1024];
+    split_map(w, bytes);
+    static const uint8_t in_pairs[8] = {0, 4, 2, 6, 1, 5, 3, 7}; // where each of eight inputs goes
+#ifdef __AVX512F__
+    const int pairs = 0;
+#else
+    const int pairs = in_bf16(w->table);
+#endif
     for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order in which codes come out of a word
-        for (int64_t k = 0; k < columns; k++) ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
+        for (int64_t k = 0; k < columns; k++) {
+            const int64_t code = k ^ w->high_first, to = pairs ? (code & ~7) + in_pairs[code & 7] : code;
+            ordered[i * columns + to] = k < inputs ? x[i * inputs + k] : 0;
+        }
     for (int64_t i = 0; i < rows * groups; i++) {
         sums[i] = 0;
         for (int64_t k = 0; w->zeros && k < w->group; k++) sums[i] += ordered[i * w->group + k];
@@ -249,6 +372,16 @@ int product(const Weight *w, const float *x, float *y, int64_t rows, int64_t inp
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = 0; number < w->tiles; number += TILES) {
         const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
+#ifndef __AVX512F__
+        if (pairs) {
+            for (int64_t i = 0; i < rows; i += 2) { // so many sums as there are registers
+                const float *some = ordered + i * columns, *its = sums + i * groups;
+                if (i + 1 < rows) tile_product_bytes(w, tiles, some, its, y + i * 16 * w->tiles, 2);
+                else tile_product_bytes(w, tiles, some, its, y + i * 16 * w->tiles, 1);
+            }
+            continue;
+        }
+#endif
         for (int at = 0; at < 16; at += LANES)
             FOR_ROWS(rows, tile_product(w, tiles, at, ordered + FROM * columns, sums + FROM * groups,
                                         y + FROM * 16 * w->tiles, ROWS))
@@ -265,16 +398,19 @@ INLINE void store(floats values, void *out, int64_t at, int bf16) {
 }
 
 // Tiles first to last - 1, transposed: out is (columns, 16 * (last - first)), as a tile holds them.
-void dequantize(const Weight *w, int64_t first, int64_t last, void *out, int64_t bf16) {
+void dequantize(Weight *w, int64_t first, int64_t last, void *out, int64_t bf16) {
+    uint8_t bytes[1024];
+    split_map(w, bytes);
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = first; number < last; number++) {
         const Tile tile = tile_at(w, number);
         floats table[PARTS];
         for (int p = 0; p < PARTS; p++) table[p] = ((const floats *)w->table)[p];
         for (int at = 0; at < 16; at += LANES) {
-            float absmax[LANES];
+            Nested nested;
             for (int64_t g = 0; g < w->columns / w->group; g++) {
-                const floats scales = scales_of(w, &tile, g, at, absmax), shifts = shifts_of(w, &tile, g, at);
+                const floats scales = scales_of(w, &tile, g, at, &nested);
+                const floats shifts = w->zeros ? shifts_of(&tile, g, at) : (floats){0};
                 for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
                     const words eight = *(const words *)(tile.codes + 64 * (k / 8) + 4 * at);
                     const floats values = look_up(table, eight >> 4 * ((k ^ w->high_first) % 8));

@@ -28,6 +28,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 LANES, WORD = 16, 8  # outputs in a tile, codes in a word
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
 HUGE_PAGE = 2**21
+BF16_PRODUCTS = 2  # what `bf16_tables` of the C says where x and the table are multiplied in bf16
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Tiles:
 
 class _Weight(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax")),
+        *((name, ctypes.c_void_p) for name in ("stream", "table", "nested_map", "nested_absmax", "nested_bytes")),
         ("offset", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("tiles", "columns", "group", "kind", "zeros", "last_nested")),
         *((name, ctypes.c_int64) for name in ("high_first", "threads")),
@@ -113,14 +114,16 @@ def _sequential(size: int) -> Tensor:
 def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows.
 
-    For x in bf16, on a processor with bf16 instructions, the table is rounded to bf16 too; sums are in fp32.
+    For x in bf16 the table is rounded to bf16 too, except with AVX-512 that has no bf16 instructions; sums are in fp32.
     """
-    described = _described(weight)
-    if x.dtype == torch.bfloat16 and has_bf16():
-        rows, codes = x.contiguous(), _table(weight).bfloat16()
-        given = ("product_bf16", ctypes.byref(described), rows, codes)
+    table = _table(weight)
+    if x.dtype == torch.bfloat16 and _library().bf16_tables() == BF16_PRODUCTS:
+        described, rows = _described(weight, table), x.contiguous()
+        given = ("product_bf16", ctypes.byref(described), rows, table.bfloat16())
     else:
-        rows = x.float().contiguous()
+        if x.dtype == torch.bfloat16 and _library().bf16_tables():
+            table = table.bfloat16().float()
+        described, rows = _described(weight, table), x.float().contiguous()
         given = ("product", ctypes.byref(described), rows)
     y = rows.new_empty(len(rows), len(weight.stream) * LANES, dtype=torch.float32)
     if _call(*given, y, *rows.shape):
@@ -128,12 +131,19 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     return y[:, : weight.shape[0]]
 
 
-def dequantize(weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16."""
+def dequantize(
+    weight: Tiles, dtype: torch.dtype, start: int = 0, stop: int | None = None, scratch: Tensor | None = None
+) -> Tensor:
+    """Outputs start … stop of the weight, transposed: (K, stop − start) fp32 or bf16. start: a multiple of 16.
+
+    scratch: a flat tensor of `dtype`, large enough, whose memory the result takes.
+    """
     rows, columns = weight.shape
-    stop, described = rows if stop is None else stop, _described(weight)
+    stop, described = rows if stop is None else stop, _described(weight, _table(weight))
     first, last = start // LANES, -(-stop // LANES)
-    out = weight.stream.new_empty(described.columns, (last - first) * LANES, dtype=dtype)
+    size = described.columns * (last - first) * LANES
+    scratch = weight.stream.new_empty(size, dtype=dtype) if scratch is None else scratch
+    out = scratch[:size].view(described.columns, -1)
     _call("dequantize", ctypes.byref(described), first, last, out, dtype == torch.bfloat16)
     return out[:columns, : stop - start]
 
@@ -161,16 +171,11 @@ def _table(weight: Tiles) -> Tensor:
     return _whole_numbers() if weight.table is None else weight.table
 
 
-def has_bf16() -> bool:
-    """Whether the library multiplies in bf16: this processor can, and nobody has forbidden it."""
-    return bool(_library().has_bf16())
-
-
-def _described(weight: Tiles) -> _Weight:
+def _described(weight: Tiles, table: Tensor) -> _Weight:
+    """The weight as the C takes it: addresses, so `table` must outlive the call."""
     columns = -(-weight.shape[1] // weight.group) * weight.group
-    table = _table(weight)
     values, absmax, offset = weight.nested or (None, None, 0.0)
-    nested = (None, None) if weight.nested is None else (values.data_ptr(), absmax.data_ptr())
+    nested = (None,) * 3 if weight.nested is None else (values.data_ptr(), absmax.data_ptr(), None)
     last = 0 if weight.nested is None else len(absmax) - 1
     sizes = (len(weight.stream), columns, weight.group, SCALES.index(weight.scales), weight.table is None, last)
     pointers = (weight.stream.data_ptr(), table.data_ptr(), *nested)

@@ -1,4 +1,4 @@
-"""One answer with its finish reason, token counts and times."""
+"""From a conversation to the model's inputs, and one answer with its finish reason, token counts and times."""
 
 import contextlib
 import sys
@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from minivlm.modules.inputs import Inputs
+
+ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one question, not of the program
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,18 @@ class Answer:
             "interrupted": "stopped; the conversation keeps the answer so far",
         }
         return sentences.get(self.finish_reason)
+
+
+def encoded(processor: Any, messages: list[Any], *, answered: bool = False, **options: Any) -> Inputs:
+    """Conversations as the model's inputs, up to where an answer begins; with `answered`, as they are."""
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=not answered,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **options,
+    )
 
 
 def setting_of(model: Any, settings: dict[str, Any], name: str) -> Any:

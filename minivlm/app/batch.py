@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from minivlm.app import parts
-from minivlm.app.answer import Clock, setting_of
+from minivlm.app.answer import ERRORS, Clock, encoded, setting_of
 from minivlm.app.parts import Records, Shard
-from minivlm.app.questions import KEYS, QUESTION, Row, numbered, read_row, reason, row_of
+from minivlm.app.questions import Row, numbered, read_row, row_of, with_question
+from minivlm.app.terminal import one_line
 from minivlm.processing.common import fetch_image
-
-ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one line, not of the program
+from minivlm.text.messages import make_message
 
 
 @dataclass
@@ -72,7 +71,7 @@ def run(job: Job, text: bytes, out: Path, about: dict[str, Any], shard: Shard = 
     """Answer every line of `text`, or a shard of them; `out` appears when all lines are answered, by any process.
 
     Out comes {"line": 1, "id": …, "answer": "…", "finish_reason": "stop"}, or {"line": 1, "error": "why"}. Empty lines
-    are passed over. `about` names what the answers depend on.
+    are skipped. `about` names what the answers depend on.
 
     Raises ValueError if `out` exists, or if what an earlier run left of it belongs to other questions or settings.
     """
@@ -123,13 +122,13 @@ def _bar(total: int, done: int) -> tqdm:
 
 
 def _all_answers(job: Job, lines: dict[int, bytes], summary: Summary) -> Iterator[Records]:
-    """Records of all lines, a batch at a time: what cannot be read first, then the longest, which need most memory."""
+    """Records of all lines, a batch at a time: unreadable lines first, then the longest, which need most memory."""
     rows, failed = [], []
     for number, text in lines.items():
         try:
             rows.append(read_row(number, text, job.folder))
         except (ValueError, RecursionError) as error:
-            failed.append({"line": number, "error": reason(error)})
+            failed.append({"line": number, "error": one_line(error)})
     if failed:
         summary.count(failed)
         yield failed
@@ -141,13 +140,13 @@ def _all_answers(job: Job, lines: dict[int, bytes], summary: Summary) -> Iterato
 
 
 def _answers(job: Job, rows: list[Row], summary: Summary) -> Records:
-    """Records of one batch. A row whose images cannot be had does not hold up the others."""
+    """Records of one batch. A row whose images cannot be fetched does not hold up the others."""
     records, ready = [], []
     for row in rows:
         try:
             ready.append((row, [fetch_image(job.processor, source) for source in row.sources]))
         except ERRORS as error:
-            records.append(_record(row, error=reason(error)))
+            records.append(_record(row, error=one_line(error)))
     return records + _generated(job, ready, summary)
 
 
@@ -161,7 +160,7 @@ def _generated(job: Job, ready: list[tuple[Row, list[Any]]], summary: Summary) -
     except ERRORS as error:
         if len(ready) > 1:
             return [record for one in ready for record in _generated(job, [one], summary)]
-        return [_record(rows[0], error=reason(error))]
+        return [_record(rows[0], error=one_line(error))]
     return [_record(row, answer=text, finish_reason=why) for row, (text, why) in zip(rows, found, strict=True)]
 
 
@@ -170,15 +169,7 @@ def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary)
     clock, processor, settings = Clock(), job.processor, dict(job.settings)
     tokenizer = processor.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-    inputs = processor.apply_chat_template(
-        [_with_system(row.messages, job.system) for row in rows],
-        images=images,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    )
+    inputs = encoded(processor, [_with_system(row.messages, job.system) for row in rows], images=images, padding=True)
     if settings.get("seed") is not None:
         settings["seed"] += rows[0].line  # or every batch would draw the same numbers
     timed = job.timed and (setting_of(job.model, settings, "num_beams") or 1) == 1
@@ -197,7 +188,7 @@ def _texts(job: Job, rows: list[Row], images: list[list[Any]], summary: Summary)
 
 
 def _length(new: list[int], eos: int | list[int] | None, pad: int | None) -> int:
-    """How many of a row's new ids it took, without the filler after its end."""
+    """The number of a row's new ids, without the padding after its end."""
     ends = [eos] if isinstance(eos, int) else eos or []
     first = next((n for n, id in enumerate(new, 1) if id in ends), len(new))
     return next((n for n in range(first, 0, -1) if new[n - 1] != pad or pad in ends), 0)
@@ -206,7 +197,7 @@ def _length(new: list[int], eos: int | list[int] | None, pad: int | None) -> int
 def _with_system(messages: Records, system: str | None) -> Records:
     if system is None or messages[0]["role"] == "system":
         return messages
-    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+    return [make_message("system", system), *messages]
 
 
 def _record(row: Row, **result: str) -> dict[str, Any]:
@@ -240,7 +231,8 @@ class Answerer:
         from minivlm import AutoModelForImageTextToText, AutoProcessor
 
         self.question = question
-        loaded = AutoModelForImageTextToText.from_pretrained(model, **({"device_map": "auto"} | (load or {})))
+        load = {"device_map": "auto"} | (load or {})
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **load)
         settings = {"max_new_tokens": 256, "do_sample": False} | settings
         self.job = Job(loaded, AutoProcessor.from_pretrained(model), settings, system=system)
 
@@ -251,17 +243,15 @@ class Answerer:
         count = len(next(iter(table.values())))
         rows, records = [], []
         for number in range(count):
-            values = {name: _plain(column[number]) for name, column in table.items() if name in KEYS}
-            if self.question is not None and not values.keys() & {"messages", *QUESTION}:
-                values["question"] = self.question
+            values = with_question({name: column[number] for name, column in table.items()}, self.question)
             try:
-                rows.append(row_of(number, values))
+                rows.append(row_of(number, {name: _plain(value) for name, value in values.items()}))
             except (ValueError, RecursionError) as error:
-                records.append({"line": number, "error": reason(error)})
+                records.append({"line": number, "error": one_line(error)})
         records += _answers(self.job, rows, Summary()) if rows else []
         found = {record["line"]: record for record in records}
         new = {name: [found[n].get(name) for n in range(count)] for name in ("answer", "finish_reason", "error")}
-        return {**table, **{name: np.array(column, dtype=object) for name, column in new.items()}}
+        return table | {name: np.array(column, dtype=object) for name, column in new.items()}
 
 
 def _plain(value: Any) -> Any:

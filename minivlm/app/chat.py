@@ -13,13 +13,13 @@ P ids of the prompt, N images in it.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from minivlm.app.answer import Answer, setting_of
+from minivlm.app.answer import Answer, encoded, setting_of
 from minivlm.families import family
 from minivlm.generation import loop
 from minivlm.generation.settings import check, is_whole
@@ -27,10 +27,9 @@ from minivlm.generation.speculation import alike
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 from minivlm.processing.common import fetch_image
-from minivlm.text.chat_template import normalise
+from minivlm.text.messages import make_message, normalise
 
 NEW_TOKENS = 256  # of an answer, where max_new_tokens is not set
-ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one question, not of the program
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Chat:
     def reset(self) -> None:
         """Begin a new conversation."""
         self._end_answer()
-        self.messages = [] if self.system is None else [_message("system", self.system)]
+        self.messages = [] if self.system is None else [make_message("system", self.system)]
         self._forget()
 
     def ask(self, text: str, images: Any = (), **settings: Any) -> str:
@@ -105,7 +104,7 @@ class Chat:
         self._end_answer()
         sources = images if isinstance(images, list | tuple) else [] if images is None else [images]
         fetched = [fetch_image(self.processor, source) for source in sources]
-        messages = [*self.messages, _message("user", text, fetched)]
+        messages = [*self.messages, make_message("user", text, fetched)]
         self._answer = self._turn(messages, {"tokenizer": self.processor.tokenizer, **self.settings, **settings})
         return self._answer
 
@@ -133,9 +132,7 @@ class Chat:
         return self._read(messages, self._tokens(*given, settings), settings, begin)
 
     def _render(self, messages: list[dict[str, Any]]) -> Prompt:
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = encoded(self.processor, messages)
         images, ids = normalise(messages)[1], inputs["input_ids"][0].tolist()
         positions = [position for position, id in enumerate(ids) if id == self.processor.image_token_id]
         counts = self._family.image_lengths(self.processor, inputs, len(positions), len(images))
@@ -189,7 +186,7 @@ class Chat:
         text, reason = self._decode(new).strip(), self._reason
         reason = "interrupted" if self._stopped and reason != "stop" else reason
         self.last = Answer(text, reason, prompt, len(new), settings["max_new_tokens"], seconds, first, cached)
-        self.messages = [*messages, _message("assistant", text)]
+        self.messages = [*messages, make_message("assistant", text)]
 
     def _decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
@@ -199,7 +196,7 @@ class Chat:
         """The answer's ids. The first `blind` ids of the prompt are run before those that go with `images`."""
         ids = torch.tensor([self._ids], device=self.model.device)
         if blind > self._cache.length:
-            loop.prefill(self.model, ids[:, self._cache.length : blind], self._cache)
+            loop.forward(self.model, ids[:, self._cache.length : blind], self._cache)
         inputs = {"attention_mask": torch.ones_like(ids), "past_key_values": self._cache, **images}
         if (setting_of(self.model, settings, "num_beams") or 1) > 1:
             # the answer is known at the end of the search; this cache keeps the prompt, beams go on in copies of it
@@ -254,11 +251,6 @@ class Chat:
         self._cache.crop(kept)
         if self._cache.slots < slots:
             self._cache = self._cache.expand(1, slots)
-
-
-def _message(role: str, text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
-    items = [{"type": "image", "image": image} for image in images]
-    return {"role": role, "content": [*items, {"type": "text", "text": text}]}
 
 
 # ---- Text as it comes ----

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 bad input (chat and batch: some lines of it; parity: also 
 """
 
 import argparse
-import difflib
 import importlib
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import NoReturn
 from minivlm import __version__
 from minivlm.app import launch, terminal
 from minivlm.app.options import UsageError
+from minivlm.text.shown import suggestion
 
 # verb → module; in the order of the help
 VERBS = {
@@ -82,8 +82,7 @@ def _run(argv: list[str]) -> int | bool:
 
 def overview() -> str:
     """The help of `minivlm` without a verb: what each verb does."""
-    width = max(map(len, VERBS))
-    verbs = [f"  {verb:{width}}  {_summary(_verb(verb))}" for verb in VERBS]
+    verbs = terminal.columns([(f"  {verb}", _summary(_verb(verb))) for verb in VERBS])
     return "\n".join(
         [
             "usage: minivlm VERB …\n",
@@ -111,7 +110,7 @@ def parser_of(verb: str, module: ModuleType) -> argparse.ArgumentParser:
 
 def _verb(name: str) -> ModuleType:
     if name not in VERBS:
-        _Parser(prog="minivlm").error(f"there is no verb {name!r}{_suggestion(name, VERBS)}")
+        _Parser(prog="minivlm").error(f"there is no verb {name!r}{suggestion(name, VERBS)}")
     return importlib.import_module(VERBS[name])
 
 
@@ -119,7 +118,7 @@ def _verb(name: str) -> ModuleType:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows every default that says something, where the help does not do so in its own words."""
+    """Adds an option's default to its help, unless it is None or False or the help mentions it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -133,13 +132,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         mistyped = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        close = _suggestion(mistyped[1], self._option_string_actions) if mistyped else ""
+        close = suggestion(mistyped[1], self._option_string_actions) if mistyped else ""
         self.exit(2, f"minivlm: error: {message}{close}; see `{self.prog} --help`\n")
-
-
-def _suggestion(word: str, known: object) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _summary(module: ModuleType) -> str:

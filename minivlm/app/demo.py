@@ -9,11 +9,12 @@ import importlib.util
 import os
 import socket
 import tempfile
-from dataclasses import dataclass
+from importlib.resources import files
 from threading import Lock
 from typing import Any
 
-from minivlm.app.chat import ERRORS, Chat
+from minivlm.app.answer import ERRORS
+from minivlm.app.chat import Chat
 from minivlm.app.terminal import one_line
 from minivlm.processing.common import fetch_image
 
@@ -21,44 +22,12 @@ HOST = "127.0.0.1"  # this machine alone
 KEPT = 50  # answers that can still be looked into
 LARGEST = 50_000_000  # bytes of a file that is dropped
 LONGEST = 960  # pixels of the image on the page
-PAGE = 5_000_000  # bytes of the page inside
 QUESTIONS = ("What is in this image?", "What is unusual here?", "What is written?")
 SHAPES = ("Describe the picture.", "What number is written?", "What colour is the star?", "Where is the circle?")
-STYLE = """
-body { background: #f6f4ef; color: #1d1c1a; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-.nicegui-content { display: block; max-width: 1120px; margin: 0 auto; padding: 32px 24px 48px; }
-.about { font-size: .875rem; color: #57534c; margin: 0; overflow-wrap: anywhere; }
-h1 { font-size: clamp(1.6rem, 4.2vw, 2.4rem); line-height: 1.15; font-weight: 650; letter-spacing: -.015em;
-  margin: .15em 0 .6em; }
-.desk { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.1fr); gap: 22px; align-items: start; }
-.card { background: #fff; border: 1px solid #dedad2; border-radius: 14px; padding: 20px; min-width: 0; }
-.card.q-uploader { padding: 0; overflow: hidden; width: 100%; max-height: none; box-shadow: none; }
-.q-uploader__header { background: #1d1c1a; }
-.q-uploader__subtitle { display: none; }
-.q-uploader__list { padding: 14px; min-height: 220px; display: grid; align-items: center; }
-.q-uploader__dnd { outline-color: #0067a5; background: #e3f0f9cc; }
-.empty { color: #57534c; text-align: center; padding: 48px 12px; }
-.shown { width: 100%; border-radius: 6px; }
-.line { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 10px; align-items: center; }
-.line .q-btn { min-width: 84px; min-height: 44px; border-radius: 9px; }
-.ideas { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 12px; }
-.ideas .q-btn { border: 1px solid #57534c; border-radius: 9px; min-height: 36px; padding: 0 12px; }
-.turn { margin-top: 16px; }
-.asked { color: #57534c; font-size: .9rem; overflow-wrap: anywhere; }
-.answer { font-size: 1.25rem; line-height: 1.4; margin: 4px 0 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.answer.failed { color: #a32a00; font-size: 1rem; }
-.took { font-size: .875rem; color: #57534c; display: flex; flex-wrap: wrap; gap: 4px 16px; }
-.took a { color: #0067a5; text-decoration: underline; }
-:focus-visible { outline: 3px solid #ffcf3f; outline-offset: 2px; box-shadow: 0 0 0 2px #1d1c1a; }
-@media (max-width: 780px) {
-  .nicegui-content { padding: 20px 14px; }
-  .desk { grid-template-columns: minmax(0, 1fr); gap: 14px; }
-}
-"""
 
 
 def check(port: int) -> None:
-    """ValueError if NiceGUI is missing or the port is no number of one, OSError if it is taken."""
+    """ValueError if NiceGUI is missing or the port number too large, OSError if the port is taken."""
     if importlib.util.find_spec("nicegui") is None:
         raise ValueError("`minivlm demo` needs NiceGUI, which is not installed: pip install 'nicegui>=3.18,<4'")
     if port > 65535:
@@ -71,12 +40,6 @@ def check(port: int) -> None:
             raise OSError(f"port {port} cannot be used ({error.strerror}); --port takes another one") from error
 
 
-@dataclass
-class Asked:
-    image: Any
-    question: str
-
-
 class Desk:
     """A model that answers one question at a time, and the questions whose answers can be looked into."""
 
@@ -84,7 +47,7 @@ class Desk:
         self.model, self.processor, self.name = model, processor, name
         self.settings = {"max_new_tokens": new_tokens, "do_sample": False}
         self.lock = Lock()
-        self.asked: dict[int, Asked] = {}
+        self.asked: dict[int, tuple[Any, str]] = {}  # number → image and question
         self._count = 0
 
     def chat(self) -> Chat:
@@ -93,7 +56,7 @@ class Desk:
     def keep(self, image: Any, question: str) -> int:
         """The number under which this question can be looked into; the oldest is forgotten."""
         self._count += 1
-        self.asked[self._count] = Asked(image, question)
+        self.asked[self._count] = image, question
         self.asked.pop(self._count - KEPT, None)
         return self._count
 
@@ -103,11 +66,9 @@ class Desk:
 
         if number not in self.asked:
             raise ValueError(f"answer {number} is not kept (the last {KEPT} are); ask once more")
-        asked = self.asked[number]
+        image, question = self.asked[number]
         with self.lock:
-            found = explain.gather(
-                self.model, self.processor, [asked.image], asked.question, room=PAGE, **self.settings
-            )
+            found = explain.gather(self.model, self.processor, [image], question, **self.settings)
         found["model"]["name"] = self.name
         return explain.page(found)
 
@@ -136,7 +97,7 @@ def serve(desk: Desk, image: Any, port: int) -> None:
     def index() -> None:
         Page(desk, image).build()
 
-    # a page of another site whose name was made to point at this machine gets nothing
+    # refuses requests under any other host name, which a page of another site could make (DNS rebinding)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     ui.run(
         host=HOST,
@@ -159,7 +120,7 @@ class Page:
     def build(self) -> None:
         from nicegui import ui
 
-        ui.add_css(STYLE)
+        ui.add_css(files("minivlm.app").joinpath("demo.css").read_text(encoding="utf-8"))
         ui.colors(primary="#1d1c1a")
         ui.label(self.desk.about()).classes("about")
         ui.html("<h1>Ask about an image</h1>", sanitize=False)

@@ -15,22 +15,25 @@ import io
 import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm import __version__
-from minivlm.families import family
+from minivlm.app.answer import encoded
+from minivlm.families import Stage, family
 from minivlm.inside import attribute, edit, latents, logit_lens, watch
 from minivlm.inside.hooks import hooked
 from minivlm.inside.stages import stages_of
 from minivlm.inside.watch import Seen
 from minivlm.parity.sides import code_at
+from minivlm.text.messages import make_message
 
 LONGEST = 960  # pixels of an image on the page
 RELEVANCE = 500_000_000  # parameters: gradients of larger models take long, and much memory
@@ -47,7 +50,7 @@ WORDS = {  # what happens in a stage, by the beginning of its name
     "packed vectors": "tiles are put together as the image lies; the border goes, newlines come",
     "merged embeddings": "image vectors take the positions of the image tokens",
     "token embeddings": "ids become vectors",
-    "gated block": "text attends to the image vectors, behind a gate",
+    "gated block": "text attends to the image vectors; a gate scales the result",
     "decoder layer": "tokens attend to those before them",
     "final norm": "the vectors are normalised",
     "logits": "a score for every token of the vocabulary",
@@ -68,12 +71,12 @@ def gather(
     """Everything the page shows, as plain data.
 
     images: PIL, RGB.  layers: whose heads are kept one by one; None = as many, evenly spaced, as fit in `room` bytes;
-    of the others the mean over heads stays.
+    of other layers only the mean over heads is kept.
     settings: of `generate`.  Raises ValueError for a prompt without an image, and what `generate` raises.
     """
     if not images:
         raise ValueError("there is nothing to explain without an image")
-    inputs = dict(_prompt(processor, images, question).to(model.device))
+    inputs = dict(encoded(processor, [make_message("user", question, images)]).to(model.device))
     start = time.perf_counter()
     ids = model.generate(**inputs, **settings)
     seconds, length = time.perf_counter() - start, inputs["input_ids"].shape[1]
@@ -81,7 +84,7 @@ def gather(
     text = _with_answer(inputs, ids)
     with _watched(model, len(answer)) as (seen, rollout):
         probabilities = model(**text, logits_to_keep=len(answer)).logits[0].float().softmax(-1)
-    grey = model(**{**text, "pixel_values": torch.zeros_like(text["pixel_values"])}, logits_to_keep=len(answer))
+    grey = model(**text | {"pixel_values": torch.zeros_like(text["pixel_values"])}, logits_to_keep=len(answer))
     views = _of_images(seen, processor, images, model.config)
     layers = layers or _fitting(model, length, len(answer), room)
     return {
@@ -106,7 +109,7 @@ def page(found: dict[str, Any]) -> str:
     data = json.dumps(found, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(f"{found['question']} - {found['model']['name']}")
     head, between, end = re.split(r"{{title}}|{{data}}", template)
-    return f"{head}{title}{between}{data}{end}"  # what was asked may hold such marks itself
+    return f"{head}{title}{between}{data}{end}"  # the question may contain such marks itself
 
 
 def layers_of(model: Any, text: str | None) -> list[int] | None:
@@ -129,17 +132,6 @@ def _fitting(model: Any, positions: int, tokens: int, room: int) -> list[int]:
 
 
 # ---- Running
-
-
-def _prompt(processor: Any, images: list[Any], question: str) -> Any:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
 
 
 def _with_answer(inputs: dict[str, Any], ids: Tensor) -> dict[str, Any]:
@@ -200,45 +192,51 @@ def _about(model: Any) -> dict[str, Any]:
 
 
 def _stages(model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompt's way: layers of one kind together, their shape, the milliseconds they took, whose code they are."""
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    spent: dict[str, float] = {}
-    known = [stage for stage in stages_of(model) if stage.take not in ("weights", "heads") and "," not in stage.name]
-    timed = {stage.name: model.get_submodule(stage.ours) for stage in known if stage.take == "output"}
-    begun: dict[str, float] = {}
-
-    def begin(name: str) -> Any:
-        return lambda *_: begun.update({name: time.perf_counter()})
-
-    def end(name: str) -> Any:
-        return lambda *_: spent.update({name: spent.get(name, 0.0) + time.perf_counter() - begun[name]})
-
-    def note(stage: Any, value: Tensor) -> None:
-        shapes.setdefault(stage.name, []).append(tuple(value.shape))
-
+    """The prompt's path through the model: layers of one kind in one row, with shapes, milliseconds and code."""
+    stages = [stage for stage in stages_of(model) if stage.take not in ("weights", "heads") and "," not in stage.name]
     model(**inputs)  # once before the clock counts
-    handles = [module.register_forward_pre_hook(begin(name)) for name, module in timed.items()]
-    handles += [module.register_forward_hook(end(name)) for name, module in timed.items()]
-    try:
-        with hooked(model, dict.fromkeys(known, note)):
-            start = time.perf_counter()
-            model(**inputs)
-            total = time.perf_counter() - start
-    finally:
-        for handle in handles:
-            handle.remove()
+    shapes, seconds, total = _timed(model, inputs, stages)
     rows: dict[str, dict[str, Any]] = {}
-    for stage in known:
+    for stage in stages:
         kind = stage.name.rstrip("0123456789").strip()
         if stage.name not in shapes:
             continue
         row = rows.setdefault(kind, {"name": kind, "count": 0, "ms": 0.0, "what": WORDS.get(kind, "")})
-        row |= {"count": row["count"] + 1, "shape": " + ".join("x".join(map(str, each)) for each in shapes[stage.name])}
-        row["ms"] = round(row["ms"] + 1000 * spent.get(stage.name, 0.0), 2)
-        module = model.get_submodule(stage.blame or stage.ours)
-        plain = type(module).__module__.startswith("torch.")
-        row["code"] = f"torch {type(module).__name__}" if plain else code_at(type(module))
+        row["count"] += 1
+        row["ms"] = round(row["ms"] + 1000 * seconds[stage.name], 2)
+        row["shape"] = " + ".join("x".join(map(str, shape)) for shape in shapes[stage.name])
+        owner = type(model.get_submodule(stage.blame or stage.ours))
+        plain = owner.__module__.startswith("torch.")
+        row["code"] = f"torch {owner.__name__}" if plain else code_at(owner)
     return [*rows.values(), {"name": "in all", "count": 1, "ms": round(1000 * total, 2), "what": "", "shape": ""}]
+
+
+def _timed(
+    model: Any, inputs: dict[str, Any], stages: list[Stage]
+) -> tuple[dict[str, list[tuple[int, ...]]], dict[str, float], float]:
+    """One pass: the shapes of each stage's calls, the seconds its module took, and the seconds of all."""
+    shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    begun, seconds = {}, defaultdict(float)
+
+    def begin(name: str, *_: Any) -> None:
+        begun[name] = time.perf_counter()
+
+    def end(name: str, *_: Any) -> None:
+        seconds[name] += time.perf_counter() - begun[name]
+
+    def note(stage: Stage, value: Tensor) -> None:
+        shapes[stage.name].append(tuple(value.shape))
+
+    with ExitStack() as stack:
+        for stage in stages:
+            if stage.take == "output":
+                module = model.get_submodule(stage.ours)
+                stack.callback(module.register_forward_pre_hook(partial(begin, stage.name)).remove)
+                stack.callback(module.register_forward_hook(partial(end, stage.name)).remove)
+        stack.enter_context(hooked(model, dict.fromkeys(stages, note)))
+        start = time.perf_counter()
+        model(**inputs)
+        return shapes, seconds, time.perf_counter() - start
 
 
 # ---- Images
@@ -359,8 +357,8 @@ def _named(processor: Any, ids: Tensor, values: Tensor) -> list[list[Any]]:
 
 
 def packed(values: Tensor) -> dict[str, Any]:
-    """(…, n) of 0 and more as bytes: the square root of the share of each row's largest value. 255² levels are enough
-    for the eye, and the root keeps what is small apart."""
+    """Values (…, n) ≥ 0 as bytes, each relative to the largest of its row. The square root is stored: it keeps small
+    values apart, and 255² levels are enough for the eye."""
     values = values.float().clamp(min=0)
     most = values.amax(-1, keepdim=True)
     data = (255 * (values / most.clamp(min=1e-30)).sqrt()).round().to(torch.uint8)
@@ -405,7 +403,7 @@ def _layer(weights: Tensor, heads: bool) -> dict[str, Any]:
 
 def _latents(seen: Seen) -> list[dict[str, Any]]:
     """For each view of the row where its latents look: (Q, h · w). [] without a resampler."""
-    if not seen.places.vectors:
+    if not seen.layout.vectors:
         return []
     return [packed(grid.flatten(1).cpu()) for image in latents(seen) for grid in image]
 
@@ -420,13 +418,3 @@ def _relevance(model: Any, inputs: dict[str, Any], ids: Tensor, length: int) -> 
         patches = attribute(model, text, int(ids[0, end])).patches
         found.append([packed(grid.flatten()) for image in patches for grid in image])
     return found
-
-
-def write(text: str, path: Path) -> None:
-    """Write the page as a whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

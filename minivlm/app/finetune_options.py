@@ -1,5 +1,6 @@
-"""The options of `minivlm finetune`, in four groups."""
+"""The options of `minivlm finetune`, in four groups, and what they say of the steps and the adapter."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from minivlm.app import options
 def add_model_options(group: Any) -> None:
     group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {options.DEFAULT_MODEL})")
     group.add_argument("--load", choices=options.FORMATS, help="freeze the weights in 4 or 8 bits (QLoRA)")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the weights")
+    group.add_argument("--dtype", choices=options.DTYPES[:3], default="auto", help="of the weights")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help="attention backend")
+    group.add_argument("--attn", choices=options.ATTENTION, help="attention backend")
     group.add_argument("--chat-template", metavar="NAME|FILE", help="of the prompts (default: the checkpoint's own)")
 
 
@@ -60,5 +61,47 @@ def add_step_options(group: Any) -> None:
     text = "under torchrun: cut the weights among the processes instead of copying them to each (FSDP2)"
     group.add_argument("--fsdp", action="store_true", help=text)
     group.add_argument("--checkpointing", action="store_true", help="less memory for a third more time")
-    group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep what a frozen tower sees")
+    group.add_argument("--cache-features", type=float, default=0.0, metavar="GIB", help="keep a frozen tower's outputs")
     group.add_argument("--save-every", type=int, default=100, metavar="N", help="steps")
+
+
+def recipe(arguments: argparse.Namespace) -> Any:
+    """ValueError for a number that no training can have."""
+    from minivlm.training.recipe import Recipe
+
+    return Recipe(
+        batch=arguments.batch,
+        accumulate=arguments.accumulate,
+        epochs=arguments.epochs,
+        steps=arguments.steps,
+        lr=arguments.lr,
+        schedule=arguments.schedule,
+        warmup=arguments.warmup,
+        decay=arguments.decay,
+        clip=arguments.clip,
+        optimizer=arguments.optimizer,
+        seed=arguments.seed,
+        checkpointing=arguments.checkpointing,
+        workers=arguments.workers,
+        eval_every=arguments.eval_every,
+        save_every=arguments.save_every,
+        cache_bytes=arguments.cache_features * 2**30,
+    )
+
+
+def adapter(arguments: argparse.Namespace) -> Any:
+    """The adapter's settings; None where every weight is trained."""
+    from minivlm.training import targets
+
+    if arguments.method == "full":
+        return None
+    known = arguments.targets in (*targets.PRESETS, targets.ALL_LINEAR) or any(c in arguments.targets for c in r"\*(|[")
+    return targets.LoraConfig(
+        r=arguments.r,
+        lora_alpha=arguments.alpha if arguments.alpha is not None else arguments.r,
+        target_modules=arguments.targets if known else tuple(arguments.targets.split(",")),
+        lora_dropout=arguments.dropout,
+        modules_to_save=tuple(arguments.train) if arguments.train else None,
+        use_rslora=arguments.rslora,
+        use_dora=arguments.dora,
+    )

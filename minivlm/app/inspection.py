@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from minivlm import auto
+from minivlm.app import terminal
+from minivlm.app.answer import encoded
 from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
 from minivlm.modules.config import text_config
@@ -16,6 +18,7 @@ from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_image
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
+from minivlm.text.messages import make_message
 from minivlm.text.tokenizer import Tokenizer
 from minivlm.training import adapters, targets
 
@@ -39,40 +42,39 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def describe(name: str) -> dict[str, Any]:
     """What `inspect` prints, as plain data. The model is built on the meta device: no weights, no memory."""
-    if name in auto.PRESETS and not Path(name).is_dir():
-        config, files = auto.PRESETS[name], None
-        model_type = config.to_hub()["model_type"]
-    else:
-        files = hub.source(name)
-        model_type = files.json("config.json").get("model_type")
-        config = loading.read_config(files, auto.family(model_type, name).model_class.config_class)
-    with loading.shapes_only():
-        model = auto.family(model_type, name).model_class(config)
-    stored = None if files is None else files.json("config.json").get("quantization_config")
+    config, model = known_config(name), auto.skeleton(known_config(name))
+    stored = None if is_release(name) else hub.source(name).json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
     text = text_config(config)
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     return {
         "model": name,
-        "model_type": model_type,
+        "model_type": config.model_type,
         "dtype": config.dtype,
         "parts": parts,
         "parameters": total,
         "bytes": {dtype: total * size for dtype, size in BYTES.items()},
         "quantised": _quantised(model, stored),
-        "tokens_per_image": auto.family(model_type, name).image_tokens(config),
+        "tokens_per_image": auto.family(config.model_type).image_tokens(config),
         "max_position_embeddings": text.max_position_embeddings,
         "cache_bytes_per_token": {dtype: cache * size for dtype, size in BYTES.items()},
     }
 
 
+def is_release(name: str) -> bool:
+    """Whether it is the name of a released checkpoint, whose configuration is known without its files."""
+    return name in auto.PRESETS and not Path(name).is_dir()
+
+
+def known_config(name: str) -> Any:
+    """A checkpoint's configuration; of a released one without a network."""
+    return auto.PRESETS[name] if is_release(name) else auto.config_of(name)
+
+
 def check(name: str) -> dict[str, int]:
     """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
-    files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with loading.shapes_only():
-        model = model_class(loading.read_config(files, model_class.config_class))
+    files, model = hub.source(name), auto.skeleton(auto.config_of(name))
     loading.read_generation_config(files)
     auto.AutoProcessor.from_pretrained(name)
     tokenizer = Tokenizer.from_source(files)
@@ -83,11 +85,8 @@ def check(name: str) -> dict[str, int]:
 
 
 def adapter(name: str, folder: str) -> dict[str, Any]:
-    """What an adapter is made of, once every tensor of it has its place in this model; no weight of that is read."""
-    files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with loading.shapes_only():
-        model = model_class(loading.read_config(files, model_class.config_class))
+    """What an adapter is made of, once each of its tensors is found to fit this model, whose weights are not read."""
+    model = auto.skeleton(auto.config_of(name))
     found = adapters.read(folder)
     fit = adapters.fit(model, found)
     numbers: Counter[str] = Counter()
@@ -99,22 +98,10 @@ def adapter(name: str, folder: str) -> dict[str, Any]:
 
 
 def adapter_line(found: dict[str, Any]) -> str:
-    """It in words."""
+    """One line about an adapter."""
     parts = ", ".join(f"{part} {count:,}" for part, count in found["parameters"].items())
     sizes = f"r {found['r']}, alpha {found['alpha']}, {found['layers']} layers"
     return f"adapter {found['adapter']}: {found['kind']}, {sizes}; parameters: {parts}"
-
-
-def prompt(processor: Any, images: list[Any]) -> Inputs:
-    """A question about these images as the model will get it."""
-    content = [
-        *({"type": "image", "image": image} for image in images),
-        {"type": "text", "text": "What is this?"},
-    ]
-    messages = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
 
 
 def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
@@ -123,10 +110,11 @@ def cost(name: str, images: list[Any]) -> tuple[dict[str, Any], Inputs]:
     processor = auto.AutoProcessor.from_pretrained(name)
     fetched = [fetch_image(processor, image) for image in images]
 
-    def tokens(some: list[Any]) -> int:
-        return prompt(processor, some)["input_ids"].shape[1]
+    def prompt(*some: Any) -> Inputs:
+        return encoded(processor, [make_message("user", "What is this?", some)])
 
-    each, inputs = [tokens([image]) - tokens([]) for image in fetched], prompt(processor, fetched)
+    without, inputs = prompt()["input_ids"].shape[1], prompt(*fetched)
+    each = [prompt(image)["input_ids"].shape[1] - without for image in fetched]
     whole = inputs["input_ids"].shape[1]
     return {"tokens": each, "prompt_tokens": whole, "pixel_bytes": inputs["pixel_values"].nbytes}, inputs
 
@@ -140,7 +128,7 @@ def sight(name: str, inputs: Inputs) -> float:
     model = auto.AutoModelForImageTextToText.from_pretrained(name, device_map="auto")
     inputs = inputs.to(model.device)
     seen, grey = (
-        model(**{**inputs, "pixel_values": pixels}).logits[0, -1].float().log_softmax(0)
+        model(**inputs | {"pixel_values": pixels}).logits[0, -1].float().log_softmax(0)
         for pixels in (inputs["pixel_values"], torch.zeros_like(inputs["pixel_values"]))
     )
     moved = float((seen.exp() * (seen - grey)).sum())
@@ -190,12 +178,7 @@ def table(found: dict[str, Any]) -> str:
         sizes = ", ".join(f"{SIZES[name]} {value}" for name, value in part["sizes"].items())
         held = (memory(part["bytes"][dtype]) for dtype in BYTES)
         rows.append((part["part"], part["class"], f"{part['parameters']:,}", *held, sizes))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1, len(widths) - 1}
-    lines = [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in columns).rstrip()
-        for columns in (enumerate(zip(row, widths, strict=True)) for row in rows)
-    ]
+    lines = terminal.columns(rows, right=(2, 3, 4))
     tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
     quantised = [
         f"{entry['format']}: {entry['parameters']:,} parameters, {entry['bytes_per_parameter']:.3f} byte each; "

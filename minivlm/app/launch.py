@@ -1,4 +1,4 @@
-"""`--gpus N`: one verb on N processes, each of which holds a share of the model (`minivlm.parallel`).
+"""`--gpus N`: one verb on N processes, each of which holds a share of the model (`minivlm.devices.parallel`).
 
 `minivlm ask … --gpus 2` starts itself again under `torch.distributed.run --standalone`. All processes then run the same
 verb in step. The first one alone reads stdin, fetches URLs, writes files and prints; what it reads is handed to the
@@ -28,7 +28,7 @@ def add_option(group: Any) -> None:
 
 
 def wanted(arguments: argparse.Namespace) -> bool:
-    """Whether this process should start N others, as which it is not started itself."""
+    """Whether to start N processes: `--gpus` asks for them, and this is not one of them."""
     return getattr(arguments, "gpus", 1) > 1 and MARK not in os.environ
 
 
@@ -38,7 +38,7 @@ def start(count: int, argv: list[str]) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), MARK: str(count)}
     with subprocess.Popen([*command, "-m", "minivlm", *argv], env=environment, stderr=subprocess.PIPE) as process:
         try:
-            for line in process.stderr:  # torchrun tells at length what the failed process has told in one line
+            for line in process.stderr:  # torchrun repeats at length what the failed process printed in one line
                 if line.startswith(b"minivlm:"):
                     sys.stderr.buffer.write(line)
                     sys.stderr.buffer.flush()
@@ -54,7 +54,7 @@ def join(arguments: argparse.Namespace) -> None:
         return
     import torch.distributed as dist
 
-    from minivlm import parallel
+    from minivlm.devices import parallel
     from minivlm.processing import images
 
     rank, _ = parallel.start()
@@ -70,16 +70,16 @@ def join(arguments: argparse.Namespace) -> None:
 
 
 def leave() -> None:
-    """Before a started process tells its error. That of the first one comes before those of the others, which are most
-    often the same, or follow from it: they wait a while, in which torchrun ends them."""
+    """Called before a started process prints its error. Only the first one's is of use: the others' are usually the
+    same or follow from it, so they wait, and torchrun ends them meanwhile."""
     if MARK in os.environ and int(os.environ.get("RANK", 0)):
         time.sleep(10)
         sys.stderr = sys.__stderr__
 
 
 def _own_copy(out: Path, rank: int) -> Path:
-    """Where a process writes its answers: the first one to `out`; the others, which go on from the same state, to a
-    folder that nobody reads."""
+    """Where a process writes its answers: the first one to `out`; the others, which continue from the same state, to a
+    temporary folder."""
     part = out.with_name(out.name + ".part")
     begun = shared(lambda: part.read_bytes() if part.exists() else None)
     if not rank:
@@ -113,7 +113,7 @@ class _SharedInput(io.TextIOBase):
 
 
 def shared(make: Any, group: Any = None) -> Any:
-    """What `make` gives in the first process, on all of them. If it raises there, all do."""
+    """The result of `make`, called in the first process alone, in all of them. If it raises there, all raise."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

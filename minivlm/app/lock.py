@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from minivlm.checkpoint import journal
+
 try:
     import fcntl
 except ImportError:
@@ -38,6 +40,22 @@ def held(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
         file.close()
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Write a folder in this block, which is new, empty, or holds what a killed run had not finished.
+
+    ValueError if it holds something else, or if another process is writing it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with held(out.with_name(f"{out.name}.lock")):
+        if out.is_dir():
+            journal.finish(out)
+            journal.clear(out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists already; name a new folder")
+        yield
 
 
 def _taken(path: Path) -> IO[str]:

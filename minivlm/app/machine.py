@@ -9,7 +9,7 @@ from minivlm_kernels import compiled, cpu_dense, cpu_int4, processor, selfcheck
 
 
 def describe() -> dict[str, Any]:
-    """It as plain data. The first call on a machine compiles two pages of C, which takes seconds."""
+    """The machine as plain data. The first call compiles two pages of C, which takes seconds."""
     return {
         "processor": processor.name(),
         "threads": torch.get_num_threads(),
@@ -67,7 +67,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> str:
-    """It in words."""
+    """The same as lines of text."""
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
     stand_ins = [
         f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA") if name in os.environ

@@ -5,6 +5,8 @@ import difflib
 import json
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from minivlm.app import launch, terminal
 
 DEFAULT_MODEL = "shapes-idefics2"
 FORMATS = ["nf4", "fp4", "int4", "int8"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+ATTENTION = ["eager", "sdpa", "triton"]
 # Settings that only make sense where tokens are drawn: any of them switches sampling on.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # They would change what `generate` returns, or are options of their own.
@@ -39,9 +43,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     attention = "attention backend (default: best for the device); triton needs a GPU"
     group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
     add_adapter_option(group)
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help=weights)
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help=weights)
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    group.add_argument("--attn", choices=["eager", "sdpa", "triton"], help=attention)
+    group.add_argument("--attn", choices=ATTENTION, help=attention)
     group.add_argument("--quantize", choices=FORMATS, help="turn the weights into 4 or 8 bits as they are read")
     add_head_option(group)
     launch.add_option(group)
@@ -57,7 +61,7 @@ def add_head_option(group: Any) -> None:
 
 
 def add_adapter_option(group: Any) -> None:
-    text = "a LoRA adapter (PEFT's folder) to put on the model; without a model: and on the one that it names"
+    text = "a LoRA adapter (PEFT's folder) to put on the model; without --model, on the one that it names"
     group.add_argument("--adapter", metavar="DIR", help=text)
 
 
@@ -68,6 +72,12 @@ def model_name(arguments: argparse.Namespace) -> str:
     if arguments.model is None:
         terminal.note(f"no --model given, asking {DEFAULT_MODEL}, a small model that knows simple shapes")
     return arguments.model or DEFAULT_MODEL
+
+
+def add_words(parser: argparse.ArgumentParser) -> None:
+    """Images and the question about them, for verbs that take both."""
+    images = "image files, URLs, base64, or - for stdin; then the question"
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
 
 
 def checked_question(question: str) -> str:
@@ -124,23 +134,50 @@ def load_processor(name: str, arguments: argparse.Namespace) -> Any:
     return processor
 
 
+@dataclass(frozen=True)
+class Session:
+    """Everything that a verb needs but the weights, so that a bad option or image costs no loading."""
+
+    name: str
+    arguments: argparse.Namespace
+    device: str
+    dtype: str | None
+    processor: Any
+    images: list[Any]  # PIL, RGB
+
+    def model(self) -> Any:
+        return load_model(self.name, self.arguments, self.device, self.dtype)
+
+
+def prepared(arguments: argparse.Namespace, images: Sequence[str] = ()) -> Session:
+    """The session that the options describe. images: as people name them; ValueError, OSError for bad ones."""
+    name = model_name(arguments)
+
+    from minivlm.app.images import source
+    from minivlm.processing.common import fetch_image
+
+    device, dtype = device_and_dtype(arguments)
+    processor = load_processor(name, arguments)
+    fetched = [fetch_image(processor, source(image)) for image in images]
+    return Session(name, arguments, device, dtype, processor, fetched)
+
+
 def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str | None) -> Any:
     from minivlm import AutoModelForImageTextToText
 
-    config = asked_quantization(arguments)
     return AutoModelForImageTextToText.from_pretrained(
         name,
         device_map=device,
         dtype=dtype,
         attn_implementation=arguments.attn,
-        quantization_config=config,
+        quantization_config=asked_quantization(arguments),
         adapter=getattr(arguments, "adapter", None),
         tp_plan="auto" if arguments.gpus > 1 else None,
     )
 
 
 def asked_quantization(arguments: argparse.Namespace) -> Any:
-    """The configuration behind `--quantize` and `--quantize-head`; None without."""
+    """The configuration that `--quantize` and `--quantize-head` ask for; None without."""
     head = getattr(arguments, "quantize_head", False)
     if arguments.quantize is None:
         if head:
@@ -150,7 +187,7 @@ def asked_quantization(arguments: argparse.Namespace) -> Any:
 
 
 def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None, head: bool = False) -> Any:
-    """The configuration behind `--quantize` and `--format`.  skip: modules that stay; head: the output head too."""
+    """The configuration of a `--quantize` or `--format`.  skip: modules that stay; head: the output head too."""
     from minivlm import BitsAndBytesConfig, Int4Config
 
     if kind == "int4":

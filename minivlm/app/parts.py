@@ -25,7 +25,7 @@ PART = r"\.part(-\d{5,}-of-\d{5,})?"
 
 @dataclass(frozen=True)
 class Shard:
-    """The questions of one process among `count`: number `rank`, `rank + count`, … of those that there are."""
+    """The questions of one process among `count`: number `rank`, `rank + count`, … of all questions."""
 
     rank: int = 0
     count: int = 1
@@ -57,7 +57,7 @@ ALL = Shard()
 
 
 def all_parts(out: Path) -> list[Path]:
-    """The part files that there are, of any number of shards."""
+    """All part files, of any number of shards."""
     return sorted(path for path in out.parent.glob("*.part*") if re.fullmatch(re.escape(out.name) + PART, path.name))
 
 
@@ -81,7 +81,7 @@ def resume(part: BinaryIO, header: dict[str, Any]) -> None:
 
 
 def read_all(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The answers in all part files, by line. What there is of a last line does not count: it may be being written.
+    """The answers in all part files, by line. An unfinished last line does not count: it may be being written.
 
     Where `out` stands beside parts, a process has just finished, or was killed while it removed them: all is in `out`.
     ValueError for a part that belongs to other questions or settings.

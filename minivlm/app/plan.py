@@ -1,13 +1,13 @@
 """`minivlm inspect MODEL --gpus N`: what each device would hold, before anything is downloaded.
 
-Counted on a meta-device model that `minivlm.parallel` has cut for each rank: the same shapes that loading would fill.
+Counted on a meta-device model that `devices.parallel` has cut for each rank: the same shapes that loading would fill.
 """
 
 from typing import Any
 
-from minivlm import auto, parallel
-from minivlm.app.inspection import memory
-from minivlm.checkpoint import hub, loading
+from minivlm import auto
+from minivlm.app.inspection import known_config, memory
+from minivlm.devices import parallel
 from minivlm.modules.config import text_config
 from minivlm.quantization import apply
 
@@ -23,16 +23,16 @@ def plan(name: str, gpus: int, dtype: str, quantization: Any, context: int, rows
 
     quantization: a configuration as for `from_pretrained`, or None.  context, rows: of the cache, tokens and rows.
     """
-    config, model_class = _config(name)
+    config = known_config(name)
     parallel.check_size(config, gpus)
     block = 1 if quantization is None else parallel.block_of(quantization.format)
-    weights = [_weights(config, model_class, rank, gpus, dtype, quantization, block) for rank in range(gpus)]
+    weights = [_weights(config, rank, gpus, dtype, quantization, block) for rank in range(gpus)]
     text = text_config(config)
     heads = max(1, text.num_key_value_heads // gpus)
     cache = 2 * text.num_hidden_layers * heads * text.head_dim * SIZES[dtype if dtype != "auto" else "bfloat16"]
     cache *= context * rows
     worst = max(total for total, _ in weights)
-    sums = _sums(model_class, config)
+    sums = sum(1 for _ in parallel.connected(auto.skeleton(config))) + 1  # two a block, and one gathers the logits
     return {
         "gpus": gpus,
         "weights": [total for total, _ in weights],
@@ -45,21 +45,9 @@ def plan(name: str, gpus: int, dtype: str, quantization: Any, context: int, rows
     }
 
 
-def _config(name: str) -> tuple[Any, Any]:
-    if name in auto.PRESETS:
-        config = auto.PRESETS[name]
-        return config, auto.family(config.to_hub()["model_type"], name).model_class
-    files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    return loading.read_config(files, model_class.config_class), model_class
-
-
-def _weights(
-    config: Any, model_class: Any, rank: int, gpus: int, dtype: str, quantization: Any, block: int
-) -> tuple[int, int]:
+def _weights(config: Any, rank: int, gpus: int, dtype: str, quantization: Any, block: int) -> tuple[int, int]:
     """Bytes of a rank's weights, and of those that a decode step reads: decoder, gated blocks and head."""
-    with loading.shapes_only():
-        model = model_class(config)
+    model = auto.skeleton(config)
     parallel.cut(model, rank, gpus, block)
     asked = () if quantization is None else (quantization.skip_modules, quantization.quantize_head)
     quantised = set(apply.selected(model, *asked)) if asked else set()
@@ -73,13 +61,6 @@ def _weights(
         total += size
         read += size if any(part in f".{name}" for part in (*parallel.PARTS, ".lm_head.")) else 0
     return total, read
-
-
-def _sums(model_class: Any, config: Any) -> int:
-    """Collectives of one decoded token: two a block, and one that gathers the logits."""
-    with loading.shapes_only():
-        model = model_class(config)
-    return sum(1 for _ in parallel.connected(model)) + 1
 
 
 def table(found: dict[str, Any], context: int, rows: int) -> str:

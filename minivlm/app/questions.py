@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.app import images
-from minivlm.text.chat_template import normalise
+from minivlm.app.terminal import one_line
+from minivlm.text.messages import make_message, normalise
 from minivlm.text.shown import short
 
 QUESTION, IMAGES, ID = ("question", "prompt", "text"), ("images", "image"), ("id", "question_id")
@@ -31,7 +32,7 @@ class Row:
 
     @property
     def size(self) -> tuple[int, int]:
-        """What its length in tokens follows from, without opening an image: how many there are, and characters."""
+        """Stands for its length in tokens without opening an image: the numbers of images and characters."""
         texts = (item.get("text", "") for message in self.messages for item in message["content"])
         return len(self.sources), sum(map(len, texts))
 
@@ -49,7 +50,7 @@ def read_file(path: Path, question: str | None = None) -> bytes:
 
 
 def about_folder(folder: Path, question: str) -> bytes:
-    """The same question about every image of a folder, in the order of their names, as lines of a file would say it.
+    """The same question about every image of a folder, in the order of their names, as lines of a questions file.
 
     Raises ValueError for a folder without images.
     """
@@ -61,16 +62,19 @@ def about_folder(folder: Path, question: str) -> bytes:
 
 
 def about_table(path: Path, question: str | None = None) -> bytes:
-    """The rows of a parquet file (by pyarrow) as lines of a file would say them; columns of other names stay behind."""
+    """The rows of a parquet file (by pyarrow) as lines of a questions file; columns of other names are left out."""
     from minivlm.training.rows import parquet_rows
 
-    lines = []
-    for _, values in parquet_rows(path):
-        row = {name: value for name, value in values.items() if name in KEYS}
-        if question is not None and not row.keys() & {"messages", *QUESTION}:
-            row["question"] = question
-        lines.append(json.dumps(row, default=_in_json) + "\n")
-    return "".join(lines).encode()
+    rows = (with_question(values, question) for _, values in parquet_rows(path))
+    return "".join(json.dumps(row, default=_in_json) + "\n" for row in rows).encode()
+
+
+def with_question(values: dict[str, Any], question: str | None) -> dict[str, Any]:
+    """The columns of a row that make a question; `question` if it has none of its own."""
+    row = {name: value for name, value in values.items() if name in KEYS}
+    if question is not None and not row.keys() & {"messages", *QUESTION}:
+        row["question"] = question
+    return row
 
 
 def _in_json(data: Any) -> str:
@@ -119,27 +123,22 @@ def _message(values: dict[str, Any], question: str, given: list[str]) -> list[di
     found = [found] if isinstance(found, str | bytes | dict) else [] if found is None else found
     if not isinstance(found, list):
         raise ValueError(f'"{given[0]}" is a list of paths and URLs, found {short(found)}')
-    items = [{"type": "image", "image": image} for image in found]
-    return [{"role": "user", "content": [*items, {"type": "text", "text": values[question]}]}]
+    return [make_message("user", values[question], found)]
 
 
 def _located(source: Any, folder: Path | None) -> Any:
-    if not isinstance(source, str) or source == "-":
-        return source
-    found = images.decoded(source) or source
-    if folder is None or isinstance(found, bytes) or "://" in found or found.startswith("data:"):
-        return found
-    return os.path.join(folder, found)
+    local = images.is_local(source) and source != "-"
+    return os.path.join(folder, source) if local and folder is not None else source
 
 
 def bad_lines(text: bytes, folder: Path | None = None) -> dict[int, str]:
-    """What is wrong with lines that cannot be answered, by their number, as far as files need not be opened."""
+    """Line number → why it cannot be answered, as far as that shows without opening an image."""
     found = {}
     for number, line in numbered(text).items():
         try:
             why = _missing(read_row(number, line, folder))
         except (ValueError, RecursionError) as error:
-            why = reason(error)
+            why = one_line(error)
         if why is not None:
             found[number] = why
     return found
@@ -148,7 +147,7 @@ def bad_lines(text: bytes, folder: Path | None = None) -> dict[int, str]:
 def _missing(row: Row) -> str | None:
     """A local image of this row that is not there, in words."""
     for source in row.sources:
-        if isinstance(source, str) and "://" not in source and not source.startswith("data:"):
+        if images.is_local(source):
             try:
                 there = os.path.isfile(os.path.expanduser(source))
             except ValueError:  # a NUL in it
@@ -156,8 +155,3 @@ def _missing(row: Row) -> str | None:
             if not there:
                 return f"no image at {source!r:.200}"
     return None
-
-
-def reason(error: BaseException) -> str:
-    """An error in one line, as on the terminal."""
-    return " ".join(str(error).split()) or type(error).__name__

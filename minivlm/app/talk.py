@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minivlm.app import images, terminal
+from minivlm.app.answer import ERRORS
 from minivlm.app.chat import Chat
 from minivlm.app.options import SAMPLING, check_settings, parse_value, with_sampling
 from minivlm.checkpoint.files import write_json
 from minivlm.processing.common import fetch_image
-from minivlm.text.chat_template import normalise
+from minivlm.text.messages import make_message, normalise
 
 COMMANDS = {
     "/help": "this list",
@@ -33,15 +32,14 @@ COMMANDS = {
 }
 FENCE = '"""'
 HINTS = 'A line with """ begins and ends a question of several lines. Ctrl-C stops an answer.'
-ERRORS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)  # of one question, not of the program
 
 
 class Talk:
     """Answers line after line.
 
     first: images for the first question, each with its name.  show: prints the pieces of an answer.
-    watched: somebody sits at the terminal, so what a command did is confirmed on stderr.
-    verbose: what each answer took, on stderr.
+    watched: a person is at the terminal, so commands confirm on stderr what they did.
+    verbose: print time and memory of each answer on stderr.
     """
 
     def __init__(
@@ -125,9 +123,7 @@ class Talk:
         commands[word](argument)
 
     def _help(self, _: str) -> None:
-        width = max(map(len, COMMANDS))
-        lines = [f"{command:{width}}  {what}" for command, what in COMMANDS.items()]
-        terminal.tell("\n".join([*lines, HINTS]))
+        terminal.tell("\n".join([*terminal.columns(list(COMMANDS.items())), HINTS]))
 
     def _image(self, argument: str) -> None:
         if not argument:
@@ -164,7 +160,7 @@ class Talk:
             return
         self.chat.system = argument
         said = [message for message in self.chat.messages if message["role"] != "system"]
-        self.chat.messages = [{"role": "system", "content": [{"type": "text", "text": argument}]}, *said]
+        self.chat.messages = [make_message("system", argument), *said]
         self._confirm("the system message from now on")
 
     def _set(self, argument: str) -> None:

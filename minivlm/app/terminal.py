@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # what terminals obey (not tab and new line); surrogates
@@ -70,6 +70,17 @@ def took(answer: Any, device: Any) -> None:
         f"{answer.new_tokens:,} new tokens, {answer.tokens_per_second:.1f} tokens/s; {answer.finish_reason}"
         + ("" if peak is None else f"; peak memory {memory(peak)}")
     )
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows of cells as lines with aligned columns; those numbered in `right` are aligned right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        sized = enumerate(zip(row, widths, strict=True))
+        cells = [cell.rjust(width) if number in right else cell.ljust(width) for number, (cell, width) in sized]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def one_line(text: Exception | str) -> str:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from minivlm.checkpoint import hub
 from minivlm.checkpoint.hub import CheckpointError
-from minivlm.checkpoint.loading import listed, match, read
+from minivlm.checkpoint.tensors import Plan, listed, match
 from minivlm.checkpoint.weights import open_weights, weight_files
 from minivlm.quantization.arrival import choose
 
@@ -23,9 +23,9 @@ def check_weights(model: nn.Module, files: hub.Source) -> int:
     with hub.blame(files.name), contextlib.ExitStack() as stack:
         arrival = choose(files.json(hub.CONFIG).get("quantization_config"), None)
         readers = [stack.enter_context(open_weights(path)) for path in shards]
-        found, layers, _ = match(model, readers, shards, arrival)
+        found, layers, _ = match(model, readers, shards, Plan(arrival=arrival))
         for name, layer in layers.items():
-            arrival.read(name, layer, {leaf: read(found, f"{name}.{leaf}") for leaf in arrival.files(layer)})
+            arrival.read(name, layer, {leaf: found[f"{name}.{leaf}"].read() for leaf in arrival.files(layer)})
     if broken := not_finite(shards):
         raise CheckpointError(
             f"the weights of {files.name} are damaged:\n" + "\n".join(listed({"with NaN or infinity": broken}))

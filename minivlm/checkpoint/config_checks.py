@@ -6,7 +6,7 @@ from minivlm.modules import anyres
 
 
 def token_in_vocabulary(config: Any, name: str) -> None:
-    """The token of this field is one that the text model knows."""
+    """The token of this field is in the text model's vocabulary."""
     token, size = getattr(config, name), config.text_config.vocab_size
     if not 0 <= token < size:
         raise ValueError(f"{name} {token} is outside the vocabulary of {size}")
@@ -23,7 +23,7 @@ def llava_next(config: Any) -> None:
         raise ValueError(
             f"vision_feature_select_strategy {strategy!r} is not supported with this tower: packing needs all patches "
             'and nothing else, so CLIP\'s class token goes ("default") and SigLIP, which has none, keeps all ("full"); '
-            "else the features of a tile are no grid, and the reference fails too"
+            "otherwise the features of a tile are no grid, and the reference fails too"
         )
     token_in_vocabulary(config, "image_token_index")
     anyres.check_pinpoints(config.image_grid_pinpoints, config.vision_config.image_size)

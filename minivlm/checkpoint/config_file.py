@@ -45,7 +45,7 @@ TOWERS = {"siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm
 
 
 def from_hub(cls: type[T], values: dict[str, Any], **defaults: Any) -> T:
-    """Build dataclass `cls` from the entries of a Hub config that it knows, over `defaults`, over its own defaults.
+    """Build dataclass `cls` from those entries of a Hub config that are its fields, over `defaults`, over its own.
 
     Entries that name nothing in `cls` (`architectures`, `transformers_version`, …) are not model structure and are
     left alone. Raises ValueError that names the field, what was found and what was expected.

@@ -1,6 +1,6 @@
 """Writing files so that an interruption, a full disk or a refusal leaves what was there; and a processor's small files.
 
-    with saving() as save:                                 # all of them take their places at the end, or none does
+    with saving() as save:                                 # all of them are there at the end, or none is
         save_file(tensors, save.file(folder / WEIGHTS))    # a path beside it, to be written to
         save.json(folder / "config.json", values)
         save.remove(folder / "older.safetensors")
@@ -58,11 +58,11 @@ class Save:
         self.text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
     def remove(self, path: str | Path) -> None:
-        """Remove a file, if it is there, after all others are in place."""
+        """Remove a file, if it is there, after all others are written."""
         self.removed.append(Path(path))
 
     def commit(self) -> None:
-        """Put every file in its place, in the order of the calls; if that fails, put the old ones back."""
+        """Rename every file to its name, in the order of the calls; if that fails, put the old ones back."""
         if self.failed:
             raise OSError("a part of it could not be written")
         for temporary in self.written.values():
@@ -93,7 +93,7 @@ class Save:
                 path.unlink(missing_ok=True)
 
     def _keep(self, path: Path) -> Path | None:
-        """Give an old file a second name, or another one where the file system knows no links; None: there is none."""
+        """Give an old file a second name (a new name on file systems without links); None if there is no old file."""
         if not os.path.lexists(path):
             return None
         old = journal.old(path, self.mark)
@@ -104,7 +104,7 @@ class Save:
         return old
 
     def discard(self) -> None:
-        """Remove what has not taken its place."""
+        """Remove what has not been renamed."""
         for temporary in self.written.values():
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ class Save:
 
 @contextlib.contextmanager
 def saving() -> Iterator[Save]:
-    """Write several files as a whole; see the head of this module. Raises WriteError."""
+    """Write several files as a whole; see this module's docstring. Raises WriteError."""
     outer = _current.get()
     if outer is not None:
         try:
@@ -134,7 +134,7 @@ def saving() -> Iterator[Save]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write one file: the path to write to, which takes the place of `path` at the end."""
+    """Write one file: the path to write to, which is renamed to `path` at the end."""
     with saving() as save:
         yield save.file(path)
 
@@ -190,6 +190,6 @@ def _restore(path: Path, old: Path | None) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file reach the disk: some file systems say only then that it is full."""
+    """Flush a file to the disk: some file systems report only then that they are full."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())

@@ -1,9 +1,9 @@
 """Where a checkpoint's files come from: a folder, a checkpoint that ships in this package, or the Hugging Face Hub.
 
-Only files that are asked for are downloaded, one by one, through `huggingface_hub` (its cache, its progress bars, its
-resumed downloads). Nothing here knows about models.
+Only requested files are downloaded, one by one, through `huggingface_hub` (its cache, its progress bars, its resumed
+downloads). Nothing here depends on models.
 
-Files come from strangers: only regular files are opened, and links to such (a named pipe would wait for ever), and only
+Files come from strangers: only regular files and links to them are opened (a named pipe would block for ever), and only
 up to a size that such a file can have.
 """
 
@@ -26,8 +26,8 @@ BUILT_IN = Path(__file__).parents[1] / "builtin"
 MAX_JSON = 2**23  # bytes; parsed, they can take twenty times as much
 MAX_DEPTH = 16  # of objects and lists in each other; files need 4
 CONFIG = "config.json"
-MAX_MESSAGE = 2500  # characters of an error, which may show what a file says
-# How a file begins that is not what its name says → what it is.
+MAX_MESSAGE = 2500  # characters of an error, which may quote a file
+# First bytes of files that are not what their names promise → what they are.
 NOT_THE_FILE = {
     b"version https://git-lfs": "a Git LFS pointer, which only names the file; run `git lfs pull`, or download it",
     b"<!doctype html": "a web page; download the file from …/resolve/main/, not from …/blob/main/",
@@ -49,7 +49,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointFileError(CheckpointError, OSError):
-    """A checkpoint's file is missing, cannot be fetched, is incomplete, or is no regular file."""
+    """A checkpoint's file is missing, cannot be fetched, is incomplete, or is not a regular file."""
 
 
 @contextlib.contextmanager
@@ -155,63 +155,57 @@ class Source:
         raise CheckpointFileError(f"{self.name} has no {filename}{_unfinished(path)}; found {_listing(path.parent)}")
 
     def json(self, filename: str, required: bool = True) -> dict | None:
-        """One JSON file as a dict; None if absent and not `required`. CheckpointError if it is no JSON object."""
+        """One JSON file as a dict; None if absent and not `required`. CheckpointError if it is not a JSON object."""
         path = self.file(filename, required)
         return None if path is None else read_json(path)
 
     def _download(self, filename: str, required: bool) -> Path | None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        """A file from the Hub, or from its local cache; None if it is absent and not `required`."""
+        from huggingface_hub import errors, hf_hub_download
 
         try:
-            offline = self.local_files_only or not _is_reachable()
-            return Path(
-                hf_hub_download(
-                    self.name,
-                    filename,
-                    subfolder=self.subfolder or None,
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=offline,
-                )
+            found = hf_hub_download(
+                self.name,
+                filename,
+                subfolder=self.subfolder or None,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                local_files_only=self.local_files_only or not _is_reachable(),
             )
-        except LocalEntryNotFoundError as error:
-            if not required and self._cached_anything():
+        except (errors.EntryNotFoundError, errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            unknown = isinstance(error, errors.LocalEntryNotFoundError) and not self._cached_anything()
+            if isinstance(error, errors.EntryNotFoundError) and not required and not unknown:
                 return None
-            raise CheckpointFileError(
-                f"{filename} of {self.name!r} is not in the local cache and the Hub cannot be reached; "
-                f"connect once, or pass a local folder. {suggestion(self.name) or _hint()}"
-            ) from error
-        except EntryNotFoundError as error:
-            if not required:
-                return None
-            raise CheckpointFileError(f"{self.name!r} on the Hub has no file {filename}") from error
-        except GatedRepoError as error:
-            raise CheckpointFileError(
-                f"{self.name!r} is gated: accept its licence at https://huggingface.co/{self.name}, "
-                "then log in with `hf auth login` or pass token="
-            ) from error
-        except RevisionNotFoundError as error:
-            raise CheckpointFileError(f"{self.name!r} has no revision {self.revision!r}") from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            raise CheckpointFileError(
-                f"{self.name!r} is neither a folder, nor a checkpoint that ships with minivlm "
-                f"({', '.join(built_in())}), nor a repository on the Hub that you may read (private ones need token=)"
-                f". {suggestion(self.name)}".rstrip(". ")
-            ) from error
-        except (HfHubHTTPError, OSError) as error:
-            raise CheckpointFileError(
-                f"could not download {filename} of {self.name!r}: {' '.join(str(error).split())}. {_hint()}"
-            ) from error
+            raise CheckpointFileError(self._why_not(filename, error)) from error
+        return Path(found)
+
+    def _why_not(self, filename: str, error: Exception) -> str:
+        """The message about a file that could not be fetched."""
+        from huggingface_hub import errors
+
+        match error:
+            case errors.LocalEntryNotFoundError():
+                return (
+                    f"{filename} of {self.name!r} is not in the local cache and the Hub cannot be reached; "
+                    f"connect once, or pass a local folder. {suggestion(self.name) or _hint()}"
+                )
+            case errors.EntryNotFoundError():
+                return f"{self.name!r} on the Hub has no file {filename}"
+            case errors.GatedRepoError():
+                return (
+                    f"{self.name!r} is gated: accept its licence at https://huggingface.co/{self.name}, "
+                    "then log in with `hf auth login` or pass token="
+                )
+            case errors.RevisionNotFoundError():
+                return f"{self.name!r} has no revision {self.revision!r}"
+            case errors.RepositoryNotFoundError() | errors.HFValidationError():
+                return (
+                    f"{self.name!r} is neither a folder, nor a checkpoint that ships with minivlm "
+                    f"({', '.join(built_in())}), nor a repository on the Hub that you may read (private ones need "
+                    f"token=). {suggestion(self.name)}".rstrip(". ")
+                )
+        return f"could not download {filename} of {self.name!r}: {' '.join(str(error).split())}. {_hint()}"
 
     def _cached_anything(self) -> bool:
         """True if the config of this checkpoint is cached: then an absent optional file is simply absent."""
@@ -353,7 +347,7 @@ def read_text(path: Path) -> str:
 
 
 def _read(path: Path) -> bytes:
-    if not path.stat().st_size:  # nor do the kernel's files have a size, some of which wait for ever
+    if not path.stat().st_size:  # the kernel's files have no size either, and reading some of them blocks for ever
         check_start(path, b"")
     with path.open("rb") as file:
         content = file.read(MAX_JSON + 1)
@@ -375,7 +369,7 @@ def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
 
 
 def check_start(path: Path, content: bytes) -> None:
-    """CheckpointFileError if a file is empty, or begins like something else that often stands in its place."""
+    """CheckpointFileError if a file is empty, or begins like something else that is often found instead."""
     if not content:
         raise CheckpointFileError(f"{path} is empty; download it again")
     for start, found in NOT_THE_FILE.items():

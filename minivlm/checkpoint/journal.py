@@ -1,7 +1,7 @@
 """A list of a save's renames, kept in the folder while they are made, so that a killed save can be finished later.
 
     all new files written ─ journal ─ renames, removals ─ journal removed
-                               └─ the process dies here: whoever reads or writes the folder next makes the rest
+                               └─ the process dies here: the next process to use the folder makes the rest
 
 Until the journal is there, the old files are untouched; from then on every new file is complete on the disk. So a
 folder is always the old state or can become the new one. (The same idea as a database's write-ahead log.)
@@ -32,7 +32,7 @@ def old(path: Path, mark: str) -> Path:
 
 
 def plan(mark: str, written: Iterable[Path], removed: Iterable[Path]) -> dict[Path, str]:
-    """One journal for each folder that is about to change → what it says.
+    """One journal for each folder that is about to change → its contents.
 
     Empty for a single rename, which cannot stop halfway.
     """
@@ -68,7 +68,7 @@ def finish(folder: Path) -> None:
         mark = journal.name.removeprefix(".").removesuffix(ENDING)
         try:
             for path in (folder / name for name in names["written"]):
-                with contextlib.suppress(FileNotFoundError):  # it is in its place already
+                with contextlib.suppress(FileNotFoundError):  # it is there already
                     os.replace(new(path, mark), path)
                 old(path, mark).unlink(missing_ok=True)
             for path in (folder / name for name in names["removed"]):
@@ -83,8 +83,14 @@ def finish(folder: Path) -> None:
         warnings.warn(f"a save into {folder} had been interrupted halfway; it is finished now", stacklevel=3)
 
 
+def clear(folder: Path) -> None:
+    """Remove what killed saves into this folder had written of files that took no place. No other may be under way."""
+    for unfinished in [*folder.glob(".*.new"), *folder.glob(".*.old")]:
+        unfinished.unlink(missing_ok=True)
+
+
 def _wait(journal: Path) -> dict[str, list[str]] | None:
-    """What a journal says, once it is old enough to be a dead process's.
+    """A journal's contents, once it is old enough to be a dead process's.
 
     None if it is removed before, or is not one of ours.
     """

@@ -1,36 +1,32 @@
-"""From a folder of safetensors to a model: config, meta-device model, one tensor at a time to its final place.
+"""From a folder of safetensors to a model: config, meta-device model, one tensor at a time to its final device.
 
-    source ─ config.json ─ model on the meta device ─ headers of all shards checked ─ tensors, one by one ─ model
+    source ─ config.json ─ model on the meta device ─ plan ─ headers of all shards checked ─ tensors, one by one ─ model
+                                                       └─ dtype, quantisation, shares, devices (`Plan`)
 
-A tensor whose dtype and device are already right is never copied: it stays a view of the memory-mapped file.
-Knows no family: a model class brings its `config_class` and its table of Hub names (`hub_prefixes`,
-`hub_ignored`), and a bare model (one without head) its `hub_root`, with which the names of a whole model begin.
+`from_pretrained` here is that line; `tensors.py` checks and reads. Knows no family: a model class brings its
+`config_class`.
 """
 
 import contextlib
-import fnmatch
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
-from minivlm import fast_cpu as faster
-from minivlm import parallel, placement
 from minivlm.checkpoint import hub, options
-from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
-from minivlm.checkpoint.names import is_ignored, local_name, tied
 from minivlm.checkpoint.saving import save_pretrained  # noqa: F401  (for model classes)
+from minivlm.checkpoint.tensors import Allowed, Plan, fill
 from minivlm.checkpoint.unread import unread
-from minivlm.checkpoint.weights import open_weights, weight_files
-from minivlm.generation.settings import GenerationConfig
+from minivlm.checkpoint.weights import weight_files
+from minivlm.devices import fast_cpu as faster
+from minivlm.devices import parallel, placement
+from minivlm.generation.settings import SPECIAL_IDS, GenerationConfig
 from minivlm.modules.config import text_config
 from minivlm.quantization import apply
 from minivlm.quantization.arrival import Arrival, choose
@@ -38,10 +34,6 @@ from minivlm.quantization.config import BitsAndBytesConfig
 from minivlm.quantization.formats import DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
-Places = dict[str, list[tuple[Any, str]]]  # our name of a tensor → files that hold it, with its name there
-Shapes = dict[str, tuple[int, ...] | None]
-
-FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
 
 
 def from_pretrained(
@@ -79,29 +71,28 @@ def from_pretrained(
 
     dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
     device_map: None (the CPU), one device, "auto" (all GPUs there are, and the CPU where these are too small), or a
-    dict from names of parts to devices; max_memory: bytes for each device (`minivlm.placement`).
+    dict from names of parts to devices; max_memory: bytes for each device (`devices.placement`).
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
-    that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) says so itself and needs none.
+    that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) is recognised and needs none.
     load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig of this alone.
     attn_implementation: "eager", "sdpa", "triton", or None for the best here, which "flash_attention_2" means too, and
     use_flash_attention_2=True.
     config: a config to build the model from instead of the checkpoint's own.
     new: names of parameters, or patterns such as "model.connector.*", that the checkpoint may lack or have in another
-    shape; they get random values. unused: the same for stored tensors that the model has no place for. One warning
-    lists all of them; without these two every tensor must have its place. ignore_mismatched_sizes: any parameter of
-    another shape is new.
+    shape; they get random values. unused: the same for stored tensors that the model does not have. One warning lists
+    all of them; without these two every tensor must fit. ignore_mismatched_sizes: one of another shape is new.
     generation_config: instead of the checkpoint's own.
-    adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Named in place of a checkpoint,
+    adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Given instead of a checkpoint,
     such a folder loads the one that it was trained on, and itself.
-    fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`minivlm.fast_cpu`); False leaves torch's.
-    tp_plan="auto": under torchrun, cut the model among all processes (`minivlm.parallel`); each reads its share alone.
+    fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`devices.fast_cpu`); False leaves torch's.
+    tp_plan="auto": under torchrun, cut the model among all processes (`devices.parallel`); each reads its share alone.
     device_mesh: among those of this one-dimensional torch DeviceMesh.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
     Other options of `transformers` are accepted where they change nothing here (`options.LOADING`).
 
     Raises CheckpointFileError, an OSError, for files that are missing or cannot be fetched, and CheckpointError, a
     ValueError, for a config or weights that do not fit: every missing, unexpected and misshapen tensor is named in one.
-    All is checked before any data is read, but for the numbers themselves (see `checking.not_finite`).
+    Everything except the numbers themselves is checked before any data is read, see `checking.not_finite`.
     """
     options.refuse_others(others, options.LOADING, inspect.signature(from_pretrained).parameters)
     attention = options.first(attn_implementation=attn_implementation, _attn_implementation=_attn_implementation)
@@ -121,46 +112,54 @@ def from_pretrained(
 
     with shapes_only():
         model = build()
-    adapter = adapter or (name_or_folder if files.base else None)
-    if adapter is not None and (tp_plan is not None or device_mesh is not None):
-        raise ValueError("an adapter cannot be put on a model that several devices share; merge it first")
-    attach = _adapter(model, adapter, files)
+    is_shared = tp_plan is not None or device_mesh is not None
+    attach = _adapter(model, adapter or (name_or_folder if files.base else None), files, is_shared)
     shards = weight_files(files)
     wanted = wanted_dtype(options.first(dtype=dtype, torch_dtype=torch_dtype), config.dtype)
-    asked = quantization_config or _quantization(load_in_4bit, load_in_8bit)
     allowed = Allowed(_patterns(new), _patterns(unused), ignore_mismatched_sizes)
+    asked = quantization_config or _quantization(load_in_4bit, load_in_8bit)
     with hub.blame(files.name):
         arrival = choose(files.json(hub.CONFIG).get("quantization_config"), asked)
-        shares = {}
-        if tp_plan is not None or device_mesh is not None:
-            shares = parallel.share(model, tp_plan or "auto", arrival and arrival.config.format, device_mesh)
-        places = _place(model, device_map, max_memory, wanted, arrival)
-        if shares and not places.is_single:
+        format = arrival and arrival.config.format
+        shares = parallel.share(model, tp_plan or "auto", format, device_mesh) if is_shared else {}
+        plan = Plan(wanted, arrival, shares, _devices(model, device_map, max_memory, wanted, arrival))
+        if is_shared and not plan.devices.is_single:
             raise ValueError("with tp_plan each process has one device; pass that as device_map=, or none")
-        fill(model, shards, wanted, places.of, arrival, allowed, build, shares)
+        fill(model, shards, plan, allowed, build)
     model.tie_weights()
-    _check_one_dtype(model, files.name, wanted, arrival)
+    _check_one_dtype(model, files.name, plan)
     model.generation_config = generation_config or read_generation_config(files) or model.generation_config
     _warn_ids(model, files.name)
     model.name_or_path = (files.base or files).name
     if attention:
         model.set_attn_implementation(attention)  # so that the config says it too
     attach(model)
-    if fast_cpu and places.home.type == "cpu" and places.is_single:
+    return _connected(model, plan, fast_cpu, device_mesh).eval()
+
+
+def _connected(model: Model, plan: Plan, fast_cpu: bool, device_mesh: Any) -> Model:
+    """Put on a model with its weights what lies around its layers: fast ones, sums over processes, moves to devices."""
+    if fast_cpu and plan.devices.home.type == "cpu" and plan.devices.is_single:
         faster.apply(model)
-    if shares:
+    if plan.shares:
         parallel.connect(model, None if device_mesh is None else device_mesh.get_group())
-    if not places.is_single:
-        placement.connect(model, places)
-    return model.eval()
+    if not plan.devices.is_single:
+        placement.connect(model, plan.devices)
+    return model
 
 
-def _adapter(model: nn.Module, name: str | Path | None, files: hub.Source) -> Callable[[nn.Module], Any]:
-    """What puts an adapter on the model once it has its weights; nothing for None. The adapter's files, and whether
-    every tensor has its place in this (meta-device) model, are checked first."""
+def _adapter(
+    model: nn.Module, name: str | Path | None, files: hub.Source, is_shared: bool
+) -> Callable[[nn.Module], Any]:
+    """A function that puts an adapter on the model once it has its weights; for None one that does nothing.
+
+    The adapter's files are checked first, and whether all its tensors fit this (meta-device) model.
+    """
     if name is None:
         return lambda model: model
-    from minivlm.training import adapters  # stands above this room; nobody else here needs it
+    if is_shared:
+        raise ValueError("an adapter cannot be put on a model that several devices share; merge it first")
+    from minivlm.training import adapters  # a room above this one, needed only here
 
     where = {"cache_dir": files.cache_dir, "token": files.token, "local_files_only": files.local_files_only}
     found = adapters.read(name, **where)
@@ -224,7 +223,7 @@ def _warn_ids(model: nn.Module, where: str) -> None:
     """Ids beyond the vocabulary never come, so nothing would end with them."""
     text = text_config(model.config)
     size = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in SPECIAL_IDS:
         value = getattr(model.generation_config, name)
         ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
         if wrong := [token for token in ids if token >= size]:
@@ -235,211 +234,21 @@ def _warn_ids(model: nn.Module, where: str) -> None:
             )
 
 
-def _quantization(four: bool | None, eight: bool | None) -> BitsAndBytesConfig | None:
-    return BitsAndBytesConfig(load_in_4bit=bool(four), load_in_8bit=bool(eight)) if four or eight else None
-
-
-def _check_one_dtype(model: nn.Module, where: str, wanted: torch.dtype | None, arrival: Arrival | None) -> None:
-    found = {parameter.dtype for parameter in model.parameters()}
-    if wanted is None and arrival is None and len(found) > 1:
-        raise CheckpointError(
-            f"{where} stores its weights in {' and '.join(sorted(map(str, found)))}, and config.json does not say "
-            "which it should be; pass dtype="
-        )
-
-
-# ---- Tensors ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What need not fit, see `from_pretrained`: patterns, and whether any parameter may have another shape."""
-
-    new: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    mismatched: bool = False
-
-    def check(self, names: Collection[str]) -> None:
-        """ValueError for a pattern of new parameters that fits none of these names."""
-        for pattern in self.new:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"new={pattern!r}: no parameter has such a name; names look like {next(iter(names))}")
-
-    def is_new(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.new)
-
-    def may_differ(self, name: str) -> bool:
-        return self.mismatched or self.is_new(name)
-
-    def is_unused(self, *names: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.unused)
-
-
 def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def fill(
-    model: nn.Module,
-    shards: list[Path],
-    dtype: torch.dtype | None,
-    place: Callable[[str], torch.device],
-    arrival: Arrival | None = None,
-    allowed: Allowed = Allowed(),
-    build: Callable[[], nn.Module] | None = None,
-    shares: dict[str, parallel.Share] | None = None,
-) -> None:
-    """Give every parameter of a meta-device model its tensor; check all names and shapes before reading any data.
-
-    dtype None keeps each tensor's own. place: where a parameter is to live, by its name.
-    arrival: which layers are quantised, in the files or as they are read; then only the weight at hand is in memory
-    unquantised. build: makes the model, for parameters that `allowed` lets be new.
-    shares: of parameters that the model holds in part; nothing else of them is read.
-    """
-    with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(open_weights(path)) for path in shards]
-        found, layers, missing = match(model, readers, shards, arrival, allowed, shares := shares or {})
-        drawn = _draw(build, missing, found) if missing else {}
-        with tqdm(total=len(found), desc="loading", delay=2, leave=False, disable=None) as progress:
-            for name, _ in list(model.named_parameters()):
-                tensor = drawn[name] if name in drawn else read(found, name, shares.get(name))
-                wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                # Beside quantised layers, a view of the file would keep what they were made of in memory
-                _assign(model, name, tensor.to(place(name), wanted, copy=arrival is not None and not arrival.stored))
-                progress.update()
-            for name, layer in layers.items():
-                share = shares.get(f"{name}.weight")
-                part = None if arrival.stored else share  # what is stored quantised is cut when it has been read
-                leaves = {leaf: f"{name}.{leaf}" for leaf in arrival.files(layer, share)}
-                tensors = {leaf: drawn[at] if at in drawn else read(found, at, part) for leaf, at in leaves.items()}
-                arrival.take(
-                    name, layer, {leaf: tensor.to(place(name)) for leaf, tensor in tensors.items()}, dtype, share
-                )
-                progress.update(len(tensors))
+def _quantization(four: bool | None, eight: bool | None) -> BitsAndBytesConfig | None:
+    return BitsAndBytesConfig(load_in_4bit=bool(four), load_in_8bit=bool(eight)) if four or eight else None
 
 
-def _draw(build: Callable[[], nn.Module], names: Collection[str], found: Places) -> dict[str, Tensor]:
-    """Random values of new parameters, in the dtype of the stored ones."""
-    stored = (read(found, name).dtype for name in found)
-    usual = next((kind for kind in stored if kind.is_floating_point), torch.float32)
-    return {name: value.to(usual) for name, value in random_values(build, names).items()}
-
-
-def match(
-    model: nn.Module,
-    readers: list[Any],
-    shards: list[Path],
-    arrival: Arrival | None,
-    allowed: Allowed = Allowed(),
-    shares: dict[str, parallel.Share] | None = None,
-) -> tuple[Places, dict[str, nn.Module], set[str]]:
-    """Where every tensor is, once all fit; the layers by name that `arrival` has put in place of others; and the names
-    of new parameters."""
-    found = _names(model, readers)
-    plain = [name for name, _ in model.named_parameters()]
-    allowed.check(plain)
-    layers = {} if arrival is None else arrival.replace(model, found)
-    whole = {name: share.full for name, share in (shares or {}).items()}
-    shapes: Shapes = {name: whole.get(name, tuple(part.shape)) for name, part in model.named_parameters()}
-    for name, layer in layers.items():
-        files = arrival.files(layer, (shares or {}).get(f"{name}.weight"))
-        shapes |= {f"{name}.{leaf}": shape for leaf, shape in files.items()}
-    missing = _check(model, found, shapes, shards, allowed, plain)
-    return found, layers, missing
-
-
-def _names(model: nn.Module, readers: list[Any]) -> Places:
-    """Our name of every tensor in the files → (file, its name there), more than one if several have that name."""
-    root = getattr(model, "hub_root", "")
-    stored = ((reader, name) for reader in readers for name in reader.keys())  # noqa: SIM118  (a reader is no dict)
-    named = [(local_name(name, model.hub_prefixes), reader, name) for reader, name in stored]
-    if root and any(name.startswith(root) for name, _, _ in named):  # the files of a whole model: its heads stay behind
-        named = [(name.removeprefix(root), *rest) for name, *rest in named]
-        ours = {name.split(".")[0] for name, _ in model.named_parameters()}
-        named = [(name, *rest) for name, *rest in named if name.split(".")[0] in ours]
-    found: Places = {}
-    for name, reader, hub_name in named:
-        found.setdefault(name, []).append((reader, hub_name))
-    return found
-
-
-def read(found: Places, name: str, share: parallel.Share | None = None) -> Tensor:
-    """A tensor of the files, or a part of it."""
-    reader, hub_name = found[name][0]
-    return reader.get_tensor(hub_name) if share is None else reader.get_slice(hub_name)[share.index]
-
-
-def _check(
-    model: nn.Module, found: Places, shapes: Shapes, shards: list[Path], allowed: Allowed, plain: Collection[str]
-) -> set[str]:
-    """The parameters that are new. One CheckpointError lists all that is missing, unexpected or does not fit, and is
-    not `allowed`; what is allowed is taken out of `found`.
-
-    shapes: None fits anything. plain: the parameters of the model before any were quantised, for others are not drawn.
-    """
-    parameters = dict(model.named_parameters())
-    unreal = f"that are not of {', '.join(FLOATS)}"
-    untied = "other than the embeddings, which config.json says they are (tie_word_embeddings)"
-    problems = {kind: [] for kind in ("missing", "unexpected", "of another shape", unreal, "given twice", untied)}
-    new, left = set(), []
-    for name, places in found.items():
-        for number, (reader, hub_name) in enumerate(places):
-            if name in tied(model):
-                table = tied(model)[name]
-                if table in found and not torch.equal(reader.get_tensor(hub_name), read(found, table)):
-                    problems[untied].append(hub_name)
-                continue
-            if name not in shapes and is_ignored(hub_name, model):
-                continue
-            part, wanted = reader.get_slice(hub_name), shapes.get(name)
-            shape = tuple(part.get_shape())
-            if name not in shapes and allowed.is_unused(name, hub_name):
-                left.append(f"{hub_name} {list(shape)}")
-            elif name not in shapes:
-                problems["unexpected"].append(f"{hub_name} {list(shape)}")
-            elif wanted is not None and shape != wanted and name in plain and allowed.may_differ(name):
-                new.add(name)
-            elif wanted is not None and shape != wanted:
-                problems["of another shape"].append(f"{hub_name} {list(shape)}, expected {list(wanted)}")
-            elif name in parameters and part.get_dtype() not in FLOATS:
-                problems[unreal].append(f"{hub_name} of {part.get_dtype()}")
-            elif number:
-                problems["given twice"].append(hub_name)
-    for name, shape in shapes.items():
-        if name not in found and name in plain and allowed.is_new(name):
-            new.add(name)
-        elif name not in found:
-            problems["missing"].append(f"{name} {list(shape or ())}")
-    folder = shards[0].parent if shards else "the checkpoint"
-    if any(problems.values()):
+def _check_one_dtype(model: nn.Module, where: str, plan: Plan) -> None:
+    found = {parameter.dtype for parameter in model.parameters()}
+    if plan.dtype is None and plan.arrival is None and len(found) > 1:
         raise CheckpointError(
-            f"the weights in {folder} do not fit the model:\n"
-            + "\n".join(listed(problems))
-            + "\n  are config.json and all safetensors files of one checkpoint, and of this revision?"
+            f"{where} stores its weights in {' and '.join(sorted(map(str, found)))}, and config.json does not say "
+            "which it should be; pass dtype="
         )
-    if new or left:
-        told = {"new, with random values": sorted(new), "in the files and not used": left}
-        warnings.warn(f"of the weights in {folder}:\n" + "\n".join(listed(told, most=1000)), stacklevel=5)
-    for name in new:
-        found.pop(name, None)
-    return new
-
-
-def listed(problems: dict[str, list[str]], most: int = 10) -> list[str]:
-    """Lines that count the tensors of each kind and name the first ones."""
-    lines = []
-    for kind, names in problems.items():
-        if names:
-            more = f"\n    and {len(names) - most} more" if len(names) > most else ""
-            lines.append(f"  {len(names)} tensors {kind}:\n    " + "\n    ".join(names[:most]) + more)
-    return lines
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    trainable = tensor.is_floating_point() and getattr(module, leaf).requires_grad  # a model can freeze its parts
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=trainable))
 
 
 # ---- dtype and device ------------------------------------------------------------------------------------------------
@@ -461,11 +270,13 @@ def wanted_dtype(asked: torch.dtype | str | None, stored: str | None) -> torch.d
     return DTYPES[name]
 
 
-def _place(
+def _devices(
     model: nn.Module, device_map: Any, max_memory: dict | None, dtype: torch.dtype | None, arrival: Arrival | None
 ) -> placement.Placement:
-    """Where every tensor goes. ValueError for weights that would be quantised and wait on a CPU for a GPU: they are
-    laid out for the one or the other."""
+    """Where every tensor will live.
+
+    Raises ValueError for weights to be quantised that wait on a CPU for a GPU, which lays them out differently.
+    """
     quantised = () if arrival is None else apply.selected(model, arrival.config.skip_modules)
     sizes = {}
     for name, parameter in model.named_parameters():
@@ -473,13 +284,13 @@ def _place(
             sizes[name] = arrival.config.format.nbytes(tuple(parameter.shape))
         else:
             sizes[name] = parameter.numel() * (dtype or parameter.dtype).itemsize
-    places = placement.place(model, device_map, max_memory, sizes)
-    for device in {places.home, *places.blocks.values()}:
+    devices = placement.place(model, device_map, max_memory, sizes)
+    for device in {devices.home, *devices.blocks.values()}:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device_map names {device}, and torch finds {torch.cuda.device_count()} GPUs")
-    if arrival is not None and places.home != placement.CPU and placement.CPU in places.blocks.values():
+    if arrival is not None and devices.home != placement.CPU and placement.CPU in devices.blocks.values():
         raise ValueError("quantised blocks cannot wait on the CPU; use more devices, or no quantization_config")
-    return places
+    return devices
 
 
 def wanted_device(device_map: Any) -> torch.device:

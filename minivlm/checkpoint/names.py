@@ -17,7 +17,7 @@ def local_name(hub_name: str, prefixes: dict[str, str]) -> str:
 
 
 def is_ignored(hub_name: str, model: Any) -> bool:
-    """Whether a tensor of a file is one that the model class knows and does not need: its `hub_ignored` says why."""
+    """Whether the model class does not need a tensor of a file: its `hub_ignored` gives the reason."""
     return any(re.fullmatch(pattern, hub_name) for pattern in getattr(model, "hub_ignored", ()))
 
 

@@ -29,7 +29,7 @@ LOADING: dict[str, tuple[tuple[Any, ...], str]] = {
     "_commit_hash": ((None,), "pass revision="),
     "use_fast": ((None, True, False), ""),  # of processors: there is one here
 }
-PLACES = ("revision", "cache_dir", "local_files_only", "subfolder")
+WHERE = ("revision", "cache_dir", "local_files_only", "subfolder")
 # The same for `save_pretrained`.
 SAVING: dict[str, tuple[tuple[Any, ...], str]] = {
     "safe_serialization": ((None, True), "pickled weights can run code when read; safetensors is the only format"),
@@ -42,7 +42,7 @@ SAVING: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def refuse_others(options: dict[str, Any], table: dict[str, Any], known: Iterable[str]) -> None:
-    """TypeError for an option that nobody knows, ValueError for a value of another library's that is not supported.
+    """TypeError for an unknown option, ValueError for an unsupported value of an option of another library.
 
     known: the options that the caller takes itself, for the suggestion.
     """
@@ -58,9 +58,9 @@ def refuse_others(options: dict[str, Any], table: dict[str, Any], known: Iterabl
 
 
 def where(given: dict[str, Any]) -> dict[str, Any]:
-    """Of all options those that say where the files are, as `hub.source` takes them."""
+    """Those of the options that locate the files, as `hub.source` takes them."""
     token = first(token=given.get("token"), use_auth_token=given.get("use_auth_token"))
-    return {name: given[name] for name in PLACES if name in given} | {"token": token}
+    return {name: given[name] for name in WHERE if name in given} | {"token": token}
 
 
 def first(**spellings: Any) -> Any:

@@ -1,6 +1,6 @@
 """From a model to a folder that minivlm and `transformers` load. All of a save takes effect, or nothing does.
 
-    tensors by Hub name ─ shards ─ written beside their places, with config.json ─ renamed, the index last
+    tensors by Hub name ─ shards ─ written under other names, with config.json ─ renamed, the index last
                                                                                         └─ older shards removed
 
 A save that is killed between two renames is finished by the next reader (`journal`). Where a copy stopped halfway,
@@ -88,7 +88,7 @@ def _dtype(model: nn.Module, state_dict: dict[str, Tensor] | None) -> str:
 
 
 def _config(model: nn.Module, dtype: str) -> dict[str, Any]:
-    """What config.json is to say: all fields, and what minivlm did not read when it was loaded."""
+    """The contents of config.json: all fields, and entries that minivlm did not read when the model was loaded."""
     values = over(model.config.to_hub(), getattr(model.config, "unread", {}))
     values |= {"architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
     if getattr(model, "quantization_config", None) is not None:
@@ -117,7 +117,7 @@ def kept_modules(model: nn.Module) -> list[str]:
 
 
 def _write_weights(save: files.Save, folder: Path, shards: dict[str, Shard]) -> None:
-    """One file and no index, or several and an index that says which tensor is where."""
+    """One file without an index, or several with an index from tensors to files."""
     about = {"format": "pt"}
     if len(shards) > 1:
         about[SAVE_ID] = _save_id(shards)

@@ -34,7 +34,7 @@ ignore_index image_seq_length use_image_newline_parameter projection_dim vision_
 hidden_dropout attention_probs_dropout_prob embd_pdrop resid_pdrop max_sequence_length cross_layer_activation_function
 use_resampler freeze_lm_head vocab_size logit_scale_init_value mm_vision_tower mm_projector_type
 """
-# All that `rope_scaling` and `rope_parameters` can say.
+# All entries that `rope_scaling` and `rope_parameters` can have.
 ROPE = """
 type rope_type rope_theta factor original_max_position_embeddings max_position_embeddings low_freq_factor
 high_freq_factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim short_factor long_factor
@@ -80,7 +80,7 @@ def fields_of(config: Any) -> list[str]:
 
 
 def _of_part(where: str, values: dict[str, Any], config: Any, others: list[Any]) -> dict[str, Any]:
-    """The unknown entries of one part. others: parts whose entries may be repeated here, if they say the same."""
+    """The unknown entries of one part. others: parts whose entries may be repeated here with the same value."""
     known = fields_of(config)
     everything = {*known, *(name for part in others for name in fields_of(part))}
     _check_rope(where, values)

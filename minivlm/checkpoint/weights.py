@@ -2,8 +2,8 @@
 
     8 bytes: N ┊ N bytes: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …} ┊ data, no gaps
 
-`safetensors` checks that the tensors fill the file, one after another; what it lets pass is refused here. Only headers
-are read, so the time does not depend on the size of the weights.
+`safetensors` checks that the tensors fill the file, one after another; the faults that it accepts are refused here.
+Only headers are read, so the time does not depend on the size of the weights.
 """
 
 import re
@@ -113,7 +113,7 @@ def _check_entries(path: Path, header: dict[str, Any]) -> None:
     """CheckpointError for names that would garble a message, and for entries with more to them than is known."""
     for name, entry in header.items():
         if not name.isprintable() or len(name) > MAX_NAME:
-            raise CheckpointError(f"{path}: {name!r:.120} is no tensor name of up to {MAX_NAME} printable characters")
+            raise CheckpointError(f"{path}: {name!r:.120} should be up to {MAX_NAME} printable characters")
         if name != METADATA and entry.keys() != FIELDS:
             raise CheckpointError(f"{path}: tensor {name!r} should be described by {', '.join(sorted(FIELDS))} alone")
 

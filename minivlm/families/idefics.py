@@ -8,7 +8,7 @@ from torch import Tensor
 from minivlm.families.record import (
     GATED_MLP,
     Family,
-    Places,
+    Layout,
     Region,
     Rows,
     Stage,
@@ -18,7 +18,7 @@ from minivlm.families.record import (
     vision_layers,
 )
 
-# Without `o_proj`: tokens that see no image may get anything there, which is set to 0 afterwards.
+# Without `o_proj`: its output for tokens that attend to no image is arbitrary and set to 0 afterwards.
 CROSS = ("input_layernorm", "cross_attn.q_proj", "post_attention_layernorm", *GATED_MLP)
 
 
@@ -64,19 +64,19 @@ def _resampler(depth: int) -> list[Stage]:
 
 
 def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
-    """Ours are only those that a token sees."""
+    """Ours are only those that a token attends to."""
     seen = inputs["image_attention_mask"].bool().any(1).flatten()  # (B·N,)
     if not seen.any():
         return {}
     order = seen.nonzero()[:, 0]
     select = {"minivlm": [torch.ones_like(order, dtype=torch.bool)], "transformers": [seen]}
     return {
-        "patches": Rows(select, ("image", "place"), order),
+        "patches": Rows(select, ("image", "position"), order),
         "vectors": Rows(select, ("image", "vector"), order),
     }
 
 
-def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
+def layout(ids: Tensor, inputs: dict[str, Any], config: Any) -> Layout:
     """Image vectors are no tokens: which image a token attends to is in image_attention_mask, not here."""
     pixels, patch = inputs["pixel_values"], config.vision_config.patch_size
     grid = pixels.shape[3] // patch, pixels.shape[4] // patch
@@ -88,7 +88,7 @@ def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
     vectors = config.perceiver_config.resampler_n_latents if config.use_resampler else 0
     tokens = torch.full((*ids.shape, 4), -1)
     calls = ((seen.flatten().nonzero()[:, 0], None),)
-    return Places(tokens, views, vectors, crossed=True, calls=calls, sizes=(seen.numel(), 1 + grid[0] * grid[1]))
+    return Layout(tokens, views, vectors, crossed=True, calls=calls, sizes=(seen.numel(), 1 + grid[0] * grid[1]))
 
 
 def slicing(height: int, width: int, regions: list[Region], options: Any, config: Any) -> list[str]:
@@ -101,12 +101,12 @@ def slicing(height: int, width: int, regions: list[Region], options: Any, config
     ]
     if config.use_resampler:
         found.append(f"The resampler turns them into {perceiver.resampler_n_latents} latents.")
-    return [*found, "The text attends to them from gated blocks; the <image> token only marks where the image stands."]
+    return [*found, "The text attends to them from gated blocks; the <image> token only marks the image's position."]
 
 
 def new_images(inputs: dict[str, Any], kept: int, old: int, images: int) -> tuple[int, dict[str, Any]] | None:
-    """pixel_values (1, N, …), image_attention_mask (1, P, N). Tokens that see what the last kept one sees run without
-    images, since the cache holds it; those after them run with the new images. None if they see an old one."""
+    """pixel_values (1, N, …), image_attention_mask (1, P, N). Tokens that attend to what the last kept one attends to
+    run without images, which the cache holds; later ones run with the new images. None if those attend to old ones."""
     pixels, mask = inputs["pixel_values"], inputs["image_attention_mask"]
     if not kept:
         return 0, {"pixel_values": pixels, "image_attention_mask": mask}
@@ -140,7 +140,7 @@ IDEFICS = Family(
     kept={"lm_head": "logits decide between near neighbours", "additional_fc": "logits too, of added tokens"},
     stages=stages,
     image_rows=image_rows,
-    places=places,
+    layout=layout,
     slicing=slicing,
     new_images=new_images,
     image_tokens=image_tokens,

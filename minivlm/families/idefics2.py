@@ -12,7 +12,7 @@ from minivlm.families.record import (
     GATED_MLP,
     QKV,
     Family,
-    Places,
+    Layout,
     Region,
     Rows,
     Stage,
@@ -60,18 +60,18 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     order = torch.tensor([image for group in groups.values() for image in group])
     if not len(order):
         return {}
-    place = masks.flatten(1).any(1).cumsum(0) - 1  # of an image among the real ones
+    real = masks.flatten(1).any(1).cumsum(0) - 1  # of an image among the real ones
     patches = torch.cat([F.pad(masks[n].flatten().nonzero(), (1, 0), value=int(n)) for n in order])  # (R, 2)
     ours = [masks[group][:, :high, :wide].flatten(1) for (high, wide), group in groups.items()]
     every = [torch.ones(len(group), dtype=torch.bool) for group in groups.values()]
-    theirs = place[patches[:, 0]], patches[:, 1]
+    theirs = real[patches[:, 0]], patches[:, 1]
     return {
         "patches": Rows({"minivlm": ours, "transformers": [theirs]}, ("image", "patch"), patches),
-        "vectors": Rows({"minivlm": every, "transformers": [place[order]]}, ("image", "vector"), order),
+        "vectors": Rows({"minivlm": every, "transformers": [real[order]]}, ("image", "vector"), order),
     }
 
 
-def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
+def layout(ids: Tensor, inputs: dict[str, Any], config: Any) -> Layout:
     """Every crop counts as an image of its own: the inputs do not tell which crops were one image."""
     latents = config.perceiver_config.resampler_n_latents
     number = (ids == config.image_token_id).long()
@@ -79,19 +79,19 @@ def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
     cells = torch.stack([count // latents, torch.zeros_like(count), -torch.ones_like(count), count % latents], dim=-1)
     masks = patch_masks(inputs, config.vision_config.patch_size)  # (B·N, h, w)
     _, high, wide = masks.shape
-    place = masks.flatten(1).any(1).long().cumsum(0) - 1
+    real = masks.flatten(1).any(1).long().cumsum(0) - 1
     views: list[list[list[View]]] = [[] for _ in inputs["pixel_values"]]
     calls = []
     for (rows, columns), group in same_size(masks).items():
         patches = torch.arange(high * wide).view(high, wide)[:rows, :columns].flatten()
-        calls.append((place[group], patches))
+        calls.append((real[group], patches))
     for image, mask in enumerate(masks):
         if mask.any():
             row, number_in_row = divmod(image, inputs["pixel_values"].shape[1])
             grid = int(mask.any(1).sum()), int(mask.any(0).sum())
-            views[row].append([View(grid, (row, number_in_row), int(place[image]), 0, wide)])
+            views[row].append([View(grid, (row, number_in_row), int(real[image]), 0, wide)])
     tokens = cells.where(number[..., None] > 0, -1)
-    return Places(tokens, views, latents, calls=tuple(calls), sizes=(int(place[-1]) + 1, high * wide))
+    return Layout(tokens, views, latents, calls=tuple(calls), sizes=(int(real[-1]) + 1, high * wide))
 
 
 def slicing(height: int, width: int, regions: list[Region], options: Any, config: Any) -> list[str]:
@@ -155,7 +155,7 @@ IDEFICS2 = Family(
     quantised=("model.vision_model.encoder", "model.connector", "model.text_model.layers"),
     stages=stages,
     image_rows=image_rows,
-    places=places,
+    layout=layout,
     slicing=slicing,
     buckets=buckets,
     new_images=new_images,

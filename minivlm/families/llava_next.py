@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.families.record import Family, Places, Region, Rows, Stage, View, decoder_layers, vision_layers
+from minivlm.families.record import Family, Layout, Region, Rows, Stage, View, decoder_layers, vision_layers
 from minivlm.modules.anyres import best_resolution, tile_grid, unpadded_grid
 
 
@@ -35,12 +35,12 @@ def image_rows(inputs: dict[str, Any], config: Any) -> dict[str, Rows]:
     tiles = torch.arange(sum(1 + high * wide for high, wide in grids))
     every = {"minivlm": [...], "transformers": [...]}
     return {
-        "patches": Rows(every, ("tile", "place"), tiles),
+        "patches": Rows(every, ("tile", "position"), tiles),
         "packed": Rows(every, ("batch", "vector"), torch.zeros(1, dtype=torch.long)),
     }
 
 
-def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
+def layout(ids: Tensor, inputs: dict[str, Any], config: Any) -> Layout:
     """View 0 of an image is the base, the others its tiles, row by row. A newline belongs to its image alone."""
     tower, sizes = config.vision_config, inputs["image_sizes"].tolist()
     side, grid = tower.image_size, tower.grid
@@ -59,7 +59,7 @@ def places(ids: Tensor, inputs: dict[str, Any], config: Any) -> Places:
             index, begin = index + count, begin + len(cells)
         views.append(found)
         tables.append(table)
-    return Places(torch.stack(tables), views, sizes=(index, 1 + grid**2))
+    return Layout(torch.stack(tables), views, sizes=(index, 1 + grid**2))
 
 
 def _cells(size: tuple[int, int], tiles: tuple[int, int], grid: int) -> Tensor:
@@ -123,7 +123,7 @@ LLAVA_NEXT = Family(
     quantised=("model.vision_tower.encoder", "model.multi_modal_projector", "model.language_model.layers"),
     stages=stages,
     image_rows=image_rows,
-    places=places,
+    layout=layout,
     slicing=slicing,
     image_lengths=image_lengths,
     new_images=new_images,

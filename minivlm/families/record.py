@@ -1,6 +1,6 @@
-"""What the rest of minivlm has to know about one family of models: plain data, and functions of its inputs.
+"""Everything about one family of models that the rest of minivlm uses: plain data, and functions of its inputs.
 
-A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records stand below every
+A new family is one `Family`; a test adds one in a few lines and drives it through every verb. Records are below every
 other room but `modules`, so they name classes by reference: "minivlm.models.presets:IDEFICS2".
 
 B rows of the batch, T tokens, N images (Idefics2: crops; LLaVA-NeXT: tiles), P patches, R rows of a stage, C its width.
@@ -81,7 +81,7 @@ def layers(
     heads: str = "",
     layer: str = "",
 ) -> list[Stage]:
-    """One stage a layer; `{}` in name and paths stands for its number."""
+    """One stage a layer; `{}` in name and paths is its number."""
     return [
         Stage(
             name.format(n),
@@ -106,7 +106,7 @@ def vision_layers(count: int, *towers: str) -> list[Stage]:
 
 
 def decoder_layers(count: int, *texts: str) -> list[Stage]:
-    """The blocks of a text decoder, likewise."""
+    """The blocks of a text decoder; paths as above."""
     paths = (f"{text}.layers.{{}}" for text in texts)
     options = {"parts": DECODER, "attention": "self_attn", "heads": "self_attn.o_proj"}
     return layers(count, "decoder layer {}", "tokens", *paths, **options)
@@ -114,16 +114,16 @@ def decoder_layers(count: int, *texts: str) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which vectors of a stage's output count: padding and images that no token sees may hold anything.
+    """Which vectors of a stage's output count: padding and images that no token attends to may hold anything.
 
     select: for each code, what picks the rows from the output of the 1st, 2nd, … time that the module runs.
-    names: of the two coordinates of a row.  places: (R, 2), these coordinates; or (N,), the first of them, where each
-    of N things has equally many rows.
+    names: of the two coordinates of a row.  coordinates: (R, 2); or (N,), the first of them, where each of N things has
+    equally many rows.
     """
 
     select: dict[str, list[Any]]
     names: tuple[str, str]
-    places: Tensor
+    coordinates: Tensor
 
     def pick(self, code: str, call: int, output: Tensor) -> Tensor:
         """The rows (R, C) of one call's output. Raises IndexError if it has another shape, or is one call too many.
@@ -136,13 +136,13 @@ class Rows:
                 return output[self.select[name][call]].flatten(0, -2)
         raise IndexError(f"call {call + 1} gave {tuple(output.shape)}, which does not fit the inputs")
 
-    def place(self, row: int, rows: int) -> str:
+    def label(self, row: int, rows: int) -> str:
         """The name of one row of `rows` in all: "image 0, patch 17"."""
-        if self.places.ndim == 2:
-            first, second = self.places[row].tolist()
+        if self.coordinates.ndim == 2:
+            first, second = self.coordinates[row].tolist()
         else:
-            each = max(1, rows // len(self.places))
-            first, second = int(self.places[min(row // each, len(self.places) - 1)]), row % each
+            each = max(1, rows // len(self.coordinates))
+            first, second = int(self.coordinates[min(row // each, len(self.coordinates) - 1)]), row % each
         return f"{self.names[0]} {first}, {self.names[1]} {second}"
 
 
@@ -192,11 +192,11 @@ class View:
 
 
 @dataclass(frozen=True)
-class Places:
+class Layout:
     """Where the images of some inputs are.
 
     tokens: (B, T, 4) int64, for each position of the text the image of its row, the view of that image, and row and
-    column of the patch. −1 where it has none: text is −1 four times; a latent has its number in the place of a column.
+    column of the patch. −1 where it has none: text is −1 four times; a latent has its number instead of a column.
     views: for each row of the batch, for each of its images, its views.  vectors: latents of a view, 0 where each
     image token is one patch.  crossed: image vectors are no tokens; the text attends to them from layers of its own.
     calls: how the tower runs: for each call of it, which views, and which patches in the reference's padded order, get
@@ -226,16 +226,16 @@ def equal_shares(processor: Any, inputs: dict[str, Any], image_tokens: int, imag
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models. Classes and tables that stand above this room are "module:name", resolved when used.
+    """One family of models. Classes and tables of rooms above this one are "module:name", resolved when used.
 
     model_type: as in config.json.  model, processor: classes.  presets: configurations by Hub name.
     quantised: the parts whose linear layers are quantised, all of them.  kept: linear layers that never are, and why.
     stages: of a model with this configuration, in the order in which data flows.
     image_rows: kinds of rows that stages have besides "tokens", for these inputs; {} if they hold no image.
-    places: (ids (B, T), inputs, config) → where the images of these inputs are; None = `inside` cannot tell.
+    layout: (ids (B, T), inputs, config) → where the images of these inputs are; None = unknown to `inside`.
     slicing: (height, width of an image, its regions, image processor, config) → how it is cut into views and why, a
     sentence each.  buckets: (grid, config) → for each row and each column of patches the learned position it takes,
-    where the tower looks positions up by a patch's place in its own view.
+    where the tower looks positions up by a patch's position in its own view.
     image_lengths: (processor, inputs, image tokens of the prompt, images) → how many image tokens each image takes.
     new_images: (inputs, kept, old, images) → how many ids to run before the new images, and the model inputs for the
     images after the first `old`, where the first `kept` ids are in the cache; None = start again from the beginning.
@@ -255,7 +255,7 @@ class Family:
     kept: dict[str, str] = field(default_factory=lambda: {"lm_head": "logits decide between near neighbours"})
     image_rows: Callable[[dict[str, Any], Any], dict[str, Rows]] = no_images
     image_lengths: Callable[[Any, dict[str, Any], int, int], list[int]] = equal_shares
-    places: Callable[[Tensor, dict[str, Any], Any], Places] | None = None
+    layout: Callable[[Tensor, dict[str, Any], Any], Layout] | None = None
     slicing: Callable[[int, int, list[Region], Any, Any], list[str]] | None = None
     buckets: Callable[[tuple[int, int], Any], tuple[list[int], list[int]]] | None = None
     presets: str | None = None

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minivlm.generation.steps import forward
 from minivlm.modules.cache import KVCache
 
 _compared: WeakSet[Any] = WeakSet()  # models of which a graph gave what a plain step gives
@@ -49,7 +50,7 @@ class StaticCache:
 
 
 class CapturedStep:
-    """`loop.decode_step` for the rows of one cache: on CUDA its first call runs, its second is captured.
+    """A decode step for the rows of one cache: on CUDA its first call runs, its second is captured.
 
     A model's first graph is compared with a plain step; if it differs, one warning says so and no graph is used.
 
@@ -91,13 +92,7 @@ class CapturedStep:
         return self.logits.clone()  # the next call writes into the same memory
 
     def _run(self) -> Tensor:
-        output = self.model(
-            input_ids=self.token,
-            attention_mask=self.mask,
-            position_ids=self.position,
-            past_key_values=self.static,
-            logits_to_keep=1,
-        )
+        output = forward(self.model, self.token, self.static, self.mask, self.position)
         return output.logits[:, -1].float()
 
     def _capture(self) -> None:

@@ -1,13 +1,12 @@
-"""Generates text one token at a time: `prefill` the prompt once, then repeat `decode_step`.
+"""Generates text one token at a time: the prompt runs once, then each new token by itself, until every row has ended.
 
-    ids (B, P) ──prefill──► logits (B, V) ──rules──► scores ──argmax or sample──► token (B,) ──decode_step──► logits …
+    ids (B, P) ──prefill──► logits (B, V) ──rules──► scores ──argmax or sample──► token (B,) ──decode step──► logits …
                     └──────────── KVCache, P + N slots, allocated once ────────────┘
 
-The files in the order of a call: `generate` here → request.py checks the arguments and makes a `Run` → `Decoding` here
-runs the model → sampling.py turns scores into a token, stopping.py ends rows → `_tokens` here repeats that.
-beams.py follows several continuations instead. These files handle token ids, not text or images: the model's other
-inputs (`pixel_values`, …) enter with the prefill and never with a decode step, so an image token that the model itself
-writes is an ordinary token.
+The files in the order of a call: `generate` here → request.py joins arguments and settings.py into a `Run` → `Decoding`
+here repeats: run the model (steps.py), choose a token (sampling.py; or beams.py, which follows several continuations),
+end rows (stopping.py). These files handle token ids, not text or images: the model's other inputs (`pixel_values`, …)
+enter with the prompt and never with a later token, so an image token that the model itself writes is an ordinary token.
 
 B rows, n copies of each (beams, or samples) that differ from the first new token on, P prompt ids, K prompt keys (P, or
 the length of `inputs_embeds`), N new tokens, S ids so far, V vocabulary. The rules act on float32 scores in the order
@@ -17,84 +16,23 @@ of `logits_rules`; they follow transformers 5.23, including its oddities.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.generation.beams import beam_search
 from minivlm.generation.cuda_graph import CapturedStep
 from minivlm.generation.diagnosis import explain
-from minivlm.generation.request import Run, positions, prepare
+from minivlm.generation.output import GenerateOutput
+from minivlm.generation.request import Run, prepare
 from minivlm.generation.sampling import sample
 from minivlm.generation.speculation import SpeculativeStep
+from minivlm.generation.steps import decode_step, forward
 from minivlm.generation.stopping import ended, finish_reasons
 from minivlm.modules.cache import KVCache
-
-# ---- The model's two steps ----
-
-
-def prefill(
-    model: Any,
-    input_ids: Tensor | None,
-    cache: KVCache | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    outputs: list | None = None,
-    **inputs: Any,
-) -> Tensor:
-    """Run ids (B, T) and their images, and fill `cache`; returns the last position's logits, (B, V) float32.
-
-    `attention_mask` (B, cached + T) is True at real tokens; None without padding. `position_ids` is (B, T). `outputs`
-    is a list to which the model's whole output is appended.
-    """
-    if position_ids is None and attention_mask is not None:
-        position_ids = positions(attention_mask)[:, 0 if cache is None else cache.length :]
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        logits_to_keep=1,
-        **inputs,
-    )
-    if outputs is not None:
-        outputs.append(output)
-    return output.logits[:, -1].float()
-
-
-def decode_step(
-    model: Any, token: Tensor, cache: KVCache, position: Tensor, attention_mask: Tensor | None = None, **more: Any
-) -> Tensor:
-    """Run one more token (B,) at `position` (B,); returns the next token's logits, (B, V) float32."""
-    return prefill(model, token[:, None], cache, attention_mask, position[:, None], **more)
-
-
-# ---- The user's functions ----
-
-
-@dataclass
-class GenerateOutput:
-    """The result with `return_dict_in_generate`, named as in the reference; None for fields that were not requested.
-
-    T is the number of uncached prompt tokens in the first step, then 1; without a cache, all tokens so far.
-    """
-
-    sequences: Tensor  # (B·R, P + M): R sequences for each row
-    scores: tuple[Tensor, ...] | None = None  # for each step (B·n, V): the scores the tokens were chosen by
-    logits: tuple[Tensor, ...] | None = None  # for each step (B·n, V)
-    attentions: tuple[tuple[Tensor, ...], ...] | None = None  # for each step and block (B·n, H, T, keys)
-    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None  # for each step: embeddings, each block: (B·n, T, C)
-    sequences_scores: Tensor | None = None  # (B·R,), of beams
-    beam_indices: Tensor | None = None  # (B·R, M): the row of `scores` in which each token was found, −1 after the end
-    past_key_values: KVCache | None = None
-    finish_reasons: list[str] | None = None  # (B·R): "stop" by a rule (eos, string, criterion); cut: "length" or "time"
-
-    def __getitem__(self, key: str | int) -> Any:
-        """`output["sequences"]`, and `output[0]`, as in a tuple of the requested fields."""
-        return getattr(self, key) if isinstance(key, str) else [v for v in vars(self).values() if v is not None][key]
 
 
 @overload
@@ -168,39 +106,15 @@ def stream(model: Any, input_ids: Tensor | None = None, **options: Any) -> "Deco
 
 def _collect(decoding: "Decoding", streamer: Any) -> Tensor:
     """Sequences (B·n, P + M), handed to the streamer as they grow."""
-    if streamer is not None:
-        streamer.put(decoding.text.cpu())
+    if streamer is None:
+        for _ in decoding:
+            pass
+        return decoding.text
+    streamer.put(decoding.text.cpu())
     for token in decoding:
-        if streamer is not None:
-            streamer.put(token.cpu())
-    if streamer is not None:
-        streamer.end()
+        streamer.put(token.cpu())
+    streamer.end()
     return decoding.text
-
-
-def compute_transition_scores(
-    model: Any,
-    sequences: Tensor,
-    scores: Sequence[Tensor],
-    beam_indices: Tensor | None = None,
-    normalize_logits: bool = False,
-) -> Tensor:
-    """The score of each chosen token, (B·R, M), from the output of `generate`; 0 after the end of a beam.
-
-    sequences: (B·R, P + M). scores: M of (B·n, V). normalize_logits: make log-probabilities of the scores first.
-    """
-    stacked = torch.stack(list(scores))  # (M, B·n, V)
-    if normalize_logits:
-        stacked = stacked.log_softmax(-1)
-    if beam_indices is None:  # each row continues itself
-        beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(stacked))
-    M = int((beam_indices >= 0).sum(1).max())
-    rows, tokens = beam_indices[:, :M].long(), sequences[:, sequences.shape[1] - M :]
-    found = stacked[torch.arange(M, device=rows.device), rows.clamp(min=0), tokens]
-    return found.masked_fill(rows < 0, 0)
-
-
-# ---- The loop ----
 
 
 class Decoding(Iterator[Tensor]):
@@ -208,18 +122,16 @@ class Decoding(Iterator[Tensor]):
 
     def __init__(self, model: Any, run: Run) -> None:
         self.model, self.run = model, run
+        self.ids = F.pad(run.ids, (0, run.new_tokens))  # (B·n, P + N)
         self.count, self.over = 0, False  # of new tokens
-        self.ids = torch.cat([run.ids, run.ids.new_zeros(len(run.ids), run.new_tokens)], 1)  # (B·n, P + N)
         self.cache = run.cache  # B rows until the prompt is in it, then B·n
-        self.step: CapturedStep | SpeculativeStep | None = None  # replaces `decode_step`
+        self.step: CapturedStep | SpeculativeStep | None = None  # replaces the plain decode step
         self.done = torch.zeros(len(run.ids), dtype=torch.bool, device=run.ids.device)  # a rule has ended the row
         self.finite = ~self.done  # all logits of the row have been finite so far
         self.limit = "length"  # cuts the other rows, or "time"
         self.kept = {name: [] for name in run.outputs}  # of every step
-        self.seen: list[Any] = []  # the model's outputs of this step, if more than logits is wanted
-        self.wanted = {f"output_{name}": True for name in ("attentions", "hidden_states") if name in self.kept}
-        if self.wanted:
-            self.wanted["outputs"] = self.seen
+        self.layers = [name for name in ("attentions", "hidden_states") if name in self.kept]
+        self.wanted = {f"output_{name}": True for name in self.layers}
 
     @torch.no_grad()
     def __next__(self) -> Tensor:
@@ -238,15 +150,12 @@ class Decoding(Iterator[Tensor]):
             self.check_finite(self.count - 1)
         return token
 
+    # ---- The text ----
+
     @property
     def text(self) -> Tensor:
         """The ids so far, (B·n, S)."""
         return self.ids[:, : self.run.ids.shape[1] + self.count]
-
-    @property
-    def finish_reasons(self) -> list[str]:
-        """(B·n): "stop" by an eos id, a stop string or a criterion; else the limit that cuts it, "length" or "time"."""
-        return finish_reasons(self.done, self.limit)
 
     def append(self, token: Tensor, rows: Tensor | None = None) -> None:
         """Append a token (B·n,) to every row; with beams, row i first becomes a copy of row rows[i]."""
@@ -254,12 +163,17 @@ class Decoding(Iterator[Tensor]):
             self.text.copy_(self.text[rows])
             if self.cache is not None:
                 self.cache.reorder(rows, shared=self.run.keys)
+        self.ids[:, self.run.ids.shape[1] + self.count] = token
         self.count += 1
-        self.text[:, -1] = token
 
     def ended(self, ids: Tensor) -> Tensor:
         """The rows of ids (R, S) that a rule ends, (R,) bool."""
         return ended(self.run.stops, ids, tuple(self.kept["scores"]) if "scores" in self.kept else None)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """(B·n): "stop" by an eos id, a stop string or a criterion; else the limit that cuts it, "length" or "time"."""
+        return finish_reasons(self.done, self.limit)
 
     def is_last_step(self) -> bool:
         """Whether a limit ends all rows after the next token."""
@@ -268,6 +182,8 @@ class Decoding(Iterator[Tensor]):
             if self.model.agreed(late) if hasattr(self.model, "agreed") else late:  # each process has its own clock
                 self.limit = "time"
         return self.count + 1 == self.run.new_tokens or self.limit == "time"
+
+    # ---- The model ----
 
     def next_scores(self) -> Tensor:
         """Scores (B·n, V) of the next token: logits (log-softmax for beams) after all rules."""
@@ -286,25 +202,21 @@ class Decoding(Iterator[Tensor]):
     def next_logits(self) -> Tensor:
         """The model's logits (B·n, V) after the ids so far."""
         if self.count and self.cache is not None:
-            logits = self._decode(self.text[:, -1], self.run.keys + self.count)
-        else:
-            differing = range(self.run.copies if self.count else 1)  # before the first token, copies of a row are equal
-            logits = self._rows([self._prefill(self.count, copy, self.cache, **self.wanted) for copy in differing])
-            if self.cache is not None and self.run.copies > 1:
-                self.cache = self.cache.expand(self.run.copies, self.run.positions.shape[1])
-        for name in self.kept.keys() & {"attentions", "hidden_states"}:
-            layers = zip(*(getattr(output, name) for output in self.seen), strict=True)
-            self.kept[name].append(tuple(self._rows(copies) for copies in layers))
-        self.seen.clear()
-        return logits
+            return self._decode(self.text[:, -1], self.run.keys + self.count)
+        differing = range(self.run.copies if self.count else 1)  # before the first token, copies of a row are equal
+        outputs = [self._prefill(self.count, copy, self.cache, **self.wanted) for copy in differing]
+        self._keep(outputs)
+        if self.cache is not None and self.run.copies > 1:
+            self.cache = self.cache.expand(self.run.copies, self.run.positions.shape[1])
+        return self._rows([output.logits[:, -1].float() for output in outputs])
 
-    def _prefill(self, count: int, copy: int, cache: KVCache | None, **wanted: Any) -> Tensor:
-        """Run everything not yet in the cache, images too, for one copy of each row with `count` new tokens: (B, V)."""
+    def _prefill(self, count: int, copy: int, cache: KVCache | None, **wanted: Any) -> Any:
+        """Run everything not yet in the cache, images too, for one copy of each row with `count` new tokens."""
         run, rows, S = self.run, slice(copy, None, self.run.copies), self.run.keys + count
         start = 0 if cache is None else cache.length  # ids that an earlier call has cached
         ids = None if "inputs_embeds" in run.inputs else self.ids[rows, start : run.ids.shape[1] + count]
         mask = None if run.mask is None else run.mask[rows, :S]
-        return prefill(self.model, ids, cache, mask, run.positions[rows, start:S], **run.inputs, **wanted)
+        return forward(self.model, ids, cache, mask, run.positions[rows, start:S], **run.inputs, **wanted)
 
     def _decode(self, token: Tensor, S: int) -> Tensor:
         """Run the newest token (B·n,), the S-th of the sequence: (B·n, V)."""
@@ -317,12 +229,23 @@ class Decoding(Iterator[Tensor]):
         if self.step is not None:
             return self.step(token, position)
         mask = None if run.mask is None else run.mask[:, :S]
-        return decode_step(self.model, token, self.cache, position, mask, **self.wanted)
+        output = decode_step(self.model, token, self.cache, position, mask, **self.wanted)
+        if self.layers:
+            self._keep([output])
+        return output.logits[:, -1].float()
+
+    def _keep(self, outputs: Sequence[Any]) -> None:
+        """Keep what is wanted of the layers, from the output for each copy of the rows, or for one."""
+        for name in self.layers:
+            layers = zip(*(getattr(output, name) for output in outputs), strict=True)
+            self.kept[name].append(tuple(self._rows(copies) for copies in layers))
 
     def _rows(self, copies: Sequence[Tensor]) -> Tensor:
         """All B·n rows (B·n, …), from (B, …) for each copy or for one copy of each row; or unchanged."""
         x = torch.stack(list(copies), 1)
         return x.repeat_interleave(len(self.ids) // x.shape[0] // x.shape[1], 1).flatten(0, 1)
+
+    # ---- Logits that are not finite ----
 
     def _watched(self, logits: Tensor) -> Tensor:
         """Note which rows have finite logits, and return them."""

@@ -13,16 +13,15 @@ B prompts, P prompt ids, T tokens to run, V vocabulary.
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.generation.diagnosis import explain
-from minivlm.generation.loop import positions, prefill
-from minivlm.generation.settings import plain
+from minivlm.generation.settings import are_words, plain
 from minivlm.generation.speculation import alike
+from minivlm.generation.steps import forward, positions
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
@@ -44,8 +43,9 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
     ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
     candidates = _checked(candidates)
     mask = _room(model, ids, mask, max(map(len, candidates)) - 1)
-    cache = model.new_cache(*mask.shape)
-    first = prefill(model, ids, cache, mask[:, : ids.shape[1]], **inputs)  # (B, V)
+    cache, real = model.new_cache(*mask.shape), mask[:, : ids.shape[1]]
+    prefill = partial(forward, model, ids, mask=real, positions=positions(real), **inputs)
+    first = prefill(cache).logits[:, -1].float()  # (B, V)
     if (highest := max(map(max, candidates))) >= first.shape[-1]:
         raise ValueError(f"a candidate has the id {highest}, but the vocabulary has {first.shape[-1]} tokens")
     scores = first.new_empty(len(ids), len(candidates))
@@ -58,8 +58,7 @@ def rank(model: Any, inputs: dict[str, Any], candidates: Sequence[Sequence[int]]
         cached = begin
         scores[:, index] = sum(after[k][:, token] for k, token in enumerate(candidate))
     if not scores.isfinite().all():
-        again = partial(prefill, model, ids, None, mask[:, : ids.shape[1]], **inputs)
-        raise ValueError(f"scores are not finite: {explain(model, inputs, again)}")
+        raise ValueError(f"scores are not finite: {explain(model, inputs, prefill)}")
     lengths = torch.tensor([len(candidate) for candidate in candidates], device=scores.device)
     return scores / lengths if mean else scores
 
@@ -69,19 +68,15 @@ def _run(model: Any, cache: KVCache, tokens: list[int], mask: Tensor) -> list[Te
     if not tokens:
         return []
     end = cache.length + len(tokens)
-    output = model(
-        input_ids=torch.tensor(tokens, device=mask.device).expand(len(mask), -1),  # (B, T)
-        attention_mask=mask[:, :end],
-        position_ids=positions(mask[:, :end])[:, cache.length :],
-        past_key_values=cache,
-    )
+    ids = torch.tensor(tokens, device=mask.device).expand(len(mask), -1)  # (B, T)
+    at = positions(mask[:, :end])[:, cache.length :]
+    output = forward(model, ids, cache, mask[:, :end], at, keep=0)
     return list(output.logits.float().log_softmax(-1).unbind(1))
 
 
 def _checked(candidates: Any) -> list[list[int]]:
     candidates = plain(candidates)
-    lists = isinstance(candidates, list | tuple) and all(isinstance(one, list | tuple) and one for one in candidates)
-    if not lists or not candidates or not all(type(id) is int and id >= 0 for id in chain(*candidates)):
+    if not are_words(candidates):
         raise ValueError(
             "candidates are lists of token ids, none of them empty, such as "
             f'tokenizer(["cat", "dog"], add_special_tokens=False).input_ids; found {candidates!r:.80}'

@@ -1,4 +1,4 @@
-"""Checks a call of `generate` before any work: settings, prompt, padding, limits, cache size.
+"""Joins the arguments of `generate` and its settings into a `Run`, and checks both before any work.
 
 B rows, n copies of each, P prompt ids, K prompt keys (P, or the length of `inputs_embeds`), N new tokens, V vocabulary.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from minivlm.generation.sampling import Rule, logits_rules
 from minivlm.generation.settings import OUTPUTS, GenerationConfig, check, is_whole, resolve
 from minivlm.generation.speculation import Guess, guess_rule
+from minivlm.generation.steps import positions
 from minivlm.generation.stopping import Stop, stop_rules
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
@@ -44,11 +45,6 @@ class Run:
     outputs: list[str]  # kept of every step: scores, logits, attentions, hidden_states
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Rotary positions (B, S) of a padding mask (B, S): real tokens count from 0, pads before them are 0."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
 def prepare(
     model: Any,
     input_ids: Tensor | None = None,
@@ -67,33 +63,19 @@ def prepare(
     **options: Any,
 ) -> Run:
     """Check the arguments of `loop.generate` and build its `Run`. Errors as described there."""
-    device, V, names = next(model.parameters()).device, vocab_size(model), {*model.prompt_inputs, "inputs_embeds"}
-    given = {name: value for name, value in options.items() if name not in names}
-    also = {"input_ids", "attention_mask", "position_ids", "past_key_values", *names}
-    settings = resolve(model.generation_config, generation_config, given, also)
-    _special_ids(settings, V)
-    inputs = _inputs({name: options[name] for name in names if options.get(name) is not None}, device)
-
-    embeds = inputs.get("inputs_embeds")
-    ids = _prompt(settings, input_ids, inputs, V).to(device, torch.long)
-    (B, P), n = ids.shape, settings.copies
-    K = P if embeds is None else embeds.shape[1]
-    mask = _mask(settings, attention_mask, ids, K).to(device)
-    at = positions(mask) if position_ids is None else position_ids.to(device).expand(B, -1)
+    device, V = next(model.parameters()).device, vocab_size(model)
+    settings, inputs = _settings(model, generation_config, options, V, device)
+    ids, mask, at = _prompt(settings, input_ids, attention_mask, position_ids, inputs, V, device)
+    (B, K), n = mask.shape, settings.copies
     N = _new_tokens(settings, K, int(at.max()) + 1, text_config(model.config).max_position_embeddings)
-    least = _least_new_tokens(settings, K, N)
-    if settings.eos_ids and B * n > 1:  # ended rows continue with pads
-        _check_token("pad_token_id", settings.pad_token_id, V)
-    cache = _cache(model, past_key_values, B, K, K + N if n == 1 else K, settings.use_cache or embeds is not None)
-
+    cache = _cache(model, settings, past_key_values, B, K, N, inputs)
+    least = _least_ids(settings, K, N, ids.shape[1])
     ids, mask, at = (each.repeat_interleave(n, 0) for each in (ids, mask, at))
+    padding = None if mask.all() or "inputs_embeds" in inputs else mask.int().argmax(1)  # (B·n,): left pads of the ids
+    mask = None if mask.all() else torch.cat([mask, mask.new_ones(B * n, N)], 1)  # (B·n, K + N)
     at = torch.cat([at, at[:, -1:] + 1 + torch.arange(N, device=device)], 1)  # (B·n, K + N)
-    padding = None if mask.all() or embeds is not None else mask.int().argmax(1)  # (B·n,): left pads among the ids
-    mask = None if mask.all() else torch.cat([mask, mask.new_ones(len(ids), N)], 1)
-    outputs = [name for name in OUTPUTS if settings.return_dict_in_generate and getattr(settings, f"output_{name}")]
-    own_rules, allowed = _functions("logits_processor", logits_processor), prefix_allowed_tokens_fn
-    check("prefix_allowed_tokens_fn", allowed, allowed is None or callable(allowed), "a function (prompt number, ids)")
-    own_stops = _functions("stopping_criteria", stopping_criteria)
+    processors = _functions("logits_processor", logits_processor)
+    kept = OUTPUTS if settings.return_dict_in_generate else ()
     return Run(
         settings=settings,
         copies=n,
@@ -104,25 +86,54 @@ def prepare(
         positions=at,
         inputs=inputs,
         cache=cache,
-        rules=logits_rules(settings, V, padding, device, least and P + least, own_rules, allowed),
-        stops=stop_rules(settings, tokenizer, own_stops, device),
+        rules=logits_rules(settings, V, padding, device, least, processors, prefix_allowed_tokens_fn),
+        stops=stop_rules(settings, tokenizer, _functions("stopping_criteria", stopping_criteria), device),
         deadline=time.monotonic() + (math.inf if settings.max_time is None else settings.max_time),
         generator=_generator(model, settings, generator, seed, device),
         guess=guess_rule(model, settings, assistant_model, cache, inputs, at, mask),
-        outputs=outputs,
+        outputs=[name.removeprefix("output_") for name in kept if getattr(settings, name)],
     )
+
+
+def _settings(
+    model: Any, config: GenerationConfig | None, options: dict[str, Any], V: int, device: torch.device
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The settings of this call, and the model's inputs besides ids, both from the `options`."""
+    names = {*model.prompt_inputs, "inputs_embeds"}
+    given = {name: value for name, value in options.items() if name not in names}
+    also = {"input_ids", "attention_mask", "position_ids", "past_key_values", *names}
+    settings = resolve(model.generation_config, config, given, also)
+    settings.eos_token_id = [id for id in settings.eos_ids if 0 <= id < V]
+    if settings.pad_token_id in (None, -1):  # files write −1 for none
+        settings.pad_token_id = settings.eos_token_id[0] if settings.eos_token_id else None
+    inputs = {name: options[name] for name in names if options.get(name) is not None}
+    return settings, _inputs(inputs, device)
+
+
+def _prompt(
+    settings: GenerationConfig,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    inputs: dict[str, Any],
+    V: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (B, P), padding mask (B, K) bool and positions (B, K) of the prompt."""
+    embeds = inputs.get("inputs_embeds")
+    ids = _ids(settings, input_ids, inputs, V).to(device, torch.long)
+    mask = _mask(settings, attention_mask, ids, ids.shape[1] if embeds is None else embeds.shape[1]).to(device)
+    if settings.eos_ids and len(ids) * settings.copies > 1:  # ended rows continue with pads
+        _check_token("pad_token_id", settings.pad_token_id, V)
+    return ids, mask, positions(mask) if position_ids is None else position_ids.to(device).expand(len(ids), -1)
+
+
+# ---- Checks and defaults ---------------------------------------------------------------------------------------------
 
 
 def vocab_size(model: Any) -> int:
     """The number of logits: IDEFICS counts its image tokens separately."""
     return text_config(model.config).vocab_size + getattr(model.config, "additional_vocab_size", 0)
-
-
-def _special_ids(settings: GenerationConfig, vocab_size: int) -> None:
-    """Drop eos ids outside the vocabulary; the pad id defaults to the first eos id, also if it is −1 (none)."""
-    settings.eos_token_id = [id for id in settings.eos_ids if 0 <= id < vocab_size]
-    if settings.pad_token_id in (None, -1):
-        settings.pad_token_id = settings.eos_token_id[0] if settings.eos_token_id else None
 
 
 def _inputs(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -133,7 +144,7 @@ def _inputs(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
-def _prompt(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, Any], vocab_size: int) -> Tensor:
+def _ids(settings: GenerationConfig, ids: Tensor | None, inputs: dict[str, Any], vocab_size: int) -> Tensor:
     """The prompt's ids (B, P): the given ones, none with `inputs_embeds`, or only bos."""
     if ids is None and "inputs_embeds" in inputs:
         return torch.zeros(len(inputs["inputs_embeds"]), 0, dtype=torch.long)
@@ -170,7 +181,7 @@ def _mask(settings: GenerationConfig, mask: Tensor | None, ids: Tensor, K: int) 
         raise ValueError(f"attention_mask should have one entry per prompt token, {(B, K)}, found {tuple(mask.shape)}")
     mask = mask.bool()
     if not mask[:, -1].all():
-        warnings.warn("a prompt ends in padding and its answer comes after it; pad on the left", stacklevel=4)
+        warnings.warn("a prompt ends in padding and its answer comes after it; pad on the left", stacklevel=5)
     return mask
 
 
@@ -196,19 +207,25 @@ def _new_tokens(settings: GenerationConfig, K: int, length: int, limit: int) -> 
     return N
 
 
-def _least_new_tokens(settings: GenerationConfig, K: int, N: int) -> int:
-    """The number of new tokens before any row may end."""
+def _least_ids(settings: GenerationConfig, K: int, N: int, P: int) -> int:
+    """The number of ids, prompt included, before any row may end; 0 for any number."""
     least = settings.min_new_tokens
     least = max((settings.min_length or 0) - K, 0) if least is None else least
     if least > N:
         warnings.warn(f"the answer ends after {N} tokens, though it should have at least {least}", stacklevel=4)
-    return least
+    return least and P + least
 
 
-def _cache(model: Any, cache: KVCache | None, B: int, K: int, slots: int, use_cache: bool) -> KVCache | None:
-    """The caller's cache if it leaves tokens to run, else a new one (None without `use_cache`)."""
+def _cache(
+    model: Any, settings: GenerationConfig, cache: KVCache | None, B: int, K: int, N: int, inputs: dict[str, Any]
+) -> KVCache | None:
+    """The caller's cache if it leaves tokens to run, else a new one (None without `use_cache`).
+
+    Beams and samples share the prompt's slots; theirs are added when the prompt has run.
+    """
     if cache is None:
-        return _new_cache(model, B, slots) if use_cache else None
+        wanted = settings.use_cache or "inputs_embeds" in inputs
+        return _new_cache(model, B, K + N if settings.copies == 1 else K) if wanted else None
     if not isinstance(cache, KVCache):
         found = f"a {type(cache).__name__} of {type(cache).__module__.split('.')[0]}"
         raise ValueError(
@@ -240,7 +257,7 @@ def _functions(name: str, given: list[Callable] | None) -> list[Callable]:
 def _generator(
     model: Any, settings: GenerationConfig, generator: torch.Generator | None, seed: int | None, device: torch.device
 ) -> torch.Generator | None:
-    """The random source of sampling; None = torch's own. Processes sharing a model draw alike (`minivlm.parallel`)."""
+    """The random source of sampling; None = torch's own. Processes sharing a model draw alike (`devices.parallel`)."""
     if seed is None and generator is None and settings.do_sample and hasattr(model, "agreed"):
         seed = model.agreed(int(torch.randint(2**62, ())))
     if seed is None:

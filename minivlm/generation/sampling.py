@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.generation.settings import GenerationConfig
+from minivlm.generation.settings import GenerationConfig, check
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # (scores (B, V), ids (B, S)) -> scores (B, V)
 
@@ -150,6 +150,7 @@ def logits_rules(
     called with (ids, scores) as in the reference.  allowed: the reference's `prefix_allowed_tokens_fn`.
     ValueError for bad words outside the vocabulary.
     """
+    check("prefix_allowed_tokens_fn", allowed, allowed is None or callable(allowed), "a function (prompt number, ids)")
     rules: list[Rule] = []
     if (penalty := settings.active("repetition_penalty")) is not None:
         rules.append(lambda scores, ids: repetition_penalty(scores, ids, penalty, padding))

@@ -120,7 +120,7 @@ class GenerationConfig:
         known = {name: value for name, value in values.items() if name in SETTINGS}
         other = {name: value for name, value in values.items() if name not in SETTINGS}
         config = config_file.from_hub(cls, known, other=other)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_IDS:
             check_token_ids(f"GenerationConfig.{name}", getattr(config, name))
         for name in ("num_beams", "num_return_sequences"):
             copies = getattr(config, name)
@@ -137,12 +137,9 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: Any) -> "GenerationConfig":
         """For a model without generation_config.json: the special ids of its config, or else of its text config."""
-        sources = (config, getattr(config, "text_config", None))
-        ids = {}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            found = (getattr(source, name, None) for source in sources)
-            ids[name] = next((value for value in found if value is not None), None)
-        return cls(**ids)
+        text = getattr(config, "text_config", None)
+        ids = {name: getattr(config, name, None) for name in SPECIAL_IDS}
+        return cls(**{name: getattr(text, name, None) if id is None else id for name, id in ids.items()})
 
     def to_hub(self) -> dict[str, Any]:
         """The contents of generation_config.json: all settings that are set."""
@@ -174,6 +171,7 @@ class GenerationConfig:
 
 
 SETTINGS = tuple(item.name for item in fields(GenerationConfig) if item.name != "other")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # ---- Allowed values ----
 
@@ -207,34 +205,35 @@ def _are_strings(value: Any) -> bool:
     return isinstance(strings, list | tuple) and all(isinstance(each, str) and each for each in strings)
 
 
-def _are_words(value: Any) -> bool:
+def are_words(value: Any) -> bool:
     lists = isinstance(value, list | tuple) and all(isinstance(word, list | tuple) and word for word in value)
     return lists and len(value) > 0 and all(is_whole(id) for word in value for id in word)
 
 
 # A description of allowed values, the test, and the settings. The bounds of floats keep scores from overflowing.
+COUNTS = "max_new_tokens num_beams num_return_sequences top_k no_repeat_ngram_size max_matching_ngram_size"
+FRACTIONS = "top_p min_p typical_p epsilon_cutoff eta_cutoff assistant_confidence_threshold"
 ALLOWED = [
-    ("an integer > 0", lambda value: is_whole(value, 1), "max_new_tokens num_beams num_return_sequences top_k"),
-    ("an integer > 0", lambda value: is_whole(value, 1), "no_repeat_ngram_size max_matching_ngram_size"),
-    ("an integer > 0", lambda value: is_whole(value, 1), "prompt_lookup_num_tokens num_assistant_tokens"),
+    ("an integer > 0", lambda value: is_whole(value, 1), f"{COUNTS} prompt_lookup_num_tokens num_assistant_tokens"),
     ("an integer ≥ 0", is_whole, "min_new_tokens min_length"),
-    ("between 0 and 1", lambda value: is_number(value, 0, 1), "top_p min_p typical_p epsilon_cutoff eta_cutoff"),
-    ("between 0 and 1", lambda value: is_number(value, 0, 1), "assistant_confidence_threshold"),
+    ("between 0 and 1", lambda value: is_number(value, 0, 1), FRACTIONS),
     ("a number of seconds", lambda value: is_number(value, 0), "max_time"),
     ("a number from -10 to 10", lambda value: is_number(value, -10, 10), "length_penalty"),
     ("True, False or 'never'", lambda value: isinstance(value, bool) or value == "never", "early_stopping"),
     ("a float > 0, such as 1.2", _is_float, "repetition_penalty"),
     ("a float > 0 (for greedy search, pass do_sample=False)", _is_float, "temperature"),
     ("a string or a list of strings, none of them empty", _are_strings, "stop_strings"),
-    ("a list of words, each a list of token ids, such as [[5], [2, 7]]", _are_words, "bad_words_ids"),
+    ("a list of words, each a list of token ids, such as [[5], [2, 7]]", are_words, "bad_words_ids"),
 ]
 # Values besides None that disable a rule.
 OFF = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "stop_strings": [], "temperature": 1, "top_k": 0}
 OFF |= {"top_p": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
-# Settings that need do_sample, more than one beam, and return_dict_in_generate.
+# Settings that have no effect without do_sample, more than one beam, or return_dict_in_generate.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")
-OUTPUTS = ("scores", "logits", "attentions", "hidden_states")  # each prefixed by output_
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+# ---- The settings of one call ----
 
 
 def resolve(
@@ -253,9 +252,16 @@ def resolve(
     settings = replace(settings, **{name: value for name, value in given.items() if name in SETTINGS})
     for name, value in other.items():
         _refuse(name, value, also)
-    for name in {*DEFAULTS} - {*SAMPLING, "repetition_penalty"}:  # for these, None means the default
+    for name in {*DEFAULTS} - {*OFF}:  # None disables the others
         if getattr(settings, name) is None:
             setattr(settings, name, DEFAULTS[name])
+    _check_values(settings)
+    _warn_unused(settings, given)
+    return settings
+
+
+def _check_values(settings: GenerationConfig) -> None:
+    """ValueError for a value that is not allowed, alone or beside others. Without sampling, its settings go unread."""
     for expected, fits, names in ALLOWED:
         for name in names.split():
             if (value := settings.active(name)) is not None and (settings.do_sample or name not in SAMPLING):
@@ -265,8 +271,6 @@ def resolve(
         raise ValueError(f"num_return_sequences={copies}: greedy search has one answer; pass num_beams or do_sample")
     if 1 < beams < copies:
         raise ValueError(f"num_return_sequences={copies} is more than there are beams: num_beams={beams}")
-    _warn_unused(settings, given)
-    return settings
 
 
 def check_known(name: str, also: Collection[str] = ()) -> None:
@@ -293,8 +297,8 @@ def _warn_unused(settings: GenerationConfig, given: dict[str, Any]) -> None:
     for names, present, need in [
         (SAMPLING, settings.do_sample, "do_sample=True"),
         (BEAMS, settings.num_beams > 1, "num_beams above 1"),
-        ([f"output_{name}" for name in OUTPUTS], settings.return_dict_in_generate, "return_dict_in_generate=True"),
+        (OUTPUTS, settings.return_dict_in_generate, "return_dict_in_generate=True"),
     ]:
         unused = [name for name in names if given.get(name) not in (None, 0, DEFAULTS.get(name))]
         if unused and not present:
-            warnings.warn(f"{', '.join(unused)} has no effect without {need}", stacklevel=5)
+            warnings.warn(f"{', '.join(unused)} has no effect without {need}", stacklevel=6)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minivlm.generation.settings import GenerationConfig, check
+from minivlm.generation.steps import forward
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import text_config
 
@@ -25,7 +26,7 @@ LONGEST_MATCH = 2  # newest ids to look up if max_matching_ngram_size is not set
 
 
 class SpeculativeStep:
-    """`loop.decode_step` for a cache of one row, with guesses.
+    """A decode step for a cache of one row, with guesses.
 
         step = SpeculativeStep(model, cache, guess, prompt_ids, positions)
         logits = step(token)      # (1,) → (1, V) float32
@@ -61,15 +62,8 @@ def _run(
 ) -> Tensor:
     """Run `ids` after those in the cache; returns the logits of the last `keep` of them, (keep, V) float32."""
     start, end = cache.length, cache.length + len(ids)
-    output = model(
-        input_ids=torch.tensor([ids], device=positions.device),
-        attention_mask=None if mask is None else mask[:, :end],
-        position_ids=positions[:, start:end],
-        past_key_values=cache,
-        logits_to_keep=keep,
-        **inputs,
-    )
-    return output.logits[0].float()
+    new, mask = torch.tensor([ids], device=positions.device), None if mask is None else mask[:, :end]
+    return forward(model, new, cache, mask, positions[:, start:end], keep, **inputs).logits[0].float()
 
 
 # ---- Guesses ----

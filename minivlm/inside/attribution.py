@@ -17,6 +17,7 @@ from minivlm.inside.hooks import hooked
 from minivlm.inside.passes import Pass
 from minivlm.inside.stages import WEIGHTS, stages_of
 from minivlm.inside.watch import Seen, watch
+from minivlm.modules.inputs import Inputs
 
 METHODS = ("relevance", "attention", "occlusion")
 
@@ -36,7 +37,7 @@ class Attribution:
 def attribute(
     model: Any, inputs: dict[str, Any], token: int | None = None, *, method: str = "relevance", batch: int = 16
 ) -> Attribution:
-    """How much each patch has to do with the next token of a prompt (one row), or with another `token` in its place.
+    """How much each patch contributes to the next token of a prompt (one row), or to another `token` instead.
 
         found = attribute(model, inputs)
         heat = to_image(found, found.patches, image, processor)
@@ -119,14 +120,13 @@ def _kept(model: Any) -> Iterator[tuple[Seen, list[tuple[str, Pass, Tensor]]]]:
 
 
 def _weights(model: Any) -> list[Stage]:
-    """Attention weights of everything behind the tower."""
+    """Attention weights of everything after the tower."""
     return [stage for stage in stages_of(model) if stage.name.endswith(WEIGHTS) and stage.rows != "patches"]
 
 
 def _next(model: Any, inputs: dict[str, Any]) -> Tensor:
     """(V,): the next token's distribution."""
-    moved = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return model(**moved, logits_to_keep=1).logits[0, -1].float().softmax(-1)
+    return model(**Inputs(inputs).to(model.device), logits_to_keep=1).logits[0, -1].float().softmax(-1)
 
 
 # ---- Occlusion

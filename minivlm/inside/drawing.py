@@ -17,7 +17,7 @@ WHITE = 0.8  # from this share on white text has more contrast than dark text
 
 
 def spotlight(image: Any, heat: Tensor, side: int | None = None) -> Image.Image:
-    """The image, as bright as the square root of the heat on it; what is below 0 counts as 0.
+    """The image, as bright as the square root of the heat on it; negative heat counts as 0.
 
         spotlight(image, to_image(found, found.patches, image, processor)).save("star.png")
 
@@ -44,7 +44,7 @@ def table(
 ) -> Image.Image:
     """Numbers from 0 to 1 as a table whose cells are as blue as they are large, with names for rows and columns.
 
-    values: (rows, columns), a tensor or lists.  texts: what a cell says instead of its number.
+    values: (rows, columns), a tensor or lists.  texts: of the cells, instead of their numbers.
     """
     numbers = torch.as_tensor(values).float().cpu()
     names, heads = [str(row) for row in rows], [str(column) for column in columns]

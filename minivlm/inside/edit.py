@@ -18,7 +18,7 @@ Where = int | slice | Sequence[int] | Tensor | None
 
 @dataclass(frozen=True)
 class Edit:
-    """A change that knows which tokens it is called with: `change(value, at)`. `zero`, `add`, … make them."""
+    """A change that depends on which tokens it is called for: `change(value, at)`. `zero`, `add`, … make them."""
 
     change: Callable[[Tensor, "At"], Tensor]
 
@@ -84,11 +84,11 @@ def add(vector: Tensor, *, tokens: Where = None, scale: float = 1.0) -> Edit:
 
 
 def replace(tensor: Tensor, *, tokens: Where = None) -> Edit:
-    """Put what another run held in its place: `tensor` as `watch` gives it. Tokens beyond its end stay as they are."""
+    """Put in the values of another run: `tensor` as `watch` returns it. Tokens beyond its end stay as they are."""
 
     def change(value: Tensor, at: At) -> Tensor:
         if at.stage.rows != "tokens":
-            return gather(at.stage, tensor, value, at.one.places, at.call)
+            return gather(at.stage, tensor, value, at.one.layout, at.call)
         mine = slice(at.one.start, at.one.start + at.one.tokens)
         beams = max(1, len(tensor) // len(value))  # the prompt of several beams is recorded once for each
         new = value.clone()
@@ -147,7 +147,9 @@ def edit(model: Any, edits: dict[str, Edit | Callable[[Tensor], Tensor]]) -> Ite
     chosen = {stage: change for pattern, change in edits.items() for stage in matching(model, [pattern])}
     for stage in chosen:
         if stage.take not in ("output", "input", "weights", "heads", "logits"):
-            raise ValueError(f"{stage.name!r} is what the model reports, and no part of its way; edit what comes next")
+            raise ValueError(
+                f"{stage.name!r} is what the model reports, and nothing is computed from it; edit the next stage"
+            )
     passes = Passes(model)
 
     def change(stage: Stage, value: Tensor) -> Tensor:

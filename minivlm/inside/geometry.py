@@ -25,13 +25,13 @@ def to_patches(seen: Seen, weights: Tensor, row: int = 0) -> Patches:
     Raises ValueError if there are latents and "resampler layer *, attention weights" is not watched too, and for
     another number of weights.
     """
-    places, views = seen.places, seen.views(row)
-    if places.crossed:
+    layout, views = seen.layout, seen.views(row)
+    if layout.crossed:
         return _crossed(seen, weights, row)
     cells = seen.images[row].to(weights.device)  # (S, 4)
     if weights.shape[-1] != len(cells):
         raise ValueError(f"the text has {len(cells)} positions, found {weights.shape[-1]} weights")
-    if places.vectors:
+    if layout.vectors:
         maps = latents(seen, row)
         found = []
         for image, of_views in enumerate(maps):
@@ -53,15 +53,15 @@ def _grid(weights: Tensor, cells: Tensor, image: int, number: int, view: View) -
 
 def _crossed(seen: Seen, weights: Tensor, row: int) -> Patches:
     """One view an image."""
-    places, views = seen.places, seen.views(row)
-    each = places.vectors or places.sizes[1]  # without a resampler the text attends to all patches
+    layout, views = seen.layout, seen.views(row)
+    each = layout.vectors or layout.sizes[1]  # without a resampler the text attends to all patches
     if weights.shape[-1] % each:
         raise ValueError(
             f"the text attends to {each} vectors of each image, found {weights.shape[-1]} weights; pass those of a "
             '"gated block"'
         )
     split = weights.unflatten(-1, (-1, each)).float()  # (…, N, Q)
-    if not places.vectors:
+    if not layout.vectors:
         mine = [split[..., image[0].pixels[1], image[0].first :].unflatten(-1, image[0].grid) for image in views]
         return [[grid] for grid in mine]
     maps = zip(views, latents(seen, row), strict=True)
@@ -120,8 +120,7 @@ def to_image(
 
     Raises ValueError if image, processor and patches do not belong together.
     """
-    picture = fetch_image(processor, image)
-    height, width = picture.height, picture.width
+    width, height = fetch_image(processor, image).size
     regions = processor.image_processor.regions(height, width, seen.config.vision_config.patch_size)
     patches = to_patches(seen, weights, row) if isinstance(weights, Tensor) else weights
     grids = _of_image(patches, number, len(regions))

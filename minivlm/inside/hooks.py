@@ -76,7 +76,7 @@ def _output_hook(module: nn.Module, stage: Stage, change: Change, first: bool) -
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         if stage.take != "output":  # a field of the whole model's output
             if isinstance(output, tuple):
-                raise ValueError(f"{stage.name!r} cannot be told from a tuple; leave return_dict=False out")
+                raise ValueError(f"{stage.name!r} cannot be found in a tuple; leave return_dict=False out")
             found = getattr(output, stage.take)
             changed = None if found is None else change(stage, found)
             return None if changed is None else type(output)({**output, stage.take: changed})
@@ -89,7 +89,7 @@ def _output_hook(module: nn.Module, stage: Stage, change: Change, first: bool) -
 
 
 def _per_head(stage: Stage, change: Change, x: Tensor, head_dim: int) -> Tensor | None:
-    """x: (…, heads · D), what the output projection gets; the function sees (…, heads, D)."""
+    """x: (…, heads · D), what the output projection gets; the function gets (…, heads, D)."""
     changed = change(stage, x.unflatten(-1, (-1, head_dim)))
     return None if changed is None else changed.flatten(-2)
 

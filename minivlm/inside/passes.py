@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.families import Stage, family
-from minivlm.families.record import Places
+from minivlm.families.record import Layout
 from minivlm.inside.stages import WEIGHTS
 
 FIELDS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_attention_mask")
@@ -38,9 +38,9 @@ class Pass:
         return self.ids.shape[1]
 
     @cached_property
-    def places(self) -> Places | None:
-        """Where its images are; None if it has none, or if the family's record does not tell."""
-        find = family(self.config.model_type).places
+    def layout(self) -> Layout | None:
+        """Where its images are; None if it has none, or if the family's record has no `layout`."""
+        find = family(self.config.model_type).layout
         if not self.inputs or find is None:
             return None
         inputs = {name: torch.as_tensor(value).cpu() for name, value in self.inputs.items()}
@@ -108,13 +108,13 @@ def _all_logits(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 # ---- The reference's shapes: ours sends images through the tower in groups, without padding --------------------------
 
 
-def scatter(stage: Stage, pieces: list[Tensor], places: Places | None) -> Tensor:
+def scatter(stage: Stage, pieces: list[Tensor], layout: Layout | None) -> Tensor:
     """What a vision stage gave in the calls of one pass, in the reference's shape; what did not run is 0."""
-    if places is None or not places.calls or len(pieces) != len(places.calls):
+    if layout is None or not layout.calls or len(pieces) != len(layout.calls):
         return torch.cat(pieces)
-    views, patches = places.sizes
+    views, patches = layout.sizes
     whole = None
-    for piece, (images, cells) in zip(pieces, places.calls, strict=True):
+    for piece, (images, cells) in zip(pieces, layout.calls, strict=True):
         axes = _axes(stage, piece, cells, patches)
         shape = list(piece.shape)
         for axis, (_, size) in axes.items():
@@ -127,13 +127,13 @@ def scatter(stage: Stage, pieces: list[Tensor], places: Places | None) -> Tensor
     return whole
 
 
-def gather(stage: Stage, whole: Tensor, piece: Tensor, places: Places | None, call: int) -> Tensor:
-    """The part of `whole`, in the reference's shape, that belongs in the place of one call's output."""
-    if places is None or not places.calls:
+def gather(stage: Stage, whole: Tensor, piece: Tensor, layout: Layout | None, call: int) -> Tensor:
+    """The part of `whole`, in the reference's shape, that one call's output corresponds to."""
+    if layout is None or not layout.calls:
         return whole[call * len(piece) : (call + 1) * len(piece)]
-    images, cells = places.calls[call]
+    images, cells = layout.calls[call]
     part = whole[images.to(whole.device)]
-    return part[_index(part, _axes(stage, piece, cells, places.sizes[1]))]
+    return part[_index(part, _axes(stage, piece, cells, layout.sizes[1]))]
 
 
 def _axes(stage: Stage, piece: Tensor, cells: Tensor | None, patches: int) -> dict[int, tuple[Tensor, int]]:

@@ -33,9 +33,8 @@ def stages(model: Any) -> dict[str, tuple[str | int, ...]]:
 
 def stages_of(model: Any) -> list[Stage]:
     """The stages that this model has, parts before the layer they belong to."""
-    found = [
-        each for stage in family(model.config.model_type, "the model").stages(model.config) for each in _all(stage)
-    ]
+    listed = family(model.config.model_type, "the model").stages(model.config)
+    found = [each for stage in listed for each in _all(stage)]
     return [stage for stage in found if path_of(model, stage) is not None]
 
 

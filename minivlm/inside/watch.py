@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlm.families import Stage
-from minivlm.families.record import Places, View
+from minivlm.families.record import Layout, View
 from minivlm.inside.hooks import hooked
 from minivlm.inside.passes import Pass, Passes, scatter
 from minivlm.inside.stages import matching
@@ -53,7 +53,7 @@ class Seen:
         if stage.rows == "tokens":
             return self._tokens(stage, pieces)
         found = [
-            scatter(stage, [tensor for owner, tensor in pieces if owner is one], one.places)
+            scatter(stage, [tensor for owner, tensor in pieces if owner is one], one.layout)
             for one in {id(owner): owner for owner, _ in pieces}.values()
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -69,7 +69,7 @@ class Seen:
         return found[0] if len(found) == 1 else torch.cat(found, dim=2 if weights else 1)
 
     def _all_images(self, one: Pass, weights: Tensor) -> Tensor:
-        """Later passes attend to the images that the last token of the prompt saw: put back in the places of those."""
+        """Weights of later passes, which attend to the images of the prompt's last token alone, over all images."""
         images = next((each for each in reversed(self.passes.all[: one.number + 1]) if each.inputs), None)
         if images is None or images is one or images.latest is None:
             return weights
@@ -111,36 +111,36 @@ class Seen:
         """
         tables, before = [], 0
         for one in self.passes.all:
-            places = one.places
-            if places is None:
+            layout = one.layout
+            if layout is None:
                 tables.append(-torch.ones(*one.ids.shape, 4, dtype=torch.long))
                 continue
-            table = places.tokens.clone()
+            table = layout.tokens.clone()
             table[..., 0] += before * (table[..., 0] >= 0)
             tables.append(table)
-            before += max(map(len, places.views), default=0)
+            before += max(map(len, layout.views), default=0)
         return self._text(tables)
 
     def views(self, row: int = 0) -> list[list[View]]:
-        """The views of each image of a row. ValueError where the family does not tell them."""
-        return [image for places in self._places() for image in places.views[row]]
+        """The views of each image of a row. ValueError if the family's record has no `layout`."""
+        return [image for layout in self._layouts() for image in layout.views[row]]
 
     @property
-    def places(self) -> Places:
-        """Where the images of the first pass with images are. ValueError where the family does not tell."""
-        return self._places()[0]
+    def layout(self) -> Layout:
+        """Where the images of the first pass with images are. ValueError if the family's record has no `layout`."""
+        return self._layouts()[0]
 
-    def _places(self) -> list[Places]:
-        found = [one.places for one in self.passes.all if one.places is not None]
+    def _layouts(self) -> list[Layout]:
+        found = [one.layout for one in self.passes.all if one.layout is not None]
         if not found:
-            raise ValueError("no pass of the model had an image whose place is known")
+            raise ValueError("no pass of the model had an image whose position is known")
         return found
 
     def _kept(self, one: Pass) -> int:
         return one.tokens if self.last is None else min(self.last, one.tokens)
 
     def _text(self, pieces: list[Tensor]) -> Tensor:
-        """Pieces (R, T, …) of all passes in the places of their tokens."""
+        """Pieces (R, T, …) of all passes at the positions of their tokens."""
         if not pieces:
             raise ValueError("the model has not run since it was watched")
         rows = max(map(len, pieces))
@@ -169,7 +169,7 @@ def watch(
     only so many of the last tokens: with 1, those that chose the answer's tokens.
 
     Attention whose weights are watched takes the eager formula, the last block runs for all tokens, and nothing of the
-    model is compiled into a graph. Afterwards nothing is left on the model. With an `edit`, it sees what is edited.
+    model is compiled into a graph. Afterwards nothing is left on the model. With an `edit`, edited values are kept.
     Raises ValueError for a pattern that names no stage.
     """
     stages = matching(model, patterns)

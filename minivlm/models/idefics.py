@@ -5,8 +5,8 @@
     token ids ─ embedding ─────────────────────── gated cross-attention ─ 4 blocks ─ gated … ─ 4 blocks ─ … logits
                                                                  └── Llama, 32 blocks in all ──┘
 
-What is special: images never become tokens. Their <image> token only marks where they stand, and the text attends to
-them in extra blocks woven between those of a ready-made Llama, each behind a gate tanh(α) that is closed (α = 0) before
+What is special: images never become tokens. Their <image> token only marks their position, and the text attends to
+them in extra blocks woven between those of a ready-made Llama, each with a gate tanh(α) that is closed (α = 0) before
 training. `image_attention_mask` says which images a token attends to: the processor allows the last one before it.
 Images do not depend on the text, so their keys and values are computed once, at prefill, and wait in the cache.
 
@@ -31,6 +31,7 @@ from minivlm.modules.layers import GatedMLP, RMSNorm, initialize
 from minivlm.modules.vision import VisionConfig
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values, one pair for each gated block
+IMAGES = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")  # arguments, one of which has the images
 
 # ---- Perceiver resampler ---------------------------------------------------------------------------------------------
 
@@ -339,7 +340,7 @@ class IdeficsModel(base.VisionLanguageModel):
 
     def look(
         self,
-        given: dict[str, Tensor | None],
+        images: tuple[Tensor | None, ...],
         mask: Tensor | None,
         x: Tensor,
         cache: KVCache | None,
@@ -349,9 +350,11 @@ class IdeficsModel(base.VisionLanguageModel):
         """The images for the tokens x (B, T, C): their vectors (B, N, Q, Cv) or None if cached, their keys and values
         (B, H, N·Q, D) for each gated block, and which of the images each token attends to, (B, T, N) bool.
 
-        given: the three arguments that may hold images. mask: image_attention_mask.
+        images: the three arguments that may hold them. mask: image_attention_mask.
         """
-        given = {name: images for name, images in given.items() if images is not None}
+        if cache is not None and cache.batch != len(x):
+            raise ValueError(f"the cache holds {cache.batch} rows, found {len(x)}")
+        given = {name: value for name, value in zip(IMAGES, images, strict=True) if value is not None}
         if not given and cache is not None and cache.cross:
             return None, cache.cross, cache.cross_seen.expand(-1, x.shape[1], -1)
         name, images = self._checked(given, len(x))
@@ -402,21 +405,12 @@ class IdeficsModel(base.VisionLanguageModel):
         attn = attn_implementation or self.attn_implementation
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         cache = past_key_values or self.growing_cache(x, use_cache)
-        past = 0 if cache is None else cache.length
-        if cache is not None and cache.batch != len(x):
-            raise ValueError(f"the cache holds {cache.batch} rows, found {len(x)}")
         mask = self.text_model.mask(x, attention_mask, cache, None)
-        if position_ids is None:
-            position_ids = _positions(x, attention_mask, past)
-        cos, sin = self.text_model.rotations(position_ids, x.dtype)  # (B, 1, T, D)
-        given = {
-            "pixel_values": pixel_values,
-            "image_encoder_embeddings": image_encoder_embeddings,
-            "perceiver_embeddings": perceiver_embeddings,
-        }
-        vectors, cross, seen = self.look(given, image_attention_mask, x, cache, interpolate_pos_encoding, attn)
+        at = _positions(x, attention_mask, cache) if position_ids is None else position_ids
+        cos, sin = self.text_model.rotations(at, x.dtype)  # (B, 1, T, D)
+        images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
+        vectors, cross, seen = self.look(images, image_attention_mask, x, cache, interpolate_pos_encoding, attn)
         image_mask, blind = _sight(seen, cross[0][0].shape[2])
-
         states = [] if output_hidden_states else None
         weights = [] if output_attentions else None
         for index, block in enumerate(self.text_model.layers):
@@ -463,8 +457,9 @@ class IdeficsModel(base.VisionLanguageModel):
         return name, images
 
 
-def _positions(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+def _positions(x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Tensor:
     """(B or 1, T). Only this family's reference derives them from the mask; padding gets 1."""
+    past = 0 if cache is None else cache.length
     if attention_mask is None:
         return torch.arange(past, past + x.shape[1], device=x.device)[None]
     counted = attention_mask.long().cumsum(1) - 1
@@ -529,13 +524,7 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
     """The model with its heads: logits and loss."""
 
     config_class = IdeficsConfig
-    prompt_inputs = (
-        "pixel_values",
-        "image_encoder_embeddings",
-        "perceiver_embeddings",
-        "image_attention_mask",
-        "interpolate_pos_encoding",
-    )
+    prompt_inputs = (*IMAGES, "image_attention_mask", "interpolate_pos_encoding")
     hub_prefixes = HUB_PREFIXES
     hub_ignored = OLD_BUFFERS
     tied_weights: ClassVar[dict[str, str]] = {

@@ -23,7 +23,7 @@ def _idefics2(vocab_size: int) -> Idefics2Config:
 IDEFICS2 = {
     "HuggingFaceM4/idefics2-8b": _idefics2(32003),
     "HuggingFaceM4/idefics2-8b-chatty": _idefics2(32003),
-    "HuggingFaceM4/idefics2-8b-base": _idefics2(32002),  # knows no <end_of_utterance>
+    "HuggingFaceM4/idefics2-8b-base": _idefics2(32002),  # without <end_of_utterance>
 }
 
 

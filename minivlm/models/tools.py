@@ -5,12 +5,12 @@ evaluation harnesses know these names. Each is a line or two over what exists; n
     embeddings                  get, set, resize
     names of tensors            those of files where those of the model are expected
     adapters                    save
-    other names                 of what stands elsewhere
+    other names                 of what is elsewhere
 """
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,17 +23,18 @@ from torch.utils.checkpoint import checkpoint
 
 from minivlm.checkpoint import saving
 from minivlm.checkpoint.names import local_name, tied
-from minivlm.generation import loop
+from minivlm.generation import output
 from minivlm.models.base import Output, next_token_loss
 from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
 from minivlm.modules.inputs import Inputs
+from minivlm.modules.stacks import stacked_layers
 from minivlm.training import adapters
 
 
 def equip(model_class: type[nn.Module]) -> None:
-    """Put all of `Tools` on a class that does not know of it."""
+    """Add all of `Tools` to a class."""
     for name, value in vars(Tools).items():
         if not name.startswith("__"):
             setattr(model_class, name, value)
@@ -210,7 +211,7 @@ class Tools:
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, **inputs}
 
-    compute_transition_scores = loop.compute_transition_scores
+    compute_transition_scores = output.compute_transition_scores
     push_to_hub = saving.push_to_hub
 
     @staticmethod
@@ -259,15 +260,8 @@ class Tools:
         return vars(self).setdefault("_warnings_issued", {})
 
     def add_model_tags(self, tags: str | list[str]) -> None:
-        """Kept in `model_tags` for whoever writes a model card."""
+        """Kept in `model_tags`, for model cards."""
         self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
-
-
-def stacked_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of all module lists: the layers of decoder, towers and resamplers, and IDEFICS' gated blocks."""
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList):
-            yield from (layer for layer in stack if not isinstance(layer, nn.ModuleList))
 
 
 def _checkpointed(layer: nn.Module, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -317,7 +311,7 @@ pytree.register_pytree_node(
 
 
 class _Compilable:
-    """In place of a `cached_property`, which takes a lock in Python 3.11, where torch.compile would have to stop; the
+    """Instead of a `cached_property`, which takes a lock in Python 3.11, where torch.compile would have to stop; the
     compiler sees by itself that it computes the same thing for every layer."""
 
     def __init__(self, cached: cached_property) -> None:

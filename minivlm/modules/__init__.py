@@ -1,1 +1,1 @@
-"""Parts with a paper of their own: attention, cache, decoder, vision towers. They know nothing of any one model."""
+"""Parts with a paper of their own: attention, cache, decoder, vision towers. They depend on no model."""

@@ -34,7 +34,7 @@ class Mask:
 
     causal: query i (in slot S − T + i) attends to no later slot.
     window: with `causal`, it attends to the last `window` slots, its own included.
-    filled: () on the device, where shapes do not tell (`StaticCache`): so many of the S slots hold tokens, of which the
+    filled: () on the device, if shapes do not give it (`StaticCache`): so many of the S slots hold tokens, of which the
     queries are the last; None: all S do.
     valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from minivlm.modules.layers import ACTIVATIONS
 
 # The most that a field may be, for fields that have to be above zero. Far above any model: a config is read before its
-# weights, and a network of 10⁹ layers takes for ever to build even without memory for its weights.
+# weights, and a network of 10⁹ layers takes hours to build even without memory for its weights.
 LIMITS: dict[float, tuple[str, ...]] = {
     2**9: ("num_hidden_layers", "resampler_depth", "cross_layer_interval"),
     2**13: ("head_dim", "resampler_head_dim", "resampler_n_latents", "image_size", "patch_size"),
@@ -63,7 +63,7 @@ class Config:
 
 
 def check(config: Config, name: str, value: Any) -> None:
-    """ValueError if a field's value cannot be. None is checked by whoever gives it a meaning."""
+    """ValueError if a field's value cannot be. None is checked where it gets a meaning."""
     where = f"{type(config).__name__}.{name}"
     if name in MOST and value is not None and not 0 < value <= MOST[name]:
         wrong = "must be positive" if value <= 0 else "is absurd"
@@ -77,7 +77,7 @@ def check(config: Config, name: str, value: Any) -> None:
 
 
 def check_token_ids(where: str, value: Any) -> None:
-    """ValueError unless `value` is a token id, a list of them, or None. −1 is how some files say that there is none."""
+    """ValueError unless `value` is a token id, a list of them, or None. Some files write −1 for none."""
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(type(token) is int and -1 <= token < 2**31 for token in ids):
         raise ValueError(f"{where} should be made of token ids, found {value!r:.80}")

@@ -10,7 +10,7 @@
 """
 
 from minivlm.parity.compare import against, compare, record
-from minivlm.parity.question import Question, drawn_image, drawn_picture
+from minivlm.parity.question import Question, drawn_image
 from minivlm.parity.recording import Recording
 from minivlm.parity.report import Report, check_plot, plot
 from minivlm.parity.sides import Side
@@ -24,7 +24,6 @@ __all__ = [
     "check_plot",
     "compare",
     "drawn_image",
-    "drawn_picture",
     "plot",
     "record",
 ]

@@ -201,33 +201,39 @@ def record(
         raise ValueError(f"tokens is the number of greedy tokens to compare, at least 0, found {tokens}")
     config, inputs = sides.config_of(side), question.encoded(side)
     job = _Job.of(config, inputs, layers, inside, tokens, progress)
-    dtype = side.dtype or config.dtype
-    about = {FORMAT: 1, "dtype": other_dtype or dtype, "config": _plain(config), "question": question.identity}
+    about = {FORMAT: 1, "config": _plain(config), "question": question.identity}
     about |= {"layers": layers, "inside": inside, "torch": torch.__version__}
     # an interruption leaves an earlier file intact, and two runs for one file do not collide
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
-        writer = Writer(
-            unfinished, (1 << 17) + 400 * calls, path
-        )  # for settings, and for each tensor with its yardstick
-        model = sides.load(side)
-        about["side"] = side.words(sides.backend(model))
-        about["lacking"] = [stage.name for stage in job.stages if stage not in job.had_by(model)]
-        job.store(model, about["side"], writer)
-        writer.finish(about)
-        other, name = sides.other_backend(model), f"{about['side']}, now with its other attention"
-        if other_dtype not in (None, dtype):
-            model = None  # freed before the other one is loaded
-            model = sides.load(replace(side, dtype=other_dtype))
-            other, name = nullcontext(), f"{side.version}, {other_dtype}, for the yardstick"
-        with other:
-            found = _yardsticks(job, model, Recording(unfinished), name)
-        writer.finish({**about, "yardsticks": {stage: (each.largest, each.relative) for stage, each in found.items()}})
+        _write(job, side, side.dtype or config.dtype, other_dtype, about, unfinished, path)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
     return Recording(path)
+
+
+def _write(
+    job: _Job, side: Side, dtype: str, other_dtype: str | None, about: dict[str, Any], unfinished: Path, path: Path
+) -> None:
+    """Run the side and write its recording, then run it once more for the yardsticks."""
+    calls = sum(len(job.rows[stage.rows].select[side.code]) for stage in job.stages)
+    room = (1 << 17) + 400 * calls  # for settings, and for each tensor with its yardstick
+    writer = Writer(unfinished, room, path)
+    model = sides.load(side)
+    words = side.words(sides.backend(model))
+    lacking = [stage.name for stage in job.stages if stage not in job.had_by(model)]
+    about |= {"dtype": other_dtype or dtype, "side": words, "lacking": lacking}
+    job.store(model, words, writer)
+    writer.finish(about)
+    other, name = sides.other_backend(model), f"{words}, now with its other attention"
+    if other_dtype not in (None, dtype):
+        model = None  # freed before the other one is loaded
+        model = sides.load(replace(side, dtype=other_dtype))
+        other, name = nullcontext(), f"{side.version}, {other_dtype}, for the yardstick"
+    with other:
+        found = _yardsticks(job, model, Recording(unfinished), name)
+    writer.finish(about | {"yardsticks": {stage: (each.largest, each.relative) for stage, each in found.items()}})
 
 
 def _yardsticks(job: _Job, model: nn.Module, recording: Recording, name: str) -> dict[str, Difference]:

@@ -61,9 +61,8 @@ class Difference:
         """
         steps_added = []
         for row, tokens in enumerate(zip(a["tokens"].tolist(), b["tokens"].tolist(), strict=True)):
-            same = next(
-                (n for n, (one, other) in enumerate(zip(*tokens, strict=False)) if one != other), len(tokens[0])
-            )
+            unequal = (n for n, pair in enumerate(zip(*tokens, strict=False)) if pair[0] != pair[1])
+            same = next(unequal, len(tokens[0]))
             pair = [side["scores"][row, : same + 1] for side in (a, b)]
             steps = min(map(len, pair))
             # forbidden tokens have -inf, which would become the peak

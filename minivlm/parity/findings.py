@@ -77,7 +77,7 @@ def _measured(name: str, shape: tuple[int, int], found: Difference, recording: R
     return {
         "stage": name,
         "shape": shape,
-        "where": f"{rows.place(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else "",
+        "where": f"{rows.label(found.at[0], shape[0])}, channel {found.at[1]}" if found.largest else "",
         "yardstick": yardstick.largest,
         "allowed": allowed,
         "allowed_relative": allowed_relative,

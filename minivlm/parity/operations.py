@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minivlm.families import Stage
 from minivlm.inside.hooks import hooked
-from minivlm.parity import sides
+from minivlm.modules.inputs import Inputs
 
 HERE = Path(__file__)
 TORCH = Path(torch.__file__).parent
@@ -111,7 +111,7 @@ def operations(model: nn.Module, stages: list[Stage], index: int, inputs: dict[s
             stack.callback(model.register_forward_pre_hook(start).remove)
         stack.enter_context(hooked(model, changes))
         stack.callback(running.close)
-        model(**sides.moved(inputs, model))
+        model(**Inputs(inputs).to(model.device))
     return tape.operations
 
 

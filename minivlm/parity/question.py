@@ -50,6 +50,3 @@ def drawn_image() -> Image.Image:
     draw.rectangle((180, 40, 300, 160), fill="blue")
     draw.polygon([(60, 230), (170, 230), (115, 150)], fill="green")
     return image
-
-
-drawn_picture = drawn_image  # its earlier name

@@ -44,11 +44,8 @@ class Writer:
             raise ValueError(f"{name!r} is in {self.path} already")
         data = tensor.detach().cpu().contiguous()
         end = self.offset + data.nbytes
-        self.entries[name] = {
-            "dtype": NAMES[data.dtype],
-            "shape": list(data.shape),
-            "data_offsets": [self.offset, end],
-        }
+        offsets = [self.offset, end]
+        self.entries[name] = {"dtype": NAMES[data.dtype], "shape": list(data.shape), "data_offsets": offsets}
         with write_errors(self.name), self.path.open("ab") as file:
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         self.offset = end

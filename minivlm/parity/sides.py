@@ -25,9 +25,10 @@ from torch import Tensor, nn
 import minivlm
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
-from minivlm.families import Family, Stage
+from minivlm.families import Stage
 from minivlm.inside.hooks import code_of, hooked, path_of
 from minivlm.modules.attention import check_implementation
+from minivlm.modules.inputs import Inputs
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 
 Sink = Callable[[Stage, int, Tensor], None]
@@ -130,14 +131,8 @@ def config_of(side: Side) -> Any:
         config = side.model.config
         if side.code == "minivlm":
             return config
-        return family(config.model_type).model_class.config_class.from_hub(config.to_dict())
-    files = hub.source(side.model)
-    return loading.read_config(files, family(files.json("config.json").get("model_type")).model_class.config_class)
-
-
-def family(model_type: Any) -> Family:
-    """The record of a side's family. ValueError for an unknown one."""
-    return auto.family(model_type, "the model")
+        return auto.family(config.model_type, "the model").model_class.config_class.from_hub(config.to_dict())
+    return auto.config_of(side.model)
 
 
 def _folder(side: Side) -> Any:
@@ -156,7 +151,7 @@ def load(side: Side) -> nn.Module:
         return side.model if side.model.dtype == wanted else copy.deepcopy(side.model).to(wanted)
     foresee(side)
     options = {"dtype": side.dtype or "auto", "attn_implementation": side.attn}
-    model_class = family(config_of(side).model_type).model_class
+    model_class = auto.family(config_of(side).model_type).model_class
     if side.code == "minivlm":
         config = QUANTIZED[side.quantize][0] if side.quantize else None
         options |= {"device_map": side.device, "quantization_config": config, "adapter": side.adapter}
@@ -179,8 +174,7 @@ def foresee(side: Side) -> None:
     if isinstance(side.model, nn.Module):
         return
     config, stored = config_of(side), hub.source(side.model).json("config.json").get("quantization_config")
-    with loading.shapes_only():
-        model = family(config.model_type).model_class(config)
+    model = auto.skeleton(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
     quantize = side.quantize or (stored and ("int8" if stored.get("load_in_8bit") else "nf4"))  # or about as small
@@ -250,7 +244,7 @@ def processor_of(side: Side) -> Any:
 def _pillow(model_type: str) -> Any:
     """transformers' Pillow-based image processor: a separate class since version 5, before that the only one."""
     package = f"transformers.models.{model_type}.image_processing"
-    name = family(model_type).processor_class.__name__.removesuffix("Processor") + "ImageProcessor"
+    name = auto.family(model_type).processor_class.__name__.removesuffix("Processor") + "ImageProcessor"
     try:
         return getattr(importlib.import_module(f"{package}_pil_{model_type}"), f"{name}Pil")
     except ImportError:
@@ -264,7 +258,7 @@ def encode(side: Side, images: list[Any], prompt: str) -> dict[str, Any]:
     in transformers takes no such text, so there the prompt is the one of the model's documentation.
     """
     processor, options = processor_of(side), {"return_tensors": "pt"}
-    if family(config_of(side).model_type).takes_items:
+    if auto.family(config_of(side).model_type).takes_items:
         found = processor(text=[["User:", *images, f"{prompt}\nAssistant:"]], **options)
     else:
         options |= {"images": [images]} if images else {}
@@ -293,12 +287,7 @@ def forward(model: nn.Module, stages: list[Stage], inputs: dict[str, Any], sink:
         sink(stage, calls[stage] - 1, value.detach())
 
     with hooked(model, dict.fromkeys(stages, watch)):
-        model(**moved(inputs, model))
-
-
-def moved(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The inputs on the model's device."""
-    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        model(**Inputs(inputs).to(model.device))
 
 
 @torch.no_grad()
@@ -306,7 +295,9 @@ def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, T
     """At most `tokens` new tokens (B, N), and the scores each was chosen by, (B, N, V) in the model's dtype."""
     options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1}
     with _quietly() if code_of(model) == "transformers" else contextlib.nullcontext():
-        found = model.generate(**moved(inputs, model), **options, return_dict_in_generate=True, output_scores=True)
+        found = model.generate(
+            **Inputs(inputs).to(model.device), **options, return_dict_in_generate=True, output_scores=True
+        )
     scores = torch.stack(found.scores, dim=1).to(model.dtype).cpu()
     return {"tokens": found.sequences[:, -scores.shape[1] :].cpu(), "scores": scores}
 

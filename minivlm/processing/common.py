@@ -1,7 +1,6 @@
 """Code the three processors share: reading and writing their folders, checking settings, and their calls."""
 
 import copy
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
 from minivlm.processing.tools import ImageProcessorTools, ProcessorTools
 from minivlm.text import chat_template as chat
+from minivlm.text.shown import suggestion
 from minivlm.text.tokenizer import TEXT_OPTIONS, Prompt, Tokenizer, as_texts
 
 MAX_EDGE = 2**12  # the largest image or tile that settings may request: 200 MB of pixel values
@@ -197,10 +197,7 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise TypeError(
-                f"got an unexpected keyword argument {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
-            )
+            raise TypeError(f"got an unexpected keyword argument {name!r}{suggestion(name, known)}")
 
 
 # ---- Images and prompts --------------------------------------------------------------------------------------------

@@ -39,15 +39,8 @@ from minivlm.text.shown import short
 from minivlm.text.tokenizer import Prompt, Tokenizer
 
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
-IMAGES = (
-    Image.Image,
-    Path,
-    bytes,
-    bytearray,
-    memoryview,
-    np.ndarray,
-    torch.Tensor,
-)  # accepted in a prompt, besides URLs
+# accepted in a prompt, besides URLs
+IMAGES = (Image.Image, Path, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)
 URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]\S*|data:image/\S*", re.IGNORECASE)
 FILE_NAME = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
@@ -261,9 +254,8 @@ def _pairs(images: list[Any], texts: Any) -> list[list[Any]]:
         raise ValueError(f"{len(images)} images for {len(texts)} texts; pass one per text, or a list of them per text")
     nested = is_nested(images)
     rows = nest_images(images) if nested else [[image] for image in images]
-    rows = [
-        [Path(item) if _is_text(item) else item for item in row] for row in rows
-    ]  # strings among images are file names
+    # strings among images are file names
+    rows = [[Path(item) if _is_text(item) else item for item in row] for row in rows]
     return [[text, *row] if nested else [*row, text] for text, row in zip(texts, rows, strict=True)]
 
 

@@ -32,8 +32,8 @@ MAX_SIDE = 65_535  # pixels, the limit of JPEG; resizing a longer side needs gig
 MAX_FILE = 2**29  # bytes; a TIFF of MAX_PIXELS in 16-bit RGB has 384 MiB
 MAX_READS = 10**6  # a photograph takes a hundred, a PNG of MAX_FILE in pieces of 8 KiB 200,000
 MAX_SCANS = 100  # in a progressive JPEG, each a pass over all pixels; encoders write about ten
-# the first characters of a JPEG, PNG, GIF, WEBP, BMP or TIFF in base64
-BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
+# base64 of a file that begins as a JPEG, PNG, GIF, WEBP, BMP or TIFF does
+BASE64 = re.compile(r"\s*(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{40,}=*\s*", re.ASCII)
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
@@ -59,7 +59,7 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if isinstance(source, str) and (url := URL.match(source)):
         inline = url[0].lower() == "data:"
         return _decode(fetch(source), "the image in the data: URL" if inline else shown(source))
-    if isinstance(source, str) and source.startswith(BASE64) and not os.path.isfile(source):
+    if isinstance(source, str) and is_base64(source):
         return _decode(fetch(f"data:;base64,{source}"), f"the image given as {len(source)} characters of base64")
     if isinstance(source, str | Path):
         return _open_path(source)
@@ -73,6 +73,11 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         "an image is a PIL.Image, a path, an http(s) URL, bytes, a numpy array or a torch tensor; "
         f"found {type(source).__name__}{' (pass what its read() gives)' if hasattr(source, 'read') else ''}"
     )
+
+
+def is_base64(text: str) -> bool:
+    """Whether a string is an image in base64, not a path or URL."""
+    return BASE64.fullmatch(text) is not None and not os.path.isfile(text)
 
 
 def _open_path(source: str | Path) -> tuple[Image.Image, str]:
@@ -202,10 +207,8 @@ def _to_rgb(image: Image.Image, name: str, background: str | None) -> Image.Imag
     if image.mode == "P" and not image.getpalette():
         raise ValueError(f"{name} has a palette of no colours; export it again")
     try:
-        if image.mode == "P" and isinstance(
-            image.info.get("transparency"), bytes
-        ):  # convert first: Pillow would warn about the transparency
-            image = image.convert("RGBA")
+        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+            image = image.convert("RGBA")  # first: Pillow would warn about the transparency
         if transparent:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")

@@ -122,10 +122,7 @@ class LlavaNextImageProcessor(ImageProcessor):
     def regions(self, height: int, width: int, patch: int) -> list[Region]:
         """Where the patch grid of the base and of each of `tiles` lies on an image of this size."""
         edge, tile = _side("size", self.size), self.tile
-        grid, start = (
-            tile // patch,
-            (edge - tile) // 2,
-        )  # `start` pixels at either end are cut off (or, if negative, black)
+        grid, start = tile // patch, (edge - tile) // 2  # so many pixels are cut off at either end (below 0: black)
         high, wide = height / edge, width / edge  # the size of a pixel of the base, on the image
         base = Region("whole image", (grid, grid), start * high, start * wide, grid * patch * high, grid * patch * wide)
         canvas = best_resolution((height, width), self.image_grid_pinpoints)
@@ -234,8 +231,6 @@ class LlavaNextProcessor(Processor):
             self.vision_feature_select_strategy,
             self.num_additional_image_tokens,
         )
-
-    image_places = image_tokens  # an earlier name
 
     def image_counts(self, height: int, width: int) -> tuple[int, int]:
         """How many image tokens an image of this size becomes, and 1: its tiles are one entry of pixel_values."""

@@ -41,7 +41,7 @@ class Arrival:
     def files(self, layer: QuantizedLinear, share: Any = None) -> dict[str, tuple[int, ...] | None]:
         """The tensors that files hold of a layer's weight, with their shapes (None: checked when read).
 
-        share: of a layer that is narrower than the files' (`minivlm.parallel`); the shapes are those of the files."""
+        share: of a layer that is narrower than the files' (`devices.parallel`); the shapes are those of the files."""
         shape = layer.shape if share is None else share.full
         return self.config.stored.files(shape) if self.stored else {"weight": shape}
 

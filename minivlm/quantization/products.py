@@ -77,9 +77,10 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
     if "stream" in tensors and len(rows) <= FEW:
         y = cpu_int4.product(rows, _tiles(tensors, format, shape))
     elif "stream" in tensors:
-        y, rows = rows.new_empty(len(rows), shape[0]), rows.to(_wide(x.dtype))
+        rows = rows.to(_wide(x.dtype))
+        y = rows.new_empty(len(rows), shape[0])
         for some, weight in _pieces(tensors, format, shape, rows.dtype):
-            y[:, some] = rows @ weight
+            torch.mm(rows, weight, out=y[:, some])
     elif isinstance(format, Int8) and x.dtype == torch.bfloat16 and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:
         # The operator would take bf16 scales: it gets ones, and the real ones come after. It reads rows by 16 inputs,
         # and past the end of a row that is no multiple (torch 2.13).
@@ -97,9 +98,10 @@ def backward(gradient: Tensor, tensors: Tensors, format: Format, shape: Shape) -
     if "stream" not in tensors:
         return gradient @ format.dequantize(tensors, shape, gradient.dtype)
     rows = gradient.reshape(-1, shape[0]).to(_wide(gradient.dtype))
-    for_x = rows.new_zeros(len(rows), shape[1])
+    for_x = rows.new_empty(len(rows), shape[1])
     for some, weight in _pieces(tensors, format, shape, rows.dtype):
-        for_x.addmm_(rows[:, some], weight.T)
+        # beta 0 does not read what is there
+        for_x.addmm_(rows[:, some], weight.T, beta=1 if some.start else 0)
     return for_x.to(gradient.dtype).view(*gradient.shape[:-1], shape[1])
 
 
@@ -128,11 +130,14 @@ def _tiles(tensors: Tensors, format: Format, shape: Shape) -> cpu_int4.Tiles:
 
 
 def _pieces(tensors: Tensors, format: Format, shape: Shape, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight, some outputs after the other: which they are, and their weights transposed, (K, n)."""
+    """The weight, some outputs after the other: which they are, and their weights transposed, (K, n), until the next
+    ones come: all take the same memory."""
     tiles, step = _tiles(tensors, format, shape), max(1, PIECE // shape[1] // 16) * 16
+    columns = -(-shape[1] // tiles.group) * tiles.group
+    scratch = torch.empty(columns * min(step, -(-shape[0] // 16) * 16), dtype=dtype, device="cpu")
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        yield slice(start, stop), cpu_int4.dequantize(tiles, dtype, start, stop)
+        yield slice(start, stop), cpu_int4.dequantize(tiles, dtype, start, stop, scratch)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""A rank's rows or columns of a weight that files hold quantised already (`minivlm.parallel`)."""
+"""A rank's rows or columns of a weight that files hold quantised already (`minivlm.devices.parallel`)."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,6 +1,5 @@
 """Finds chat templates, and turns conversations into prompts and inputs: `apply_chat_template`."""
 
-import difflib
 import inspect
 import json
 import re
@@ -12,8 +11,8 @@ from minivlm.checkpoint import hub
 from minivlm.checkpoint.files import saving
 from minivlm.modules.inputs import Inputs
 from minivlm.text.messages import normalise
-from minivlm.text.rendering import learned_spans, render_conversation
-from minivlm.text.shown import short
+from minivlm.text.rendering import Rendered, learned_spans, render_conversation
+from minivlm.text.shown import short, suggestion
 from minivlm.text.template_sandbox import mentioned
 from minivlm.text.tokenizer import Prompt
 
@@ -27,10 +26,9 @@ def named(template: str | None) -> str | None:
     if isinstance(template, str) and template in KNOWN:
         return hub.read_text(KNOWN[template])
     if template is not None and not (isinstance(template, str) and re.search(r"\{[{%]", template)):
-        near = difflib.get_close_matches(str(template), KNOWN, n=1)
         raise ValueError(
             f"chat_template is a jinja template, with {{{{ … }}}} in it, or one of the names {', '.join(KNOWN)}; "
-            f"found {short(template)}{f'; did you mean {near[0]!r}?' if near else ''}"
+            f"found {short(template)}{suggestion(str(template), KNOWN)}"
         )
     return template
 
@@ -98,12 +96,7 @@ def apply(
     options: those of the processor's call (padding, return_tensors, …), which need `tokenize`, and the template's own
     variables (tools, documents, …): text, numbers, lists and dicts. TypeError for unknown names.
     """
-    template = named(chat_template or processor.chat_template)
-    if template is None:
-        raise ValueError(
-            "this checkpoint has no chat template (it is not tuned for chat); write the prompt yourself, with <image> "
-            f"for each image, or pass chat_template=, a template or the name of one: {', '.join(KNOWN)}"
-        )
+    template = _wanted(chat_template or processor.chat_template)
     if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
         raise ValueError(
             "continue_final_message goes on with the last message, so add_generation_prompt, which begins another one, "
@@ -119,20 +112,34 @@ def apply(
     if not tokenize:
         texts = [each.text for each in rendered]
         return texts if batched else texts[0]
-    if any(each.guarded is None for each in rendered):
-        raise ValueError(
-            "this chat template depends on the words of a text, so typed special tokens cannot be told from its own; "
-            "leave out tokenize=True and pass the resulting string to processor(text=…)"
-        )
-    learned = [None] * len(rendered)
-    if return_assistant_tokens_mask:
-        learned = [learned_spans(*pair, processor) for pair in zip(rendered, normal, strict=True)]
-    prompts = [Prompt(one.guarded, one.guard, spans) for one, spans in zip(rendered, learned, strict=True)]
+    pairs = zip(rendered, normal, strict=True)
+    prompts = [_prompt(*pair, processor, return_assistant_tokens_mask) for pair in pairs]
     # a template that writes the bos token itself must not get a second one
     bos = processor.tokenizer.bos_token
     call_options.setdefault("add_special_tokens", not (bos and prompts[0].text.startswith(bos)))
     inputs = processor.encode_prompts(prompts, _images(given, images), **call_options)
     return inputs if return_dict else inputs["input_ids"]
+
+
+def _wanted(template: str | None) -> str:
+    """The template of that name, or itself. ValueError without one."""
+    if template is None:
+        raise ValueError(
+            "this checkpoint has no chat template (it is not tuned for chat); write the prompt yourself, with <image> "
+            f"for each image, or pass chat_template=, a template or the name of one: {', '.join(KNOWN)}"
+        )
+    return named(template)
+
+
+def _prompt(rendered: Rendered, messages: list[dict[str, Any]], processor: Any, with_learned: bool) -> Prompt:
+    """A rendered conversation as the tokenizer takes it."""
+    if rendered.guarded is None:
+        raise ValueError(
+            "this chat template depends on the words of a text, so typed special tokens cannot be told from its own; "
+            "leave out tokenize=True and pass the resulting string to processor(text=…)"
+        )
+    learned = learned_spans(rendered, messages, processor) if with_learned else None
+    return Prompt(rendered.guarded, rendered.guard, learned)
 
 
 def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,10 +152,10 @@ def _sorted_options(processor: Any, template: str, options: dict[str, Any]) -> t
     names = mentioned(template) - {"messages"}
     for name, value in variables.items():
         if name not in names and not (name in ("tools", "documents") and value is None):
-            near = difflib.get_close_matches(name, [*inspect.signature(apply).parameters, *known, *names], n=1)
+            near = suggestion(name, [*inspect.signature(apply).parameters, *known, *names])
             raise TypeError(
                 f"apply_chat_template got an unknown option {name!r}: not an option of this processor, and the chat "
-                f"template mentions no variable of that name{f'; did you mean {near[0]!r}?' if near else ''}"
+                f"template mentions no variable of that name{near}"
             )
     try:
         plain = json.loads(json.dumps(variables))

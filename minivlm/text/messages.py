@@ -1,11 +1,18 @@
 """Conversations in the one message format that chat templates receive here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from minivlm.text.shown import short
 
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+
+
+def make_message(role: str, text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+    """One message: its images, then its text."""
+    items = [{"type": "image", "image": image} for image in images]
+    return {"role": role, "content": [*items, {"type": "text", "text": text}]}
 
 
 def normalise(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:

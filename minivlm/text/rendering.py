@@ -53,47 +53,41 @@ def render_conversation(
     them too. ValueError for a template that fails, or that leaves out an image, a text or a part of a text.
     """
     tokenizer = processor.tokenizer
-    names = tokenizer.special_tokens_map
+    plain = tokenizer.special_tokens_map | variables | {"messages": messages}
     marks_needed = with_spans or continue_final_message or not (is_known(template) and _all_arrives(messages))
     if not for_ids and not marks_needed:
-        return Rendered(render(template, [names | variables | {"messages": messages}])[0], None, "")
-    texts = {
+        return Rendered(render(template, [plain])[0], None, "")
+    texts = _texts(messages)
+    guard, *marks = _unused_characters([template, *texts.values(), *_strings(variables)], 3 + len(texts))
+    typed = plain | _guarded(variables, guard, tokenizer)
+    if not marks_needed:
+        typed["messages"] = _changed(messages, lambda _, words: tokenizer.guard(words, guard))
+        (guarded,) = render(template, [typed])
+        return Rendered(guarded.replace(guard, ""), guarded, guard)
+    begin, end, *marks = marks
+    mark_of = dict(zip(texts, marks, strict=True))
+    tracked = typed | dict(zip(GENERATION, (begin, end), strict=True))
+    tracked["messages"] = _changed(messages, lambda key, words: _marked(words, mark_of[key], guard, tokenizer))
+    text, written = render(template, [plain, tracked])
+    if re.sub(f"[{begin}{end}{''.join(marks)}]", "", written).replace(guard, "") != text:
+        return _untracked(text, messages, guard, continue_final_message, processor.image_token)
+    if continue_final_message:
+        written = _cut(written, messages, mark_of, guard, tokenizer)
+    guarded, positions = _without_marks(written, [begin, end, *marks])
+    spans = {key: _spans(key, words, guarded, positions[mark_of[key]]) for key, words in texts.items()}
+    _check_images(guarded.count(processor.image_token), messages, processor.image_token)
+    generation = list(zip(positions[begin], positions[end], strict=False))
+    return Rendered(guarded.replace(guard, ""), guarded, guard, spans, generation)
+
+
+def _texts(messages: list[dict[str, Any]]) -> dict[TextKey, str]:
+    """Every text of the messages."""
+    return {
         (number, index): item["text"]
         for number, message in enumerate(messages)
         for index, item in enumerate(message["content"])
         if item["type"] == "text"
     }
-    guard, begin, end, *marks = _unused_characters([template, *texts.values(), *_strings(variables)], 3 + len(texts))
-    guarded_variables = names | _guarded(variables, guard, tokenizer)
-    if not marks_needed:
-        guarded_variables["messages"] = _changed(messages, lambda _, words: tokenizer.guard(words, guard))
-        (guarded,) = render(template, [guarded_variables])
-        return Rendered(guarded.replace(guard, ""), guarded, guard)
-    mark_of = dict(zip(texts, marks, strict=True))
-    tracked = guarded_variables | dict(zip(GENERATION, (begin, end), strict=True))
-    tracked["messages"] = _changed(messages, lambda key, words: _marked(words, mark_of[key], guard, tokenizer))
-    text, written = render(template, [names | variables | {"messages": messages}, tracked])
-    all_marks = f"[{begin}{end}{''.join(marks)}]"
-    if re.sub(all_marks, "", written).replace(guard, "") != text:
-        return _untracked(text, messages, texts, guard, continue_final_message, processor.image_token)
-    if continue_final_message:
-        written = _cut(written, messages, mark_of, guard, tokenizer)
-    pieces = re.split(f"({all_marks})", written)  # text, mark, text, …, mark, text
-    positions: dict[str, list[int]] = {mark: [] for mark in (begin, end, *marks)}
-    position = 0
-    for piece, mark in zip(pieces[:-1:2], pieces[1::2], strict=True):
-        position += len(piece)
-        positions[mark].append(position)
-    guarded = "".join(pieces[::2])
-    spans = {}
-    for key, words in texts.items():
-        found = positions[mark_of[key]]
-        if words.strip() and (not found or len(found) % 2):
-            raise _left_out(key, words)
-        spans[key] = [_with_blanks(words, guarded, *pair) for pair in zip(found[::2], found[1::2], strict=True)]
-    _check_images(guarded.count(processor.image_token), messages, processor.image_token)
-    generation = list(zip(positions[begin], positions[end], strict=False))
-    return Rendered(guarded.replace(guard, ""), guarded, guard, spans, generation)
 
 
 def _all_arrives(messages: list[dict[str, Any]]) -> bool:
@@ -154,6 +148,25 @@ def _changed(messages: list[dict[str, Any]], change: Callable[[TextKey, str], st
 def _marked(text: str, mark: str, guard: str, tokenizer: Tokenizer) -> str:
     lead, words, tail = (tokenizer.guard(part, guard) for part in _parts(text))
     return lead + mark + words + mark + tail if words else tail
+
+
+def _without_marks(written: str, marks: list[str]) -> tuple[str, dict[str, list[int]]]:
+    """A marked prompt without its marks, and where each mark stood in it."""
+    pieces = re.split(f"([{''.join(marks)}])", written)  # text, mark, text, …, mark, text
+    positions: dict[str, list[int]] = {mark: [] for mark in marks}
+    position = 0
+    for piece, mark in zip(pieces[:-1:2], pieces[1::2], strict=True):
+        position += len(piece)
+        positions[mark].append(position)
+    return "".join(pieces[::2]), positions
+
+
+def _spans(key: TextKey, words: str, guarded: str, positions: list[int]) -> list[Span]:
+    """The spans of a text from the positions of its marks, in pairs. ValueError if the template has left it out."""
+    if words.strip() and (not positions or len(positions) % 2):
+        raise _left_out(key, words)
+    pairs = zip(positions[::2], positions[1::2], strict=True)
+    return [_with_blanks(words, guarded, *pair) for pair in pairs]
 
 
 def _parts(text: str) -> tuple[str, str, str]:
@@ -226,14 +239,10 @@ def _check_images(found: int, messages: list[dict[str, Any]], image_token: str) 
 
 
 def _untracked(
-    text: str,
-    messages: list[dict[str, Any]],
-    texts: dict[TextKey, str],
-    guard: str,
-    continue_final_message: bool,
-    image_token: str,
+    text: str, messages: list[dict[str, Any]], guard: str, continue_final_message: bool, image_token: str
 ) -> Rendered:
     """The prompt of a template whose output changes with the marks, because it tests how a text begins or ends."""
+    texts = _texts(messages)
     for key, words in texts.items():
         if words.strip() not in text:
             raise _left_out(key, words)

@@ -1,6 +1,8 @@
 """Values as error messages show them: short, and safe to print."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -23,6 +25,12 @@ def short(value: Any) -> str:
 
 
 _SHORT = _Short()
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown word: "; did you mean 'do_resize'?", or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def printable(text: str, most: int) -> str:

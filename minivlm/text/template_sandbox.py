@@ -63,14 +63,14 @@ def render(template: str, calls: Sequence[dict[str, Any]]) -> list[str]:
     if is_known(template):
         compiled = _compile(template, known=True)
         return ["".join(compiled.generate(variables)) for variables in calls]
-    return _ask({"template": template, "calls": calls})["prompts"]
+    return _CHILD.ask({"template": template, "calls": calls})["prompts"]
 
 
 @lru_cache(maxsize=64)
 def mentioned(template: str) -> frozenset[str]:
     """Names of the variables that a template uses but does not set."""
     request = {"template": template, "calls": None}
-    return frozenset((_answer(request) if is_known(template) else _ask(request))["names"])
+    return frozenset((_answer(request) if is_known(template) else _CHILD.ask(request))["names"])
 
 
 @lru_cache(maxsize=64)
@@ -204,11 +204,8 @@ def _serve() -> None:
 
 def _set_limits() -> None:
     """Limit memory to MEMORY more bytes, and forbid opening files: code that escapes the sandbox can read nothing."""
-    for template in (
-        "{{ 'é' | tojson }}{{ strftime_now('%c') }}",
-        "{{ a.b }}",
-        "{{",
-    ):  # makes Python open files it loads lazily
+    for template in ("{{ 'é' | tojson }}{{ strftime_now('%c') }}", "{{ a.b }}", "{{"):
+        # makes Python open files that it loads lazily
         with contextlib.suppress(ValueError):
             _answer({"template": template, "calls": [{}]})
     if resource is None:
@@ -256,13 +253,15 @@ class _Child:
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
             process.stdout.close()
+            with contextlib.suppress(OSError):  # of a request that was cut off
+                process.stdin.close()
 
     def forget(self) -> None:
         """After a fork: the child belongs to the other process."""
         if self._process is not None:
             self._process.returncode = 0  # so this process does not wait for it
+        self._lock, self._process = threading.Lock(), None
 
     def _start(self) -> None:
         self.stop()
@@ -277,7 +276,6 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**environment, "PYTHONPATH": os.pathsep.join(folders)},
-                bufsize=0,
             )
         except OSError as error:
             raise ValueError(f"the process for chat templates cannot be started: {error}") from error
@@ -291,15 +289,11 @@ class _Child:
         timer.daemon = True
         timer.start()
         try:
-            data = b"" if request is None else json.dumps(request).encode() + b"\n"
-            while data:
-                data = data[process.stdin.write(data) :]
-            line = bytearray()
-            while not line.endswith(b"\n"):
-                if not (more := process.stdout.read(2**20)):
-                    return None
-                line += more
-            return json.loads(line)
+            if request is not None:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+            return json.loads(line) if line.endswith(b"\n") else None
         except OSError:  # the child has closed its pipe
             return None
         finally:
@@ -317,25 +311,9 @@ class _Child:
 
 
 _CHILD = _Child()
-
-
-def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    return _CHILD.ask(request)
-
-
-@atexit.register
-def _stop_child() -> None:
-    _CHILD.stop()
-
-
-def _forget_child() -> None:
-    global _CHILD
-    _CHILD.forget()
-    _CHILD = _Child()
-
-
+atexit.register(_CHILD.stop)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_child)
+    os.register_at_fork(after_in_child=_CHILD.forget)
 
 if __name__ == "__main__":
     _serve()

@@ -89,9 +89,7 @@ class Tokenizer(TokenizerTools):
         self.config = dict(config or {})
         for role in ROLES:
             setattr(self, role, token_text(self.config.get(role), role))
-        self.padding_side = self.config.get(
-            "padding_side", "left"
-        )  # decoders continue the last token, so pad on the left
+        self.padding_side = self.config.get("padding_side", "left")  # decoders continue the last token
         self.truncation_side = self.config.get("truncation_side", "right")
         for name in ("padding_side", "truncation_side"):
             if getattr(self, name) not in ("left", "right"):

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from minivlm.checkpoint import hub, loading, weights
-from minivlm.parallel import Share
+from minivlm.checkpoint import hub, loading, tensors, weights
+from minivlm.devices.parallel import Share
 from minivlm.training.loss import token_loss
 
 # From torch 2.13 on, a process whose rows have no images can take part in the sums of gradients that it does not have.
@@ -118,14 +118,14 @@ def load(model: nn.Module, files: hub.Source) -> None:
     shards = weights.weight_files(files)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     readers = [weights.open_weights(path) for path in shards]
-    found, _, _ = loading.match(model, readers, shards, None)
+    found, _, _ = tensors.match(model, readers, shards)
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
-            parameter.copy_(loading.read(found, name))
+            parameter.copy_(found[name].read())
             continue
         share = _rows(parameter)
         if share.stop > share.start:
-            parameter.to_local().copy_(loading.read(found, name, share))
+            parameter.to_local().copy_(found[name].read(share))
     model.tie_weights()
 
 

@@ -1,10 +1,11 @@
-"""Products that keep less for the backward pass than autograd would: what is cheap is computed again instead.
+"""Parts of a layer that keep less for the backward pass than autograd would: what is cheap is computed again instead.
 
-    low_rank(A, x)                 A x in the dtype of A; keeps x itself, which several layers share, not an fp32 copy
-    low_rank(A, gate, up, act)     A (act(gate) · up); keeps gate and up
-    gated(gate, up, act)           act(gate) · up; keeps gate and up, not act(gate)
+    adapted(layer, x)               W x + s·B (A x); keeps x itself, which several layers share, and A x
+    adapted(layer, gate, up, act)   the same of x = act(gate) · up; keeps gate and up, not their product
+    gated(gate, up, act)            act(gate) · up; keeps gate and up, not act(gate)
 
-In bf16, fp32 copies of the inputs of low-rank matrices are half of what a layer of a 7B model keeps.
+In bf16, fp32 copies of the inputs of low-rank matrices are half of what a layer of a 7B model keeps. The two gradients
+by x are added in place, which saves a tensor of its size: fresh memory takes longer than the arithmetic on it.
 """
 
 from collections.abc import Callable
@@ -12,17 +13,38 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from minivlm.devices.fast_cpu import FastLinear
+from minivlm.quantization import products
+from minivlm.quantization.linear import QuantizedLinear
 
 Act = Callable[[Tensor], Tensor]
 
 
-def low_rank(a: Tensor, *inputs: Tensor, act: Act | None = None) -> Tensor:
-    """A x: a (r, in), and one input x (n, in), or with `act` gate and up (n, in) → (n, r), in the dtype of a."""
-    if torch.is_grad_enabled() and not torch.is_autocast_enabled(a.device.type):
-        return _LowRank.apply(a, act, *inputs)
-    return F.linear(_joined(act, *inputs).to(a.dtype), a)
+def adapted(layer: Any, *inputs: Tensor, act: Act | None = None) -> Tensor:
+    """A `LoRALinear` without dropout or DoRA, of x (n, in), or with `act` of gate and up (n, in) → (n, out).
+
+    `plainly` is what it computes, by autograd.
+    """
+    base = layer.base_layer
+    frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    known = type(base) in (nn.Linear, FastLinear, QuantizedLinear) and not base._forward_hooks
+    autocast = torch.is_autocast_enabled(layer.lora_A.device.type)
+    if torch.is_grad_enabled() and known and frozen and not autocast:
+        return _Adapted.apply(layer.lora_A, layer.lora_B, base, layer.scaling, act, *inputs)
+    return plainly(layer, _joined(act, *inputs))
+
+
+def plainly(layer: Any, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+    """x (n, in) → (n, out). dropped: what A takes in place of x."""
+    dropped = x if dropped is None else dropped
+    h = F.linear(dropped.to(layer.lora_A.dtype), layer.lora_A)
+    y = layer.base_layer(x)
+    change = F.linear(h, layer.lora_B) * layer.scaling
+    # As PEFT: over a quantised layer the change is rounded before the sum, else the sum
+    return y + change.to(y.dtype) if isinstance(layer.base_layer, QuantizedLinear) else (y + change).to(y.dtype)
 
 
 def gated(gate: Tensor, up: Tensor, act: Act) -> Tensor:
@@ -31,29 +53,43 @@ def gated(gate: Tensor, up: Tensor, act: Act) -> Tensor:
 
 
 def _joined(act: Act | None, *inputs: Tensor) -> Tensor:
-    return inputs[0] if act is None else act(inputs[0]) * inputs[1]
+    return inputs[0] if act is None else act(inputs[0]).mul(inputs[1])
 
 
-class _LowRank(torch.autograd.Function):
+class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, act: Act | None, *inputs: Tensor) -> Tensor:
-        ctx.act = act
-        ctx.save_for_backward(a, *inputs)
-        return F.linear(_joined(act, *inputs).to(a.dtype), a)
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, base: nn.Module, scaling: float, act: Act | None, *inputs: Tensor
+    ) -> Tensor:
+        ctx.base, ctx.scaling, ctx.act = base, scaling, act
+        x = _joined(act, *inputs)
+        h = x.to(a.dtype) @ a.T  # (n, r)
+        ctx.save_for_backward(a, b, h, *inputs)
+        y = base(x)
+        if y.dtype == h.dtype == b.dtype:
+            return y.addmm_(h, b.T, alpha=scaling)
+        change = (h @ b.T).mul_(scaling)
+        return y.add_(change.to(y.dtype)) if isinstance(base, QuantizedLinear) else change.add_(y).to(y.dtype)
 
     @staticmethod
-    @once_differentiable  # inputs are detached there: a second derivative would silently be wrong
+    @once_differentiable  # what is computed again is detached: a second derivative would silently be wrong
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        a, *inputs = ctx.saved_tensors
-        wanted_a, _, *wanted = ctx.needs_input_grad
-        with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-            x = _joined(ctx.act, *inputs)
-        for_a = gradient.T @ x.detach().to(a.dtype) if wanted_a else None
-        if not any(wanted):
-            return for_a, None, *(None for _ in inputs)
-        for_x = (gradient @ a).to(x.dtype)
-        return for_a, None, *([for_x] if ctx.act is None else torch.autograd.grad(x, inputs, for_x))
+        a, b, h, *inputs = ctx.saved_tensors
+        wide = gradient.to(b.dtype)
+        for_b = (wide.T @ h).mul_(ctx.scaling)
+        for_h = (wide @ b).mul_(ctx.scaling)
+        del wide
+        again = _Again(ctx.act, inputs)
+        for_a = for_h.T @ again.x.to(a.dtype)
+        none = (None,) * 3
+        if not any(ctx.needs_input_grad[5:]):
+            return for_a, for_b, *none, *(None for _ in inputs)
+        for_x = _to_the_input(ctx.base, gradient)
+        if for_x.dtype == a.dtype:
+            for_x.addmm_(for_h, a)
+        else:
+            for_x.add_((for_h @ a).to(for_x.dtype))
+        return for_a, for_b, *none, *again.gradients(for_x)
 
 
 class _Gated(torch.autograd.Function):
@@ -61,12 +97,36 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Act) -> Tensor:
         ctx.act = act
         ctx.save_for_backward(gate, up)
-        return act(gate) * up
+        return _joined(act, gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Again(ctx.act, ctx.saved_tensors).gradients(gradient), None
+
+
+class _Again:
+    """x once more from what was kept, and gradients by that from the one by x."""
+
+    def __init__(self, act: Act | None, inputs: Any) -> None:
+        if act is None:
+            (self.x,), self.inputs = inputs, None
+            return
+        gate, self.up = inputs
+        self.inputs = gate.detach().requires_grad_()
         with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            product = _joined(ctx.act, *inputs)
-        return *torch.autograd.grad(product, inputs, gradient), None
+            self.activated = act(self.inputs)
+        self.x = self.activated.detach() * self.up
+
+    def gradients(self, for_x: Tensor) -> tuple[Tensor, ...]:
+        if self.inputs is None:
+            return (for_x,)
+        (for_gate,) = torch.autograd.grad(self.activated, self.inputs, for_x * self.up)
+        return for_gate, self.activated.detach() * for_x
+
+
+def _to_the_input(base: nn.Module, gradient: Tensor) -> Tensor:
+    """The gradient (n, out) of a frozen layer's output → that of its input, (n, in), in memory of its own."""
+    if isinstance(base, QuantizedLinear):
+        return products.backward(gradient, base.held, base.format, base.shape)
+    return gradient @ base.weight

@@ -23,17 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minivlm.checkpoint import journal
-from minivlm.checkpoint.files import replacing, saving
-from minivlm.training import adapters, data, memory
+from minivlm.checkpoint.files import saving
+from minivlm.training import data, folder, memory
+from minivlm.training.folder import STATE
 from minivlm.training.loss import token_loss
 from minivlm.training.optimisation import Make, Optimisation, adamw, scheduled, trained
 from minivlm.training.order import Order, pieces
 from minivlm.training.recipe import Recipe, Step
 from minivlm.training.rows import Row, fingerprint
 
-STATE, LOG = "state.pt", "log.jsonl"
-RESULTS = ("config.json", adapters.CONFIG)  # what `save` writes a model or an adapter around
 PARTS = "state-"  # folders with the state of a model that is cut among processes
 Loss = Callable[[Any, Any], tuple[Tensor, int]]  # of a model and a batch: see `token_loss`
 
@@ -60,8 +58,8 @@ def finetune(
     only); optimisers makes others than the recipe's AdamW.
     Raises ValueError for a state of other rows or settings, for float16, and at the first loss that is not finite.
     """
-    folder = None if out is None else Path(out)
-    run = _Run(model, data.for_training(processor), rows, recipe, folder, collate, loss, optimisers)
+    out = None if out is None else Path(out)
+    run = _Run(model, data.for_training(processor), rows, recipe, out, collate, loss, optimisers)
     run.begin(resume)
     model.train()
     for number, batches in run.order.batches(run.first, run.collate):
@@ -210,27 +208,12 @@ class _Run:
         torch.manual_seed(self.recipe.seed + self.rank)
         if self.out is None:
             return
-        state, log = self.out / STATE, self.out / LOG
-        if not resume and (state.exists() or log.exists()):
-            raise ValueError(f"{self.out} holds a run already; go on with resume (--resume), or name another folder")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"{self.out} is a file; name a folder for the result")
-        made = [name for name in RESULTS if (self.out / name).exists()]
-        if made and not (state.exists() or log.exists()):
-            raise ValueError(
-                f"{self.out} holds a model already ({made[0]}), which no run here made; name another folder"
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        journal.finish(self.out)  # a save that a kill has stopped halfway
-        for unfinished in [*self.out.glob(".*.new"), *self.out.glob(".*.old")] if self.rank == 0 else []:
-            unfinished.unlink()  # what a kill has left while files were written
-        if state.exists():
-            self._restore(torch.load(state, weights_only=True, map_location="cpu"))
-        if self.rank == 0 and log.exists():  # steps after the state will be done again
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["number"] <= self.first]
-            with replacing(log) as path:
-                path.write_text("".join(kept), encoding="utf-8")
+        folder.check(self.out, resume)
+        folder.prepare(self.out, first=self.rank == 0)
+        if (self.out / STATE).exists():
+            self._restore(torch.load(self.out / STATE, weights_only=True, map_location="cpu"))
+        if self.rank == 0:
+            folder.cut_log(self.out, self.first)
 
     def _restore(self, state: dict[str, Any]) -> None:
         for name, value in self._about().items():
@@ -262,9 +245,7 @@ class _Run:
 
     def log(self, step: Step) -> None:
         if self.out is not None and self.rank == 0:
-            values = {name: value for name, value in dataclasses.asdict(step).items() if value is not None}
-            with (self.out / LOG).open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            folder.log(self.out, step)
 
     def save(self, step: int, processor: Any) -> None:
         """The state, and what the run has made so far."""
@@ -284,7 +265,7 @@ class _Run:
             state["optimisation"] = self.optimisation.state()
         if self.rank == 0:
             with saving() as written:
-                save_result(self.model, self.out, processor, weights)
+                folder.save_result(self.model, self.out, processor, weights)
                 torch.save(state, written.file(self.out / STATE))
             for older in self.out.glob(f"{PARTS}*"):
                 if older.name != state.get("parts"):
@@ -292,14 +273,3 @@ class _Run:
 
 
 HINT = "nothing was saved of this step. Try a lower learning rate, or float32 in place of bfloat16"
-
-
-def save_result(model: Any, folder: Path, processor: Any, weights: dict[str, Tensor] | None = None) -> None:
-    """The adapter, or the whole checkpoint if there is none, and the processor that goes with it.
-
-    weights: instead of the model's own, where it does not hold all of them."""
-    if getattr(model, "adapter_config", None) is not None:
-        adapters.save(model, folder)
-    else:
-        model.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from minivlm.quantization import apply as quantise
 from minivlm.quantization.linear import QuantizedLinear
-from minivlm.training import targets, tied
-from minivlm.training.lean import low_rank
+from minivlm.training import lean, targets, tied
 from minivlm.training.targets import LoraConfig
 
 
@@ -70,21 +69,13 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is not None:
             return self._dora(x, self.base_layer(x))
         shape, x = x.shape[:-1], x.flatten(0, -2)
-        h = low_rank(self.lora_A, self.dropout(x.to(self.lora_A.dtype)) if self.drops else x)  # (n, r)
-        return self.plus(self.base_layer(x), h).unflatten(0, shape)
+        dropped = self.dropout(x.to(self.lora_A.dtype)) if self.drops else None
+        y = lean.adapted(self, x) if dropped is None else lean.plainly(self, x, dropped)
+        return y.unflatten(0, shape)
 
     @property
     def drops(self) -> bool:
         return self.training and isinstance(self.dropout, nn.Dropout)
-
-    def plus(self, y: Tensor, h: Tensor) -> Tensor:
-        """y + s·B h: y (n, out) of the base, h (n, r) = A x → (n, out), dtype of y."""
-        if y.dtype == h.dtype == self.lora_B.dtype:
-            # One product that adds, for the sum below; in place where autograd allows it
-            add = torch.addmm if self.quantised else torch.Tensor.addmm_
-            return add(y, h, self.lora_B.T, alpha=self.scaling)
-        change = F.linear(h, self.lora_B) * self.scaling
-        return y + change.to(y.dtype) if self.quantised else (y + change).to(y.dtype)
 
     def _dora(self, x: Tensor, y: Tensor) -> Tensor:
         """m / ‖W + s·BA‖ · (W + s·BA) x + bias; the norm is a constant for the gradient (their section 4.3)."""

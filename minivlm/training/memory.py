@@ -8,20 +8,24 @@
 B batch, T tokens, P patches, C hidden width, F MLP width, H and K query and key heads of D numbers, L layers.
 """
 
+import contextlib
 import hashlib
+import itertools
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from minivlm.families import family
 from minivlm.modules.config import text_config
 from minivlm.modules.layers import GatedMLP
+from minivlm.modules.stacks import stacked_layers
 from minivlm.quantization import apply as quantise
 from minivlm.training import lean, loss
 from minivlm.training.lora import LoRALinear
@@ -34,8 +38,52 @@ def checkpoint_layers(model: Any) -> None:
 
     Not reentrant, so gradients arrive wherever they are wanted, in a tower above a frozen embedding too.
     """
-    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    model.gradient_checkpointing_enable({"preserve_rng_state": dropout})
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        model.gradient_checkpointing_enable({"preserve_rng_state": True})
+        return
+    for layer in stacked_layers(model):
+        vars(layer).pop("forward", None)  # as it was checkpointed before
+        layer.forward = _Rerun(layer.forward)
+
+
+class _Rerun:
+    """`torch.utils.checkpoint` of a forward pass without random numbers or autocast, in a few lines: torch's function
+    imports torch's compiler, which takes 150 MB."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        kept: dict[int, Tensor] = {}  # by the order in which autograd asks to save them, the same in both passes
+        asked = 0
+
+        def save(_: Tensor) -> int:
+            nonlocal asked
+            asked += 1
+            return asked - 1
+
+        def find(number: int) -> Tensor:
+            if number not in kept:
+                again = saved_tensors_hooks(partial(_save_again, kept, itertools.count(1), asked), lambda _: None)
+                with contextlib.suppress(_Enough), torch.enable_grad(), again:
+                    self.forward(*args, **kwargs)
+            return kept.pop(number)
+
+        with saved_tensors_hooks(save, find):
+            return self.forward(*args, **kwargs)
+
+
+def _save_again(kept: dict[int, Tensor], counter: Iterator[int], most: int, tensor: Tensor) -> None:
+    count = next(counter)
+    kept[count - 1] = tensor.detach()
+    if count == most:
+        raise _Enough
+
+
+class _Enough(Exception):
+    """The last tensor is there; what the layer would compute from it is not needed."""
 
 
 # ---- Less without running anything of size again
@@ -52,11 +100,9 @@ def _gated(mlp: GatedMLP, x: Tensor) -> Tensor:
     """`GatedMLP.forward`, same numbers. x (…, C) → (…, C)."""
     shape, x, down = x.shape[:-1], x.flatten(0, -2), mlp.down_proj
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    product = lean.gated(gate, up, mlp.act)
-    if not isinstance(down, LoRALinear) or down.drops or down.lora_magnitude_vector is not None:
-        return down(product).unflatten(0, shape)
-    h = lean.low_rank(down.lora_A, gate, up, act=mlp.act)
-    return down.plus(down.base_layer(product), h).unflatten(0, shape)
+    if isinstance(down, LoRALinear) and not down.drops and down.lora_magnitude_vector is None:
+        return lean.adapted(down, gate, up, act=mlp.act).unflatten(0, shape)
+    return down(lean.gated(gate, up, mlp.act)).unflatten(0, shape)
 
 
 # ---- Frozen towers

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.modules.layers import RMSNorm
+from minivlm.training.adamw import AdamW
 
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMISERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
-Make = Callable[[dict[str, nn.Parameter]], list[torch.optim.Optimizer]]
+Make = Callable[[dict[str, nn.Parameter]], list[torch.optim.Optimizer | AdamW]]
 
 
 def scheduled(schedule: str, step: int, steps: int, warmup: int) -> float:
@@ -47,15 +48,17 @@ def adamw(model: nn.Module, lr: float, decay: float = 0.0, kind: str = "adamw") 
         raise ValueError(f"the optimiser is one of {', '.join(OPTIMISERS)}, found {kind!r:.80}")
     norms = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, nn.LayerNorm | RMSNorm))
 
-    def make(parameters: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    def make(parameters: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer | AdamW]:
         plain = [p for name, p in parameters.items() if name.startswith(norms) or name.rpartition(".")[2] == "bias"]
         fixed = {id(parameter) for parameter in plain}
         decayed = [parameter for parameter in parameters.values() if id(parameter) not in fixed]
         groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         options = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8}
+        if kind == "adamw" and any(is_cut(parameter) for parameter in model.parameters()):
+            return [torch.optim.AdamW(groups, **options, fused=True)]  # its state is saved by torch, as of its classes
         if kind == "adamw":
-            return [torch.optim.AdamW(groups, **options, fused=True)]
+            return [AdamW(groups, **options)]
         try:
             from bitsandbytes import optim
         except ImportError as error:

@@ -37,7 +37,7 @@ class Recipe:
         for name in ("batch", "accumulate", "epochs", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} should be above 0, found {getattr(self, name)}")
-        for name in ("warmup", "decay", "cache_bytes", "workers", "eval_every", "save_every"):
+        for name in ("warmup", "decay", "seed", "cache_bytes", "workers", "eval_every", "save_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} should be 0 or more, found {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:

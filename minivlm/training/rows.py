@@ -87,7 +87,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path}: parquet files are read by pyarrow (`pip install pyarrow`)") from error
+        raise ValueError(f"{path}: parquet files are read by pyarrow (`pip install 'minivlm[rows]'`)") from error
     number = 0
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
         for values in batch.to_pylist():

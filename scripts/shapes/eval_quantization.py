@@ -3,7 +3,7 @@
     python scripts/shapes/eval_quantization.py   every checkpoint that ships, as markdown tables
     python scripts/shapes/eval_quantization.py shapes-idefics2 --count 100   one of them, 100 questions of each type
 
-Questions and pictures are those of `eval_shapes.py`, which no model was trained on. KL is the mean of
+Questions and images are those of `eval_shapes.py`, which no model was trained on. KL is the mean of
 KL(bf16 ‖ quantised) in nats over the tokens of the right answers, each predicted from the right tokens before it.
 The models are small, so they suffer more than large ones: their widths hold one to five blocks of 64 weights.
 """
@@ -58,17 +58,17 @@ def distributions(model: Any, processor: Any, questions: list[Question], batch: 
 
 
 def answered_inputs(processor: Any, questions: list[Question]) -> Any:
-    """As `question_inputs`, each with its right answer behind it."""
-    pictures = [draw(make_scene(seed)) for seed, *_ in questions]
+    """As `question_inputs`, each followed by its right answer."""
+    images = [draw(make_scene(seed)) for seed, *_ in questions]
     if type(processor).__name__ == "IdeficsProcessor":
         prompts = [
             [*prompt[:-1], f"{prompt[-1]} {answer}{END}"]
-            for (_, _, text, answer), picture in zip(questions, pictures, strict=True)
-            for prompt in (chat_prompt(picture, text),)
+            for (_, _, text, answer), image in zip(questions, images, strict=True)
+            for prompt in (chat_prompt(image, text),)
         ]
         return processor(text=prompts, padding=True, return_tensors="pt")
     texts = [processor.apply_chat_template(conversation([(text, answer)])) for _, _, text, answer in questions]
-    return processor(text=texts, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
+    return processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
 
 
 def accuracy(questions: list[Question], replies: list[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Exact-match accuracy on the shapes task: pictures and phrasings that no model was trained on.
+"""Exact-match accuracy on the shapes task: images and phrasings that no model was trained on.
 
     python scripts/shapes/eval_shapes.py                        shapes-idefics2, as a markdown table
     python scripts/shapes/eval_shapes.py shapes-llava-next      the same, with and without tiles
@@ -6,8 +6,8 @@
     python scripts/shapes/eval_shapes.py FOLDER --show 20       any other, with some of its mistakes
     python scripts/shapes/eval_shapes.py --reference            also the same questions through transformers
 
-Every question starts a conversation of its own, with its picture; decoding is greedy. A LLaVA-NeXT is also asked to
-read small numbers, less than 14 of the 64 units of a picture's longer side high, as always and with the base picture
+Every question starts a conversation of its own, with its image; decoding is greedy. A LLaVA-NeXT is also asked to
+read small numbers, less than 14 of the 64 units of an image's longer side high, as always and with the base image
 alone, in which they are less than 7 pixels high. An IDEFICS also gets the guide's few-shot prompts, "Describe this
 image." with 0, 1, 2 and 4 examples: of descriptions, and of something else that only the examples show (`STYLES`);
 and all of the guide's tasks.
@@ -65,7 +65,7 @@ def inputs_of(processor: Any, images: list[Any], texts: list[str]) -> Any:
 
 
 def replies(model: Any, processor: Any, inputs: Any) -> list[str]:
-    """What the model goes on with, greedily."""
+    """What the model continues with, greedily."""
     ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     found = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in found]
@@ -92,11 +92,11 @@ def small_numbers(count: int) -> list[Question]:
 
 
 def with_and_without_tiles(model: Any, processor: Any, count: int) -> dict[str, tuple[list[Question], list[str]]]:
-    """The small numbers, read by a LLaVA-NeXT as always and by its base picture alone."""
+    """The small numbers, read by a LLaVA-NeXT as always and by its base image alone."""
     questions = small_numbers(count)
     rows = {"small number, with tiles": (questions, answers(model, processor, questions))}
     with base_alone(model, processor):
-        rows["small number, base picture alone"] = questions, answers(model, processor, questions)
+        rows["small number, base image alone"] = questions, answers(model, processor, questions)
     return rows
 
 

@@ -7,8 +7,9 @@
     python scripts/shapes/finetune_shapes.py json --plot curves.png    also draw the losses of all demonstrations so far
 
 A demonstration writes rows.jsonl and its images to a folder, runs the commands that it prints (`minivlm finetune`, and
-for nf4 `quantize` and `merge`), and prints a table of right answers. Half of the rows are questions that the model
-knew before, which keeps them known. Images, and the wording of old questions, are held out for measuring.
+for nf4 `quantize` and `merge`), and prints a table of right answers, and of old questions by their type. Half of the
+rows are questions that the model knew before, which keeps them known. Images, and the wording of old questions, are
+held out for measuring.
 """
 
 import argparse
@@ -67,23 +68,32 @@ def hexagon_case(seed: int) -> Case:
     scene = next(scene for scene in map(make_scene, range(seed, seed + 1000)) if scene.shapes)
     shapes, chosen = list(scene.shapes), rng.randrange(len(scene.shapes))
     shapes[chosen] = replace(shapes[chosen], kind="hexagon")
+    if len(shapes) > 1 and rng.random() < 0.5:  # what it is most easily taken for
+        shapes[chosen - 1] = replace(shapes[chosen - 1], kind="circle")
     scene, colour = replace(scene, shapes=tuple(shapes)), shapes[chosen].colour
     if rng.random() < 0.5 and sum(shape.colour == colour for shape in shapes) == 1:
         return scene, f"What shape is the {colour} shape?", "hexagon."
     return scene, ask(scene, "describe", rng, held_out=seed >= HELD_OUT_SEED)[0], describe(scene)
 
 
-def write_rows(folder: Path, new: Callable[[int], Case], count: int) -> Path:
-    """rows.jsonl and its images: `count` conversations about the new task, and as many of old questions."""
+def write_rows(folder: Path, demo: "Demo", count: int) -> Path:
+    """rows.jsonl and its images: `count` conversations about the new task, and `demo.replay` times as many about old
+    questions alone."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows, path = [], folder / "rows.jsonl"
+
+    def add(name: str, scene: Scene, asked: list[tuple[str, str]]) -> None:
+        draw(scene).save(folder / "images" / f"{name}.png")
+        rows.append(json.dumps({"messages": conversation(asked), "images": [f"images/{name}.png"]}))
+
     for number in tqdm(range(count), "drawing", delay=2, leave=False):
-        scene, question, answer = new(1000 * number)
-        known, rng = make_scene(1000 * number + 500), random.Random(number)
-        asked = turns(known, rng, rng.sample(MIX, 4)) or turns(known, rng, ["describe"])
-        for name, shown, text in ((f"new{number}", scene, [(question, answer)]), (f"old{number}", known, asked)):
-            draw(shown).save(folder / "images" / f"{name}.png")
-            rows.append(json.dumps({"messages": conversation(text), "images": [f"images/{name}.png"]}))
+        rng = random.Random(number)
+        scene, question, answer = demo.case(1000 * number)
+        add(f"new{number}", scene, [(question, answer), *turns(scene, rng, list(demo.beside))])
+        for other in range(demo.replay):
+            known = make_scene(1000 * number + 500 + other)
+            asked = turns(known, rng, rng.sample(MIX, 4)) or turns(known, rng, ["describe"])
+            add(f"old{number}-{other}", known, asked)
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
 
@@ -116,17 +126,20 @@ def measured(name: str | Path, demo: "Demo", count: int, adapter: Path | None = 
     """Shares of right answers: of the new task, of old questions (`count` of each of 7 types), of few-shot prompts."""
     model = AutoModelForImageTextToText.from_pretrained(name, adapter=adapter)
     processor = AutoProcessor.from_pretrained(name)
-    old = [(make_scene(seed), question, answer) for seed, _, question, answer in held_out(count, OLD)]
+    old = {kind: [] for kind in OLD}
+    for seed, kind, question, answer in held_out(count, OLD):
+        old[kind].append((make_scene(seed), question, answer))
+    shares = {kind: share(model, processor, cases) for kind, cases in old.items()}
     found = {
         f"the new task ({3 * count})": share(
             model, processor, [demo.case(UNSEEN + 1000 * n) for n in range(3 * count)]
         ),
-        f"old questions ({len(old)})": share(model, processor, old),
+        f"old questions ({len(OLD) * count})": sum(shares.values()) / len(OLD),
     }
     if demo.few_shot:
         others = list(STYLES)[1:]  # what only examples show
         found[f"two examples show the task ({2 * count})"] = few_shot_share(model, processor, 2, others, 2 * count)
-    return found
+    return found | shares
 
 
 # ---- The demonstrations
@@ -142,6 +155,9 @@ class Demo:
     options: tuple[str, ...] = ()
     lr: float = 4e-3
     steps: int = 300
+    r: int = 8
+    replay: int = 1  # conversations about old questions for each new one
+    beside: tuple[str, ...] = ()  # types of old questions asked about a new scene
     four_bits: bool = False
     few_shot: bool = False
 
@@ -150,7 +166,13 @@ DEMOS = {
     "json": Demo("JSON, shapes-idefics2", "shapes-idefics2", json_case),
     "nf4": Demo("the same from NF4", "shapes-idefics2", json_case, four_bits=True),
     "hexagon": Demo(
-        "hexagon, shapes-llava-next", "shapes-llava-next", hexagon_case, ("--targets", "all"), lr=1e-3, steps=400
+        "hexagon, shapes-llava-next",
+        "shapes-llava-next",
+        hexagon_case,
+        ("--targets", "all"),
+        lr=2e-3,
+        r=32,
+        beside=("describe", "layout", "shape", "exists"),
     ),
     "few-shot": Demo("JSON, shapes-idefics", "shapes-idefics", json_case, lr=2e-3, steps=200, few_shot=True),
 }
@@ -173,11 +195,11 @@ def demonstrate(name: str, work: Path, arguments: argparse.Namespace) -> str:
         base = work / "base"
         run("quantize", demo.model, base, "--dtype", "auto")
         columns["before, in NF4"] = measured(base, demo, arguments.count)
-    rows = write_rows(work, demo.case, arguments.rows)
+    rows = write_rows(work, demo, arguments.rows)
     begun = time.process_time()
     count, lr = arguments.steps or demo.steps, arguments.lr or demo.lr
     steps = ("--steps", count, "--batch", 16, "--accumulate", 1, "--lr", lr, "--warmup", 10)
-    data = ("--image-folder", work, "--r", 8, "--train", "lm_head", "--save-every", 0)
+    data = ("--image-folder", work, "--r", demo.r, "--train", "lm_head", "--save-every", 0)
     run("finetune", rows, adapter, "--model", base, *data, *steps, *demo.options)
     seconds = time.process_time() - begun
     columns["after"] = measured(base, demo, arguments.count, adapter)
@@ -186,7 +208,9 @@ def demonstrate(name: str, work: Path, arguments: argparse.Namespace) -> str:
         columns["merged to bf16"] = measured(work / "merged", demo, arguments.count)
     lines = [f"| {demo.title} | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for what in columns["before"]:
-        lines.append(f"| {what} | {' | '.join(f'{100 * column[what]:.1f} %' for column in columns.values())} |")
+        shares = [f"{100 * column[what]:.1f} %" for column in columns.values()]
+        lines.append(f"{what}: {' → '.join(shares)}" if what in OLD else f"| {what} | {' | '.join(shares)} |")
+    lines.sort(key=lambda line: not line.startswith("|"))  # old questions by type come after the table
     return "\n".join([*lines, "", f"{seconds:.0f} CPU seconds for checking the rows and {count} steps"])
 
 

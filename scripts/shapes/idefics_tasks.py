@@ -2,10 +2,10 @@
 
     python scripts/shapes/idefics_tasks.py   shapes-idefics, which ships here
     python scripts/shapes/idefics_tasks.py few_shot story   only these
-    python scripts/shapes/idefics_tasks.py --model HuggingFaceM4/idefics-9b   with the guide's own pictures (fetched)
+    python scripts/shapes/idefics_tasks.py --model HuggingFaceM4/idefics-9b   with the guide's own images (fetched)
     python scripts/shapes/idefics_tasks.py --model HuggingFaceM4/idefics-9b-instruct conversation
 
-The guide is transformers' "Image tasks with IDEFICS". A prompt is a list of texts and pictures; the functions of the
+The guide is transformers' "Image tasks with IDEFICS". A prompt is a list of texts and images; the functions of the
 first part write the prompts of each task, and what trains or measures a model on these tasks writes them the same way.
 """
 
@@ -23,43 +23,43 @@ END = "<end_of_utterance>"
 # --------------------------------------------------------------------------------------------------- prompts
 
 
-def caption_prompt(picture: Any) -> list[Any]:
-    """Nothing but the picture: the model begins to describe it."""
-    return [picture]
+def caption_prompt(image: Any) -> list[Any]:
+    """Nothing but the image: the model begins to describe it."""
+    return [image]
 
 
-def prompted_caption_prompt(picture: Any) -> list[Any]:
-    """The picture and the beginning of a sentence."""
-    return [picture, "This is an image of "]
+def prompted_caption_prompt(image: Any) -> list[Any]:
+    """The image and the beginning of a sentence."""
+    return [image, "This is an image of "]
 
 
-def few_shot_prompt(examples: list[tuple[Any, str]], picture: Any) -> list[Any]:
-    """Pictures with the description that we would like, then one without."""
+def few_shot_prompt(examples: list[tuple[Any, str]], image: Any) -> list[Any]:
+    """Images with the description that we would like, then one without."""
     shown: list[Any] = []
     for example, text in examples:
         shown += ["User:", example, f"Describe this image.\nAssistant: {text}\n"]
-    return [*shown, "User:", picture, "Describe this image.\nAssistant:"]
+    return [*shown, "User:", image, "Describe this image.\nAssistant:"]
 
 
-def question_prompt(picture: Any, question: str) -> list[Any]:
-    """A question about a picture."""
+def question_prompt(image: Any, question: str) -> list[Any]:
+    """A question about an image."""
     instruction = "Instruction: Provide an answer to the question. Use the image to answer.\n"
-    return [instruction, picture, f"Question: {question} Answer:"]
+    return [instruction, image, f"Question: {question} Answer:"]
 
 
-def classification_prompt(picture: Any, categories: list[str]) -> list[Any]:
+def classification_prompt(image: Any, categories: list[str]) -> list[Any]:
     """Which of these is it?"""
     instruction = "Instruction: Classify the following image into a single category from the following list: "
-    return [f"{instruction}{categories}.\n", picture, "Category: "]
+    return [f"{instruction}{categories}.\n", image, "Category: "]
 
 
-def story_prompt(picture: Any) -> list[Any]:
-    """A picture as the seed of a longer text."""
-    return ["Instruction: Use the image to write a story. \n", picture, "Story: \n"]
+def story_prompt(image: Any) -> list[Any]:
+    """An image as the seed of a longer text."""
+    return ["Instruction: Use the image to write a story. \n", image, "Story: \n"]
 
 
 def conversation_prompt(first: Any, answer: str, second: Any, question: str) -> list[Any]:
-    """Two turns about two pictures, the first already answered; every utterance has its mark of an end."""
+    """Two turns about two images, the first already answered; every utterance has its mark of an end."""
     opening = ["User: What is in this image?", first, END, f"\nAssistant: {answer}{END}"]
     return [*opening, "\nUser:", second, f"{question}{END}", "\nAssistant:"]
 
@@ -68,7 +68,7 @@ def conversation_prompt(first: Any, answer: str, second: Any, question: str) -> 
 
 
 def complete(model: Any, processor: Any, prompts: list[Any], **settings: Any) -> list[str]:
-    """What every task does: prompts to text that goes on from them. The two marks of pictures are never written."""
+    """What every task does: prompts to text that goes on from them. The two marks of images are never written."""
     inputs = processor(prompts, return_tensors="pt").to(model.device)
     bad_words_ids = processor.tokenizer(["<image>", "<fake_token_around_image>"], add_special_tokens=False).input_ids
     ids = model.generate(**inputs, bad_words_ids=bad_words_ids, **settings)
@@ -112,8 +112,8 @@ def story(model: Any, processor: Any, show: Show) -> list[str]:
 
 
 def batch(model: Any, processor: Any, show: Show) -> list[str]:
-    """Several prompts at once; they may differ in length and in their number of pictures."""
-    prompts = [prompted_caption_prompt(picture) for picture in (show.tower, show.people, show.goods)]
+    """Several prompts at once; they may differ in length and in their number of images."""
+    prompts = [prompted_caption_prompt(image) for image in (show.tower, show.people, show.goods)]
     return complete(model, processor, prompts, max_new_tokens=30)
 
 
@@ -140,7 +140,7 @@ TASKS: dict[str, Callable[[Any, Any, Any], list[str]]] = {
 
 @dataclass(frozen=True)
 class Show:
-    """Pictures, by what they are in the guide, and the words that go with them; `right` holds the known answers."""
+    """Images, by what they are in the guide, and the words that go with them; `right` holds the known answers."""
 
     pet: Any
     tower: Any
@@ -200,20 +200,20 @@ def from_shapes(seed: int | None = None) -> Show:
     people, (question, answer) = next((scene, ask) for scene, ask in asked if ask and ask[1] != shapes.NONE)
     others = iter(scene for scene in scenes if len(scene.shapes) > 1 and scene not in (single, people))
     pet, tower, statue, door, dog, owner = (next(others) for _ in range(6))
-    text, picture = shapes.describe, shapes.draw
+    text, draw = shapes.describe, shapes.draw
     return Show(
-        pet=picture(pet),
-        tower=picture(tower),
+        pet=draw(pet),
+        tower=draw(tower),
         tower_text=text(tower),
-        statue=picture(statue),
-        people=picture(people),
+        statue=draw(statue),
+        people=draw(people),
         question=question,
-        goods=picture(single),
+        goods=draw(single),
         categories=list(shapes.KINDS),
-        door=picture(door),
-        dog=picture(dog),
+        door=draw(door),
+        dog=draw(dog),
         dog_text=text(dog),
-        owner=picture(owner),
+        owner=draw(owner),
         owner_question="And what is in that?",
         story_tokens=40,
         right={

@@ -1,11 +1,11 @@
-"""The shapes task: small drawn pictures, questions about them and their exact answers.
+"""The shapes task: small drawn images, questions about them and their exact answers.
 
-A scene is drawn from a seed, so is every question. Lengths are in units: the longer side of a picture is 64
+A scene is drawn from a seed, so is every question. Lengths are in units: the longer side of an image is 64
 units, which is also its size in pixels once a model's processor has shrunk it. Nothing here knows about a model,
-so each family can be trained and measured on the same pictures.
+so each family can be trained and measured on the same images.
 
-    scene = make_scene(seed)                   what is in the picture, and where
-    picture = draw(scene)                      PIL image, 2 to 8 pixels per unit
+    scene = make_scene(seed)                   what is in the image, and where
+    image = draw(scene)                        PIL image, 2 to 8 pixels per unit
     text, answer = ask(scene, "colour", rng)   one question and its only right answer
 """
 
@@ -67,7 +67,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content. `shapes` run from left to right; `background` is a style and its two colours."""
+    """An image's content. `shapes` run from left to right; `background` is a style and its two colours."""
 
     seed: int
     width: int
@@ -107,7 +107,7 @@ def _attributes(rng: random.Random, count: int) -> list[tuple[str, str]]:
 
 
 def _place(rng: random.Random, width: int, height: int, boxes: list[tuple[float, float]], shapes: int) -> list | None:
-    """Centres for boxes that neither overlap nor leave the picture; the first `shapes` differ clearly in x."""
+    """Centres for boxes that neither overlap nor leave the image; the first `shapes` differ clearly in x."""
     placed: list[tuple[float, float]] = []
     for index, (w, h) in enumerate(boxes):
         for _ in range(40):
@@ -233,17 +233,17 @@ def _background(scene: Scene) -> Image.Image:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, `scale` pixels per unit. Edges are smoothed when a processor shrinks it."""
-    picture = _background(scene)
-    pen = ImageDraw.Draw(picture)
+    """The image, `scale` pixels per unit. Edges are smoothed when a processor shrinks it."""
+    image = _background(scene)
+    pen = ImageDraw.Draw(image)
     for shape in scene.shapes:
         pen.polygon([(x * scene.scale, y * scene.scale) for x, y in _outline(shape)], fill=shape.rgb)
     if scene.number is not None:
         number = scene.number
         mask = _number_mask(number.text, round(number.height * scene.scale), number.style)
         corner = (number.x * scene.scale - mask.width / 2, number.y * scene.scale - mask.height / 2)
-        picture.paste(number.rgb, (round(corner[0]), round(corner[1])), mask)
-    return picture
+        image.paste(number.rgb, (round(corner[0]), round(corner[1])), mask)
+    return image
 
 
 LABELS = {"kind": 8, "colour": 9, "x": 17, "y": 17, "tens": 12, "units": 11}  # classes of each per-patch label
@@ -253,7 +253,7 @@ def patch_labels(scene: Scene, patch: int = 8, square: bool = False) -> np.ndarr
     """What each patch shows, (rows, columns, 6) in the order of LABELS; 0 is "nothing".
 
     Every patch of an object carries the whole object's labels (a number's both digits, the centre in 4 units), so
-    that a tower trained on them gathers an object from its patches. `square`: of the picture squeezed to 64 × 64.
+    that a tower trained on them gathers an object from its patches. `square`: of the image squeezed to 64 × 64.
     """
     width, height = (64, 64) if square else (scene.width, scene.height)
 
@@ -321,7 +321,7 @@ ELSEWHERE = (
     "story",
 )
 
-# Phrasings to train on, and phrasings kept for the evaluation only. {p} is a picture, {a}, {b} things,
+# Phrasings to train on, and phrasings kept for the evaluation only. {p} is an image, {a}, {b} things,
 # {or} the sides to choose from, {w} a word that has no place here.
 PHRASINGS = {
     "colour": (
@@ -477,7 +477,7 @@ def _plurals(shape: Shape) -> tuple[str, ...]:
 
 
 def layout(scene: Scene) -> str:
-    """Each thing's quarter of the picture, in the order of `describe`: "red star top left, number bottom right."."""
+    """Each thing's quarter of the image, in the order of `describe`: "red star top left, number bottom right."."""
     things = [(f"{shape.colour} {shape.kind}", shape) for shape in scene.shapes]
     things += [("number", scene.number)] if scene.number else []
     return ", ".join(f"{name} {_quarter(scene, thing)}" for name, thing in things) + "."
@@ -503,7 +503,7 @@ STYLES: dict[str, Callable[[Scene], str]] = {
 
 
 def _corner(scene: Scene, thing: Shape | Number) -> str | None:
-    """The quarter of the picture that holds the thing's centre, None when it is near a middle line."""
+    """The quarter of the image that holds the thing's centre, None when it is near a middle line."""
     dx, dy = thing.x - scene.width / 2, thing.y - scene.height / 2
     if min(abs(dx), abs(dy)) < 4:
         return None
@@ -613,7 +613,7 @@ def vocabulary() -> list[str]:
 
 
 def held_out(count: int, kinds: tuple[str, ...] = TYPES) -> list[tuple[int, str, str, str]]:
-    """(seed, type, question, answer): `count` of each type, about pictures and in phrasings kept from training."""
+    """(seed, type, question, answer): `count` of each type, about images and in phrasings kept from training."""
     asked = []
     for index, kind in enumerate(kinds):
         rng, seed, wanted = random.Random(index), HELD_OUT_SEED + 1_000_000 * index, len(asked) + count
@@ -631,7 +631,7 @@ def turns(scene: Scene, rng: random.Random, kinds: list[str]) -> list[tuple[str,
 
 
 def conversation(asked: list[tuple[str, str | None]]) -> list[dict]:
-    """Questions and answers as chat messages; the picture comes first, an answer of None is left to the model."""
+    """Questions and answers as chat messages; the image comes first, an answer of None is left to the model."""
     messages: list[dict] = []
     for question, answer in asked:
         image = [] if messages else [{"type": "image"}]

@@ -35,24 +35,24 @@ def _drawn(seed: int, square: bool = False) -> tuple[np.ndarray, np.ndarray]:
     scene = make_scene(seed)
     if square:
         return np.asarray(draw(scene).resize((64, 64), Image.BICUBIC)), patch_labels(scene, square=True)
-    picture, labels = np.zeros((64, 64, 3), np.uint8), np.zeros((8, 8, 6), np.uint8)
+    image, labels = np.zeros((64, 64, 3), np.uint8), np.zeros((8, 8, 6), np.uint8)
     small = draw(scene).resize((scene.width, scene.height), Image.BILINEAR)
-    picture[: scene.height, : scene.width] = np.asarray(small)
+    image[: scene.height, : scene.width] = np.asarray(small)
     labels[: scene.height // 8, : scene.width // 8] = patch_labels(scene)
-    return picture, labels
+    return image, labels
 
 
 def make_pool(folder: Path, count: int, square: bool = False) -> Pool:
-    """The training pictures of seeds 0 to count - 1, drawn once and kept in `folder`, memory-mapped."""
+    """The training images of seeds 0 to count - 1, drawn once and kept in `folder`, memory-mapped."""
     kind = "_square" if square else ""
-    paths = folder / f"pictures{kind}_{count}.npy", folder / f"labels{kind}_{count}.npy"
+    paths = folder / f"images{kind}_{count}.npy", folder / f"labels{kind}_{count}.npy"
     if not all(path.exists() for path in paths):
-        pictures, labels = np.empty((count, 64, 64, 3), np.uint8), np.empty((count, 8, 8, 6), np.uint8)
+        images, labels = np.empty((count, 64, 64, 3), np.uint8), np.empty((count, 8, 8, 6), np.uint8)
         drawn = partial(_drawn, square=square)
         with Workers() as workers:
-            for index, (picture, label) in enumerate(workers.imap(drawn, range(count), chunksize=500)):
-                pictures[index], labels[index] = picture, label
-        np.save(paths[0], pictures)
+            for index, (image, label) in enumerate(workers.imap(drawn, range(count), chunksize=500)):
+                images[index], labels[index] = image, label
+        np.save(paths[0], images)
         np.save(paths[1], labels)
     return np.load(paths[0], mmap_mode="r"), np.load(paths[1], mmap_mode="r")
 
@@ -73,10 +73,10 @@ def labels_of(family: Family, pool: Pool, seed: int) -> Tensor:
     return torch.from_numpy(pool[1][seed][: height // PATCH, : width // PATCH].astype(np.int64))
 
 
-def talk(where: str, picture: Image.Image, asked: list[tuple[str, str]], **fields: Any) -> Lesson:
+def talk(where: str, image: Image.Image, asked: list[tuple[str, str]], **fields: Any) -> Lesson:
     """An image and its question-answer turns."""
     messages = conversation(asked)
-    messages[0]["content"][0]["image"] = picture
+    messages[0]["content"][0]["image"] = image
     return Lesson(where, messages, **fields)
 
 
@@ -103,10 +103,10 @@ class Glances(Sequence[Lesson]):
         return Lesson(f"scene {seed}", [], (seed,))
 
     def collate(self, lessons: list[Lesson]) -> Inputs:
-        """pixels as the tower sees them, and patches, their labels."""
-        (pictures, _), seeds = self.pool, [lesson.seeds[0] for lesson in lessons]
+        """pixels as the tower gets them, and patches, their labels."""
+        (images, _), seeds = self.pool, [lesson.seeds[0] for lesson in lessons]
         width, height = (64, 64) if self.family.square else size_of(seeds[0])
-        pixels = torch.from_numpy(pictures[seeds][:, :height, :width]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(images[seeds][:, :height, :width]).permute(0, 3, 1, 2).float() / 127.5 - 1
         labels = torch.stack([labels_of(self.family, self.pool, seed) for seed in seeds])
         seen, labels = self.family.view(pixels, labels)
         return Inputs(pixels=seen, patches=labels)
@@ -140,9 +140,9 @@ class Lessons(Sequence[Lesson]):
         kinds = rng.sample(MIX, min(self.turns, len(MIX)))
         kinds[-1] = "other" if rng.random() < 0.2 else kinds[-1]
         asked = turns(scene, rng, kinds) or turns(scene, rng, ["describe"])
-        picture = Image.fromarray(self.pool[0][seed][: scene.height, : scene.width])
+        image = Image.fromarray(self.pool[0][seed][: scene.height, : scene.width])
         alone = alone and self.family is FAMILIES["llava_next"]
-        return talk(f"scene {seed}", picture, asked, seeds=(seed,), alone=alone)
+        return talk(f"scene {seed}", image, asked, seeds=(seed,), alone=alone)
 
     def _interleaved(self, rng: random.Random) -> Lesson:
         """One to five images, two or three as a rule, in one of the forms of `make_row`."""

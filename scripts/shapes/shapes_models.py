@@ -5,9 +5,9 @@
     write_processor(family, folder)        the processor's files alone
     save_package(family, model, folder)    the whole checkpoint, weights in half precision
 
-All see pictures of up to 64×64 pixels in patches of 8. The Idefics2 takes such a picture as it is. The LLaVA-NeXT's
-tower takes squares of 32: the base picture, in which the smallest digits are 5 pixels high, and up to four tiles. The
-IDEFICS squeezes every picture into a square of 64.
+All see images of up to 64×64 pixels in patches of 8. The Idefics2 takes such an image as it is. The LLaVA-NeXT's
+tower takes squares of 32: the base image, in which the smallest digits are 5 pixels high, and up to four tiles. The
+IDEFICS squeezes every image into a square of 64.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from minivlm.processing.llava_next import LlavaNextProcessor
 SPECIAL = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 IMAGE = SPECIAL.index("<image>")
 LATENTS = 16
-AND_THAT = "And what is in that?"  # of a second picture
+AND_THAT = "And what is in that?"  # of a second image
 PATCH, TILE = 8, 32
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 CHAT_TEMPLATE = (
@@ -62,7 +62,7 @@ CHAT_TEMPLATE = (
 def build_tokenizer(decoupled: bool = False) -> Tokenizer:
     """The task's words, and letters to spell all others with; capitals do not count.
 
-    `decoupled`: with the words of the IDEFICS guide's prompts, and the three tokens that IDEFICS adds behind the rest.
+    `decoupled`: with the words of the IDEFICS guide's prompts, and the three tokens that IDEFICS adds after the rest.
     """
     letters = string.ascii_lowercase + string.digits
     tokens = [*SPECIAL, "user", "assistant", *string.punctuation, *letters, *("##" + letter for letter in letters)]
@@ -149,7 +149,7 @@ def idefics_config() -> IdeficsConfig:
     """A real IDEFICS with the tower and the decoder of the Idefics2 above: 1.96 million parameters, 3.9 MB.
 
     Its decoder knows no shared key heads. A gated block stands before the first layer and before the third. Gates start
-    open; what a block adds at first is nothing all the same, see `idefics_start`.
+    open, but a block adds nothing at first, see `idefics_start`.
     """
     resampler = {"resampler_n_latents": LATENTS, "resampler_depth": 1, "resampler_n_heads": 4}
     resampler |= {"resampler_head_dim": 32, "qk_layer_norms_perceiver": True}
@@ -218,7 +218,7 @@ def llava_next_start(old: dict[str, Tensor], state: dict[str, Tensor]) -> dict[s
 def idefics_start(old: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tower, decoder, embeddings and head; the gated blocks are new and add nothing at first.
 
-    Key heads that two query heads shared are doubled. Tokens are found by their names: three of them moved behind the
+    Key heads that two query heads shared are doubled. Tokens are found by their names: three of them moved after the
     vocabulary, into tables of their own.
     """
     new = as_clip(old, "vision_model", slice(0, 8))
@@ -242,33 +242,33 @@ def idefics_start(old: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str,
     return new
 
 
-# --------------------------------------------------------------------------- what a tower sees, and its labels
+# --------------------------------------------------------------------------- a tower's input, and its labels
 
 
-def whole(pictures: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures as they are (B, 3, h, w), and one label for each patch (B, P, 1, 6)."""
-    return pictures, labels.flatten(1, 2).unsqueeze(2)
+def whole(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images as they are (B, 3, h, w), and one label for each patch (B, P, 1, 6)."""
+    return images, labels.flatten(1, 2).unsqueeze(2)
 
 
 def centres_in_sixteenths(labels: Tensor) -> Tensor:
-    """Labels of patches (…, rows, columns, 6) whose x and y count in 16ths of the picture, not in steps of 4 units."""
+    """Labels of patches (…, rows, columns, 6) whose x and y count in 16ths of the image, not in steps of 4 units."""
     size = torch.tensor(labels.shape[-2:-4:-1])  # (columns, rows)
     place = labels[..., 2:4]
     place = ((4 * place - 2) * 2 // size + 1) * (place > 0)
     return torch.cat([labels[..., :2], place, labels[..., 4:]], dim=-1)
 
 
-def squares(pictures: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Base pictures and tiles (N, 3, 32, 32) as the processor cuts them, and four labels for each of their patches.
+def squares(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Base images and tiles (N, 3, 32, 32) as the processor cuts them, and four labels for each of their patches.
 
-    pictures (B, 3, h, w) and labels of patches of 8 pixels (B, h / 8, w / 8, 6) → labels (N, 16, 4, 6). In a tile the
+    images (B, 3, h, w) and labels of patches of 8 pixels (B, h / 8, w / 8, 6) → labels (N, 16, 4, 6). In a tile the
     four are alike, and centres count in steps of 4 pixels from 16 pixels outside of it.
     """
-    height, width = pictures.shape[2:]
+    height, width = images.shape[2:]
     down, across = -height % TILE // 2, -width % TILE // 2  # the black bands of the canvas
-    canvas = F.pad(pictures, (across, across, down, down), value=-1.0)
+    canvas = F.pad(images, (across, across, down, down), value=-1.0)
     tiles = canvas.unfold(2, TILE, TILE).unfold(3, TILE, TILE).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    base = F.interpolate(pictures, (TILE, TILE), mode="bilinear", antialias=True)
+    base = F.interpolate(images, (TILE, TILE), mode="bilinear", antialias=True)
 
     spread = F.pad(labels, (0, 0, across // PATCH, across // PATCH, down // PATCH, down // PATCH))
     row, column = (torch.arange(n) // 4 * 8 for n in spread.shape[1:3])  # where a patch's tile begins
@@ -290,12 +290,12 @@ def fours(labels: Tensor) -> Tensor:
     return labels.unflatten(2, (4, 2)).unflatten(1, (4, 2)).transpose(2, 3).reshape(-1, 16, 4, 6)
 
 
-# What is labelled in stage 2: (outputs of the module, the model's inputs, labels of the batch's pictures) → vectors
+# What is labelled in stage 2: (outputs of the module, the model's inputs, labels of the batch's images) → vectors
 # (n, C) and their labels (n, labels, 6), -1 where there is nothing to learn.
 
 
 def projected_patches(outputs: list[Tensor], _: Any, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Idefics2's patches behind the projection: (n, P, C) for each size of picture, as sizes first appear."""
+    """Idefics2's patches after the projection: (n, P, C) for each size of image, as sizes first appear."""
     groups: dict[torch.Size, list[Tensor]] = {}
     for each in labels:
         groups.setdefault(each.shape, []).append(each.reshape(-1, 1, 6))
@@ -303,8 +303,8 @@ def projected_patches(outputs: list[Tensor], _: Any, labels: list[Tensor]) -> tu
     return torch.cat([output.flatten(0, 1) for output in outputs]), ordered
 
 
-def picture_tokens(outputs: list[Tensor], inputs: Any, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """LLaVA-NeXT's base and rows of patches as the decoder sees them (B, T, C), now at their place in the picture."""
+def image_tokens(outputs: list[Tensor], inputs: Any, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """LLaVA-NeXT's base and rows of patches as the decoder gets them (B, T, C), in the order of the image."""
     slots, targets = inputs["input_ids"] == IMAGE, []
     for each, count in zip(labels, slots.sum(dim=1).tolist(), strict=True):
         base, rows = base_labels(each[None])[0], centres_in_sixteenths(each)
@@ -316,15 +316,15 @@ def picture_tokens(outputs: list[Tensor], inputs: Any, labels: list[Tensor]) -> 
 
 
 def latents(outputs: list[Tensor], _: Any, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """IDEFICS's latents (n, Q, C) of the pictures in the order of the rows; each answers for four patches."""
+    """IDEFICS's latents (n, Q, C) of the images in the order of the rows; each answers for four patches."""
     return outputs[0].flatten(0, 1), fours(torch.stack(labels)).flatten(0, 1)
 
 
 @contextmanager
 def base_alone(model: nn.Module, processor: LlavaNextProcessor) -> Iterator[None]:
-    """Within it a LLaVA-NeXT has one canvas, of one tile: it sees pictures at the base's size only.
+    """Within it a LLaVA-NeXT has one canvas, of one tile: it gets images at the base's size only.
 
-    It is the same model and still cuts pictures into tiles, but the one tile shows nothing that the base does not.
+    It is the same model and still cuts images into tiles, but the one tile shows nothing that the base does not.
     """
     config, pinpoints = model.config, processor.image_processor.image_grid_pinpoints
     try:
@@ -348,14 +348,14 @@ class Family:
     config: Callable[[], Any]
     preprocessor: dict[str, Any]  # preprocessor_config.json, but for what is common
     settings: dict[str, Any]  # processor_config.json
-    view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # what the tower sees of pictures and their labels
+    view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels → the tower's input and its labels
     seeing: Callable[[nn.Module], nn.Module]  # model → what stage 1 trains
-    features: Callable[[nn.Module, Tensor], Tensor]  # that, what it sees → vectors (N, P or Q, C)
+    features: Callable[[nn.Module, Tensor], Tensor]  # that, its input → vectors (N, P or Q, C)
     labels: int  # for each of these vectors
     middle: Callable[[nn.Module], nn.Module]  # whose outputs are labelled in stage 2
     labelled: Callable[[list[Tensor], Any, list[Tensor]], tuple[Tensor, Tensor]]
     start: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]] | None = None  # see start_from_idefics2
-    square: bool = False  # pictures are squeezed into squares
+    square: bool = False  # images are squeezed into squares
     decoupled: bool = False  # see build_tokenizer
 
 
@@ -368,7 +368,7 @@ FAMILIES = {
         settings={"image_seq_len": LATENTS},
         view=whole,
         seeing=lambda model: model.model.vision_model,
-        features=lambda tower, pictures: tower(pictures),
+        features=lambda tower, images: tower(images),
         labels=1,
         middle=lambda model: model.model.connector.modality_projection,
         labelled=projected_patches,
@@ -394,7 +394,7 @@ FAMILIES = {
         features=lambda tower, tiles: tower(tiles)[0][:, 1:],
         labels=4,
         middle=lambda model: model.model.language_model.layers[2],
-        labelled=picture_tokens,
+        labelled=image_tokens,
         start=llava_next_start,
     ),
     "idefics": Family(
@@ -403,9 +403,9 @@ FAMILIES = {
         config=idefics_config,
         preprocessor={"image_size": 64, "image_num_channels": 3, "resample": 3},
         settings={},
-        view=lambda pictures, labels: (pictures, fours(labels)),
+        view=lambda images, labels: (images, fours(labels)),
         seeing=lambda model: nn.ModuleList([model.model.vision_model, model.model.perceiver_resampler]),
-        features=lambda parts, pictures: parts[1](parts[0](pictures)[0]),
+        features=lambda parts, images: parts[1](parts[0](images)[0]),
         labels=4,
         middle=lambda model: model.model.perceiver_resampler,
         labelled=latents,

@@ -1,9 +1,9 @@
-"""Rows of texts and pictures to train an IDEFICS on: the shapes task in the prompts of the guide, answers marked.
+"""Rows of texts and images to train an IDEFICS on: the shapes task in the prompts of the guide, answers marked.
 
-    row = make_row(scenes, pictures, rng)      items as the processor takes them, answers in {braces}
+    row = make_row(scenes, images, rng)      items as the processor takes them, answers in {braces}
     batch = labelled_batch(processor, [row])   what the processor makes of them; the braces become labels
 
-The braces are tokens of the vocabulary that nothing else here writes. So ids, pictures and masks are the processor's
+The braces are tokens of the vocabulary that nothing else here writes. So ids, images and masks are the processor's
 own, and what it tells apart (a separator between two texts, say) is what is trained.
 """
 
@@ -27,15 +27,15 @@ from shapes_models import AND_THAT
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-BORDER = "</s><s>"  # between documents of a row: behind it nothing before is seen
+BORDER = "</s><s>"  # between documents of a row: nothing after it attends to anything before
 SHOTS = (0, 1, 2, 4)  # to be measured
-# A picture's questions are drawn from these. Where things are is learned last, so it is asked most.
+# An image's questions are drawn from these. Where things are is learned last, so it is asked most.
 MIX = ["colour", "shape", "count", "exists", "where", "where", "where", "where", "number", "describe", "layout"]
 
 
-def chat_prompt(picture: Any, question: str) -> list[Any]:
-    """A question about a picture as the chat template writes it."""
-    return ["User:", picture, f"{question}{END}", "\nAssistant:"]
+def chat_prompt(image: Any, question: str) -> list[Any]:
+    """A question about an image as the chat template writes it."""
+    return ["User:", image, f"{question}{END}", "\nAssistant:"]
 
 
 def answered(prompt: list[Any], answer: str) -> list[Any]:
@@ -58,36 +58,36 @@ def joined(items: list[Any]) -> list[Any]:
 # ------------------------------------------------------------------------------------------------------ rows
 
 
-def make_row(scenes: list[Scene], pictures: list[Any], rng: random.Random, questions: int = 7) -> list[Any]:
+def make_row(scenes: list[Scene], images: list[Any], rng: random.Random, questions: int = 7) -> list[Any]:
     """A conversation, examples of one style, or a few documents of other forms, about these scenes in this order."""
     form = rng.choices((conversation_row, few_shot_row, packed_row), weights=(5, 3, 3))[0]
-    return form(scenes, pictures, rng, questions)
+    return form(scenes, images, rng, questions)
 
 
-def conversation_row(scenes: list[Scene], pictures: list[Any], rng: random.Random, questions: int) -> list[Any]:
-    """About `questions` questions in all; a picture comes before its first one, or behind it as in the guide."""
+def conversation_row(scenes: list[Scene], images: list[Any], rng: random.Random, questions: int) -> list[Any]:
+    """About `questions` questions in all; an image comes before its first one, or after it as in the guide."""
     row: list[Any] = []
-    for number, (scene, picture) in enumerate(zip(scenes, pictures, strict=True)):
+    for number, (scene, image) in enumerate(zip(scenes, images, strict=True)):
         kinds = rng.sample(MIX, max(1, questions // len(scenes)))
         kinds[-1] = "other" if rng.random() < 0.15 else kinds[-1]
         asked = turns(scene, rng, kinds) or turns(scene, rng, ["describe"])
         if number and rng.random() < 0.3:
             asked[0] = AND_THAT, describe(scene)
         for turn, (question, answer) in enumerate(asked):
-            shown = [] if turn else [picture]
+            shown = [] if turn else [image]
             shown = [question, *shown] if rng.random() < 0.3 else [*shown, question]
             row += ["\nUser: " if row else "User: ", *shown, f"{END}\nAssistant:", f" {{{answer}{END}}}"]
     return joined(row)
 
 
-def few_shot_row(scenes: list[Scene], pictures: list[Any], rng: random.Random, questions: int) -> list[Any]:
-    """Examples and a last picture in one style. All answers count, but for the first where it cannot be foreseen."""
+def few_shot_row(scenes: list[Scene], images: list[Any], rng: random.Random, questions: int) -> list[Any]:
+    """Examples and a last image in one style. All answers count, but for the first where it cannot be foreseen."""
     style = "describe" if rng.random() < 0.3 or not telling(scenes[0]) else rng.choice(list(STYLES))
     texts = [STYLES[style](scene) for scene in scenes]
     if len(scenes) == 1:
-        return answered(few_shot_prompt([], pictures[0]), describe(scenes[0]))
+        return answered(few_shot_prompt([], images[0]), describe(scenes[0]))
     shown = [text if style != "describe" and n == 0 else f"{{{text}}}" for n, text in enumerate(texts)]
-    row = few_shot_prompt(list(zip(pictures[:-1], shown[:-1], strict=True)), pictures[-1])
+    row = few_shot_prompt(list(zip(images[:-1], shown[:-1], strict=True)), images[-1])
     row = joined(row) if rng.random() < 0.2 else row  # as processors write it that know no separator
     return answered(row, texts[-1])
 
@@ -97,25 +97,25 @@ def telling(scene: Scene) -> bool:
     return len(scene.shapes) > 1 and scene.number is not None
 
 
-def packed_row(scenes: list[Scene], pictures: list[Any], rng: random.Random, questions: int) -> list[Any]:
-    """A document for each picture: captions, a question, a category, a story."""
+def packed_row(scenes: list[Scene], images: list[Any], rng: random.Random, questions: int) -> list[Any]:
+    """A document for each image: captions, a question, a category, a story."""
     row: list[Any] = []
-    for scene, picture in zip(scenes, pictures, strict=True):
-        document = _document(scene, picture, rng)
+    for scene, image in zip(scenes, images, strict=True):
+        document = _document(scene, image, rng)
         row += [BORDER, *document] if row else document
     return joined(row)
 
 
-def _document(scene: Scene, picture: Any, rng: random.Random) -> list[Any]:
+def _document(scene: Scene, image: Any, rng: random.Random) -> list[Any]:
     form = rng.choices(("caption", "prompted", "question", "category", "story"), weights=(2, 3, 6, 6, 3))[0]
     if form == "category" and (found := _category(scene, rng)):
-        return answered(classification_prompt(picture, found[0]), found[1])
+        return answered(classification_prompt(image, found[0]), found[1])
     if form in ("question", "category"):
         kind = rng.choice([*MIX, "other"])
         question, answer = ask(scene, kind, rng) or ask(scene, "describe", rng)
-        return answered(question_prompt(picture, question), answer)
+        return answered(question_prompt(image, question), answer)
     prompts = {"caption": caption_prompt, "prompted": prompted_caption_prompt, "story": story_prompt}
-    return answered(prompts[form](picture), story(scene) if form == "story" else describe(scene))
+    return answered(prompts[form](image), story(scene) if form == "story" else describe(scene))
 
 
 def _category(scene: Scene, rng: random.Random) -> tuple[list[str], str] | None:
@@ -142,7 +142,7 @@ def _category(scene: Scene, rng: random.Random) -> tuple[list[str], str] | None:
 def labelled_batch(processor: Any, rows: list[list[Any]]) -> dict[str, Tensor]:
     """input_ids and labels (B, T), pixel_values (B, N, 3, S, S), image_attention_mask (B, T, N).
 
-    Rows are filled up on the right. What counts is text in braces, and a mark of an utterance's end right behind them.
+    Rows are filled up on the right. What counts is text in braces, and a mark of an utterance's end right after them.
     """
     inputs = processor(rows, padding=True, return_tensors="pt")
     opens, closes, end = processor.tokenizer.convert_tokens_to_ids(["{", "}", END])
@@ -165,9 +165,9 @@ def labelled_batch(processor: Any, rows: list[list[Any]]) -> dict[str, Tensor]:
 
 
 def held_out_shots(count: int, shots: int, styles: list[str]) -> list[tuple[list[Any], str]]:
-    """`count` few-shot prompts with drawn pictures and the right answers, none of the scenes trained on.
+    """`count` few-shot prompts with drawn images and the right answers, none of the scenes trained on.
 
-    The last pictures are the same for every number of shots.
+    The last images are the same for every number of shots.
     """
     cases = []
     for index in range(count):

@@ -14,12 +14,13 @@ one core and its share of the batch. Plain `python` works as well.
 
 The real LLaVA-NeXT began with a trained CLIP and a trained language model. This one begins with the vision tower and
 the decoder of the small Idefics2; its projector, its newline and one decoder layer are new. So does the IDEFICS, with a
-new perceiver and new gated blocks; it learns from rows of several pictures (shapes_prompts.py), the others from one
-picture and questions about it.
+new perceiver and new gated blocks; it learns from rows of several images (shapes_prompts.py), the others from one
+image and questions about it.
 """
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -177,17 +178,17 @@ def exact_match(model: nn.Module, processor: Any, questions: list[tuple[int, str
 
 def question_batch(processor: Any, questions: list[tuple[int, str, str, str]]) -> dict[str, Tensor]:
     """Each question with its image and answer as a conversation of one turn."""
-    pictures = [draw(make_scene(seed)) for seed, *_ in questions]
+    images = [draw(make_scene(seed)) for seed, *_ in questions]
     if isinstance(processor, IdeficsProcessor):
-        zipped = zip(pictures, questions, strict=True)
-        return labelled_batch(processor, [answered(chat_prompt(picture, q[2]), q[3]) for picture, q in zipped])
-    rows = [talk(f"scene {q[0]}", picture, [q[2:]]) for picture, q in zip(pictures, questions, strict=True)]
+        zipped = zip(images, questions, strict=True)
+        return labelled_batch(processor, [answered(chat_prompt(image, q[2]), q[3]) for image, q in zipped])
+    rows = [talk(f"scene {q[0]}", image, [q[2:]]) for image, q in zip(images, questions, strict=True)]
     return data.encode(data.for_training(processor), rows)
 
 
 @torch.no_grad()
 def all_likeliest(model: nn.Module, batch: dict[str, Tensor]) -> list[bool]:
-    """Of each row, whether every token that counts is the likeliest at its place."""
+    """Of each row, whether every token that counts is the likeliest at its position."""
     labels = batch.pop("labels")[:, 1:]
     wrong = (model(**batch).logits[:, :-1].argmax(-1) != labels) & (labels != IGNORED)
     return (~wrong.any(dim=1)).tolist()
@@ -249,20 +250,25 @@ def train_answers(
 
 
 def plot(folder: Path, path: Path) -> None:
-    """Both stages' logs as one small picture: accuracy per label, then exact match per question type."""
+    """Both stages' logs: accuracy per label, then exact match per question type, each curve named at its end."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), dpi=80)
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), dpi=100)
     for axis, stage, keys in zip(axes, ("vision", "joint"), (LABELS, TYPES[:-1]), strict=True):
         log = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+        ends = {}
         for key in keys:
             points = {line["step"]: 100 * line[key] for line in log if key in line}  # a resumed step counts once
-            axis.plot(*zip(*sorted(points.items()), strict=True), label=key, linewidth=1)
+            (curve,) = axis.plot(*zip(*sorted(points.items()), strict=True), linewidth=1.5)
+            ends[key] = points[max(points)], curve.get_color()
+        height = math.inf
+        for key, (end, colour) in sorted(ends.items(), key=lambda item: -item[1][0]):
+            height = min(end, height - 4)  # so that names do not lie on each other
+            axis.annotate(key, (1.02, height), xycoords=("axes fraction", "data"), color=colour, va="center")
         axis.set(xlabel="step", ylabel="right, %", ylim=(0, 101))
-        axis.legend(fontsize=7, loc="lower right")
         axis.grid(alpha=0.3)
-    axes[0].set_title("1. vision tower: labels of each patch", fontsize=9)
-    axes[1].set_title("2. whole model: held-out questions by type", fontsize=9)
+    axes[0].set_title("1. vision tower: labels of each patch")
+    axes[1].set_title("2. whole model: held-out questions by type")
     figure.tight_layout()
     figure.savefig(path)
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
@@ -272,14 +278,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="idefics2")
     parser.add_argument("--start-from", type=Path, help="folder of the small Idefics2, for the others")
-    parser.add_argument("--work", type=Path, required=True, help="folder for pictures, logs and checkpoints")
+    parser.add_argument("--work", type=Path, required=True, help="folder for images, logs and checkpoints")
     parser.add_argument("--out", type=Path, help="folder for the finished checkpoint")
     parser.add_argument("--plot", type=Path, help="PNG file for the training curves")
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--vision-steps", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch", type=int, default=32, help="pictures, or for idefics rows")
-    parser.add_argument("--turns", type=int, default=7, help="question-answer turns per picture (idefics: per row)")
+    parser.add_argument("--batch", type=int, default=32, help="images, or for idefics rows")
+    parser.add_argument("--turns", type=int, default=7, help="question-answer turns per image (idefics: per row)")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     family = FAMILIES[args.family]
@@ -288,10 +294,10 @@ def main() -> None:
     if RANK == 0:
         args.work.mkdir(parents=True, exist_ok=True)
         write_processor(family, args.work / "processor")
-        make_pool(args.work, args.pictures, family.square)
+        make_pool(args.work, args.images, family.square)
     if WORLD > 1:
         dist.barrier()
-    pool = make_pool(args.work, args.pictures, family.square)
+    pool = make_pool(args.work, args.images, family.square)
     torch.manual_seed(0)
     # Spelled-out attention: at these lengths its bf16 backward takes half the time of the fused one on a CPU.
     model = family.model(family.config(), attn_implementation="eager")

@@ -1,5 +1,6 @@
 """`minivlm finetune` and `merge`, and `--adapter` of the other verbs, on a checkpoint that ships here."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,9 @@ from minivlm import AutoModelForImageTextToText
 from minivlm.app import cli, lock
 from minivlm.training import adapters
 
+IMPOSSIBLE = """--workers=-1 --lr=nan --lr=0 --r=0 --batch=0 --accumulate=-2 --steps=0 --epochs=0 --alpha=nan
+    --dropout=1 --warmup=-1 --decay=inf --clip=0 --clip=nan --seed=-1 --save-every=-5 --eval-every=-1
+    --cache-features=-1 --max-tokens=0 --longest-edge=0"""
 STEPS = ["--steps", "2", "--batch", "2", "--accumulate", "1", "--r", "2"]
 
 
@@ -68,6 +72,29 @@ def test_train_ask_and_merge(rows: Path, tmp_path: Path, capsys: Any) -> None:
     assert not any("lora" in name for name, _ in AutoModelForImageTextToText.from_pretrained(merged).named_parameters())
 
 
+def test_every_option_reaches_the_loop(rows: Path, tmp_path: Path, capsys: Any) -> None:
+    rows.write_text(rows.read_text() + "\n" + json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    common = ["--image-folder", tmp_path, *STEPS, "--skip-bad", "--eval", rows, "--eval-every", 1, "--no-split"]
+    adapter = ["--dora", "--rslora", "--alpha", 3, "--dropout", 0.1, "--train", "lm_head", "--targets", "all"]
+    ways = {
+        "full": ["--method", "full", "--schedule", "linear", "--longest-edge", 64, "--warmup", 1, "--save-every", 1],
+        "lora": [*adapter, "--checkpointing", "--schedule", "constant", "--decay", 0.01, "--clip", 0.5, "--seed", 3],
+    }
+    for name, options in ways.items():
+        code, _, err = run(capsys, "finetune", rows, tmp_path / name, *common, *options)
+        assert code == 0, err
+        assert "left out 1 of 5" in err
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert all(line["eval_loss"] > 0 for line in log)
+        assert [line["lr"] for line in log] == [0.0, 1e-4]  # a warm-up of one step
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["use_rslora"], config["lora_alpha"], config["r"]) == (True, True, 3, 2)
+    assert config["modules_to_save"] == ["lm_head"]
+    images = json.loads((tmp_path / "full" / "preprocessor_config.json").read_text())
+    assert (images["size"]["longest_edge"], images["do_image_splitting"]) == (64, False)
+    assert run(capsys, "ask", tmp_path / "0.png", "colour?", "--model", tmp_path / "full")[0] == 0
+
+
 def test_inspect_and_parity_with_an_adapter(rows: Path, tmp_path: Path, capsys: Any) -> None:
     """Also where the adapter is on one side alone: then that is what parity finds."""
     adapter = tmp_path / "adapter"
@@ -98,6 +125,42 @@ def test_merging_a_four_bit_base_gives_16_bits_or_says_what_four_cost(rows: Path
     code, out, _ = run(capsys, "merge", small, adapter, tmp_path / "four", "--format", "nf4")
     assert code == 0
     assert "% of the change" in out
+
+
+@pytest.mark.parametrize("option", IMPOSSIBLE.split())
+def test_a_number_that_cannot_be_is_one_error_before_rows_are_read(option: str, tmp_path: Path, capsys: Any) -> None:
+    name, _, value = option.partition("=")
+    with contextlib.suppress(SystemExit):
+        assert cli.main(["finetune", str(tmp_path / "none.jsonl"), str(tmp_path / "out"), option]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    found = value if name != "--cache-features" else "-1"
+    assert f"found {found}" in err or f"found '{found}'" in err or f"found [{found}" in err
+
+
+def test_a_used_folder_is_refused_before_rows_are_read(tmp_path: Path, capsys: Any) -> None:
+    missing, out = tmp_path / "none.jsonl", tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").touch()
+    code, _, err = run(capsys, "finetune", missing, out)
+    assert (code, "--resume" in err) == (1, True)
+    code, _, err = run(capsys, "finetune", missing, out / "log.jsonl")
+    assert (code, "is a file" in err) == (1, True)
+
+
+def test_what_a_killed_run_left_in_a_new_folder_goes(tmp_path: Path, capsys: Any) -> None:
+    """Of quantize and merge; a folder that holds anything else stays as it is."""
+    out = tmp_path / "small"
+    out.mkdir()
+    (out / ".model.safetensors.0123abcd.new").write_bytes(b"half")
+    assert run(capsys, "quantize", "shapes-idefics2", out)[0] == 0
+    assert not list(out.glob(".*"))
+    assert not list(tmp_path.glob("*.lock"))
+    (out / ".model.safetensors.0123abcd.new").write_bytes(b"half")
+    before = (out / "model.safetensors").read_bytes()
+    code, _, err = run(capsys, "quantize", "shapes-idefics2", out)
+    assert (code, "exists already" in err) == (1, True)
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_an_image_in_base64(capsys):
         assert capsys.readouterr().out == "47.\n"
     assert cli.main(["ask", text[:-1], "What?", "--device", "cpu"]) == 1
     assert "base64" in capsys.readouterr().err
-    assert images.decoded("/9j/photos/of/a/summer/long/ago/in/the/country/side.jpg") is None
+    assert images.is_local("/9j/photos/of/a/summer/long/ago/in/the/country/side.jpg")
 
 
 @pytest.mark.parametrize("word", ["photo.jpg", "http://x.org/a.PNG", "-"])

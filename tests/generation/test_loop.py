@@ -17,6 +17,7 @@ from transformers.generation import logits_process, stopping_criteria
 from minivlm.generation import loop, sampling, stopping
 from minivlm.generation import settings as generation_config
 from minivlm.generation.settings import GenerationConfig
+from minivlm.generation.steps import decode_step, forward, positions
 from minivlm.text.tokenizer import Tokenizer
 
 NEGATIVE = float("-inf")
@@ -189,7 +190,7 @@ def test_rules_equal_the_reference(scores, data):
 
 def test_positions_count_real_tokens():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    assert loop.positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
 # ---- The ends of answers ----
@@ -552,11 +553,11 @@ def test_cached_logits_equal_uncached_logits(pair):
     token = torch.tensor([8, 9, 10, 11])
     with torch.no_grad():
         cache = model.new_cache(4, mask.shape[1] + 1)
-        loop.prefill(model, inputs["input_ids"], cache, mask, **images)
+        forward(model, inputs["input_ids"], cache, mask, positions(mask), **images)
         longer = torch.cat([mask, mask.new_ones(4, 1)], 1)
-        cached = loop.decode_step(model, token, cache, loop.positions(longer)[:, -1], longer)
+        cached = decode_step(model, token, cache, positions(longer)[:, -1], longer).logits[:, -1]
         ids = torch.cat([inputs["input_ids"], token[:, None]], 1)
-        whole = loop.prefill(model, ids, None, longer, **images)
+        whole = forward(model, ids, None, longer, positions(longer), **images).logits[:, -1]
     assert (cached - whole).abs().max() <= 2e-6 * whole.abs().max()
 
 
@@ -679,7 +680,7 @@ def test_steps_record_no_gradients_and_abandoned_streams_leave_them_on(model):
 def test_scores_are_float32_whatever_the_model_computes_in(pair):
     model = copy.deepcopy(pair[1]).bfloat16()
     with torch.no_grad():
-        assert loop.prefill(model, torch.tensor([[8, 9]])).dtype == torch.float32
+        assert loop.stream(model, torch.tensor([[8, 9]])).next_logits().dtype == torch.float32
 
 
 IDEFICS2 = {

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivlm.generation.loop import positions
 from minivlm.generation.ranking import rank
+from minivlm.generation.steps import positions
 from minivlm.models.idefics import IdeficsForVisionText2Text
 from minivlm.models.idefics2 import Idefics2ForConditionalGeneration
 from minivlm.models.llava_next import LlavaNextForConditionalGeneration

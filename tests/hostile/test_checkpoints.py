@@ -19,7 +19,7 @@ from typing import Any
 import breaker
 import hypothesis.strategies as st
 import pytest
-from breaker import CASES, SOUND, WEIGHTS, write_json
+from breaker import CASES, GROUPS, SOUND, WEIGHTS, write_json
 from hypothesis import HealthCheck, given, settings
 
 SECONDS = 20  # that a case may take; a good checkpoint takes 0.05
@@ -105,6 +105,12 @@ def is_refused(result: dict[str, Any], kind: str = "use") -> bool:
     wanted = {"file": "CheckpointFileError", "content": "CheckpointError", "use": "ValueError"}[kind]
     exact = kind != "content" or "CheckpointFileError" not in result.get("error", ())
     return wanted in result.get("error", ()) and exact and 20 < len(result["message"]) < 3000
+
+
+def test_the_documentation_has_these_numbers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "input.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| .* \| (\d+) \| refused", page, re.M)
+    assert {str(len(group)) for group in GROUPS.values()} <= set(stated)
 
 
 @pytest.mark.parametrize("name", CASES)

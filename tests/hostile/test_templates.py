@@ -304,7 +304,7 @@ def test_an_interrupted_prompt_does_not_answer_the_next(monkeypatch):
     stdout = template_sandbox._CHILD._process.stdout
 
     class Once:
-        def read(self, size: int) -> bytes:
+        def readline(self) -> bytes:
             raise Interrupted
 
         def close(self) -> None:

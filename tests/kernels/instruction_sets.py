@@ -18,7 +18,9 @@ def each_instruction_set(module: ModuleType) -> Any:
             patch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, *options))
             return build()
 
-    @pytest.fixture(params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
+    @pytest.fixture(
+        params=[(), ("-mno-avx512f",), ("-mno-avx512bf16", "-mno-avx512vbmi")], ids=["native", "AVX2", "AVX-512"]
+    )
     def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_library", lambda: built(*request.param))
 

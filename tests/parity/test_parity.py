@@ -22,7 +22,7 @@ from minivlm import LlavaNextForConditionalGeneration
 from minivlm.app import cli
 from minivlm.auto import PRESETS, family
 from minivlm.checkpoint import hub
-from minivlm.fast_cpu import FastLinear
+from minivlm.devices.fast_cpu import FastLinear
 from minivlm.parity import Question, Recording, Side, against, compare, drawn_image, plot, record, sides
 from minivlm.parity.difference import Difference, Yardstick
 from minivlm.parity.stages import stages_of

@@ -130,7 +130,7 @@ def test_what_has_no_address_takes_torchs_operators(format: Format, rows: int) -
 UNUSUAL = """
 import copy, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from minivlm import fast_cpu
+from minivlm.devices import fast_cpu
 from minivlm.modules.layers import RMSNorm
 from minivlm.quantization import codebook
 from minivlm.quantization.affine import Affine

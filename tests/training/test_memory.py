@@ -10,6 +10,7 @@ import torch
 
 from minivlm import BitsAndBytesConfig, Idefics2Config, Idefics2ForConditionalGeneration
 from minivlm.quantization import apply as quantise
+from minivlm.quantization.linear import QuantizedLinear
 from minivlm.training import lean, lora, memory
 from minivlm.training.loss import token_loss
 from minivlm.training.optimisation import Optimisation, adamw, trained
@@ -134,9 +135,43 @@ def test_the_estimate_is_what_a_step_takes(way: str) -> None:
     assert found.activations + found.logits == pytest.approx(kept(model, inputs()), rel=0.12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [None, "nf4", "int8"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_adapted_layer_has_the_gradients_of_autograd(dtype: torch.dtype, form: str | None, gated: bool) -> None:
+    torch.manual_seed(0)
+    layer = adapted_layer(dtype, form)
+    inputs = [torch.randn(100, 64, dtype=dtype, requires_grad=True) for _ in range(1 + gated)]
+    act = torch.nn.functional.silu if gated else None
+    wanted = [layer.lora_A, layer.lora_B, *inputs]
+    direction = torch.randn(100, 48, dtype=dtype)
+    fast = lean.adapted(layer, *inputs, act=act)
+    plain = lean.plainly(layer, act(inputs[0]) * inputs[1] if gated else inputs[0])
+    # Sums of 64 products, rounded once or in pieces
+    bound = 8 * torch.finfo(dtype).eps
+    assert (fast - plain).norm() <= bound * plain.norm()
+    found, expected = (torch.autograd.grad(result, wanted, direction) for result in (fast, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+def adapted_layer(dtype: torch.dtype, form: str | None = None) -> lora.LoRALinear:
+    base = torch.nn.Linear(64, 48, dtype=dtype).requires_grad_(False)
+    if form:
+        choice = {"load_in_8bit": True} if form == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": form}
+        quantised = QuantizedLinear(64, 48, base.bias, BitsAndBytesConfig(**choice).format)
+        quantised.quantize_(base.weight)
+        base = quantised
+    layer = lora.LoRALinear(base, 4, 8.0, LoraConfig())
+    layer.initialize(False)
+    return layer
+
+
 def test_a_second_derivative_is_refused() -> None:
-    gate, up, a = (torch.randn(3, 3, requires_grad=True) for _ in range(3))
-    for result in (lean.gated(gate, up, torch.sin), lean.low_rank(a, gate, up, act=torch.sin)):
+    gate, up = (torch.randn(3, 64, requires_grad=True) for _ in range(2))
+    layer = adapted_layer(torch.float32)
+    for result in (lean.gated(gate, up, torch.sin), lean.adapted(layer, gate, up, act=torch.sin)):
         (first,) = torch.autograd.grad(result.sum(), gate, create_graph=True)
         with pytest.raises(RuntimeError, match=r"require grad|once_differentiable"):
             first.sum().backward()

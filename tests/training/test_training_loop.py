@@ -23,6 +23,7 @@ import transformers
 from PIL import Image
 
 from minivlm.training import adapters, data, loop, lora, memory
+from minivlm.training.folder import LOG, STATE
 from minivlm.training.loop import Recipe
 from minivlm.training.loss import token_loss
 from minivlm.training.optimisation import scheduled
@@ -161,8 +162,11 @@ def gradients(model: Any, inputs: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", peft_side.FAMILIES)
-def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(tmp_path: Path, family: str) -> None:
-    """Towers included, with dropout too; only what a model does not use has none."""
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(
+    tmp_path: Path, family: str, dropout: float
+) -> None:
+    """Towers included; only what a model does not use has none. With dropout torch runs layers again, else we do."""
     import oracle
 
     reference, inputs = peft_side.reference(family), peft_side.inputs(family)
@@ -171,7 +175,7 @@ def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(tmp_
     for checkpointing in (False, True):
         model = peft_side.ours(reference, tmp_path)
         torch.manual_seed(0)
-        lora.apply(model, LoraConfig(r=4, target_modules="all", lora_dropout=0.1, init_lora_weights=False))
+        lora.apply(model, LoraConfig(r=4, target_modules="all", lora_dropout=dropout, init_lora_weights=False))
         if checkpointing:
             memory.checkpoint_layers(model)
         found.append(gradients(model, dict(inputs)))
@@ -181,6 +185,15 @@ def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(tmp_
         if gradient is not None:
             assert gradient.any(), name
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_side_of_the_padding_changes_no_loss(tiny: Any) -> None:
+    model, processor = fresh(tiny).eval(), data.for_training(tiny[1])
+    left = data.for_training(processor)
+    left.tokenizer.padding_side = "left"
+    found = [token_loss(model, data.encode(each, tiny[2])) for each in (processor, left)]
+    assert found[0][1] == found[1][1] > 0
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
 
 
 def test_a_frozen_tower_runs_once_per_image(tiny: Any) -> None:
@@ -231,7 +244,7 @@ def train(tiny: Any, out: Path, recipe: Recipe = RECIPE, slow: float = 0.0) -> N
 
 
 def log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / loop.LOG).read_text().splitlines()]
+    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
 
 
 def test_killed_at_any_moment_a_resumed_run_has_the_same_losses(tiny: Any, tmp_path: Path) -> None:
@@ -239,7 +252,7 @@ def test_killed_at_any_moment_a_resumed_run_has_the_same_losses(tiny: Any, tmp_p
     rng, out, kills = random.Random(), tmp_path / "killed", 0
     context = multiprocessing.get_context("fork")
     out.mkdir()
-    (out / loop.LOG).touch()
+    (out / LOG).touch()
     for _ in range(3):
         child = context.Process(target=train, args=(tiny, out, RECIPE, 0.02))
         child.start()
@@ -257,7 +270,7 @@ def test_killed_at_any_moment_a_resumed_run_has_the_same_losses(tiny: Any, tmp_p
 
 
 def log_lines(out: Path) -> list[str]:
-    return (out / loop.LOG).read_text().splitlines()
+    return (out / LOG).read_text().splitlines()
 
 
 def same(one: Path, other: Path) -> None:
@@ -328,7 +341,7 @@ def test_what_is_not_finite_stops_the_run_and_names_the_rows(tiny: Any, tmp_path
         model.model.text_model.layers[0].mlp.down_proj.lora_B[0, 0] = math.inf
     with pytest.raises(ValueError, match=r"step 1: the loss is .* for line \d+, line \d+"):
         next(loop.finetune(model, *tiny[1:], RECIPE, tmp_path))
-    assert not (tmp_path / loop.STATE).exists()
+    assert not (tmp_path / STATE).exists()
 
 
 def test_workers_and_evaluation_change_nothing(tiny: Any, tmp_path: Path) -> None:

@@ -14,41 +14,35 @@ curl -s https://example.org/photo.jpg | minivlm ask - "Describe it." --temperatu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    images = "image files, URLs, base64, or - for stdin; then the question"
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
+    options.add_words(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object when done, instead of streaming")
     options.add_model_options(parser)
     options.add_generation_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Stream the answer to stdout, or print it as JSON. Images and settings are checked before any weight is read."""
+    """Stream the answer to stdout, or print it as JSON."""
     *names, question = arguments.words
     question = options.checked_question(question)
     settings = options.generation_settings(arguments)
-    name = options.model_name(arguments)
+    session = options.prepared(arguments, names)
 
-    from minivlm.app import images
     from minivlm.app.answer import peak_memory
     from minivlm.app.chat import Chat
-    from minivlm.processing.common import fetch_image
 
-    device, dtype = options.device_and_dtype(arguments)
-    processor = options.load_processor(name, arguments)
-    fetched = [fetch_image(processor, images.source(each)) for each in names]
-    chat = Chat(options.load_model(name, arguments, device, dtype), processor, system=arguments.system, **settings)
+    chat = Chat(session.model(), session.processor, system=arguments.system, **settings)
     if not arguments.json:
-        terminal.print_pieces(chat.stream(question, fetched))
+        terminal.print_pieces(chat.stream(question, session.images))
         if (cut := chat.last.cut()) is not None:
             terminal.note(cut)
         if arguments.verbose:
-            terminal.took(chat.last, device)
+            terminal.took(chat.last, session.device)
         return
-    answer = chat.ask(question, fetched)
-    found = {"answer": answer, "model": name, "finish_reason": chat.last.finish_reason}
-    found |= {"prompt_tokens": chat.last.prompt_tokens, "new_tokens": chat.last.new_tokens}
-    found |= {"seconds": round(chat.last.seconds, 3)}
+    text, last = chat.ask(question, session.images), chat.last
+    found = {"answer": text, "model": session.name, "finish_reason": last.finish_reason}
+    found |= {"prompt_tokens": last.prompt_tokens, "new_tokens": last.new_tokens, "seconds": round(last.seconds, 3)}
     if arguments.verbose:
-        found |= {"first_token_seconds": round(chat.last.first_token, 3)}
-        found |= {"tokens_per_second": round(chat.last.tokens_per_second, 2), "peak_memory_bytes": peak_memory(device)}
+        found["first_token_seconds"] = round(last.first_token, 3)
+        found["tokens_per_second"] = round(last.tokens_per_second, 2)
+        found["peak_memory_bytes"] = peak_memory(session.device)
     print(json.dumps(found))

@@ -44,10 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer all lines. Return the number of failed ones."""
     out = arguments.out
     folder, table = arguments.questions.is_dir(), arguments.questions.suffix == ".parquet"
-    if (folder and arguments.question is None) or (arguments.question is not None and not (folder or table)):
+    asked = arguments.question is not None
+    if (folder and not asked) or (asked and not folder and not table):
         raise UsageError("--question and a folder (or parquet file) of images go together")
     settings = options.generation_settings(arguments)
-    name = options.model_name(arguments)
+
     from minivlm.app import launch, lock, parts
 
     started = launch.MARK in os.environ  # then RANK numbers the GPUs of one model
@@ -55,36 +56,32 @@ def run(arguments: argparse.Namespace) -> int:
     if str(out) == "-":
         if shard.count > 1:
             raise UsageError("a shard needs a file for --out: the last one to end puts all answers together")
-        return _run(arguments, name, settings, shard)
+        return _run(arguments, settings, shard)
     parts.check_new(out)
     locked = out if shard.count == 1 else shard.part(out)
     with lock.held(locked.with_name(locked.name + ".lock")):
-        return _run(arguments, name, settings, shard)
+        return _run(arguments, settings, shard)
 
 
-def _run(arguments: argparse.Namespace, name: str, settings: dict[str, Any], shard: Any) -> int:
+def _run(arguments: argparse.Namespace, settings: dict[str, Any], shard: Any) -> int:
     from minivlm.app import batch, questions
 
     text = questions.read_file(arguments.questions, arguments.question)
     _tell_bad(questions.bad_lines(text, arguments.image_folder))
-    device, dtype = options.device_and_dtype(arguments)
-    processor = options.load_processor(name, arguments)
-    model = options.load_model(name, arguments, device, dtype)
-    job = batch.Job(
-        model, processor, settings, arguments.batch_size, arguments.system, arguments.image_folder, arguments.verbose
-    )
+    session, folder = options.prepared(arguments), arguments.image_folder
+    size, system, timed = arguments.batch_size, arguments.system, arguments.verbose
+    job = batch.Job(session.model(), session.processor, settings, size, system, folder, timed)
     if str(arguments.out) == "-":
         summary = batch.run_to(job, text, _to_stdout)
     else:
         quantize = f"{arguments.quantize} and the head" if arguments.quantize_head else arguments.quantize
-        about = {"model": name, "dtype": dtype, "no_split": arguments.no_split, "quantize": quantize}
-        about |= {"chat_template": arguments.chat_template, "system": arguments.system, **settings}
-        about["adapter"] = arguments.adapter
-        about["image_folder"] = None if arguments.image_folder is None else str(arguments.image_folder)
+        about = {"model": session.name, "dtype": session.dtype, "no_split": arguments.no_split, "quantize": quantize}
+        about |= {"chat_template": arguments.chat_template, "system": system, **settings}
+        about |= {"adapter": arguments.adapter, "image_folder": None if folder is None else str(folder)}
         summary = batch.run(job, text, arguments.out, about, shard)
     terminal.note(f"{summary}; {arguments.out}" if str(arguments.out) != "-" else f"{summary}")
     if arguments.verbose:
-        _tell_speed(summary, device)
+        _tell_speed(summary, session.device)
     return summary.failed
 
 

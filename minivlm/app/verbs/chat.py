@@ -30,22 +30,18 @@ def run(arguments: argparse.Namespace) -> int:
     if "-" in arguments.images:
         raise UsageError("the questions come from stdin, so no image can; name a file or URL")
     settings = options.generation_settings(arguments)
-    name = options.model_name(arguments)
+    session = options.prepared(arguments, arguments.images)
 
-    from minivlm.app import images
     from minivlm.app.chat import Chat
     from minivlm.app.prompt import reader
     from minivlm.app.talk import COMMANDS, Talk
-    from minivlm.processing.common import fetch_image
 
-    device, dtype = options.device_and_dtype(arguments)
-    processor = options.load_processor(name, arguments)
-    fetched = [(fetch_image(processor, images.source(each)), each) for each in arguments.images]
-    model = options.load_model(name, arguments, device, dtype)
-    chat = Chat(model, processor, system=arguments.system, **settings)
+    model = session.model()
+    chat = Chat(model, session.processor, system=arguments.system, **settings)
     watched = sys.stdin.isatty() and sys.stdout.isatty()
-    talk = Talk(chat, fetched, terminal.print_pieces, watched=watched, verbose=arguments.verbose)
+    named = zip(session.images, arguments.images, strict=True)
+    talk = Talk(chat, named, terminal.print_pieces, watched=watched, verbose=arguments.verbose)
     if watched:
-        terminal.tell(talk.banner(name, device, str(model.dtype).removeprefix("torch.")))
+        terminal.tell(talk.banner(session.name, session.device, str(model.dtype).removeprefix("torch.")))
     failed = talk.run(reader(watched, list(COMMANDS)))
     return 0 if watched else failed

@@ -26,14 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """The extra and the port are checked before any weight is read."""
-    from minivlm.app import demo, images
-    from minivlm.processing.common import fetch_image
+    from minivlm.app import demo
 
     demo.check(arguments.port)
-    name = options.model_name(arguments)
-    device, dtype = options.device_and_dtype(arguments)
-    processor = options.load_processor(name, arguments)
-    image = None if arguments.image is None else fetch_image(processor, images.source(arguments.image))
-    model = options.load_model(name, arguments, device, dtype)
+    session = options.prepared(arguments, [] if arguments.image is None else [arguments.image])
+    desk = demo.Desk(session.model(), session.processor, session.name, arguments.max_new_tokens)
     terminal.note(f"open http://{demo.HOST}:{arguments.port} (Ctrl-C ends it)")
-    demo.serve(demo.Desk(model, processor, name, arguments.max_new_tokens), image, arguments.port)
+    demo.serve(desk, session.images[0] if session.images else None, arguments.port)

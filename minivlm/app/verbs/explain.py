@@ -11,11 +11,10 @@ EXAMPLES = """\
 minivlm explain docs/shapes.png "what colour is the star?" --out page.html
 minivlm explain a.jpg b.jpg "What differs?" --out page.html --model HuggingFaceM4/idefics2-8b --layers 0,15,31
 minivlm explain photo.jpg "What is this?" --out page.html --png figures"""
-PAGE = 5_000_000  # bytes that a page may have without choosing layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="image files, URLs, base64; the question")
+    options.add_words(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="one file that needs nothing else")
     parser.add_argument(
         "--layers", metavar="N,N,…", help="whose heads are shown one by one (default: as many as fit in 5 MB)"
@@ -26,30 +25,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Images and question are checked before any weight is read."""
+    """Write the page, and print the answer."""
     *names, question = arguments.words
     if not names:
         raise UsageError("name an image, then ask a question about it")
     question = options.checked_question(question)
     if not arguments.out.absolute().parent.is_dir() or arguments.out.is_dir():
         raise OSError(f"{arguments.out} cannot be written: name a file in a folder that exists")
-    name = options.model_name(arguments)
+    session = options.prepared(arguments, names)
 
-    from minivlm.app import explain, figures, images
-    from minivlm.processing.common import fetch_image
+    from minivlm.app import explain, figures
+    from minivlm.checkpoint.files import replacing
 
-    device, dtype = options.device_and_dtype(arguments)
-    processor = options.load_processor(name, arguments)
-    pictures = [fetch_image(processor, images.source(each)) for each in names]
-    model = options.load_model(name, arguments, device, dtype)
+    model, processor, images = session.model(), session.processor, session.images
     layers = explain.layers_of(model, arguments.layers)
-    found = explain.gather(
-        model, processor, pictures, question, layers=layers, room=PAGE, max_new_tokens=arguments.max_new_tokens
-    )
-    found["model"]["name"] = name
+    found = explain.gather(model, processor, images, question, layers=layers, max_new_tokens=arguments.max_new_tokens)
+    found["model"]["name"] = session.name
     text = explain.page(found)
-    explain.write(text, arguments.out)
+    with replacing(arguments.out) as unfinished:  # as a whole or not at all
+        unfinished.write_text(text, encoding="utf-8")
     terminal.note(f"{arguments.out}: {len(text.encode()) / 1e6:.1f} MB")
     if arguments.png:
-        terminal.note(f"{arguments.png}: {figures.write(found, pictures, arguments.png)} figures")
+        terminal.note(f"{arguments.png}: {figures.write(found, images, arguments.png)} figures")
     print(found["answer"])

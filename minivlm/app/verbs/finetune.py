@@ -42,12 +42,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.fsdp and (arguments.load or arguments.train or arguments.dora):
         raise options.UsageError("--fsdp goes with neither --load, --train nor --dora; without it, weights are copied")
 
+    from minivlm.training import folder
     from minivlm.training.rows import read_rows
 
+    recipe, adapter = finetune_options.recipe(arguments), finetune_options.adapter(arguments)
+    if not arguments.dry_run:
+        folder.check(arguments.out, arguments.resume)
     processor = _processor(name, arguments)
     rows = read_rows(arguments.data, arguments.image_folder)
     held_out = read_rows(arguments.eval, arguments.image_folder) if arguments.eval else None
-    model = _skeleton(name, arguments)
+    model = _skeleton(name, adapter, arguments)
     rows, sizes = _checked(processor, rows, model, arguments)
     if held_out is not None:
         held_out, _ = _checked(processor, held_out, model, arguments)
@@ -55,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         _show(model, processor, rows, sizes, arguments)
         return
     with _processes() as (rank, device), _alone(arguments.out, rank):
-        _train(name, processor, rows, held_out, arguments, rank, device, model.config.dtype)
+        _train(name, processor, rows, held_out, recipe, adapter, arguments, rank, device, model.config.dtype)
 
 
 def _processor(name: str, arguments: argparse.Namespace) -> Any:
@@ -70,7 +74,7 @@ def _processor(name: str, arguments: argparse.Namespace) -> Any:
     return processor
 
 
-def _skeleton(name: str, arguments: argparse.Namespace) -> Any:
+def _skeleton(name: str, adapter: Any, arguments: argparse.Namespace) -> Any:
     """The model without weights, with what will be trained."""
 
     from minivlm import auto
@@ -82,28 +86,18 @@ def _skeleton(name: str, arguments: argparse.Namespace) -> Any:
         model = model_class(loading.read_config(files, model_class.config_class))
     if arguments.method == "full" and (arguments.load or files.json("config.json").get("quantization_config")):
         raise options.UsageError("quantised weights are not trained; leave --load out, or use --method lora")
-    _choose(model, arguments)
+    _choose(model, adapter)
     return model
 
 
-def _choose(model: Any, arguments: argparse.Namespace) -> None:
+def _choose(model: Any, adapter: Any) -> None:
     """Put the adapter on, or unfreeze everything."""
-    from minivlm.training import lora, targets
+    from minivlm.training import lora
 
-    if arguments.method == "full":
+    if adapter is None:
         model.requires_grad_(True)
-        return
-    known = arguments.targets in (*targets.PRESETS, targets.ALL_LINEAR) or any(c in arguments.targets for c in r"\*(|[")
-    config = targets.LoraConfig(
-        r=arguments.r,
-        lora_alpha=arguments.alpha if arguments.alpha is not None else arguments.r,
-        target_modules=arguments.targets if known else tuple(arguments.targets.split(",")),
-        lora_dropout=arguments.dropout,
-        modules_to_save=tuple(arguments.train) if arguments.train else None,
-        use_rslora=arguments.rslora,
-        use_dora=arguments.dora,
-    )
-    lora.apply(model, config)
+    else:
+        lora.apply(model, adapter)
 
 
 def _checked(processor: Any, rows: list[Any], model: Any, arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
@@ -233,6 +227,8 @@ def _train(
     processor: Any,
     rows: list[Any],
     held_out: Any,
+    recipe: Any,
+    adapter: Any,
     arguments: argparse.Namespace,
     rank: int,
     device: str | None,
@@ -250,19 +246,9 @@ def _train(
     if dtype is None and stored == "float16":
         dtype = "bfloat16"
         terminal.note("the weights are stored in float16, which loses small gradients; training in bfloat16")
-    recipe = loop.Recipe(
-        **{
-            key: getattr(arguments, key)
-            for key in ("batch", "accumulate", "epochs", "steps", "lr", "schedule", "warmup")
-        },
-        **{key: getattr(arguments, key) for key in ("decay", "clip", "optimizer", "seed", "checkpointing", "workers")},
-        eval_every=arguments.eval_every,
-        save_every=arguments.save_every,
-        cache_bytes=int(arguments.cache_features * 2**30),
-    )
     model = _cut(name, arguments, dtype) if arguments.fsdp else _loaded(name, arguments, device, dtype)
     torch.manual_seed(recipe.seed)  # the adapter begins the same in every process
-    _choose(model, arguments)
+    _choose(model, adapter)
     if rank == 0:
         terminal.note(_trained(model))
     steps = loop.finetune(model, processor, rows, recipe, arguments.out, eval_rows=held_out, resume=arguments.resume)

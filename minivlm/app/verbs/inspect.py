@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_adapter_option(parser)
     parser.add_argument("--image", nargs="+", metavar="IMAGE", help="how many tokens and bytes these would take")
     parser.add_argument("--gpus", type=options.positive, metavar="N", help="what each of N devices would hold")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="with --gpus")
+    parser.add_argument("--dtype", choices=options.DTYPES[1:], default="bfloat16", help="with --gpus")
     parser.add_argument("--quantize", choices=options.FORMATS, help="with --gpus")
     options.add_head_option(parser)
     parser.add_argument("--context", type=options.positive, default=4096, metavar="T", help="with --gpus: tokens")

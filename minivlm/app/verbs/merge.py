@@ -19,23 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, built-in name or Hub id")
     parser.add_argument("adapter", help="folder or Hub id of a LoRA adapter")
     parser.add_argument("out", type=Path, help="a new folder")
-    kinds = ["auto", "float32", "bfloat16", "float16"]
-    parser.add_argument(
-        "--dtype", choices=kinds, default="auto", help="of the weights; auto: as stored, at least 16 bits"
-    )
+    weights = "of the weights; auto: as stored, at least 16 bits"
+    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help=weights)
     parser.add_argument("--format", choices=options.FORMATS, help="quantise the sum, at the price that is printed")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load both, merge, write the weights and the processor."""
-    out = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; name a new folder")
+    from minivlm.app import lock
 
+    with lock.new_folder(arguments.out):
+        _merge(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText, AutoProcessor
     from minivlm.checkpoint.files import saving
     from minivlm.training import lora
 
+    out = arguments.out
     options.check_name(arguments.model)
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(

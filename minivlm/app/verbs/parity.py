@@ -18,14 +18,8 @@ ABOUT = """
 
 Side a is transformers (or a recording), side b is minivlm. Both run on the same inputs and are compared stage by stage,
 from pixels to greedy tokens."""
-GIVEN = {
-    "a": [],
-    "layers": None,
-    "inside": False,
-    "ops": False,
-    "tokens": 16,
-    "record": None,
-}  # what --against cannot change
+# what --against cannot change, and what it is unless given
+GIVEN = {"a": [], "layers": None, "inside": False, "ops": False, "tokens": 16, "record": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +55,7 @@ def run(arguments: argparse.Namespace) -> bool:
     from minivlm.processing.images import load_image
 
     dtypes = arguments.dtype.split(",")
-    if (arguments.record or arguments.against) and len(dtypes) > 1:
-        raise UsageError("a recording is of one dtype")
-    fixed = [name for name, default in GIVEN.items() if arguments.against and getattr(arguments, name) != default]
-    if fixed:
-        raise UsageError(
-            f"--{fixed[0]} and --against: a recording is of one side, these layers and tokens; record anew"
-        )
+    _check(arguments, dtypes)
     if arguments.plot:
         check_plot(arguments.plot)
     images = [load_image(image) for image in arguments.image] if arguments.image else [drawn_image()]
@@ -94,6 +82,17 @@ def run(arguments: argparse.Namespace) -> bool:
     else:
         print("\n\n".join(report.table() for report in reports.values()))
     return any(report.first for report in reports.values())
+
+
+def _check(arguments: argparse.Namespace, dtypes: list[str]) -> None:
+    """UsageError for options that do not go with --record or --against."""
+    if (arguments.record or arguments.against) and len(dtypes) > 1:
+        raise UsageError("a recording is of one dtype")
+    for name, default in GIVEN.items():
+        if arguments.against and getattr(arguments, name) != default:
+            raise UsageError(
+                f"--{name} and --against: a recording is of one side, these layers and tokens; record anew"
+            )
 
 
 def _numbers(text: str | None) -> list[int] | None:

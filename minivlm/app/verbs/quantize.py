@@ -17,25 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = "nf4 (default) and fp4: as bitsandbytes, doubly quantised; int4: fastest on a CPU; int8"
     parser.add_argument("--format", choices=options.FORMATS, default="nf4", help=formats)
     parser.add_argument("--group-size", type=int, default=128, choices=[32, 64, 128], help="of int4")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="MODULE", help="leave it as it is, as vision_model")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], metavar="MODULE", help="modules to leave as they are, such as vision_model"
+    )
     options.add_head_option(parser)
-    kinds = ["auto", "float32", "bfloat16", "float16"]
     what = "of what is not quantised; auto: as stored"
-    parser.add_argument("--dtype", choices=kinds, default="bfloat16", help=what)
+    parser.add_argument("--dtype", choices=options.DTYPES, default="bfloat16", help=what)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantise while loading, write the weights, and copy what belongs to them."""
-    out = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; name a new folder")
+    from minivlm.app import lock
 
+    with lock.new_folder(arguments.out):
+        _quantize(arguments)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText
     from minivlm.app.inspection import memory
     from minivlm.checkpoint import hub
     from minivlm.checkpoint.files import saving
     from minivlm.quantization import apply
 
+    out = arguments.out
     options.check_name(arguments.model)
     config = options.quantization(arguments.format, arguments.group_size, arguments.skip, arguments.quantize_head)
     files = hub.source(arguments.model)

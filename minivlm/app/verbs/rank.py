@@ -15,8 +15,7 @@ minivlm rank photo.jpg "Is it day or night? One word." --answers Day Night --mod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    images = "image files, URLs, base64, or - for stdin; then the question"
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
+    options.add_words(parser)
     parser.add_argument(
         "--answers", nargs="+", required=True, type=terminal.typed, metavar="ANSWER", help="two or more, quoted"
     )
@@ -35,40 +34,33 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--answers takes at least two different ones")
     if not all(answer.strip() for answer in arguments.answers):
         raise UsageError("one of the --answers is empty")
-    name = options.model_name(arguments)
+    session = options.prepared(arguments, names)
 
-    from minivlm.app import images
     from minivlm.generation.ranking import rank
-    from minivlm.processing.common import fetch_image
 
-    device, dtype = options.device_and_dtype(arguments)
-    processor = options.load_processor(name, arguments)
-    fetched = [fetch_image(processor, images.source(each)) for each in names]
-    prompt, candidates = _encoded(processor, question, fetched, arguments.system, arguments.answers)
-    model = options.load_model(name, arguments, device, dtype)
-    scores = rank(model, prompt, candidates, mean=arguments.mean)[0]
+    prompt, candidates = _encoded(session, question, arguments.system, arguments.answers)
+    scores = rank(session.model(), prompt, candidates, mean=arguments.mean)[0]
     found = sorted(zip(scores.softmax(-1).tolist(), scores.tolist(), arguments.answers, strict=True), reverse=True)
     if arguments.json:
         answers = [{"answer": answer, "share": share, "log_probability": score} for share, score, answer in found]
-        print(json.dumps({"model": name, "answers": answers}))
+        print(json.dumps({"model": session.name, "answers": answers}))
         return
     for share, score, answer in found:
         print(f"{share:7.2%}  {score:9.3f}  {answer}")
 
 
 def _encoded(
-    processor: Any, question: str, fetched: list[Any], system: str | None, answers: list[str]
+    session: options.Session, question: str, system: str | None, answers: list[str]
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """The prompt, and each answer's ids with the mark that ends it, as the chat template writes them."""
-    content = [*({"type": "image", "image": image} for image in fetched), {"type": "text", "text": question}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    options_ = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options_)
+    from minivlm.app.answer import encoded
+    from minivlm.text.messages import make_message
+
+    messages = [] if system is None else [make_message("system", system)]
+    messages.append(make_message("user", question, session.images))
     found = []
     for answer in answers:
-        whole = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        inputs = processor.apply_chat_template(whole, return_assistant_tokens_mask=True, **options_)
+        whole = [*messages, make_message("assistant", answer)]
+        inputs = encoded(session.processor, whole, answered=True, return_assistant_tokens_mask=True)
         found.append(inputs["input_ids"][0][inputs["assistant_masks"][0].bool()].tolist())
-    return dict(prompt), found
+    return dict(encoded(session.processor, messages)), found

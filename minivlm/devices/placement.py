@@ -5,11 +5,12 @@
     cpu     blocks for which no GPU has room: their weights are copied to the GPU for each pass
 
 Everything but the blocks lives on the first device, the "home". Only one device works at a time, so this adds memory
-and no speed; `minivlm.parallel` cuts the model instead, and all work at once. `place` decides from sizes before
+and no speed; `minivlm.devices.parallel` cuts the model instead, and all work at once. `place` decides from sizes before
 anything is read, loading puts each tensor there, and `connect` adds hooks that move what passes between devices.
 """
 
 import copy
+import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ BLOCK = re.compile(r"(.*\.)?(text_model|language_model)\.layers\.(\d+)|(.*\.)?ga
 SPARE = 0.9  # of a device's free memory that weights may take; the rest is for the cache and activations
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CPU = torch.device("cpu")
+ONLY_IN_TRANSFORMERS = ("rotary_emb", "post_layernorm")  # modules that its device maps may name and that are none here
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,14 @@ def place(model: nn.Module, device_map: Any, max_memory: dict | None, sizes: dic
 
     device_map: None or one device; "auto": the first GPU if it has room, else all of them, evenly, and the CPU where
     these are too small, or the CPU alone where there is none; "balanced": all GPUs in any case; "sequential": each is
-    filled before the next; or a dict from names of parts (or of what they stand in; "" is everything) to devices.
+    filled before the next; or a dict from names of parts, or of modules around them ("" is everything), to devices.
     max_memory: {0: "20GiB", 1: 10**9, "cpu": "60GiB"}.
 
     Raises ValueError for what is none of these, and for a model that does not fit.
     """
     blocks = [name for name, _ in model.named_modules() if BLOCK.fullmatch(name)]
     if isinstance(device_map, dict):
+        _check_names(model, device_map)
         return _by_map(device_map, blocks)
     if device_map not in ("auto", "balanced", "sequential"):
         home = one_device(device_map)
@@ -92,7 +95,7 @@ def place(model: nn.Module, device_map: Any, max_memory: dict | None, sizes: dic
 
 
 def _in_order(weights: dict[str, int]) -> dict[str, int]:
-    """Blocks as the forward pass meets them: gated block i of IDEFICS stands before the decoder block that follows."""
+    """Blocks in the order of the forward pass: gated block i of IDEFICS before the decoder block that follows it."""
     gated = [name for name in weights if "gated_cross_attn_layers" in name]
     plain = [name for name in weights if name not in gated]
     every = len(plain) // len(gated) if gated else 0
@@ -162,7 +165,7 @@ def _bytes(size: int | str) -> int:
 
 
 def _free_memory() -> int:
-    """Bytes of main memory that are free, where the system says so; else none is planned with."""
+    """Free bytes of main memory where the system reports them, else 0."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
@@ -170,12 +173,27 @@ def _free_memory() -> int:
         return 0
 
 
+def _check_names(model: nn.Module, device_map: dict) -> None:
+    """ValueError for a name that no part of the model has, here or in any spelling of checkpoints and transformers."""
+    parts = [name for named in (model.named_modules(), model.named_parameters()) for name, _ in named if name]
+    known = {"", *(spelled for name in parts for spelled in _spellings(name))}
+    known |= {name[: end.start()] for name in known for end in re.finditer(r"\.", name)}
+    for key in map(str, device_map):
+        name = f"{key}."
+        for theirs, ours in model.hub_prefixes.items():
+            name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+        if not known & {key, name.rstrip(".")} and key.rpartition(".")[2] not in ONLY_IN_TRANSFORMERS:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"names look like {parts[len(parts) // 2]!r}"
+            raise ValueError(f"device_map names {key!r:.200}, which is not a part of this model; {hint}")
+
+
 def _by_map(device_map: dict, blocks: list[str]) -> Placement:
     """By a map as `hf_device_map` is: the longest name that a block's begins with decides; all else is with the
     embeddings."""
     devices = {str(name): one_device(device) for name, device in device_map.items()}
     if torch.device("meta") in devices.values():
-        raise ValueError("device_map names meta, where a tensor has no values; place every part on a real device")
+        raise ValueError("device_map names meta, where a tensor has no values; put every part on a real device")
 
     def of(name: str) -> torch.device | None:
         names = _spellings(name)
@@ -193,7 +211,7 @@ def _spellings(name: str) -> list[str]:
     """A name here, and as checkpoints and the versions of transformers have it."""
     rest = name.removeprefix("model.").removeprefix("text_model.").removeprefix("language_model.")
     starts = ("model.text_model.", "model.language_model.", "language_model.model.", "model.")
-    return [name, *(start + rest for start in starts)]
+    return [name, rest, *(start + rest for start in starts)]
 
 
 def one_device(device: Any) -> torch.device:
@@ -215,7 +233,7 @@ def one_device(device: Any) -> torch.device:
 
 
 def connect(model: nn.Module, placement: Placement) -> nn.Module:
-    """Have every block compute where it is placed; `model.hf_device_map` says where that is."""
+    """Have every block compute on its device; `model.hf_device_map` says where that is."""
     model.hf_device_map = placement.table()
     for name in ("to", "cuda", "cpu"):
         setattr(model, name, _stays)
@@ -225,7 +243,7 @@ def connect(model: nn.Module, placement: Placement) -> nn.Module:
         if placement.blocks[name] != device:
             _stream(block, device)
         block.register_forward_pre_hook(moves.to(device), with_kwargs=True)
-        if hasattr(block, "cross_attn"):  # IDEFICS asks it for keys and values beside its forward pass
+        if hasattr(block, "cross_attn"):  # IDEFICS computes its keys and values outside its forward pass
             _move_arguments(block.cross_attn, "keys_values", moves.to(device))
     decoder = model.decoder
     decoder.norm.register_forward_pre_hook(moves.to(placement.home, last=True), with_kwargs=True)
@@ -285,7 +303,7 @@ def moved(value: Tensor | Mask, device: torch.device) -> Tensor | Mask:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; itself if it is there. A function of its own, so that tests can stand in for devices."""
+    """The tensor on a device; itself if it is there. A separate function, so that tests can replace it."""
     return tensor.to(device, non_blocking=device.type == "cuda")  # a CPU would read before the copy has arrived
 
 
@@ -348,7 +366,7 @@ class streamed:
 
 
 class PlacedCache(KVCache):
-    """A `KVCache` whose layers are on several devices: one cache a device, behind the same methods."""
+    """A `KVCache` whose layers are on several devices: one cache per device, with the same methods."""
 
     def __init__(self, like: KVCache, slots: int, devices: list[torch.device]) -> None:
         """like: of the same sizes but without slots, on any device.  devices: of each layer."""

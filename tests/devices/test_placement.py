@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 import minivlm
-from minivlm import placement
 from minivlm.auto import PRESETS, family
-from minivlm.placement import CPU
+from minivlm.devices import placement
+from minivlm.devices.placement import CPU
 
 ZERO, ONE, TWO = (torch.device("cuda", index) for index in range(3))
 NAMES = ("shapes-idefics2", "shapes-llava-next", "shapes-idefics")
@@ -234,6 +234,35 @@ def test_a_map_without_values() -> None:
 def test_a_map_with_a_hole() -> None:
     with pytest.raises(ValueError, match="does not say where"):
         placement.place(meta("HuggingFaceM4/idefics2-8b"), {"model.vision_model": 0}, None, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "words"),
+    [
+        ("HuggingFaceM4/idefics2-8b", "model.text_model.layer.3", "did you mean 'model.text_model.layers"),
+        ("HuggingFaceM4/idefics2-8b", "model.text_model.layers.99", "'model.text_model.layers.99'"),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", "model.connector", "'model.connector'"),
+        ("HuggingFaceM4/idefics-9b", 3, "names '3'"),
+    ],
+)
+def test_a_map_with_names_of_no_part(name: str, key: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        placement.place(meta(name), {"": 0, key: 1}, None, {})
+    assert "not a part of this model" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("HuggingFaceM4/idefics2-8b", "model.vision_model model.connector model.text_model.rotary_emb lm_head"),
+        ("HuggingFaceM4/idefics-9b", "model.embed_tokens model.layers model.gated_cross_attn_layers.0 model.norm"),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", "vision_tower.vision_model multi_modal_projector image_newline"),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", "language_model.lm_head language_model.model.norm model.vision_tower"),
+    ],
+)
+def test_a_map_with_the_names_of_checkpoints(name: str, keys: str) -> None:
+    places = placement.place(meta(name), {"": 0} | dict.fromkeys(keys.split(), 0), None, {})
+    assert places.home == ZERO
 
 
 def test_loading_by_a_map() -> None:

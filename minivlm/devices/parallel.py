@@ -10,8 +10,8 @@ block and of the output head:
     x ─► lm_head: V/N rows ─► gathered: every rank has the same logits, bit by bit
 
 Three steps, all from outside a finished model: `cut` makes the layers of a meta-device model narrower and says which
-rows or columns are this rank's, loading reads those alone, and `connect` adds the sums. Every tensor stays a plain one,
-so quantised layers, kernels and the cache see nothing new. For inference; training shards by FSDP instead.
+rows or columns are this rank's, loading reads only those, and `connect` adds the sums. Every tensor stays a plain one,
+so quantised layers, kernels and the cache need no change. For inference; training shards by FSDP instead.
 
 H query heads, K key/value heads, D head width, F MLP width, V vocabulary, N ranks.
 """
@@ -145,7 +145,7 @@ def connect(model: nn.Module, group: Any = None) -> nn.Module:
     if not model.config.tie_word_embeddings:
         widths = [stop - start for start, stop in _pieces(model, group)]
         model.lm_head.register_forward_hook(lambda layer, args, out: _gathered(out, widths, group))
-    model.agreed = partial(agreed, group=group)  # generation asks it about chance and clocks
+    model.agreed = partial(agreed, group=group)  # generation uses it for random draws and clocks
     return model
 
 

@@ -1,6 +1,6 @@
 """What a process holds while it loads its share of a checkpoint of 1 GB: that share and one tensor.
 
-pytest -m slow -s tests/parallel/test_share_memory.py
+pytest -m slow -s tests/devices/test_share_memory.py
 """
 
 import json
@@ -20,7 +20,8 @@ WORKER = """
 import json, sys
 import torch, torch.distributed as dist
 from private_memory import Watched
-from minivlm import Idefics2ForConditionalGeneration as Model, parallel
+from minivlm import Idefics2ForConditionalGeneration as Model
+from minivlm.devices import parallel
 torch.set_num_threads(1)
 
 rank, _ = parallel.start()

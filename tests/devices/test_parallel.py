@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import minivlm
-from minivlm import AutoModelForImageTextToText, auto, parallel
+from minivlm import AutoModelForImageTextToText, auto
 from minivlm.app import plan
 from minivlm.app.options import quantization
 from minivlm.checkpoint import loading
+from minivlm.devices import parallel
 from minivlm.generation import ranking
 from minivlm.quantization.shares import narrow
 
@@ -64,7 +65,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(folder: Path, size: int, limit: float = 240) -> list[dict[str, Any]]:
     """The results of every process."""
-    processes.torchrun(ROOT / "tests/parallel/worker.py", folder, size, limit)
+    processes.torchrun(ROOT / "tests/devices/worker.py", folder, size, limit)
     return torch.load(folder / f"results-{size}.pt")
 
 

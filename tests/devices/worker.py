@@ -1,6 +1,6 @@
 """What every process of the tests runs: all cases of a folder, the results of all processes in one file.
 
-    torchrun --nproc-per-node 2 tests/parallel/worker.py FOLDER
+    torchrun --nproc-per-node 2 tests/devices/worker.py FOLDER
 
 A case is a folder with a checkpoint, `inputs.pt` and perhaps `options.json` (a quantisation's format).
 """
@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import minivlm
-from minivlm import AutoModelForImageTextToText, AutoProcessor, parallel
+from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.app.options import quantization
+from minivlm.devices import parallel
 from minivlm.generation.ranking import rank
 
 torch.set_num_threads(1)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from wrapped import Wrapped
 
-from minivlm import AutoModelForImageTextToText, fast_cpu
-from minivlm.fast_cpu import FastLinear, FastRMSNorm
+from minivlm import AutoModelForImageTextToText
+from minivlm.devices import fast_cpu
+from minivlm.devices.fast_cpu import FastLinear, FastRMSNorm
 from minivlm.modules.layers import GatedMLP, RMSNorm
 
 needs_compiler = pytest.mark.skipif(not cpu_dense.available(), reason="no GCC, or no AVX: products stay with torch")
