@@ -76,7 +76,6 @@ def _processor(name: str, arguments: argparse.Namespace) -> Any:
 
 def _skeleton(name: str, adapter: Any, arguments: argparse.Namespace) -> Any:
     """The model without weights, with what will be trained."""
-
     from minivlm import auto
     from minivlm.checkpoint import hub, loading
 
