@@ -29,7 +29,7 @@ from minivlm.modules.attention import Mask, attention_taps, check_implementation
 from minivlm.modules.cache import KVCache
 from minivlm.modules.config import Config
 from minivlm.modules.inputs import Inputs
-from minivlm.modules.layers import stacked_layers
+from minivlm.modules.stacks import stacked_layers
 from minivlm.training import adapters
 
 

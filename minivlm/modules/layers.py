@@ -1,7 +1,7 @@
 """Small parts used by several networks: activations, RMSNorm, MLPs, random initialisation. C hidden width."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +75,3 @@ def initialize(model: nn.Module, std: float) -> None:
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-
-
-def stacked_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of all module lists: the layers of decoder, towers and resamplers, and IDEFICS' gated blocks."""
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList):
-            yield from (layer for layer in stack if not isinstance(layer, nn.ModuleList))

@@ -24,7 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from minivlm.families import family
 from minivlm.modules.config import text_config
-from minivlm.modules.layers import GatedMLP, stacked_layers
+from minivlm.modules.layers import GatedMLP
+from minivlm.modules.stacks import stacked_layers
 from minivlm.quantization import apply as quantise
 from minivlm.training import lean, loss
 from minivlm.training.lora import LoRALinear

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
 from minivlm.checkpoint import hub
-from minivlm.modules.layers import stacked_layers
+from minivlm.modules.stacks import stacked_layers
 
 FAMILIES = oracle_peft.FAMILIES
 SHAPES = Path(__file__).parents[2] / "docs" / "shapes.png"

@@ -1,0 +1,12 @@
+"""The stacks of layers in a finished model, for those that act on every layer from outside."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def stacked_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of all module lists: the layers of decoder, towers and resamplers, and IDEFICS' gated blocks."""
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            yield from (layer for layer in stack if not isinstance(layer, nn.ModuleList))
