@@ -1,4 +1,4 @@
-"""Which of the attention kernels serves a call, and whether it may: `minivlm.modules.attention` asks first.
+"""Which attention kernel serves a call, if any. `minivlm.modules.attention` uses torch where `kernel` returns None.
 
 A mask here is that module's `Mask`: what the kernels need of it are its fields.
 """
@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 from minivlm_kernels import has_triton, selfcheck
+from minivlm_kernels.addresses import addressable
 
 MAX_DECODED = 8  # queries that decode attention takes (its MAX_QUERIES): more are a prefill
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any, requested: bool) -> str | None:
+    """The kernel for a call: requested, or the default here (`preferred`); None if torch serves it better, or must.
+
+    Torch must serve tensors without an address, and a GPU on which the kernel fails its check.
+    """
+    if not (requested or q.is_cuda):
+        return None
+    names = kernels(q, k, v, mask)
+    wanted = requested or preferred(q, names[0])
+    return names[0] if wanted and addressable(q, k, v, mask.valid, mask.filled) and work(names, q) else None
 
 
 def kernels(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What does not go together in the config of a whole model: ValueError that names the fields."""
+"""Checks of fields of a whole model's config against each other: ValueError that names them."""
 
 from typing import Any
 

@@ -40,7 +40,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "eos_token_id": None,
     },
 }
-# The same of vision towers, where they differ from `VisionConfig`.
+# The same for vision towers, where they differ from `VisionConfig`.
 TOWERS = {"siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16}}
 
 
@@ -108,12 +108,16 @@ class ModelConfig(Config):
     use_cache = True  # no field, and nothing here reads it: training scripts set it, `generate` has its own
 
     def __post_init__(self) -> None:
+        self.make_parts()
+        super().__post_init__()
+
+    def make_parts(self) -> None:
+        """Parts given as dicts become configs. A family calls this first if it derives fields from its parts."""
         for name in parts(type(self)):
             if not isinstance(getattr(self, name), Config):
                 setattr(self, name, self._part(vars(self), name))
         if isinstance(getattr(self, "rope_scaling", None), dict):
             self.rope_scaling = read_rope(vars(self))["rope_scaling"]
-        super().__post_init__()
 
     @classmethod
     def from_hub(cls, values: dict[str, Any]) -> Self:
@@ -158,13 +162,13 @@ class ModelConfig(Config):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> Self:
-        """Of a folder, a built-in checkpoint or a Hub id; `where` is what `hub.source` takes (revision, token, …)."""
+        """From a folder, a built-in checkpoint or a Hub id; `where` is what `hub.source` takes (revision, token, …)."""
         from minivlm.checkpoint.loading import read_config  # which checks more than fields, and needs `generation`
 
         return read_config(hub.source(name_or_folder, **where), cls)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `to_hub()` as config.json into `folder`, which is made if need be."""
+        """Write `to_hub()` as config.json into `folder`, which is created if missing."""
         from minivlm.checkpoint.unread import over
 
         write_json(Path(folder) / hub.CONFIG, over(self.to_hub(), getattr(self, "unread", {})), sort_keys=True)
@@ -188,7 +192,7 @@ def to_hub(config: Config) -> dict[str, Any]:
     if hasattr(config, "hub_type"):
         values["model_type"] = config.hub_type
     if values.get("model_type") == "siglip_vision_model":
-        values["vision_use_head"] = False  # SigLIP's pooling, of which no model here makes use
+        values["vision_use_head"] = False  # SigLIP's pooling, which no model here uses
     return values
 
 
@@ -220,8 +224,8 @@ def read_decoder(values: dict[str, Any]) -> DecoderConfig:
 def read_rope(values: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a text config, spelled so or inside `rope_parameters` (transformers 5).
 
-    Lengths that the entries leave out follow from `max_position_embeddings`. Raises ValueError for what cannot be
-    followed: another type, missing fields, heads that are rotated in part, frequencies that differ by layer.
+    Lengths that the entries leave out follow from `max_position_embeddings`. Raises ValueError for what is not
+    supported: other types, missing fields, heads of which only a part is rotated, frequencies that differ by layer.
     """
     rope = section(values, "rope_scaling") or section(values, "rope_parameters")
     if any(isinstance(value, dict) for value in rope.values()):

@@ -1,4 +1,4 @@
-"""Writing files so that an interruption, a full disk or a refusal leaves what was there; and a processor's small files.
+"""Writes files so that an interruption, a full disk or a missing permission leaves the old ones as they were.
 
     with saving() as save:                                 # all of them are there at the end, or none is
         save_file(tensors, save.file(folder / WEIGHTS))    # a path beside it, to be written to
@@ -39,7 +39,7 @@ class Save:
         self.mark = secrets.token_hex(4)
         self.written: dict[Path, Path] = {}  # final path → where it is written, in the order of the renames
         self.removed: list[Path] = []
-        self.failed = False  # inside a part of it, whatever became of that error
+        self.failed = False  # a `saving` inside it failed, even if that error was caught
 
     def file(self, path: str | Path) -> Path:
         """The path to write to. Its folder is made if need be."""

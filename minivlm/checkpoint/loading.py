@@ -67,26 +67,26 @@ def from_pretrained(
     subfolder: str = "",
     **others: Any,
 ) -> Model:
-    """Load a checkpoint: a folder, a name that ships with the package, or a Hub id. It comes back in eval mode.
+    """Load a checkpoint: a folder, a name that ships with the package, or a Hub id. The model is in eval mode.
 
     dtype (or its old name torch_dtype): what the weights become; None or "auto" keeps the checkpoint's own.
     device_map: None (the CPU), one device, "auto" (all GPUs there are, and the CPU where these are too small), or a
     dict from names of parts to devices; max_memory: bytes for each device (`devices.placement`).
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
     that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) is recognised and needs none.
-    load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig of this alone.
-    attn_implementation: "eager", "sdpa", "triton", or None for the best here, which "flash_attention_2" means too, and
-    use_flash_attention_2=True.
+    load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig that sets only this.
+    attn_implementation: "eager", "sdpa", "triton", or None for the best here; "flash_attention_2" and
+    use_flash_attention_2=True mean the same as None.
     config: a config to build the model from instead of the checkpoint's own.
     new: names of parameters, or patterns such as "model.connector.*", that the checkpoint may lack or have in another
     shape; they get random values. unused: the same for stored tensors that the model does not have. One warning lists
     all of them; without these two every tensor must fit. ignore_mismatched_sizes: one of another shape is new.
     generation_config: instead of the checkpoint's own.
-    adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Given instead of a checkpoint,
-    such a folder loads the one that it was trained on, and itself.
+    adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Such a folder in place of a
+    checkpoint loads the checkpoint that it was trained on, with the adapter.
     fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`devices.fast_cpu`); False leaves torch's.
-    tp_plan="auto": under torchrun, cut the model among all processes (`devices.parallel`); each reads its share alone.
-    device_mesh: among those of this one-dimensional torch DeviceMesh.
+    tp_plan="auto": under torchrun, cut the model among all processes (`devices.parallel`); each reads only its share.
+    device_mesh: cut it among the processes of this one-dimensional torch DeviceMesh instead.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
     Other options of `transformers` are accepted where they change nothing here (`options.LOADING`).
 
@@ -138,7 +138,7 @@ def from_pretrained(
 
 
 def _connected(model: Model, plan: Plan, fast_cpu: bool, device_mesh: Any) -> Model:
-    """Put on a model with its weights what lies around its layers: fast ones, sums over processes, moves to devices."""
+    """Finish a loaded model: faster layers on a CPU, sums over processes, moves between devices."""
     if fast_cpu and plan.devices.home.type == "cpu" and plan.devices.is_single:
         faster.apply(model)
     if plan.shares:
@@ -200,7 +200,7 @@ def read_config(files: hub.Source, config_class: Any) -> Any:
         )
     try:
         config = config_class.from_hub(values)
-        object.__setattr__(config, "unread", unread(values, config))
+        config.unread = unread(values, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{files.name}: config.json describes no {expected} model: {error}") from error
     return config
@@ -220,7 +220,7 @@ def read_generation_config(files: hub.Source) -> GenerationConfig | None:
 
 
 def _warn_ids(model: nn.Module, where: str) -> None:
-    """Ids beyond the vocabulary never come, so nothing would end with them."""
+    """Warn of special ids beyond the vocabulary: they are never generated, so no answer would end with one."""
     text = text_config(model.config)
     size = text.vocab_size + getattr(model.config, "additional_vocab_size", 0)
     for name in SPECIAL_IDS:

@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What need not fit, see `from_pretrained`: patterns, and whether any parameter may have another shape."""
+    """What may differ from the model, see `from_pretrained`: patterns, and whether any shape may change."""
 
     new: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()

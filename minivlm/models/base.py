@@ -21,7 +21,8 @@ from minivlm.modules.cache import KVCache
 class Output(dict):
     """The outputs of a forward pass, with the reference's names and order; None for those not requested.
 
-    `output.loss`, `output["loss"]` and, as in a tuple of what there is, `output[0]`.
+    Read by attribute, by key, or by position among the outputs that are present: `output.loss`, `output["loss"]`,
+    `output[0]`.
     """
 
     loss: Tensor | None
@@ -87,7 +88,7 @@ class VisionLanguageModel(nn.Module):
         """ValueError for an attention implementation that is not known."""
         super().__init__()
         self.config = config
-        self.attn_implementation = attn_implementation and check_implementation(attn_implementation)
+        self.attn_implementation = check_implementation(attn_implementation)
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @property

@@ -133,9 +133,9 @@ class IdeficsVisionConfig(VisionConfig):
 
 @dataclass
 class IdeficsConfig(ModelConfig):
-    """The text model's fields lie flat beside what joins it to the images, as on the Hub.
+    """The text model's fields are not nested, as on the Hub: they stand beside those of the cross-attention.
 
-    `dropout`, 0 in every checkpoint, is not among them: there is none here.
+    There is no `dropout`, which is 0 in every checkpoint.
     """
 
     model_type: ClassVar[str] = "idefics"
@@ -338,7 +338,7 @@ class IdeficsModel(base.VisionLanguageModel):
         everything[wanted] = vectors
         return everything
 
-    def look(
+    def image_keys_values(
         self,
         images: tuple[Tensor | None, ...],
         mask: Tensor | None,
@@ -409,8 +409,10 @@ class IdeficsModel(base.VisionLanguageModel):
         at = _positions(x, attention_mask, cache) if position_ids is None else position_ids
         cos, sin = self.text_model.rotations(at, x.dtype)  # (B, 1, T, D)
         images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
-        vectors, cross, seen = self.look(images, image_attention_mask, x, cache, interpolate_pos_encoding, attn)
-        image_mask, blind = _sight(seen, cross[0][0].shape[2])
+        vectors, cross, seen = self.image_keys_values(
+            images, image_attention_mask, x, cache, interpolate_pos_encoding, attn
+        )
+        image_mask, blind = _image_mask(seen, cross[0][0].shape[2])
         states = [] if output_hidden_states else None
         weights = [] if output_attentions else None
         for index, block in enumerate(self.text_model.layers):
@@ -502,7 +504,7 @@ def _latest(cross: Pairs, seen: Tensor) -> tuple[Pairs, Tensor]:
     return [(kept(k), kept(v)) for k, v in cross], last.take_along_dim(order, dim=2)
 
 
-def _sight(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
+def _image_mask(seen: Tensor, keys: int) -> tuple[Mask, Tensor]:
     """From seen (B, T, N): the mask over all N·Q keys, and which tokens attend to no image, (B, T, 1) bool.
 
     Such tokens attend to everything, so no softmax row is empty; their output is zeroed afterwards.
@@ -538,8 +540,9 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         added = config.additional_vocab_size
         self.additional_fc = nn.Linear(config.hidden_size, added, bias=False) if added else None
-        for head in filter(None, (self.lm_head, self.additional_fc)):
-            initialize(head, config.initializer_range)
+        initialize(self.lm_head, config.initializer_range)
+        if added:
+            initialize(self.additional_fc, config.initializer_range)
         if config.freeze_lm_head:
             _freeze(self.lm_head)
         self.tie_weights()
@@ -576,11 +579,23 @@ class IdeficsForVisionText2Text(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits only for the last so many tokens; 0 = all.
         """
-        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        images = (pixel_values, image_encoder_embeddings, perceiver_embeddings)
-        seen = (image_attention_mask, interpolate_pos_encoding)
-        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
-        output = self.model(*text, *images, *seen, *asked)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_encoder_embeddings=image_encoder_embeddings,
+            perceiver_embeddings=perceiver_embeddings,
+            image_attention_mask=image_attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            attn_implementation=self.attn_implementation,
+        )
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)

@@ -113,8 +113,8 @@ class PerceiverResampler(nn.Module):
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
-# Where no text config is given, as in the reference; one that is given has Mistral's own defaults. (The reference's
-# then has 32,000 tokens and no room for its image token.)
+# The text config if none is given, as in the reference. A given one starts from Mistral's defaults instead: it needs its own
+# vocab_size, because the 32,000 tokens of Mistral do not include the image token.
 TEXT = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "pad_token_id": 0}
 
 
@@ -133,13 +133,13 @@ class Idefics2Config(ModelConfig):
     dtype: str | None = None  # of the stored weights
 
     def __post_init__(self) -> None:
+        self.make_parts()
+        width, eps = self.text_config.hidden_size, self.text_config.rms_norm_eps
+        if self.perceiver_config.hidden_size != width:
+            # As in the reference: the class default is for the 8B model, so width and eps follow the text model.
+            self.perceiver_config = replace(self.perceiver_config, hidden_size=width, rms_norm_eps=eps)
         super().__post_init__()
         config_checks.token_in_vocabulary(self, "image_token_id")
-        text = self.text_config
-        if self.perceiver_config.hidden_size != text.hidden_size:
-            # As in the reference: the class default is for the 8B model, so width and eps follow the text model.
-            fitted = replace(self.perceiver_config, hidden_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
-            object.__setattr__(self, "perceiver_config", fitted)
 
 
 class Connector(nn.Module):
@@ -333,10 +333,21 @@ class Idefics2ForConditionalGeneration(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits for the last so many tokens only; 0 = all.
         """
-        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        images = (pixel_values, pixel_attention_mask, image_hidden_states)
-        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
-        output = self.model(*text, *images, *asked)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            image_hidden_states=image_hidden_states,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            attn_implementation=self.attn_implementation,
+        )
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)

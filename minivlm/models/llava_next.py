@@ -81,11 +81,12 @@ class LlavaNextConfig(ModelConfig):
     dtype: str | None = None  # of the stored weights
 
     def __post_init__(self) -> None:
+        self.make_parts()
         if not isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = tuple(self.vision_feature_layer)
-        super().__post_init__()
         config_checks.llava_next(self)
-        object.__setattr__(self, "image_grid_pinpoints", tuple(tuple(size) for size in self.image_grid_pinpoints))
+        self.image_grid_pinpoints = tuple(tuple(size) for size in self.image_grid_pinpoints)
+        super().__post_init__()
 
     @classmethod
     def from_hub(cls, values: dict[str, Any]) -> Self:
@@ -314,10 +315,21 @@ class LlavaNextForConditionalGeneration(base.VisionLanguageModel):
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
         logits_to_keep: compute logits for the last so many tokens only; 0 = all.
         """
-        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        images = (pixel_values, image_sizes, image_hidden_states)
-        asked = (use_cache, output_attentions, output_hidden_states, None, logits_to_keep, self.attn_implementation)
-        output = self.model(*text, *images, *asked)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            image_hidden_states=image_hidden_states,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            attn_implementation=self.attn_implementation,
+        )
         logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)

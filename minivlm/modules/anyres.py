@@ -101,11 +101,27 @@ def image_token_count(
     The vision tower returns `class_tokens` features besides those of the patches: one for CLIP. "default" drops the
     first feature and "full" does not, so with CLIP "full" counts one token more, and no model can pack its tiles.
     """
+    _check_tiles(size, pinpoints, tile, patch, strategy, class_tokens)
+    rows, columns = (side // tile for side in best_resolution(size, pinpoints))  # rounded down, as in the reference
+    side = tile // patch
+    _, _, height, width = unpadded_grid(size, (rows * side, columns * side))
+    count = side * side + class_tokens - (strategy == "default") + height * (width + 1)
+    if count > MAX_TOKENS:
+        raise ValueError(f"tiles of {tile} in patches of patch_size {patch} make {count:,} tokens of one image")
+    return count
+
+
+# ---- Checks: sizes and settings come from users' files ---------------------------------------------------------------
+
+
+def _check_tiles(
+    size: Pair, pinpoints: Sequence[Pair], tile: int, patch: int, strategy: str, class_tokens: int
+) -> None:
+    """ValueError for arguments of `image_token_count` that no model has."""
     if strategy not in STRATEGIES:
         raise ValueError(f"vision_feature_select_strategy is one of {', '.join(STRATEGIES)}, found {strategy!r:.80}")
     check_pinpoints(pinpoints, tile)
-    rows, columns = (side // tile for side in best_resolution(size, pinpoints))  # rounded down, as in the reference
-    if not rows or not columns:
+    if min(best_resolution(size, pinpoints)) < tile:
         raise ValueError(f"image_grid_pinpoints has a canvas smaller than a tile of {tile}, for {size[0]}x{size[1]}")
     if type(patch) is not int or not 1 <= patch <= tile:
         raise ValueError(f"patch_size is a whole number from 1 to the tile's side of {tile}, found {patch!r:.80}")
@@ -113,12 +129,6 @@ def image_token_count(
         raise ValueError(
             f"num_additional_image_tokens is a whole number from 0 to {MAX_CLASS_TOKENS}, found {class_tokens!r:.80}"
         )
-    side = tile // patch
-    _, _, height, width = unpadded_grid(size, (rows * side, columns * side))
-    count = side * side + class_tokens - (strategy == "default") + height * (width + 1)
-    if count > MAX_TOKENS:
-        raise ValueError(f"tiles of {tile} in patches of patch_size {patch} make {count:,} tokens of one image")
-    return count
 
 
 def check_pinpoints(pinpoints: Sequence[Pair], tile: int = 1) -> None:

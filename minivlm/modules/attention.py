@@ -17,7 +17,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from minivlm_kernels import attending
-from minivlm_kernels.addresses import addressable
 from torch import Tensor
 
 # The reference's names → the implementation here; None: the best available, which is the default.
@@ -34,8 +33,8 @@ class Mask:
 
     causal: query i (in slot S − T + i) attends to no later slot.
     window: with `causal`, it attends to the last `window` slots, its own included.
-    filled: () on the device, if shapes do not give it (`StaticCache`): so many of the S slots hold tokens, of which the
-    queries are the last; None: all S do.
+    filled: () on the device: how many of the S slots hold tokens, the queries last (`StaticCache`, whose shapes do not
+    show it); None: all S do.
     valid: (B, S) bool, False for padding slots, or (B, T, S) where queries differ; None where there is none.
 
     A query with no slot to attend to (padding) gets 0 from triton; elsewhere it attends to its own slot.
@@ -108,30 +107,24 @@ def attention(
 ) -> Tensor:
     """softmax(q·kᵀ·scale + mask)·v. q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D).
 
-    `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here; ValueError for another name.
+    `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here: a kernel where `attending.preferred`
+    says so, else sdpa. ValueError for another name.
     """
-    kernels = attending.kernels(q, k, v, mask) if q.is_cuda or attn_implementation == "triton" else ("attention",)
-    chosen = "eager" if attention_taps else choose_implementation(attn_implementation, q, kernels[0])
-    if chosen == "triton" and addressable(q, k, v, mask.valid, mask.filled) and attending.work(kernels, q):
-        return attending.run(kernels[0], q, k, v, mask, scale)
+    chosen = "eager" if attention_taps else check_implementation(attn_implementation)
+    if chosen in (None, "triton"):
+        kernel = attending.kernel(q, k, v, mask, requested=chosen == "triton")
+        if kernel is not None:
+            return attending.run(kernel, q, k, v, mask, scale)
     if mask.first:
         k, v = k[:, :, mask.first :], v[:, :, mask.first :]
     return _eager(q, k, v, mask, scale) if chosen == "eager" else _sdpa(q, k, v, mask, scale)
 
 
-def choose_implementation(requested: str | None, q: Tensor, kernel: str = "attention") -> str:
-    """The implementation of a call: the requested one, or the best. That is triton in half precision (its fp32 products
-    are exact, so without tensor cores) on a GPU where this kernel was measured to be faster (`selfcheck.AHEAD`), else
-    sdpa."""
-    known = None if requested is None else check_implementation(requested)
-    return known or ("triton" if attending.preferred(q, kernel) else "sdpa")
-
-
-def check_implementation(name: str) -> str | None:
+def check_implementation(name: str | None) -> str | None:
     """The implementation for a value of `attn_implementation`, None = the best. Raises ValueError for unknown names."""
-    if not isinstance(name, str) or name not in IMPLEMENTATIONS:
+    if name is not None and (not isinstance(name, str) or name not in IMPLEMENTATIONS):
         raise ValueError(f"attn_implementation={name!r} is not supported; known: {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name]
+    return None if name is None else IMPLEMENTATIONS[name]
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

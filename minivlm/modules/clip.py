@@ -1,7 +1,7 @@
 """CLIP's vision transformer (Radford et al. 2021), for LLaVA-NeXT (ViT-L/14 at 336 pixels) and IDEFICS (ViT-H/14).
 
 Some fine-tuned LLaVA-NeXT have SigLIP's (Zhai et al. 2023) instead: at one square size, that is CLIP's without class
-token and first norm, and with a bias in the first map.
+token and first norm, and with a bias in the patch embedding.
 
 N images (or tiles) of S×S pixels, P patches each, C hidden width.
 """
@@ -83,7 +83,7 @@ class ClipVisionTower(nn.Module):
 
         State 0 enters the first block, state i leaves the i-th, and −1 is the last one; none is normalised.
         interpolate: images of any size, to which the learned positions are stretched.
-        Raises ValueError for images of another size without it, IndexError for a state that there is not.
+        Raises ValueError for images of another size without it, IndexError for a state that does not exist.
         """
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate))
         return self.encoder(x, Mask(x.shape[1], x.shape[1]), attn_implementation, layers)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from minivlm.modules.layers import ACTIVATIONS
 
-# The most that a field may be, for fields that have to be above zero. Far above any model: a config is read before its
-# weights, and a network of 10⁹ layers takes hours to build even without memory for its weights.
+# Upper limits of fields that must be above zero. They are far above any model: a config is read before its weights, and
+# a network of 10⁹ layers takes hours to build even without memory for its weights.
 LIMITS: dict[float, tuple[str, ...]] = {
     2**9: ("num_hidden_layers", "resampler_depth", "cross_layer_interval"),
     2**13: ("head_dim", "resampler_head_dim", "resampler_n_latents", "image_size", "patch_size"),
@@ -21,7 +21,7 @@ LIMITS: dict[float, tuple[str, ...]] = {
     1e12: ("rope_theta",),
 }
 MOST = {name: most for most, names in LIMITS.items() for name in names}
-# The most that a field may be which can also be zero.
+# Upper limits of fields that may also be zero.
 MOST_OR_ZERO = {"additional_vocab_size": 2**24, "initializer_range": 100, "alphas_initializer_range": 100}
 WORDS: dict[str, Any] = {
     "hidden_act": ACTIVATIONS,
@@ -36,12 +36,12 @@ WORDS: dict[str, Any] = {
 class Config:
     """Base of every config. A subclass derives what it must, then calls `__post_init__` here, which checks the fields.
 
-    Raises ValueError that names the field and what was found. Later, AttributeError for a field that a model is built
-    from; what changes no part of a model can be set: `settable`, and attributes that are no fields, such as use_cache.
+    Raises ValueError that names the field and what was found. Afterwards, setting a field raises AttributeError, as a
+    model is built from it. `settable` fields, and attributes that are not fields, such as use_cache, may be set.
     """
 
     multiples: ClassVar[dict[str, str]] = {}  # field → the field that it must be a multiple of
-    hub_names: ClassVar[dict[str, str]] = {}  # field → its name in files, where that is another one
+    hub_names: ClassVar[dict[str, str]] = {}  # field → its name in files, where that differs
     settable: ClassVar[frozenset[str]] = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "dtype"})
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Config:
 
 
 def check(config: Config, name: str, value: Any) -> None:
-    """ValueError if a field's value cannot be. None is checked where it gets a meaning."""
+    """ValueError for an impossible value of a field. None is checked where it gets its meaning."""
     where = f"{type(config).__name__}.{name}"
     if name in MOST and value is not None and not 0 < value <= MOST[name]:
         wrong = "must be positive" if value <= 0 else "is absurd"

@@ -56,7 +56,7 @@ def finetune(
     For another task: collate makes a batch of rows, in place of `data.encode`; loss takes (model, batch) and returns a
     sum and how many terms it has, and if it is a module its own parameters are trained too (they are in the state
     only); optimisers makes others than the recipe's AdamW.
-    Raises ValueError for a state of other rows or settings, for float16, and at the first loss that is not finite.
+    Raises ValueError for a state from other rows or settings, for float16, and at the first loss that is not finite.
     """
     out = None if out is None else Path(out)
     run = _Run(model, data.for_training(processor), rows, recipe, out, collate, loss, optimisers)
@@ -102,7 +102,7 @@ def _loss_of(model: Any, loss: Loss) -> Loss:
 
 
 def _kind(model: Any, processor: Any) -> dict[str, Any]:
-    """What losses depend on beside rows and recipe: the adapter's settings, the weights' form, the inputs."""
+    """What losses depend on besides rows and recipe: the adapter's settings, the weights' format, the inputs."""
     adapter = getattr(model, "adapter_config", None)
     settings = {} if adapter is None else dataclasses.asdict(adapter)
     images, quantised = getattr(processor, "image_processor", None), getattr(model, "quantization_config", None)
@@ -171,7 +171,7 @@ class _Run:
             inputs = inputs.to(self.model.device)
             total, learned = self.loss(self.model, inputs)
             tokens = inputs["input_ids"].numel() if "input_ids" in inputs else learned
-            if count >= own:  # a pass for the others' sake
+            if count >= own:  # a pass that only keeps step with the other processes
                 total, learned, tokens = total * 0, 0, 0
             sums += torch.tensor([total.item(), learned, tokens], dtype=torch.float64)
             if not math.isfinite(total.item()):
@@ -204,7 +204,7 @@ class _Run:
     # ---- Files
 
     def begin(self, resume: bool) -> None:
-        """Seed, or go on from the state. ValueError if the folder holds a run already, or another one's state."""
+        """Seed, or continue from the state. ValueError if the folder already holds a run, or another's state."""
         torch.manual_seed(self.recipe.seed + self.rank)
         if self.out is None:
             return
@@ -237,7 +237,7 @@ class _Run:
             torch.cuda.set_rng_state(cuda)
 
     def _about(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one before."""
+        """What a resumed run must share with the one before."""
         free = ("workers", "eval_every", "save_every")  # these change no loss
         recipe = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in free}
         about = {"rows": fingerprint(self.rows), **self.kind, **recipe}

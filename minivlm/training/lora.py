@@ -147,7 +147,7 @@ ADAPTED = (LoRALinear, LoRAEmbedding)
 
 
 def apply(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Freeze a model but for what `config` names, putting low-rank layers in place; names of the targeted layers.
+    """Freeze a model except for what `config` names, and put low-rank layers in; returns the targeted layers' names.
 
     ValueError if nothing matches, if a target can have no low-rank change, or if there is an adapter already.
     """
@@ -195,7 +195,7 @@ def targeted(model: nn.Module, config: LoraConfig, names: dict[str, str]) -> lis
 
 
 def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[str, LoRALinear | LoRAEmbedding]:
-    """Put low-rank layers, their numbers not yet set, in the place of the `chosen` ones; by our names.
+    """Replace the `chosen` layers by low-rank ones whose values are not set yet; returns these by our names.
 
     chosen: transformers' name → ours; rank and alpha patterns match the former.
     """

@@ -69,7 +69,7 @@ def adamw(model: nn.Module, lr: float, decay: float = 0.0, kind: str = "adamw") 
 
 
 class Optimisation:
-    """What `make` makes of parameters, and steps with them.
+    """Optimisers of some parameters, and their steps.
 
     16-bit parameters are stepped as fp32 copies and rounded afterwards: in 16 bits alone, an update below 1/256 of a
     weight (bf16) would be lost. Their gradients are added up in fp32 too.
@@ -135,7 +135,7 @@ class Optimisation:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`. ValueError if it is of other parameters."""
+        """Continue from a `state`. ValueError if it belongs to other parameters."""
         values = state["parameters"]
         other = values.keys() ^ self.stepped.keys()
         other |= {name for name in values.keys() - other if values[name].shape != self.stepped[name].shape}

@@ -1,4 +1,4 @@
-"""What a training run is told, and what it tells of each step."""
+"""The settings of a training run, and the record of each of its steps."""
 
 import math
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step was like. number: from 1. loss: a learned token's, in the mean. tokens: all that went through,
+    """The record of one step. number: from 1. loss: the mean over learned tokens. tokens: all that went through,
     padding and images included; learned: those that count. norm: of the gradient before clipping. memory: the most
     bytes that this process has had. eval_loss: of the rows kept back, where this step measured it."""
 

@@ -38,7 +38,7 @@ class LoraConfig:
     regular expression that matches whole module names, or a list of names or ends of names. Names are those of
     `transformers`, for instance "model.text_model.layers.0.self_attn.q_proj".
     exclude_modules: an expression or a list too, left out. layers_to_transform: for a list of targets, only layers of
-    these numbers (behind one of the words in layers_pattern, or behind any).
+    these numbers (after one of the words in layers_pattern, or after any).
     r, lora_alpha: rank, and the scale s = alpha / r (alpha / sqrt(r) with use_rslora); `rank_pattern` and
     `alpha_pattern` map ends of names to other values. lora_dropout: on the input of A, in training.
     modules_to_save: ends of names of modules that are trained whole, such as "lm_head" and "embed_tokens".
@@ -126,7 +126,7 @@ def preset_pattern(model: nn.Module, preset: str) -> str:
     prefixes, leaves = set(), set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | QuantizedLinear) and part_of(kind, name) in PRESETS[preset]:
-            # The first word behind "model.", or with it where a part's modules lie deeper
+            # The first word after "model."
             prefixes.add(spelled(name, spelling).split(".")[1])
             leaves.add(name.rpartition(".")[2])
     return rf"model\.({'|'.join(sorted(prefixes))})\.(.*\.)?({'|'.join(sorted(leaves))})"
@@ -204,7 +204,7 @@ def matches(patterns: list[str], names: list[str]) -> dict[str, set[str]]:
     """For each regular expression the names that it matches as a whole.
 
     A child process does it within `SECONDS`: adapters are other people's files, and an expression can backtrack for
-    ever. ValueError for one that does, or that is none.
+    ever. ValueError for one that does, or that is not valid.
     """
     if not patterns:
         return {}

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracle_generation
@@ -21,7 +22,7 @@ from wrapped import Wrapped
 
 from minivlm import Idefics2ForConditionalGeneration, IdeficsForVisionText2Text, LlavaNextForConditionalGeneration
 from minivlm.modules import attention as module
-from minivlm.modules.attention import Mask, attention, choose_implementation
+from minivlm.modules.attention import Mask, attention
 
 pytest.importorskip("triton", reason="the kernels are written in triton, which is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,20 +98,30 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(selfcheck, "AHEAD", {"attention": frozenset({9}), "decode attention": frozenset({8})})
-    assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"  # not measured on this generation
-    assert choose_implementation(None, OnGpu(torch.bfloat16, 72), "decode attention") == "triton"
+    assert not attending.preferred(OnGpu(torch.bfloat16, 72), "attention")  # not measured on this generation
+    assert attending.preferred(OnGpu(torch.bfloat16, 72), "decode attention")
     monkeypatch.setattr(selfcheck, "AHEAD", {"attention": frozenset({7, 8})})
-    for name in (None, "flash_attention_2"):
-        assert choose_implementation(name, OnGpu(torch.bfloat16, 72)) == "triton"
-        assert choose_implementation(name, OnGpu(torch.float32, 72)) == "sdpa"
-        assert choose_implementation(name, OnGpu(torch.bfloat16, 12)) == "sdpa"
-        assert choose_implementation(name, OnGpu(torch.bfloat16, 256)) == "sdpa"
-    assert choose_implementation("sdpa", OnGpu(torch.bfloat16, 72)) == "sdpa"
+    assert attending.preferred(OnGpu(torch.bfloat16, 72), "attention")
+    for dtype, width in ((torch.float32, 72), (torch.bfloat16, 12), (torch.bfloat16, 256)):
+        assert not attending.preferred(OnGpu(dtype, width), "attention")
     monkeypatch.setattr(attending, "has_triton", lambda: False)
-    assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"
+    assert not attending.preferred(OnGpu(torch.bfloat16, 72), "attention")
     monkeypatch.setattr(attending, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_implementation(None, OnGpu(torch.bfloat16, 72)) == "sdpa"
+    assert not attending.preferred(OnGpu(torch.bfloat16, 72), "attention")
+
+
+@pytest.mark.parametrize("preferred", [True, False])
+def test_a_preferred_kernel_serves_what_asks_for_the_best(preferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, as which an ordinary tensor is passed off here, so far as the choice looks at it."""
+    monkeypatch.setattr(attending, "preferred", lambda q, kernel: preferred)
+    monkeypatch.setattr(attending, "addressable", lambda *tensors: True)
+    monkeypatch.setattr(attending, "work", lambda kernels, q: True)
+    q = SimpleNamespace(is_cuda=True, requires_grad=False)
+    for kernel, queries in (("attention", 20), ("decode attention", 1)):
+        mask = Mask(queries, 20, causal=True)
+        assert attending.kernel(q, q, q, mask, requested=False) == (kernel if preferred else None)
+        assert attending.kernel(q, q, q, mask, requested=True) == kernel
 
 
 def test_a_kernel_that_fails_its_check_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:

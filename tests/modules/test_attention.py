@@ -4,9 +4,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from minivlm_kernels import attending
 from torch import Tensor
 
-from minivlm.modules.attention import Mask, attention, attention_taps, choose_implementation
+from minivlm.modules import attention as module
+from minivlm.modules.attention import Mask, attention, attention_taps
 from minivlm.modules.cache import KVCache
 
 
@@ -59,15 +61,23 @@ def test_all_paths_follow_the_formula(case: tuple[Tensor, Tensor, Tensor, Mask])
         torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_choice() -> None:
-    q = torch.zeros(1, 2, 5, 8)
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for name in ("_eager", "_sdpa"):
+        monkeypatch.setattr(module, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(attending, "work", lambda kernels, q: True)
+    monkeypatch.setattr(attending, "run", lambda kernel, *_: called.append(kernel))
+    q, mask = torch.zeros(1, 2, 5, 8), Mask(5, 5)
     for asked in (None, "sdpa", "flash_attention_2"):  # the last one means the best there is, which on a CPU is sdpa
-        assert choose_implementation(asked, q) == choose_implementation(asked, q.bfloat16()) == "sdpa"
-    assert choose_implementation("eager", q) == "eager"
-    assert choose_implementation("triton", q) == "triton"
+        for x in (q, q.bfloat16()):
+            attention(x, x, x, mask, scale=1.0, attn_implementation=asked)
+    assert called == ["_sdpa"] * 6
+    attention(q, q, q, mask, scale=1.0, attn_implementation="eager")
+    attention(q, q, q, mask, scale=1.0, attn_implementation="triton")
+    assert called[6:] == ["_eager", "attention"]
     for unknown in ("fast", {"": "sdpa"}, True):
         with pytest.raises(ValueError, match="known: eager, sdpa, triton, flash_attention_2"):
-            choose_implementation(unknown, q)
+            attention(q, q, q, mask, scale=1.0, attn_implementation=unknown)
 
 
 def test_masks_are_built_only_where_needed() -> None:

@@ -400,8 +400,14 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
         weights("model.additional_embedding.weight", lambda w: w.roll(1, 0)),
         "token embeddings",
     ),
-    ("idefics", "every token sees every picture"): (around(idefics, "_sight", every_picture_seen), "gated block 0"),
-    ("idefics", "tokens without picture look at some"): (around(idefics, "_sight", blind_tokens_look), "gated block 0"),
+    ("idefics", "every token sees every picture"): (
+        around(idefics, "_image_mask", every_picture_seen),
+        "gated block 0",
+    ),
+    ("idefics", "tokens without picture look at some"): (
+        around(idefics, "_image_mask", blind_tokens_look),
+        "gated block 0",
+    ),
     ("idefics", "queries not normalised"): (
         changed(f"{G}.1.cross_attn", q_layer_norm=nn.Identity()),
         "gated block 1",
@@ -533,7 +539,7 @@ FAULTS: dict[tuple[str, str], tuple[Fault, str]] = {
         "resampler MLP 0",
     ),
     ("idefics", "pictures of a row in another order"): (
-        around(idefics, "_sight", lambda f, seen, keys: f(seen.flip(2), keys)),
+        around(idefics, "_image_mask", lambda f, seen, keys: f(seen.flip(2), keys)),
         "gated block 0",
     ),
     ("idefics", "gates exchanged"): (swapped(f"{G}.0", "alpha_dense", "alpha_cross_attn"), "gated block 0"),
