@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from minivlm import families
@@ -31,7 +30,7 @@ def config_of(name_or_folder: str | Path) -> Any:
 
 def skeleton(config: Any) -> nn.Module:
     """A model of this configuration on the meta device: shapes without memory."""
-    with torch.device("meta"):
+    with loading.shapes_only():
         return family(config.model_type).model_class(config)
 
 

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, slowly
+    import interpreter  # noqa: F401
 
 DATA = Path(__file__).parent / "data"
 HUB = DATA / "hub" / "HuggingFaceM4"
@@ -33,6 +35,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and "slow" not in asked:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector, which Trainer calls at each turn, need not visit it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else triton's bindings complain of leaks at the end
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Neighbours stay together, so that what a file prepares is made once; a worker with no tests left takes some."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -92,9 +92,9 @@ static inline __attribute__((always_inline)) void pairs(const char *weight, cons
 }
 #endif
 
-// As many rows of the weight as are read at once. A row that fills a page of memory is read alone no faster than pages
-// can be found; of shorter ones one after the other is memory in order, which is read up to twice as fast as several.
-enum { LINES = 4, PAGE = 4096 };
+// As many rows of the weight as are read at once, if each is LONG bytes or more. One row after the other is memory in
+// order; of rows of a kilobyte it is read up to twice as fast as several at once, of very long ones more slowly.
+enum { LINES = 4, LONG = 16384 };
 
 // The sums of lines · count products; one of these is 1. `given`: x as `dots` wants it, or as it is for `pairs`.
 static inline void few(const char *weight, const void *given, float *sums, int64_t chunks, int64_t size, int64_t lines,
@@ -139,7 +139,7 @@ int matvec_dense(const void *weight, const void *x, const void *bias, void *y, i
         const int64_t end = block + LINES < rows ? block + LINES : rows;
         for (int64_t m = 0; m < count; m += 4) {
             const int64_t many = count - m < 4 ? count - m : 4;
-            const int64_t lines = many == 1 && size >= PAGE && end == block + LINES ? LINES : 1;
+            const int64_t lines = many == 1 && size >= LONG && end == block + LINES ? LINES : 1;
             for (int64_t row = block; row < end; row += lines) {
                 float sums[4];
                 few((const char *)weight + row * size, given + m * each, sums, chunks, size, lines, many, half);

@@ -74,8 +74,8 @@ typedef struct {
     float values[16 * GROUPS], absmax[16]; // nested: the two factors, kept from group to group
 } Nested;
 
-// The second factor of a group. It changes at multiples of 256, which can only be multiples of the largest power of two in
-// the number of groups, for that is how far outputs are apart.
+// The second factor of a group. It changes at multiples of 256, which can only be multiples of the largest power of two that
+// divides 256 and the number of groups, for that is how far outputs are apart.
 static __attribute__((noinline)) void read_absmax(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
     for (int i = 0; i < 16; i++) {
         const int64_t block = (tile->first + i * (w->columns / w->group) + group) / 256;
@@ -114,12 +114,12 @@ static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *t
 
 // Scales of one group, from lane `at` on, groups asked for in order.
 INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, Nested *nested) {
-    const int64_t place = 16 * group + at, groups = w->columns / w->group;
+    const int64_t place = 16 * group + at, both = w->columns / w->group | 256;
     if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
     if (w->kind == BFLOAT16) return (floats)(of_halves(tile->scales + 2 * place) << 16);
     if (w->kind == FLOAT16) return of_fp16(tile->scales + 2 * place);
     if (group % GROUPS == 0) read_nested(w, tile, group, nested);
-    if (group % (groups & -groups) == 0) read_absmax(w, tile, group, nested);
+    if (group % (both & -both) == 0) read_absmax(w, tile, group, nested);
     const float *values = nested->values + 16 * (group % GROUPS) + at;
     floats products = *(const floats *)values * *(const floats *)(nested->absmax + at);
     __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation

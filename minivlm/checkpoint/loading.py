@@ -7,9 +7,10 @@
 `config_class`.
 """
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,7 +110,7 @@ def from_pretrained(
     def build() -> Model:
         return cls(config, attn_implementation=attention)
 
-    with torch.device("meta"), _NothingDrawn():
+    with shapes_only():
         model = build()
     is_shared = tp_plan is not None or device_mesh is not None
     attach = _adapter(model, adapter or (name_or_folder if files.base else None), files, is_shared)
@@ -167,6 +168,13 @@ def _adapter(
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """A model built within is on the meta device: it has shapes and no values, and is built in a tenth of a second."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -9,6 +9,7 @@ calls sink(stage, call, output) for every stage as its module runs, for the firs
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import os
@@ -304,6 +305,7 @@ def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int) -> dict[str, T
 # ---- Where the code is -----------------------------------------------------------------------------------------------
 
 
+@functools.cache  # finding a class parses its whole file
 def code_at(thing: Any) -> str:
     """A class or function as "minivlm/modules/vision.py:64 VisionBlock"."""
     file = inspect.getsourcefile(thing)

@@ -378,8 +378,9 @@ class Tokenizer(TokenizerTools):
             self.__dict__.pop(name, None)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        changed = name in ROLES and value != getattr(self, name, None)
         super().__setattr__(name, value)
-        if name in ROLES:
+        if changed:
             self._forget()
 
     @property

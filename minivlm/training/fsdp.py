@@ -55,7 +55,7 @@ def from_pretrained(
     """
     files = hub.source(name_or_folder, **where)
     config = loading.read_config(files, cls.config_class)
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = cls(config, attn_implementation=attn_implementation).to(dtype)
     if prepare is not None:
         prepare(model)

@@ -17,34 +17,19 @@ from minivlm.app import plan
 
 ROOT = Path(__file__).parents[2]
 WORKER = """
-import json, sys, threading, time
-from pathlib import Path
+import json, sys
 import torch, torch.distributed as dist
+from private_memory import Watched
 from minivlm import Idefics2ForConditionalGeneration as Model
 from minivlm.devices import parallel
 torch.set_num_threads(1)
 
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-highest, done = 0, False
-def watch():
-    global highest
-    while not done:
-        highest = max(highest, anonymous())
-        time.sleep(0.001)
-
 rank, _ = parallel.start()
 Model.from_pretrained("shapes-idefics2", tp_plan="auto", fast_cpu=False)  # imports
-before = anonymous()
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = Model.from_pretrained(sys.argv[1], tp_plan="auto", fast_cpu=False)
-done = True
-watcher.join()
+with Watched() as watched:
+    model = Model.from_pretrained(sys.argv[1], tp_plan="auto", fast_cpu=False)
 held = sum(parameter.nbytes for parameter in model.parameters())
-print("MEASURED " + json.dumps({"rank": rank, "peak": highest - before, "held": held}), flush=True)
+print("MEASURED " + json.dumps({"rank": rank, "peak": watched.highest - watched.before, "held": held}), flush=True)
 dist.destroy_process_group()
 """
 

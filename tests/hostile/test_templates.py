@@ -222,8 +222,8 @@ def run(template: str) -> str:
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """A tenth of the time, to save some."""
-    monkeypatch.setattr(template_sandbox, "SECONDS", 0.2)
+    """A twentieth of the time, to save some."""
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("hasty")

@@ -75,8 +75,8 @@ def test_a_library_that_cannot_be_loaded_is_made_anew(monkeypatch: pytest.Monkey
 
 @needs_compiler
 def test_several_processes_compile_at_once_and_the_next_one_does_not(tmp_path: Path) -> None:
-    code = "from minivlm_kernels import cpu_int4; assert cpu_int4.available()"
-    environment = {"PYTHONPATH": str(Path(cpu_int4.__file__).parents[1]), "XDG_CACHE_HOME": str(tmp_path)}
+    code = "from minivlm_kernels import cpu_dense; assert cpu_dense.available()"
+    environment = {"PYTHONPATH": str(Path(cpu_dense.__file__).parents[1]), "XDG_CACHE_HOME": str(tmp_path)}
 
     def run(path: str) -> int:
         return subprocess.run([sys.executable, "-c", code], env={**environment, "PATH": path}, timeout=200).returncode

@@ -15,18 +15,20 @@ library = each_instruction_set(cpu_dense)
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("count", range(1, 9))
-def test_few_rows_times_a_dense_weight(dtype: torch.dtype, bias: bool, count: int, library: None) -> None:
-    """Sums of 640 products in another order, rounded once. A row is the same in any company."""
+@pytest.mark.parametrize(("rows", "columns", "count"), [*((333, 640, n) for n in range(1, 9)), (7, 8224, 1)])
+def test_few_rows_times_a_dense_weight(
+    dtype: torch.dtype, bias: bool, rows: int, columns: int, count: int, library: None
+) -> None:
+    """Sums of so many products in another order, rounded once. A row is the same in any company."""
     torch.manual_seed(0)
-    weight, x = torch.randn(333, 640).to(dtype), torch.randn(count, 1, 640).to(dtype)
-    extra = torch.randn(333).to(dtype) if bias else None
+    weight, x = torch.randn(rows, columns).to(dtype), torch.randn(count, 1, columns).to(dtype)
+    extra = torch.randn(rows).to(dtype) if bias else None
     expected, bound = bounds.linear(x.flatten(0, 1), weight, extra, dtype=dtype, roundings=0)
     with torch.no_grad():
         found = cpu_dense.dense_rows(x, weight, extra)
         assert torch.equal(found[-1:], cpu_dense.dense_rows(x[-1:], weight, extra))
     assert found.dtype == dtype
-    assert found.shape == (count, 1, 333)
+    assert found.shape == (count, 1, rows)
     bounds.assert_within(found.flatten(0, 1), expected, bound)
 
 

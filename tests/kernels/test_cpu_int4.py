@@ -18,12 +18,12 @@ library = each_instruction_set(cpu_int4)
 
 
 # Outputs, inputs, what scales are held as, zero points, inputs of a scale. Outputs that fill no tile; inputs that fill
-# no group, an odd number of them; scales of 256 blocks that begin in the middle of a row.
+# no group, an odd number of them; scales of 256 blocks that begin in the middle of a row, or several times in one.
 CASES = [
     *[(3, 64, torch.float32, False, 64), (33, 384, torch.uint8, False, 64), (17, 1152, torch.uint8, False, 64)],
     *[(50, 2048, torch.uint8, False, 64), (300, 4096, torch.uint8, False, 64), (16, 128, torch.float32, False, 64)],
     *[(5, 37, torch.float32, True, 32), (33, 100, torch.bfloat16, True, 128), (64, 256, torch.float16, True, 64)],
-    *[(1, 1, torch.float16, True, 32), (40, 4304, torch.bfloat16, True, 128)],
+    *[(1, 1, torch.float16, True, 32), (40, 4304, torch.bfloat16, True, 128), (3, 32768, torch.uint8, False, 64)],
 ]
 
 

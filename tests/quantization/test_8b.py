@@ -20,43 +20,29 @@ from minivlm.checkpoint.names import INDEX
 NAME = "HuggingFaceM4/idefics2-8b"
 SHARD = 2 * 10**9  # bytes
 
-# In a process of its own, for its peak. VmHWM would count pages of the mapped files, which the system takes back when
-# it needs them; private memory is what the machine must have.
+# In a process of its own, for its peak.
 LOAD = """
-import json, sys, threading, time
-from pathlib import Path
+import json, sys, time
 import torch
+from private_memory import Watched
 from minivlm import BitsAndBytesConfig, Idefics2ForConditionalGeneration as Model
 from minivlm.quantization import apply
 
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.01)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-begun = time.perf_counter()
-model = Model.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.bfloat16)
-loaded, after_loading = time.perf_counter() - begun, peak
-layers = apply.layers(model).values()
-count = sum(layer.in_features * layer.out_features for layer in layers)
-size = sum(layer.nbytes for layer in layers)
-begun = time.perf_counter()
-ids = model.generate(input_ids=torch.tensor([[1, 5, 9, 13]]), max_new_tokens=2, do_sample=False, eos_token_id=None)
-generated = time.perf_counter() - begun
-done = True
-watcher.join()
+with Watched() as watched:
+    begun = time.perf_counter()
+    model = Model.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.bfloat16)
+    loaded, after_loading = time.perf_counter() - begun, watched.highest
+    layers = apply.layers(model).values()
+    count = sum(layer.in_features * layer.out_features for layer in layers)
+    size = sum(layer.nbytes for layer in layers)
+    begun = time.perf_counter()
+    ids = model.generate(input_ids=torch.tensor([[1, 5, 9, 13]]), max_new_tokens=2, do_sample=False, eos_token_id=None)
+    generated = time.perf_counter() - begun
 print(json.dumps({
-    "peak_loading": after_loading, "peak": peak, "load_s": loaded, "generate_s": generated, "ids": ids.tolist(),
-    "quantised": count, "bytes_each": size / count, "held": size + sum(value.nbytes for value in model.parameters()),
+    "peak_loading": after_loading, "peak": watched.highest, "load_s": loaded, "generate_s": generated,
+    "ids": ids.tolist(), "quantised": count, "bytes_each": size / count,
+    "held": size + sum(value.nbytes for value in model.parameters()),
 }))
 """
 
@@ -100,7 +86,8 @@ def test_8b_loads_as_nf4_below_8_gb_and_generates(tmp_path: Path) -> None:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of disk at {tmp_path}")
     write(tmp_path)
     command = [sys.executable, "-c", LOAD, str(tmp_path)]
-    child = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=os.environ)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=environment)
     found = json.loads(child.stdout)
     shutil.rmtree(tmp_path)
     print(json.dumps(found))

@@ -265,35 +265,20 @@ def test_asking_for_another_format_than_the_files_have(quantised: Callable[[str]
 # ---- Memory ----
 
 PEAK = """
-import sys, threading, time
-from pathlib import Path
+import sys
 import torch
+from private_memory import Watched
 from minivlm import BitsAndBytesConfig, Idefics2ForConditionalGeneration as Model
 torch.set_num_threads(1)
 
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-highest, done = 0, False
-def watch():
-    global highest
-    while not done:
-        highest = max(highest, anonymous())
-        time.sleep(0.001)
-
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 Model.from_pretrained(sys.argv[1], quantization_config=config)  # imports and tables
-before = anonymous()
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = Model.from_pretrained(sys.argv[2], quantization_config=config, dtype=torch.bfloat16)
-done = True
-watcher.join()
+with Watched() as watched:
+    model = Model.from_pretrained(sys.argv[2], quantization_config=config, dtype=torch.bfloat16)
 from minivlm.quantization import apply
 size = sum(layer.nbytes for layer in apply.layers(model).values())
 size += sum(parameter.nbytes for parameter in model.parameters())
-print(highest - before, size)
+print(watched.highest - watched.before, size)
 """
 
 
@@ -317,7 +302,12 @@ def test_peak_memory_while_loading(saved: Path, tmp_path: Path) -> None:
         check=True,
         encoding="utf-8",
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
     )
     peak, size = map(int, found.stdout.split())
     assert peak <= size + 2 * largest, f"{peak:,} bytes, of which {size:,} are the model; largest tensor {largest:,}"

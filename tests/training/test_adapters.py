@@ -42,20 +42,6 @@ def options(name: str, family: str) -> dict[str, Any]:
     return given
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    """Family → (reference, folder with its weights)."""
-    made: dict[str, tuple[Any, Path]] = {}
-
-    def base(family: str) -> tuple[Any, Path]:
-        if family not in made:
-            made[family] = peft_side.reference(family), tmp_path_factory.mktemp(family)
-            peft_side.ours(*made[family])
-        return made[family]
-
-    return base
-
-
 @torch.no_grad()
 def logits(model: Any, family: str) -> torch.Tensor:
     inputs = peft_side.inputs(family)

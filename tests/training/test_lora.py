@@ -1,6 +1,5 @@
 """Adapted models against PEFT: gradients, loss, optimiser steps, merging, quantised bases."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,6 @@ OPTIONS = {
     "plain": {"r": 4, "target_modules": "all-linear"},
     "dora, whole head": {"r": 4, "target_modules": ["q_proj", "fc2"], "use_dora": True, "modules_to_save": ["lm_head"]},
 }
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    made: dict[str, tuple[Any, Path]] = {}
-
-    def base(family: str) -> tuple[Any, Path]:
-        if family not in made:
-            made[family] = peft_side.reference(family), tmp_path_factory.mktemp(family)
-            peft_side.ours(*made[family])
-        return made[family]
-
-    return base
 
 
 @pytest.fixture

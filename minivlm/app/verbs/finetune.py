@@ -76,14 +76,12 @@ def _processor(name: str, arguments: argparse.Namespace) -> Any:
 
 def _skeleton(name: str, adapter: Any, arguments: argparse.Namespace) -> Any:
     """The model without weights, with what will be trained."""
-    import torch
-
     from minivlm import auto
     from minivlm.checkpoint import hub, loading
 
     files = hub.source(name)
     model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with torch.device("meta"):
+    with loading.shapes_only():
         model = model_class(loading.read_config(files, model_class.config_class))
     if arguments.method == "full" and (arguments.load or files.json("config.json").get("quantization_config")):
         raise options.UsageError("quantised weights are not trained; leave --load out, or use --method lora")
