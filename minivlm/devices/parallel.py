@@ -42,7 +42,7 @@ CUTS = {
     "up_proj": "rows",
     "down_proj": "columns",
 }
-TIMEOUT = timedelta(seconds=120)  # of a collective whose other ranks do not come
+TIMEOUT = timedelta(seconds=120)  # of a collective that other ranks do not join
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _kv_heads(text: Any) -> int:
 
 
 def _range(layer: nn.Linear, leaf: str, heads: int, kv: int, rank: int, size: int, unit: int) -> tuple[int, int]:
-    """The rows or columns of this rank, from the first to before the last."""
+    """The rows or columns of this rank: first, and one past the last."""
     if leaf in ("q_proj", "o_proj"):
         width = (layer.out_features if leaf == "q_proj" else layer.in_features) // heads
         return rank * heads // size * width, (rank + 1) * heads // size * width
@@ -210,7 +210,7 @@ def share(model: nn.Module, plan: Any, format: Any, mesh: Any = None) -> dict[st
 
 
 def agreed(value: Any, group: Any = None) -> Any:
-    """The first rank's value, on all ranks: what chance or a clock decides must not part them."""
+    """The first rank's value, on all ranks: random draws and clocks must not make them differ."""
     found = [value]
     dist.broadcast_object_list(found, group=group, group_src=0)
     return found[0]

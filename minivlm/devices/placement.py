@@ -25,7 +25,7 @@ BLOCK = re.compile(r"(.*\.)?(text_model|language_model)\.layers\.(\d+)|(.*\.)?ga
 SPARE = 0.9  # of a device's free memory that weights may take; the rest is for the cache and activations
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CPU = torch.device("cpu")
-ONLY_IN_TRANSFORMERS = ("rotary_emb", "post_layernorm")  # modules that its device maps may name and that are none here
+ONLY_IN_TRANSFORMERS = ("rotary_emb", "post_layernorm")  # modules that only its device maps can name
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Placement:
 
     @property
     def is_single(self) -> bool:
-        """Whether all is on one device, so that nothing need be moved."""
+        """Whether everything is on one device and nothing has to move."""
         return set(self.blocks.values()) <= {self.home}
 
     def table(self) -> dict[str, int | str]:
@@ -66,11 +66,11 @@ def place(model: nn.Module, device_map: Any, max_memory: dict | None, sizes: dic
     """Where the parts of a meta-device model are to live. sizes: bytes of every tensor by its name, as it will be held.
 
     device_map: None or one device; "auto": the first GPU if it has room, else all of them, evenly, and the CPU where
-    these are too small, or the CPU alone where there is none; "balanced": all GPUs in any case; "sequential": each is
+    these are too small, or the CPU alone where there is none; "balanced": all GPUs, always; "sequential": each is
     filled before the next; or a dict from names of parts, or of modules around them ("" is everything), to devices.
     max_memory: {0: "20GiB", 1: 10**9, "cpu": "60GiB"}.
 
-    Raises ValueError for what is none of these, and for a model that does not fit.
+    Raises ValueError for anything else, and for a model that does not fit.
     """
     blocks = [name for name, _ in model.named_modules() if BLOCK.fullmatch(name)]
     if isinstance(device_map, dict):
@@ -142,7 +142,7 @@ def _too_large(total: int, room: dict[torch.device, int], why: str) -> str:
 def budgets(max_memory: dict | None) -> dict[torch.device, int]:
     """Bytes that weights may take on each GPU, in order, and on the CPU last.
 
-    Without max_memory, 90 % of what is free now. ValueError for sizes and devices that are none.
+    Without max_memory, 90 % of what is free now. ValueError for sizes and devices that are not valid.
     """
     if max_memory is not None:
         if not isinstance(max_memory, dict):
@@ -189,8 +189,8 @@ def _check_names(model: nn.Module, device_map: dict) -> None:
 
 
 def _by_map(device_map: dict, blocks: list[str]) -> Placement:
-    """By a map as `hf_device_map` is: the longest name that a block's begins with decides; all else is with the
-    embeddings."""
+    """By a map like `hf_device_map`: a block goes by the longest name that its own begins with, and everything else goes
+    with the embeddings."""
     devices = {str(name): one_device(device) for name, device in device_map.items()}
     if torch.device("meta") in devices.values():
         raise ValueError("device_map names meta, where a tensor has no values; put every part on a real device")

@@ -1,4 +1,4 @@
-"""The forward passes of a model while it is watched or edited: which tokens each runs, and where its images are."""
+"""The forward passes of a model while it is watched or edited: which tokens each of them runs, and its images."""
 
 import contextlib
 import inspect
