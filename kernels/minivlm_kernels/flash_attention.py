@@ -627,12 +627,25 @@ def _shared(problem: Problem) -> dict[str, Any]:
     kind = None if mask is None else "keys" if mask.ndim == 2 else "pairs"
     body, tail = split_width(D)
     return {
-        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask if mask is None else mask.view(torch.uint8)},
-        **{"stride_q": strides_of(q), "stride_k": strides_of(k), "stride_v": strides_of(v)},
-        **{"stride_mb": 0 if kind is None else mask.stride(0), "stride_mt": mask.stride(1) if kind == "pairs" else 0},
-        **{"queries": T, "keys": S, "group": H // K, "scale": scale * LOG2_E.value},
-        **{"CAUSAL": causal, "WINDOW": window if window is not None and window < S else None, "MASK": kind},
-        **{"D": D, "BODY": body, "TAIL": tail},
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "mask_ptr": mask if mask is None else mask.view(torch.uint8),
+        "stride_q": strides_of(q),
+        "stride_k": strides_of(k),
+        "stride_v": strides_of(v),
+        "stride_mb": 0 if kind is None else mask.stride(0),
+        "stride_mt": mask.stride(1) if kind == "pairs" else 0,
+        "queries": T,
+        "keys": S,
+        "group": H // K,
+        "scale": scale * LOG2_E.value,
+        "CAUSAL": causal,
+        "WINDOW": window if window is not None and window < S else None,
+        "MASK": kind,
+        "D": D,
+        "BODY": body,
+        "TAIL": tail,
     }
 
 

@@ -247,8 +247,11 @@ def launches(
     partial = out if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
     arguments = {
         **weight.arguments,
-        **{"x_ptr": x, "bias_ptr": bias if splits == 1 else None, "out_ptr": partial},
-        **{"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
+        "x_ptr": x,
+        "bias_ptr": bias if splits == 1 else None,
+        "out_ptr": partial,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": BLOCK_K,
     }
     if kernel is matmul_kernel:
         arguments |= {"stride_xm": x.stride(0), "M": M, "BLOCK_M": BLOCK_M}

@@ -189,8 +189,8 @@ def _check_names(model: nn.Module, device_map: dict) -> None:
 
 
 def _by_map(device_map: dict, blocks: list[str]) -> Placement:
-    """By a map like `hf_device_map`: a block goes by the longest name that its own begins with, and everything else goes
-    with the embeddings."""
+    """By a map like `hf_device_map`: the longest name that a block's name begins with decides; anything else goes where
+    the embeddings go."""
     devices = {str(name): one_device(device) for name, device in device_map.items()}
     if torch.device("meta") in devices.values():
         raise ValueError("device_map names meta, where a tensor has no values; put every part on a real device")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minivlm.checkpoint import hub
 from minivlm.checkpoint.files import saving
 from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError
+from minivlm.checkpoint.tensors import listed
 from minivlm.quantization.linear import QuantizedLinear
 from minivlm.training import lora, targets
 from minivlm.training.targets import LoraConfig
@@ -37,15 +38,37 @@ LEAVES = {
 }
 # What would change the arithmetic and is not done here; refused where a file turns it on.
 REFUSED = {
-    *("lora_bias", "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config"),
-    *("kasa_config", "velora_config", "use_bdlora", "use_qalora", "monteclora_config", "megatron_config"),
-    *("trainable_token_indices",),
+    "lora_bias",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "use_bdlora",
+    "use_qalora",
+    "monteclora_config",
+    "megatron_config",
+    "trainable_token_indices",
 }
 # What says how training began or where it ran, or is a part of the above, and changes nothing now.
 HARMLESS = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
-    *("corda_config", "lora_ga_config", "runtime_config", "ensure_weight_tying"),
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "runtime_config",
+    "ensure_weight_tying",
 }
 KEPT_BASE = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin that leave the base's weights alone
 
@@ -156,8 +179,10 @@ def fit(model: nn.Module, adapter: Adapter) -> Fit:
     }
     if any(problems.values()):
         raise CheckpointError(
-            f"the adapter {adapter.name} does not fit this model:\n{_listed(problems)}\n  is it complete, and was it "
-            f"trained on this base{f' ({adapter.base})' if adapter.base else ''}?"
+            f"the adapter {adapter.name} does not fit this model:\n"
+            + "\n".join(listed(problems, most=5))
+            + "\n  is it complete, and was it trained on this base"
+            + (f" ({adapter.base})?" if adapter.base else "?")
         )
     return Fit(chosen, {ours: found[name] for name, (ours, _, _) in places.items() if name in found})
 
@@ -194,15 +219,6 @@ def _places(model: nn.Module, config: LoraConfig, generation: int) -> tuple[dict
         elif theirs in saved or (bias and config.bias == "all"):
             places[theirs] = name, tuple(parameter.shape), True
     return chosen, places
-
-
-def _listed(problems: dict[str, list[str]], most: int = 5) -> str:
-    lines = []
-    for kind, names in problems.items():
-        if names:
-            more = f"\n    and {len(names) - most} more" if len(names) > most else ""
-            lines.append(f"  {len(names)} tensors {kind}:\n    " + "\n    ".join(names[:most]) + more)
-    return "\n".join(lines)
 
 
 @torch.no_grad()

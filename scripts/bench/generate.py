@@ -114,8 +114,12 @@ def idefics_config() -> Any:
     perceiver = {"resampler_n_heads": 8, "resampler_head_dim": 96, "resampler_n_latents": 64, "resampler_depth": 6}
     return IdeficsConfig(
         **TEXT,
-        **{"vocab_size": 32000, "additional_vocab_size": 2, "cross_layer_interval": 4, "qk_layer_norms": True},
-        **{"use_resampler": True, "alpha_initializer": "ones"},
+        vocab_size=32000,
+        additional_vocab_size=2,
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        use_resampler=True,
+        alpha_initializer="ones",
         vision_config={**vision, "image_size": 224, "patch_size": 14},
         perceiver_config={**perceiver, "qk_layer_norms_perceiver": True},
     )

@@ -104,9 +104,17 @@ SIZE = {"hidden_size": 128, "initializer_range": 0.05}
 VISION = {**SIZE, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": PATCH}
 TEXT = {
     **SIZE,
-    **{"model_type": "mistral", "max_position_embeddings": 2048, "sliding_window": None, "rms_norm_eps": 1e-5},
-    **{"intermediate_size": 288, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "model_type": "mistral",
+    "max_position_embeddings": 2048,
+    "sliding_window": None,
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": 288,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
@@ -137,8 +145,12 @@ def llava_next_config() -> LlavaNextConfig:
             "image_grid_pinpoints": PINPOINTS,
             "vision_feature_layer": -1,
             "vision_config": {
-                **{**VISION, "image_size": TILE, "model_type": "clip_vision_model"},
-                **{"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},  # SigLIP's, whose weights it starts with
+                **VISION,
+                "image_size": TILE,
+                "model_type": "clip_vision_model",
+                # SigLIP's, whose weights it starts with
+                "hidden_act": "gelu_pytorch_tanh",
+                "layer_norm_eps": 1e-6,
             },
             "text_config": {**TEXT, "num_hidden_layers": 5, "vocab_size": build_tokenizer().get_vocab_size()},
         }
@@ -160,10 +172,16 @@ def idefics_config() -> IdeficsConfig:
     return IdeficsConfig.from_hub(
         {
             **{name: TEXT[name] for name in names},
-            **{"model_type": "idefics", "vision_config": vision, "perceiver_config": resampler},
-            **{"num_hidden_layers": 4, "cross_layer_interval": 2, "alpha_initializer": "ones"},
-            **{"use_resampler": True, "qk_layer_norms": True},
-            **{"freeze_text_layers": False, "freeze_vision_layers": False},
+            "model_type": "idefics",
+            "vision_config": vision,
+            "perceiver_config": resampler,
+            "num_hidden_layers": 4,
+            "cross_layer_interval": 2,
+            "alpha_initializer": "ones",
+            "use_resampler": True,
+            "qk_layer_norms": True,
+            "freeze_text_layers": False,
+            "freeze_vision_layers": False,
             "vocab_size": build_tokenizer(decoupled=True).get_vocab_size() - len(SPECIAL[3:]),
             "additional_vocab_size": len(SPECIAL[3:]),
         }
