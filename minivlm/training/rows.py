@@ -14,13 +14,13 @@ from minivlm.text.messages import normalise
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARK = "<image>"  # in LLaVA's files
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of images in a tar file
 ERRORS = (ValueError, TypeError, OSError, KeyError, RecursionError)  # of one row
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation. where: its place in a file, for messages; messages as `apply_chat_template` takes them."""
+    """A conversation. where: its line in a file, for errors; messages as `apply_chat_template` takes them."""
 
     where: str
     messages: list[dict[str, Any]]
@@ -108,9 +108,9 @@ def _tar(path: Path) -> Iterator[tuple[str, Any]]:
         if "json" not in files:
             raise ValueError(f"{path}: {key.strip('/')} has no .json beside {', '.join(files)}")
         values = json.loads(files["json"].read())
-        pictures = [files[ending] for ending in sorted(files) if f".{ending}".endswith(PICTURES)]
-        if pictures and isinstance(values, dict):
-            values = {name: value for name, value in values.items() if name != "image"} | {"images": pictures}
+        images = [files[ending] for ending in sorted(files) if f".{ending}".lower().endswith(SUFFIXES)]
+        if images and isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name != "image"} | {"images": images}
         yield f"{path.name}, {key.strip('/')}", values
 
 
@@ -125,16 +125,16 @@ def _messages(values: Any, folder: Path | None) -> list[dict[str, Any]]:
     beside = beside if isinstance(beside, list) else [beside]
     turns = values.get("messages") or [_from_llava(turn) for turn in values["conversations"]]
     messages, images = normalise(turns)
-    places = [item for message in messages for item in message["content"] if item["type"] == "image"]
-    if beside and not places:  # nothing says where they go: before the first question
-        places = [{"type": "image"} for _ in beside]
+    items = [item for message in messages for item in message["content"] if item["type"] == "image"]
+    if beside and not items:  # nothing says where they go: before the first question
+        items = [{"type": "image"} for _ in beside]
         first = next((message for message in messages if message["role"] == "user"), messages[0])
-        first["content"][:0], images = places, [None] * len(beside)
+        first["content"][:0], images = items, [None] * len(beside)
     if images.count(None) != len(beside):
         raise ValueError(f"{images.count(None)} places for images and {len(beside)} images beside the messages")
     left = iter(beside)
-    for place, image in zip(places, images, strict=True):
-        place["image"] = _source(next(left) if image is None else image, folder)
+    for item, image in zip(items, images, strict=True):
+        item["image"] = _source(next(left) if image is None else image, folder)
     return messages
 
 

@@ -139,12 +139,13 @@ def test_forms_of_rows(families: Any, image: Path, form: str) -> None:
     assert "What?" in data.shown(processor, rows[0])
 
 
-def test_tar_files(families: Any, image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("0.a.png", "0.b.png"), ("0.a.JPG", "0.b.tiff")])
+def test_tar_files(names: tuple[str, str], families: Any, image: Path, tmp_path: Path) -> None:
     """As WebDataset has them: what belongs to a row shares its name up to the first dot."""
     _, processor = families("idefics2")
     path = tmp_path / "rows.tar"
     row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}, ANSWER]}
-    files = {"0.json": json.dumps(row).encode(), "0.a.png": image.read_bytes(), "0.b.png": image.read_bytes()}
+    files = {"0.json": json.dumps(row).encode(), **dict.fromkeys(names, image.read_bytes())}
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             entry = tarfile.TarInfo(f"set/{name}")
