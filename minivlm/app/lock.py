@@ -48,14 +48,22 @@ def new_folder(out: Path) -> Iterator[None]:
 
     ValueError if it holds something else, or if another process is writing it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with held(out.with_name(f"{out.name}.lock")):
+    with held(beside(out)):
         if out.is_dir():
             journal.finish(out)
             journal.clear(out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} exists already; name a new folder")
         yield
+
+
+def beside(out: Path) -> Path:
+    """The lock file of an output, in a folder that is there then; the same by every name of it, "." among them."""
+    whole = out.resolve()
+    if not whole.name:
+        raise ValueError(f"{out} cannot be written; name a folder in it")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    return whole.with_name(f"{whole.name}.lock")
 
 
 def _taken(path: Path) -> IO[str]:

@@ -85,8 +85,15 @@ def finish(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what killed saves into this folder had written of files that took no place. No other may be under way."""
-    for unfinished in [*folder.glob(".*.new"), *folder.glob(".*.old")]:
+    mark = "[0-9a-f]" * 8  # that of a `Save`: somebody's own .bashrc.old stays
+    for unfinished in folder.glob(f".*.{mark}.new"):
         unfinished.unlink(missing_ok=True)
+    for kept in folder.glob(f".*.{mark}.old"):
+        path = folder / kept.name[1 : -len(".12345678.old")]
+        if os.path.lexists(path):
+            kept.unlink(missing_ok=True)
+        else:  # where there are no links, the old file itself is kept so
+            os.replace(kept, path)
 
 
 def _wait(journal: Path) -> dict[str, list[str]] | None:

@@ -192,14 +192,18 @@ def _serve() -> None:
         try:
             request = json.loads(line)
             set_alarm(profile, request["seconds"])  # of processor time; then SIGPROF ends the process
-            text = json.dumps(_answer(request))
+            line = _line(_answer(request))
         except ValueError as error:
-            text = json.dumps({"error": str(error), "last": isinstance(error.__cause__, MemoryError)})
+            line = _line({"error": str(error), "last": isinstance(error.__cause__, MemoryError)})
         except MemoryError as error:
-            text = json.dumps({"error": f"the chat template fails on these messages: {_reason(error)}", "last": True})
+            line = _line({"error": f"the chat template fails on these messages: {_reason(error)}", "last": True})
         set_alarm(profile, 0)
-        sys.stdout.buffer.write(text.encode() + b"\n")
+        sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
+
+
+def _line(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
 
 
 def _set_limits() -> None:

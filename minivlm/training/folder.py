@@ -1,6 +1,7 @@
 """The folder of a training run: its log and state, and the adapter or checkpoint that comes of it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ RESULTS = ("config.json", adapters.CONFIG)  # what `save_result` writes a model 
 
 def check(out: Path, resume: bool) -> None:
     """ValueError if a run cannot begin, or with `resume` go on, in this folder."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder for the result")
+    for path in (out, *out.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise ValueError(f"{path} is a file; name a folder for the result")
     begun = any((out / name).exists() for name in (STATE, LOG))
     if begun and not resume:
         raise ValueError(f"{out} holds a run already; go on with resume (--resume), or name another folder")

@@ -144,8 +144,10 @@ def test_a_used_folder_is_refused_before_rows_are_read(tmp_path: Path, capsys: A
     (out / "log.jsonl").touch()
     code, _, err = run(capsys, "finetune", missing, out)
     assert (code, "--resume" in err) == (1, True)
-    code, _, err = run(capsys, "finetune", missing, out / "log.jsonl")
-    assert (code, "is a file" in err) == (1, True)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    for used in (out / "log.jsonl", out / "log.jsonl" / "deeper", tmp_path / "nowhere"):
+        code, _, err = run(capsys, "finetune", missing, used)
+        assert (code, "is a file" in err) == (1, True), used
 
 
 def test_what_a_killed_run_left_in_a_new_folder_goes(tmp_path: Path, capsys: Any) -> None:
@@ -161,6 +163,22 @@ def test_what_a_killed_run_left_in_a_new_folder_goes(tmp_path: Path, capsys: Any
     code, _, err = run(capsys, "quantize", "shapes-idefics2", out)
     assert (code, "exists already" in err) == (1, True)
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_is_new_by_any_name(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder that one is in is new; one with files of somebody's own keeps them all."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    own = tmp_path / ".bashrc.old"
+    own.touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    for used in ("..", tmp_path / "nowhere"):
+        code, _, err = run(capsys, "quantize", "shapes-idefics2", used)
+        assert (code, "exists already" in err) == (1, True), used
+    code, _, err = run(capsys, "quantize", "shapes-idefics2", "/")
+    assert (code, "name a folder" in err) == (1, True)
+    assert run(capsys, "quantize", "shapes-idefics2", ".")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bashrc.old", "here", "nowhere"]
 
 
 @pytest.mark.slow

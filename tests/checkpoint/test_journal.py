@@ -152,3 +152,17 @@ def test_a_slow_process_whose_save_somebody_else_has_finished(
         for name in "abc":
             save.text(tmp_path / name, "new")
     assert contents(tmp_path) == dict.fromkeys("abc", "new")
+
+
+def test_only_what_a_save_has_left_is_cleared(tmp_path: Path) -> None:
+    """Files of somebody's own stay, and an old file that was renamed, for want of links, and has no successor."""
+    for name in (".bashrc.old", ".x.1234567.new", "x.12345678.old", "kept", ".emacs.backup001.old"):
+        (tmp_path / name).write_text("own")
+    (tmp_path / ".git.old").mkdir()
+    for name in (".a.0123abcd.new", ".kept.0123abcd.old", ".state.pt.0123abcd.new", ".state.pt.0123abcd.old"):
+        (tmp_path / name).write_text("left")
+    journal.clear(tmp_path)
+    found = {path.name for path in tmp_path.iterdir()}
+    own = {".bashrc.old", ".x.1234567.new", "x.12345678.old", ".emacs.backup001.old", ".git.old"}
+    assert found == {*own, "kept", "state.pt"}
+    assert (tmp_path / "kept").read_text() == "own"

@@ -180,8 +180,7 @@ def _alone(out: Path, rank: int) -> Any:
         return
     from minivlm.app import lock
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with lock.held(out.with_name(f"{out.name}.lock")):
+    with lock.held(lock.beside(out)):
         yield
 
 
