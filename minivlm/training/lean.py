@@ -30,11 +30,17 @@ def adapted(layer: Any, *inputs: Tensor, act: Act | None = None) -> Tensor:
     """
     base = layer.base_layer
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
-    known = type(base) in (nn.Linear, FastLinear, QuantizedLinear) and not base._forward_hooks
+    known = type(base) in (nn.Linear, FastLinear, QuantizedLinear) and not touched(base)
     autocast = torch.is_autocast_enabled(layer.lora_A.device.type)
     if torch.is_grad_enabled() and known and frozen and not autocast:
         return _Adapted.apply(layer.lora_A, layer.lora_B, base, layer.scaling, act, *inputs)
     return plainly(layer, _joined(act, *inputs))
+
+
+def touched(module: nn.Module) -> bool:
+    """Whether somebody has put hooks on a module, or another forward pass, so that its formula alone is not all."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def plainly(layer: Any, x: Tensor, dropped: Tensor | None = None) -> Tensor:

@@ -68,10 +68,10 @@ class LoRALinear(nn.Module):
         """x (…, in) → (…, out), same dtype. The change is computed in fp32, unless autocast says otherwise."""
         if self.lora_magnitude_vector is not None:
             return self._dora(x, self.base_layer(x))
-        shape, x = x.shape[:-1], x.flatten(0, -2)
+        shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         dropped = self.dropout(x.to(self.lora_A.dtype)) if self.drops else None
         y = lean.adapted(self, x) if dropped is None else lean.plainly(self, x, dropped)
-        return y.unflatten(0, shape)
+        return y.reshape(*shape, y.shape[-1])
 
     @property
     def drops(self) -> bool:

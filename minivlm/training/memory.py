@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
 
 from minivlm.families import family
 from minivlm.modules.config import text_config
@@ -38,7 +40,7 @@ def checkpoint_layers(model: Any) -> None:
 
     Not reentrant, so gradients arrive wherever they are wanted, in a tower above a frozen embedding too.
     """
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()):
         model.gradient_checkpointing_enable({"preserve_rng_state": True})
         return
     for layer in stacked_layers(model):
@@ -47,8 +49,8 @@ def checkpoint_layers(model: Any) -> None:
 
 
 class _Rerun:
-    """`torch.utils.checkpoint` of a forward pass without random numbers or autocast, in a few lines: torch's function
-    imports torch's compiler, which takes 150 MB."""
+    """`torch.utils.checkpoint` of a forward pass without random numbers, in a few lines: torch's function imports
+    torch's compiler, which takes 150 MB. Under autocast, which the backward pass has left, it is called."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
@@ -56,6 +58,8 @@ class _Rerun:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
         kept: dict[int, Tensor] = {}  # by the order in which autograd asks to save them, the same in both passes
         asked = 0
 
@@ -98,11 +102,14 @@ def lean_gates(model: nn.Module) -> None:
 
 def _gated(mlp: GatedMLP, x: Tensor) -> Tensor:
     """`GatedMLP.forward`, same numbers. x (…, C) → (…, C)."""
-    shape, x, down = x.shape[:-1], x.flatten(0, -2), mlp.down_proj
+    shape, x, down = x.shape[:-1], x.reshape(-1, x.shape[-1]), mlp.down_proj
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    if isinstance(down, LoRALinear) and not down.drops and down.lora_magnitude_vector is None:
-        return lean.adapted(down, gate, up, act=mlp.act).unflatten(0, shape)
-    return down(lean.gated(gate, up, mlp.act)).unflatten(0, shape)
+    plain = isinstance(down, LoRALinear) and not down.drops and down.lora_magnitude_vector is None
+    if plain and not lean.touched(down):
+        y = lean.adapted(down, gate, up, act=mlp.act)
+    else:
+        y = down(lean.gated(gate, up, mlp.act))
+    return y.reshape(*shape, y.shape[-1])
 
 
 # ---- Frozen towers
