@@ -75,7 +75,9 @@ def _run(argv: list[str]) -> int | bool:
         return launch.start(arguments.gpus, argv)
     launch.join(arguments)
     try:
-        return bool(module.run(arguments))
+        failed = bool(module.run(arguments))
+        launch.part()
+        return failed
     except UsageError as error:
         parser.error(str(error))
 

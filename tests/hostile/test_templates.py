@@ -222,13 +222,14 @@ def run(template: str) -> str:
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """A twentieth of the time, to save some."""
+    """A twentieth of the time, to save some, where it is the time or the memory that ends a template."""
     monkeypatch.setattr(template_sandbox, "SECONDS", 0.1)
 
 
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("template", REFUSED, ids=lambda template: template[:60])
-def test_refused(template):
+def test_refused(template, request):
+    if REFUSED[template] == WORK:
+        request.getfixturevalue("hasty")
     begin = time.monotonic()
     with pytest.raises(ValueError, match=re.compile(f"the chat template .*({REFUSED[template]})", re.DOTALL)) as error:
         run(template)
