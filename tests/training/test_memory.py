@@ -175,3 +175,39 @@ def test_a_second_derivative_is_refused() -> None:
         (first,) = torch.autograd.grad(result.sum(), gate, create_graph=True)
         with pytest.raises(RuntimeError, match=r"require grad|once_differentiable"):
             first.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_hooks_of_adapted_layers_run(kind: str) -> None:
+    layer, calls = adapted_layer(torch.float32), []
+    getattr(layer.base_layer, f"register_{kind}")(lambda *_: calls.append(kind))
+    layer(torch.randn(3, 64, requires_grad=True)).sum().backward()
+    assert calls == [kind]
+
+
+def test_another_forward_of_an_adapted_layer_is_called() -> None:
+    """As tools put it on one module alone."""
+    layer = adapted_layer(torch.float32)
+    x = torch.randn(3, 64, requires_grad=True)
+    usual, plain = layer(x), layer.base_layer.forward
+    layer.base_layer.forward = lambda x: 2 * plain(x)
+    (layer(x) - usual).sum().backward()
+    torch.testing.assert_close(layer(x) - usual, plain(x))
+
+
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (2, 3, 5, 64)])
+def test_adapted_layers_take_any_shape(shape: tuple[int, ...]) -> None:
+    assert adapted_layer(torch.float32)(torch.randn(shape, requires_grad=True)).shape == (*shape[:-1], 48)
+
+
+def test_a_checkpointed_layer_runs_again_under_the_same_autocast() -> None:
+    layers, x = torch.nn.ModuleList([torch.nn.Linear(8, 8)]), torch.randn(3, 8)
+
+    def gradient() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layers[0](x).square().float().sum()
+        return torch.autograd.grad(y, layers[0].weight)[0]
+
+    expected = gradient()
+    memory.checkpoint_layers(layers)
+    assert torch.equal(gradient(), expected)
