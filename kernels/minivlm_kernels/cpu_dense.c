@@ -63,6 +63,10 @@ static inline __attribute__((always_inline)) void dots(const char *weight, const
 }
 
 #ifdef __AVX512BF16__
+// How many bytes before it is read a piece of the weight is asked for. Measured on an EPYC of AVX512_BF16, rows of 8 kB:
+// 384 to 512 give a tenth more than none on one core, 5 % on two; from 640 on less than none.
+enum { AHEAD = 512 };
+
 // `lines` rows of a bf16 weight times `count` rows of x, one of them 1, in bf16 as they are: an instruction adds the
 // products of both numbers of a pair to a sum.
 static inline __attribute__((always_inline)) void pairs(const char *weight, const char *x, float *sums, int64_t chunks,
@@ -72,12 +76,15 @@ static inline __attribute__((always_inline)) void pairs(const char *weight, cons
     int64_t c = 0;
     for (; c + ways <= chunks; c += ways)
 #pragma GCC unroll 4
-        for (int way = 0; way < ways; way++)
+        for (int way = 0; way < ways; way++) {
+#pragma GCC unroll 4
+            for (int i = 0; i < lines; i++) __builtin_prefetch(weight + i * size + 64 * (c + way) + AHEAD, 0, 0);
 #pragma GCC unroll 4
             for (int i = 0; i < many; i++)
                 total[ways * i + way] = _mm512_dpbf16_ps(
                     total[ways * i + way], (__m512bh)_mm512_loadu_si512(weight + (lines > 1 ? i : 0) * size + 64 * (c + way)),
                     (__m512bh)_mm512_loadu_si512(x + 64 * ((count > 1 ? i : 0) * chunks + c + way)));
+        }
     for (; c < chunks; c++)
 #pragma GCC unroll 4
         for (int i = 0; i < many; i++)

@@ -215,17 +215,18 @@ def demonstrate(name: str, work: Path, arguments: argparse.Namespace) -> str:
 
 
 def plot(work: Path, path: Path) -> None:
-    """The losses of every demonstration that has run in `work`."""
+    """The losses of every demonstration that has run in `work`, each the mean of its last ten steps."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 3), dpi=80)
+    figure, axis = plt.subplots(figsize=(9, 4.5), dpi=100)
     for name, demo in DEMOS.items():
         log = work / name / "adapter" / "log.jsonl"
         losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()] if log.exists() else []
         if losses:
-            axis.semilogy(range(1, len(losses) + 1), losses, linewidth=1, label=demo.title)
+            means = [sum(losses[max(0, end - 10) : end]) / min(end, 10) for end in range(1, len(losses) + 1)]
+            axis.semilogy(range(1, len(losses) + 1), means, linewidth=1.5, label=demo.title)
     axis.set(xlabel="step", ylabel="loss of a learned token")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=9)
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
