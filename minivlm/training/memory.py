@@ -34,6 +34,11 @@ from minivlm.training.lora import LoRALinear
 
 # ---- Activation checkpointing
 
+CHANGED = (
+    "an input of a checkpointed layer was changed in place after the layer had run, so it cannot be run again for the "
+    "gradients: change a copy (x = x + y in place of x += y), or train without checkpointing"
+)
+
 
 def checkpoint_layers(model: Any) -> None:
     """Let every layer keep its inputs alone; the backward pass runs it again for the rest. Takes about a third longer.
@@ -62,6 +67,8 @@ class _Rerun:
             return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
         kept: dict[int, Tensor] = {}  # by the order in which autograd asks to save them, the same in both passes
         asked = 0
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and not each.is_inference()]
+        given = [(each, each._version) for each in tensors]
 
         def save(_: Tensor) -> int:
             nonlocal asked
@@ -70,6 +77,8 @@ class _Rerun:
 
         def find(number: int) -> Tensor:
             if number not in kept:
+                if any(each._version != version for each, version in given):
+                    raise RuntimeError(CHANGED)
                 again = saved_tensors_hooks(partial(_save_again, kept, itertools.count(1), asked), lambda _: None)
                 with contextlib.suppress(_Enough), torch.enable_grad(), again:
                     self.forward(*args, **kwargs)

@@ -211,3 +211,13 @@ def test_a_checkpointed_layer_runs_again_under_the_same_autocast() -> None:
     expected = gradient()
     memory.checkpoint_layers(layers)
     assert torch.equal(gradient(), expected)
+
+
+def test_an_input_changed_in_place_after_a_checkpointed_layer_is_an_error() -> None:
+    """Run again on the changed input, the layer would give another gradient."""
+    layers, x = torch.nn.ModuleList([torch.nn.Linear(8, 8)]), torch.randn(3, 8)
+    memory.checkpoint_layers(layers)
+    y = layers[0](x).square().sum()
+    x += 1
+    with pytest.raises(RuntimeError, match=r"changed in place .* change a copy"):
+        y.backward()
