@@ -2,6 +2,7 @@
 // GCC's vectors of one register: 16 floats with AVX-512, 8 with AVX2, which takes 16 lanes in two parts.
 
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +13,8 @@ enum { LANES = 16 };
 enum { LANES = 8 };
 #endif
 enum { PARTS = 16 / LANES };
+enum { AHEAD = 1024 }; // bytes before they are read codes are asked for: a processor's own prefetching ends with a page
+enum { LIMBS = 3 };    // pieces of seven bits into which a number of x is cut, see `cut`
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
@@ -83,6 +86,7 @@ static __attribute__((noinline)) void read_absmax(const Weight *w, const Tile *t
     }
 }
 
+#ifdef __AVX512F__
 // The first factor of GROUPS groups. Bytes after the last scale are codes.
 static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
     const uint8_t *held = tile->scales + 16 * group;
@@ -111,6 +115,7 @@ static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *t
     }
 #endif
 }
+#endif
 
 // Scales of one group, from lane `at` on, groups asked for in order.
 INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, Nested *nested) {
@@ -118,10 +123,18 @@ INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at
     if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
     if (w->kind == BFLOAT16) return (floats)(of_halves(tile->scales + 2 * place) << 16);
     if (w->kind == FLOAT16) return of_fp16(tile->scales + 2 * place);
+#ifdef __AVX512F__
     if (group % GROUPS == 0) read_nested(w, tile, group, nested);
+#endif
     if (group % (both & -both) == 0) read_absmax(w, tile, group, nested);
-    const float *values = nested->values + 16 * (group % GROUPS) + at;
-    floats products = *(const floats *)values * *(const floats *)(nested->absmax + at);
+#ifdef __AVX512F__
+    floats products = *(const floats *)(nested->values + 16 * (group % GROUPS) + at);
+#else
+    floats products;
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i++) products[i] = w->nested_map[tile->scales[place + i]];
+#endif
+    products *= *(const floats *)(nested->absmax + at);
     __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
     return products + w->offset;
 }
@@ -200,6 +213,7 @@ INLINE void tile_product_bytes(const Weight *w, const Tile *tile, const float *x
     Nested nested;
     for (int i = 0; i < 2 * rows; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
+#pragma GCC unroll 8
         for (int i = 0; i < 4 * rows; i++) part[i] = _mm256_setzero_ps();
         for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8)
 #pragma GCC unroll 4
@@ -234,17 +248,107 @@ INLINE void tile_product_bytes(const Weight *w, const Tile *tile, const float *x
         *(floats *)(y + (i / 2 * w->tiles + tile->number) * 16 + 8 * (i % 2)) = total[i];
 }
 
-static int in_bf16(const float *table) {
-    uint32_t bits[16], low = 0;
-    memcpy(bits, table, sizeof bits);
-    for (int i = 0; i < 16; i++) low |= bits[i] & 0xffff;
-    return !low;
+// Whether all are finite and bf16 numbers.
+static int in_bf16(const float *numbers, int64_t count) {
+    uint32_t others = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = ((const uint32_t *)numbers)[i];
+        others |= (bits & 0xffff) | ((bits & 0x7f800000) == 0x7f800000);
+    }
+    return !others;
+}
+
+// The same for codes that are whole numbers and x in bf16, in integers: x is cut into LIMBS of seven bits, and an
+// instruction adds the products of 32 codes and limbs in pairs. A lane is one output, its sums are 16 bits wide for up to
+// SHORT inputs (2 · 15 · 64 for each eight), then 32.
+// limbs: for every eight inputs, those of even and of odd numbers, first the highest limbs.
+// steps: what a unit of the lowest limb is worth, by groups.  sums: of x.
+enum { SHORT = 64 };
+
+INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t *limbs, const float *steps,
+                               const float *sums, float *y) {
+    const int64_t groups = w->columns / w->group, some = w->group % SHORT ? 32 : SHORT;
+    const __m256i four = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    floats total[2] = {{0}};
+    Nested nested;
+    for (int64_t g = 0; g < groups; g++) {
+        __m256i sum[2][LIMBS];
+        for (int i = 0; i < 2 * LIMBS; i++) sum[i / LIMBS][i % LIMBS] = _mm256_setzero_si256();
+        for (int64_t start = g * w->group; start < (g + 1) * w->group; start += some) {
+            __m256i part[2][LIMBS];
+            for (int i = 0; i < 2 * LIMBS; i++) part[i / LIMBS][i % LIMBS] = _mm256_setzero_si256();
+            for (int64_t eights = start / 8; eights < (start + some) / 8; eights++) {
+                const __m256i *codes = (const __m256i *)tile->codes + 2 * eights;
+                _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+                __m256i even[2], odd[2];
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    const __m256i eight = _mm256_loadu_si256(codes + half);
+                    even[half] = _mm256_and_si256(eight, four);
+                    odd[half] = _mm256_and_si256(_mm256_srli_epi16(eight, 4), four);
+                }
+#pragma GCC unroll 3
+                for (int i = 0; i < LIMBS; i++) {
+                    const int32_t *given = limbs + 2 * (LIMBS * eights + i);
+                    const __m256i first = _mm256_set1_epi32(given[0]), second = _mm256_set1_epi32(given[1]);
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; half++) {
+                        part[half][i] = _mm256_add_epi16(part[half][i], _mm256_maddubs_epi16(even[half], first));
+                        part[half][i] = _mm256_add_epi16(part[half][i], _mm256_maddubs_epi16(odd[half], second));
+                    }
+                }
+            }
+            for (int i = 0; i < 2 * LIMBS; i++)
+                sum[i / LIMBS][i % LIMBS] =
+                    _mm256_add_epi32(sum[i / LIMBS][i % LIMBS], _mm256_madd_epi16(part[i / LIMBS][i % LIMBS], ones));
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const floats scales = scales_of(w, tile, g, 8 * half, &nested);
+            const floats shifts = shifts_of(tile, g, 8 * half) - 8;
+            const __m256i low = _mm256_add_epi32(_mm256_slli_epi32(sum[half][1], 7), sum[half][2]);
+            const floats products = (floats)_mm256_cvtepi32_ps(sum[half][0]) * 16384 + (floats)_mm256_cvtepi32_ps(low);
+            total[half] += (products * steps[g] + shifts * sums[g]) * scales;
+        }
+    }
+    for (int half = 0; half < 2; half++) *(floats *)(y + tile->number * 16 + 8 * half) = total[half];
+}
+
+// A row as whole multiples of a power of two, one for each group, so that the largest number has 7 · LIMBS - 1 bits: of bf16
+// numbers, those down to 2^-12 of it are exact. Returns whether what is lost of the row is below fp32's rounding of it.
+static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps) {
+    double lost = 0, whole = 0; // sums of squares
+    for (int64_t g = 0; g < w->columns / w->group; g++) {
+        uint32_t most = 0; // the bits of absolute values are in order
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
+            const uint32_t size = ((const uint32_t *)x)[k] & 0x7fffffff;
+            most = size > most ? size : most;
+        }
+        const int exponent = (int)(most >> 23) - 127 - (7 * LIMBS - 2), power = exponent < -126 ? -126 : exponent;
+        const float inverse = ldexpf(1, -power);
+        float squares = 0, errors = 0;
+        steps[g] = ldexpf(1, power);
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
+            const float scaled = x[k] * inverse;
+            int32_t number = _mm_cvtss_si32(_mm_set_ss(scaled));
+            int8_t *out = limbs + LIMBS * (k & ~7) + 4 * (k & 1) + (k & 7) / 2;
+            squares += scaled * scaled;
+            errors += (scaled - number) * (scaled - number);
+            for (int i = LIMBS - 1; i > 0; i--) {
+                const int32_t above = (number + 64) >> 7;
+                out[8 * i] = (int8_t)(number - 128 * above);
+                number = above;
+            }
+            out[0] = (int8_t)number;
+        }
+        whole += ldexp(squares, 2 * power);
+        lost += ldexp(errors, 2 * power);
+    }
+    return lost <= whole * 0x1p-48;
 }
 #endif
 
 #ifdef __AVX512BF16__
-enum { AHEAD = 1024 }; // bytes: a processor's own prefetching ends with a page
-
 // The same with x in bf16: one instruction looks up 32 codes, and one multiplies and adds them in pairs. The table is in
 // bf16 too, which is exact for whole numbers; products are exact, and sums are in fp32.
 // A word of 16 bits holds four codes. Shifted to its end, bit 4 belongs to the next code: the table is there twice.
@@ -350,34 +454,48 @@ int product_bf16(Weight *w, const uint16_t *x, const uint16_t *codes, float *y, 
 // x: (rows, inputs).  y: (rows, 16 * tiles).  Returns 1 where there is no memory, else 0.
 int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     const int64_t columns = w->columns, groups = columns / w->group;
-    float *ordered = malloc(rows * (columns + groups) * sizeof(float)), *sums = ordered + rows * columns;
+    float *ordered = malloc(rows * ((columns + 2 * groups) * sizeof(float) + LIMBS * columns + 1));
+    float *sums = ordered + rows * columns;
     if (!ordered) return 1;
     uint8_t bytes[1024];
     split_map(w, bytes);
-    static const uint8_t in_pairs[8] = {0, 4, 2, 6, 1, 5, 3, 7}; // where each of eight inputs goes
-#ifdef __AVX512F__
-    const int pairs = 0;
-#else
-    const int pairs = in_bf16(w->table);
-#endif
-    for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order in which codes come out of a word
-        for (int64_t k = 0; k < columns; k++) {
-            const int64_t code = k ^ w->high_first, to = pairs ? (code & ~7) + in_pairs[code & 7] : code;
-            ordered[i * columns + to] = k < inputs ? x[i * inputs + k] : 0;
-        }
+    for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order of the codes in a word
+        for (int64_t k = 0; k < columns; k++)
+            ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
     for (int64_t i = 0; i < rows * groups; i++) {
         sums[i] = 0;
         for (int64_t k = 0; w->zeros && k < w->group; k++) sums[i] += ordered[i * w->group + k];
     }
+#ifndef __AVX512F__
+    const int pairs = in_bf16(w->table, 16);
+    float *steps = sums + rows * groups;
+    int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole: rows cut so
+    for (int64_t i = 0; i < rows; i++) {
+        float *row = ordered + i * columns;
+        whole[i] = w->zeros && w->group % 32 == 0 && in_bf16(row, columns)
+                   && cut(w, row, limbs + LIMBS * i * columns, steps + i * groups);
+        for (float *eight = row; pairs && !whole[i] && eight < row + columns; eight += 8) {
+            const float given[8] = {eight[0], eight[4], eight[2], eight[6], eight[1], eight[5], eight[3], eight[7]};
+            memcpy(eight, given, sizeof given);
+        }
+    }
+#endif
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = 0; number < w->tiles; number += TILES) {
         const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
 #ifndef __AVX512F__
         if (pairs) {
-            for (int64_t i = 0; i < rows; i += 2) { // so many sums as there are registers
+            for (int64_t i = 0; i < rows; i++) {
                 const float *some = ordered + i * columns, *its = sums + i * groups;
-                if (i + 1 < rows) tile_product_bytes(w, tiles, some, its, y + i * 16 * w->tiles, 2);
-                else tile_product_bytes(w, tiles, some, its, y + i * 16 * w->tiles, 1);
+                float *out = y + i * 16 * w->tiles;
+                if (whole[i]) {
+                    tile_product_whole(w, tiles, (int32_t *)(limbs + LIMBS * i * columns), steps + i * groups, its, out);
+                } else if (i + 1 < rows && !whole[i + 1]) { // so many sums as there are registers
+                    tile_product_bytes(w, tiles, some, its, out, 2);
+                    i++;
+                } else {
+                    tile_product_bytes(w, tiles, some, its, out, 1);
+                }
             }
             continue;
         }

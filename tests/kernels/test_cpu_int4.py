@@ -88,6 +88,24 @@ def test_products_of_bf16(case: tuple, rows: int, library: None) -> None:
 
 
 @needs_compiler
+def test_bf16_of_very_different_sizes(library: None) -> None:
+    """Few large numbers among tiny ones, zeros, the smallest and the largest; and what is not finite stays so."""
+    packed, exact = weight(33, 256, torch.float32, True, 32)
+    x = torch.randn(6, 256).bfloat16()
+    x[0, ::40] *= 4096
+    x[1] *= 2.0 ** torch.randint(-20, 20, (256,))
+    x[2] = 0
+    x[3] *= 2.0**-120
+    x[4] = torch.randn(256).sign() * torch.finfo(torch.bfloat16).max / 2**20
+    largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
+    expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)
+    bounds.assert_within(product(x, packed), expected, bound + torch.finfo(torch.float32).tiny)
+    for value in (math.inf, -math.inf, math.nan):
+        x[5, 7] = value
+        assert not product(x, packed)[5].isfinite().any()
+
+
+@needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: tuple, library: None) -> None:
     """fp32: a rounding of the scale, one of the product. bf16: that, rounded once more."""
