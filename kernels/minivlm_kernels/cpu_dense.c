@@ -63,8 +63,8 @@ static inline __attribute__((always_inline)) void dots(const char *weight, const
 }
 
 #ifdef __AVX512BF16__
-// How many bytes before it is read a piece of the weight is asked for. Measured on an EPYC of AVX512_BF16, rows of 8 kB:
-// 384 to 512 give a tenth more than none on one core, 5 % on two; from 640 on less than none.
+// Prefetch distance in bytes. Measured on an EPYC with AVX512_BF16, rows of 8 kB: 384 to 512 are a tenth faster than
+// without prefetching on one core, 5 % on two; from 640 on it is slower than without.
 enum { AHEAD = 512 };
 
 // `lines` rows of a bf16 weight times `count` rows of x, one of them 1, in bf16 as they are: an instruction adds the

@@ -13,8 +13,8 @@ enum { LANES = 16 };
 enum { LANES = 8 };
 #endif
 enum { PARTS = 16 / LANES };
-enum { AHEAD = 1024 }; // bytes before they are read codes are asked for: a processor's own prefetching ends with a page
-enum { LIMBS = 3 };    // pieces of seven bits into which a number of x is cut, see `cut`
+enum { AHEAD = 1024 }; // prefetch distance in bytes: hardware prefetching stops at the end of a page
+enum { LIMBS = 3 };    // pieces of seven bits into which `cut` splits a number of x
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
@@ -258,11 +258,11 @@ static int in_bf16(const float *numbers, int64_t count) {
     return !others;
 }
 
-// The same for codes that are whole numbers and x in bf16, in integers: x is cut into LIMBS of seven bits, and an
-// instruction adds the products of 32 codes and limbs in pairs. A lane is one output, its sums are 16 bits wide for up to
-// SHORT inputs (2 · 15 · 64 for each eight), then 32.
-// limbs: for every eight inputs, those of even and of odd numbers, first the highest limbs.
-// steps: what a unit of the lowest limb is worth, by groups.  sums: of x.
+// The same in integers, for codes that are whole numbers and x in bf16, split into LIMBS of seven bits: one instruction
+// multiplies 32 codes with limbs and adds the products in pairs. A lane is one output; its sums have 16 bits for up to
+// SHORT inputs (eight of them add 2 · 2 · 15 · 64 = 3,840 at most), then 32.
+// limbs: for every eight inputs, four of even and four of odd numbers, the highest limbs first.
+// steps (groups): the value of the lowest bit.  sums (groups): of x.
 enum { SHORT = 64 };
 
 INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t *limbs, const float *steps,
@@ -314,8 +314,9 @@ INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t 
     for (int half = 0; half < 2; half++) *(floats *)(y + tile->number * 16 + 8 * half) = total[half];
 }
 
-// A row as whole multiples of a power of two, one for each group, so that the largest number has 7 · LIMBS - 1 bits: of bf16
-// numbers, those down to 2^-12 of it are exact. Returns whether what is lost of the row is below fp32's rounding of it.
+// A row as whole multiples of a power of two, one power for each group, so that the group's largest number has
+// 7 · LIMBS - 1 bits; bf16 numbers down to 2^-12 of it are exact. Returns whether the rest of the row loses less than
+// fp32's rounding of the row (2^-24 of its norm).
 static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps) {
     double lost = 0, whole = 0; // sums of squares
     for (int64_t g = 0; g < w->columns / w->group; g++) {
