@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from minivlm import auto
-from minivlm.app import terminal
 from minivlm.app.answer import encoded
+from minivlm.app.terminal import columns, memory
 from minivlm.checkpoint import hub, loading
 from minivlm.checkpoint.checking import check_weights
 from minivlm.modules.config import text_config, vocabulary
@@ -177,7 +177,7 @@ def table(found: dict[str, Any]) -> str:
         sizes = ", ".join(f"{SIZES[name]} {value}" for name, value in part["sizes"].items())
         held = (memory(part["bytes"][dtype]) for dtype in BYTES)
         rows.append((part["part"], part["class"], f"{part['parameters']:,}", *held, sizes))
-    lines = terminal.columns(rows, right=(2, 3, 4))
+    lines = columns(rows, right=(2, 3, 4))
     tokens, cache = found["tokens_per_image"], found["cache_bytes_per_token"]
     quantised = [
         f"{entry['format']}: {entry['parameters']:,} parameters, {entry['bytes_per_parameter']:.3f} byte each; "
@@ -209,12 +209,3 @@ def _image_lines(found: dict[str, Any]) -> Iterator[str]:
         )
     if "sight" in found:
         yield f"it looks at them: on plain grey, the next token's distribution is {found['sight']:.2g} nats away"
-
-
-def memory(size: float) -> str:
-    """Bytes in the largest unit that leaves at least 1: 1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.2f} GiB"

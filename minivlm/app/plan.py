@@ -6,7 +6,8 @@ Counted on a meta-device model that `devices.parallel` has cut for each rank: th
 from typing import Any
 
 from minivlm import auto
-from minivlm.app.inspection import known_config, memory
+from minivlm.app.inspection import known_config
+from minivlm.app.terminal import memory
 from minivlm.devices import parallel
 from minivlm.modules.config import text_config
 from minivlm.quantization import apply

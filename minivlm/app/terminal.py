@@ -61,7 +61,6 @@ def tell(text: str) -> None:
 def took(answer: Any, device: Any) -> None:
     """Print what an answer took (`--verbose`)."""
     from minivlm.app.answer import peak_memory
-    from minivlm.app.inspection import memory
 
     cached = f" ({answer.cached_tokens:,} of them kept)" if answer.cached_tokens else ""
     peak = peak_memory(device)
@@ -81,6 +80,15 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
         cells = [cell.rjust(width) if number in right else cell.ljust(width) for number, (cell, width) in sized]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def memory(size: float) -> str:
+    """Bytes in the largest unit that leaves at least 1: 1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.2f} GiB"
 
 
 def one_line(text: Exception | str) -> str:

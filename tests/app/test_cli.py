@@ -16,7 +16,7 @@ from minivlm_kernels import selfcheck
 from PIL import Image
 
 import minivlm
-from minivlm.app import cli, inspection, options, terminal
+from minivlm.app import cli, options, terminal
 from minivlm.app.chat import incremental_text
 from minivlm.app.verbs import inspect as inspect_verb
 from minivlm.auto import PRESETS
@@ -417,7 +417,7 @@ def test_inspect_refuses_in_one_line(tmp_path, capsys):
 
 
 def test_memory_is_printed_in_readable_units():
-    assert [inspection.memory(size) for size in (12, 1536, 5 * 2**20, 3 * 2**30)] == [
+    assert [terminal.memory(size) for size in (12, 1536, 5 * 2**20, 3 * 2**30)] == [
         "12 B",
         "1.5 KiB",
         "5 MiB",

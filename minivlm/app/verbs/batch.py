@@ -99,10 +99,9 @@ def _tell_bad(bad: dict[int, str]) -> None:
 
 def _tell_speed(summary: Any, device: str) -> None:
     from minivlm.app.answer import peak_memory
-    from minivlm.app.inspection import memory
 
     first = sorted(summary.first_tokens)
     middle = f", first token after {first[len(first) // 2]:.2f} s (median batch)" if first else ""
     peak = peak_memory(device)
-    held = "" if peak is None else f", peak memory {memory(peak)}"
+    held = "" if peak is None else f", peak memory {terminal.memory(peak)}"
     terminal.note(f"{summary.tokens:,} new tokens in {summary.seconds:.1f} s{middle}{held}")

@@ -118,7 +118,6 @@ def _show(model: Any, processor: Any, rows: list[Any], sizes: list[Any], argumen
     """The first rows with learned tokens in brackets, what is trained, and the estimated memory."""
     import torch
 
-    from minivlm.app.inspection import memory as readable
     from minivlm.training import data, memory
 
     for row in rows[:3]:
@@ -139,8 +138,8 @@ def _show(model: Any, processor: Any, rows: list[Any], sizes: list[Any], argumen
         optimiser_bytes=2 if "8bit" in arguments.optimizer else 8,
         checkpointing=arguments.checkpointing,
     )
-    parts = ", ".join(f"{part} {readable(size)}" for part, size in vars(found).items() if size)
-    print(f"memory, estimated: {readable(found.total)} ({parts}), and a few hundred MiB of libraries")
+    parts = ", ".join(f"{part} {terminal.memory(size)}" for part, size in vars(found).items() if size)
+    print(f"memory, estimated: {terminal.memory(found.total)} ({parts}), and a few hundred MiB of libraries")
 
 
 def _trained(model: Any) -> str:
@@ -234,7 +233,6 @@ def _train(
     import torch
     from tqdm import tqdm
 
-    from minivlm.app.inspection import memory as readable
     from minivlm.training import loop
 
     device, dtype = options.device_and_dtype(
@@ -252,7 +250,7 @@ def _train(
     total = recipe.steps or None
     for step in tqdm(steps, total=total, unit="step", disable=True if rank else None):
         if rank == 0:
-            speed, held = f"{step.tokens_per_second:.0f} tokens/s", readable(step.memory)
+            speed, held = f"{step.tokens_per_second:.0f} tokens/s", terminal.memory(step.memory)
             line = f"step {step.number}: loss {step.loss:.4f}, lr {step.lr:.2e}, norm {step.norm:.2f}, {speed}, {held}"
             line += "" if step.eval_loss is None else f", eval loss {step.eval_loss:.4f}"
             tqdm.write(line)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minivlm.app import options
+from minivlm.app import options, terminal
 from minivlm.app.options import DEFAULT_MODEL, UsageError
 
 EXAMPLES = """\
@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Print a report for each dtype, or store a recording. Return whether something diverges."""
-    from minivlm.app.inspection import memory
     from minivlm.parity import Question, Recording, against, check_plot, compare, drawn_image, plot, record
     from minivlm.processing.images import load_image
 
@@ -72,7 +71,7 @@ def run(arguments: argparse.Namespace) -> bool:
         a = _side(arguments, arguments.a, dtype, arguments.reference)
         if arguments.record:
             stored = record(a, arguments.record, question, other_dtype=b.dtype, **shared, progress=progress)
-            print(f"{arguments.record}: {memory(arguments.record.stat().st_size)}, {stored.metadata['side']}")
+            print(f"{arguments.record}: {terminal.memory(arguments.record.stat().st_size)}, {stored.metadata['side']}")
             return False
         reports[dtype] = compare(a, b, question, **shared, ops=arguments.ops, progress=progress)
     if arguments.plot:

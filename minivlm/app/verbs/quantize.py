@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from minivlm.app import options
+from minivlm.app import options, terminal
 
 EXAMPLES = """\
 minivlm quantize HuggingFaceM4/idefics2-8b idefics2-nf4
@@ -35,7 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText
-    from minivlm.app.inspection import memory
     from minivlm.checkpoint import hub
     from minivlm.checkpoint.files import saving
     from minivlm.quantization import apply
@@ -58,4 +57,4 @@ def _quantize(arguments: argparse.Namespace) -> None:
     layers = apply.layers(model).values()
     count = sum(layer.in_features * layer.out_features for layer in layers)
     size = sum(config.format.nbytes(layer.shape) for layer in layers)
-    print(f"{out}: {count:,} parameters as {config.format}, {size / count:.3f} byte each, {memory(size)}")
+    print(f"{out}: {count:,} parameters as {config.format}, {size / count:.3f} byte each, {terminal.memory(size)}")
