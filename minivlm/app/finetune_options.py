@@ -1,6 +1,7 @@
-"""The options of `minivlm finetune`, in four groups, and what they say of the steps and the adapter."""
+"""The options of `minivlm finetune`, in four groups, and the training and adapter settings made of them."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +67,12 @@ def add_step_options(group: Any) -> None:
 
 
 def recipe(arguments: argparse.Namespace) -> Any:
-    """ValueError for a number that no training can have."""
+    """The settings of the training: options have the names of its fields. ValueError for impossible numbers."""
     from minivlm.training.recipe import Recipe
 
-    return Recipe(
-        batch=arguments.batch,
-        accumulate=arguments.accumulate,
-        epochs=arguments.epochs,
-        steps=arguments.steps,
-        lr=arguments.lr,
-        schedule=arguments.schedule,
-        warmup=arguments.warmup,
-        decay=arguments.decay,
-        clip=arguments.clip,
-        optimizer=arguments.optimizer,
-        seed=arguments.seed,
-        checkpointing=arguments.checkpointing,
-        workers=arguments.workers,
-        eval_every=arguments.eval_every,
-        save_every=arguments.save_every,
-        cache_bytes=arguments.cache_features * 2**30,
-    )
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return Recipe(**given, cache_bytes=arguments.cache_features * 2**30)
 
 
 def adapter(arguments: argparse.Namespace) -> Any:

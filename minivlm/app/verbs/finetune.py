@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="show rows, what is trained and its memory; load nothing"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT")
+    parser.set_defaults(adapter=None)  # the verbs that share `options` with this one can load one
     finetune_options.add_model_options(parser.add_argument_group("the model"))
     finetune_options.add_adapter_options(parser.add_argument_group("what is trained"))
     finetune_options.add_data_options(parser.add_argument_group("the data"))
@@ -36,12 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check the rows, load the model, train, and print one line a step."""
-    name = options.model_name(argparse.Namespace(model=arguments.model, adapter=None))
+    name = options.model_name(arguments)
     if arguments.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not arguments.dry_run:
         raise options.UsageError("--fsdp cuts the model among processes; start them by torchrun --nproc-per-node N")
     if arguments.fsdp and (arguments.load or arguments.train or arguments.dora):
         raise options.UsageError("--fsdp goes with neither --load, --train nor --dora; without it, weights are copied")
 
+    from minivlm import auto
+    from minivlm.app import lock
+    from minivlm.checkpoint import hub
     from minivlm.training import folder
     from minivlm.training.rows import read_rows
 
@@ -51,20 +55,25 @@ def run(arguments: argparse.Namespace) -> None:
     processor = _processor(name, arguments)
     rows = read_rows(arguments.data, arguments.image_folder)
     held_out = read_rows(arguments.eval, arguments.image_folder) if arguments.eval else None
-    model = _skeleton(name, adapter, arguments)
+    model = auto.skeleton(auto.config_of(name))
+    quantised = arguments.load or hub.source(name).json("config.json").get("quantization_config")
+    if arguments.method == "full" and quantised:
+        raise options.UsageError("quantised weights are not trained; leave --load out, or use --method lora")
+    _choose(model, adapter)
     rows, sizes = _checked(processor, rows, model, arguments)
     if held_out is not None:
         held_out, _ = _checked(processor, held_out, model, arguments)
     if arguments.dry_run:
         _show(model, processor, rows, sizes, arguments)
         return
-    with _processes() as (rank, device), _alone(arguments.out, rank):
-        _train(name, processor, rows, held_out, recipe, adapter, arguments, rank, device, model.config.dtype)
+    with _processes() as (rank, device):
+        alone = lock.held(lock.beside(arguments.out)) if rank == 0 else nullcontext()
+        with alone:  # no other run trains into the same folder
+            _train(name, processor, rows, held_out, recipe, adapter, arguments, rank, device, model.config.dtype)
 
 
 def _processor(name: str, arguments: argparse.Namespace) -> Any:
-    wanted = argparse.Namespace(chat_template=arguments.chat_template, no_split=arguments.no_split, adapter=None)
-    processor = options.load_processor(name, wanted)
+    processor = options.load_processor(name, arguments)
     if arguments.longest_edge:
         images = processor.image_processor
         if "longest_edge" not in (getattr(images, "size", None) or {}):
@@ -72,21 +81,6 @@ def _processor(name: str, arguments: argparse.Namespace) -> Any:
         shortest = min(images.size["shortest_edge"], arguments.longest_edge)
         images.size = {"longest_edge": arguments.longest_edge, "shortest_edge": shortest}
     return processor
-
-
-def _skeleton(name: str, adapter: Any, arguments: argparse.Namespace) -> Any:
-    """The model without weights, with what will be trained."""
-    from minivlm import auto
-    from minivlm.checkpoint import hub, loading
-
-    files = hub.source(name)
-    model_class = auto.family(files.json("config.json").get("model_type"), name).model_class
-    with loading.shapes_only():
-        model = model_class(loading.read_config(files, model_class.config_class))
-    if arguments.method == "full" and (arguments.load or files.json("config.json").get("quantization_config")):
-        raise options.UsageError("quantised weights are not trained; leave --load out, or use --method lora")
-    _choose(model, adapter)
-    return model
 
 
 def _choose(model: Any, adapter: Any) -> None:
@@ -171,18 +165,6 @@ def _processes() -> Any:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _alone(out: Path, rank: int) -> Any:
-    """In this block no other run trains into the same folder. ValueError if one does."""
-    if rank != 0:
-        yield
-        return
-    from minivlm.app import lock
-
-    with lock.held(lock.beside(out)):
-        yield
-
-
 def _loaded(name: str, arguments: argparse.Namespace, device: str, dtype: str | None) -> Any:
     from minivlm import AutoModelForImageTextToText
 
@@ -201,15 +183,14 @@ def _cut(name: str, arguments: argparse.Namespace, dtype: str | None) -> Any:
     import torch
 
     from minivlm import auto
-    from minivlm.checkpoint import hub, loading
+    from minivlm.checkpoint import loading
     from minivlm.training import fsdp
 
-    stored = hub.source(name).json("config.json")
-    model_class = auto.family(stored.get("model_type"), name).model_class
-    compute = loading.wanted_dtype(dtype, stored.get("dtype") or stored.get("torch_dtype")) or torch.float32
+    config = auto.config_of(name)
+    compute = loading.wanted_dtype(dtype, config.dtype) or torch.float32
     full = arguments.method == "full"
     return fsdp.from_pretrained(
-        model_class,
+        auto.family(config.model_type).model_class,
         name,
         dtype=torch.float32 if full else compute,
         compute_dtype=compute,
@@ -235,9 +216,8 @@ def _train(
 
     from minivlm.training import loop
 
-    device, dtype = options.device_and_dtype(
-        argparse.Namespace(**{**vars(arguments), "device": device or arguments.device})
-    )
+    arguments.device = device or arguments.device
+    device, dtype = options.device_and_dtype(arguments)
     if dtype is None and stored == "float16":
         dtype = "bfloat16"
         terminal.note("the weights are stored in float16, which loses small gradients; training in bfloat16")
@@ -247,8 +227,7 @@ def _train(
     if rank == 0:
         terminal.note(_trained(model))
     steps = loop.finetune(model, processor, rows, recipe, arguments.out, eval_rows=held_out, resume=arguments.resume)
-    total = recipe.steps or None
-    for step in tqdm(steps, total=total, unit="step", disable=True if rank else None):
+    for step in tqdm(steps, total=recipe.steps, unit="step", disable=True if rank else None):
         if rank == 0:
             speed, held = f"{step.tokens_per_second:.0f} tokens/s", terminal.memory(step.memory)
             line = f"step {step.number}: loss {step.loss:.4f}, lr {step.lr:.2e}, norm {step.norm:.2f}, {speed}, {held}"
