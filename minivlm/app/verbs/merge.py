@@ -26,32 +26,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load both, merge, write the weights and the processor."""
-    from minivlm.app import lock
-
-    with lock.new_folder(arguments.out):
-        _merge(arguments)
-
-
-def _merge(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText, AutoProcessor
+    from minivlm.app import lock
     from minivlm.checkpoint.files import saving
     from minivlm.training import lora
 
     out = arguments.out
     options.check_name(arguments.model)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    model = AutoModelForImageTextToText.from_pretrained(
-        arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, fast_cpu=False
-    )
-    layers = sum(isinstance(module, lora.ADAPTED) for module in model.modules())
-    lost = None
-    if arguments.format is not None:
-        lost = lora.merge_quantised(model, options.quantization(arguments.format))
-    else:
-        lora.merge(model)
-    with saving():
-        model.save_pretrained(out)
-        processor.save_pretrained(out)
+    with lock.new_folder(out):
+        model = AutoModelForImageTextToText.from_pretrained(
+            arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, fast_cpu=False
+        )
+        layers = sum(isinstance(module, lora.ADAPTED) for module in model.modules())
+        lost = None
+        if arguments.format is not None:
+            lost = lora.merge_quantised(model, options.quantization(arguments.format))
+        else:
+            lora.merge(model)
+        with saving():
+            model.save_pretrained(out)
+            processor.save_pretrained(out)
     print(f"{out}: {layers} layers changed, {model.dtype}".replace("torch.", ""))
     if lost is not None:
         print(f"rounding to {arguments.format} has cost {lost:.0%} of the change that the adapter makes")

@@ -27,14 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantise while loading, write the weights, and copy what belongs to them."""
-    from minivlm.app import lock
-
-    with lock.new_folder(arguments.out):
-        _quantize(arguments)
-
-
-def _quantize(arguments: argparse.Namespace) -> None:
     from minivlm import AutoModelForImageTextToText
+    from minivlm.app import lock
     from minivlm.checkpoint import hub
     from minivlm.checkpoint.files import saving
     from minivlm.quantization import apply
@@ -45,15 +39,16 @@ def _quantize(arguments: argparse.Namespace) -> None:
     files = hub.source(arguments.model)
     if files.json("config.json").get("quantization_config") is not None:
         raise ValueError(f"{arguments.model} is quantised already; start from the original")
-    model = AutoModelForImageTextToText.from_pretrained(
-        arguments.model, quantization_config=config, dtype=arguments.dtype
-    )
-    with saving() as save:
-        model.save_pretrained(out)
-        for name in hub.BESIDE_THE_WEIGHTS:
-            path = files.file(name, required=False)
-            if path is not None:
-                shutil.copyfile(path, save.file(out / name))
+    with lock.new_folder(out):
+        model = AutoModelForImageTextToText.from_pretrained(
+            arguments.model, quantization_config=config, dtype=arguments.dtype
+        )
+        with saving() as save:
+            model.save_pretrained(out)
+            for name in hub.BESIDE_THE_WEIGHTS:
+                path = files.file(name, required=False)
+                if path is not None:
+                    shutil.copyfile(path, save.file(out / name))
     layers = apply.layers(model).values()
     count = sum(layer.in_features * layer.out_features for layer in layers)
     size = sum(config.format.nbytes(layer.shape) for layer in layers)
