@@ -72,10 +72,14 @@ def gather(
 
     images: PIL, RGB.  layers: whose heads are kept one by one; None = as many, evenly spaced, as fit in `room` bytes;
     of other layers only the mean over heads is kept.
-    settings: of `generate`.  Raises ValueError for a prompt without an image, and what `generate` raises.
+    settings: of `generate`.  Raises ValueError for a prompt without an image and for unknown layers, and what
+    `generate` raises.
     """
     if not images:
         raise ValueError("there is nothing to explain without an image")
+    last = model.decoder.config.num_hidden_layers - 1
+    if layers is not None and not all(0 <= number <= last for number in layers):
+        raise ValueError(f"layers are numbered from 0 to {last} here, found {layers}")
     inputs = dict(encoded(processor, [make_message("user", question, images)]).to(model.device))
     start = time.perf_counter()
     ids = model.generate(**inputs, **settings)
@@ -110,17 +114,6 @@ def page(found: dict[str, Any]) -> str:
     title = html.escape(f"{found['question']} - {found['model']['name']}")
     head, between, end = re.split(r"{{title}}|{{data}}", template)
     return f"{head}{title}{between}{data}{end}"  # the question may contain such marks itself
-
-
-def layers_of(model: Any, text: str | None) -> list[int] | None:
-    """The numbers of `--layers`. ValueError for anything else."""
-    count = model.decoder.config.num_hidden_layers
-    if text is None:
-        return None
-    numbers = [int(each) if each.isdecimal() else -1 for each in text.split(",")]
-    if not all(0 <= number < count for number in numbers):
-        raise ValueError(f"--layers takes numbers from 0 to {count - 1} such as 0,{count - 1}, found {text!r}")
-    return numbers
 
 
 def _fitting(model: Any, positions: int, tokens: int, room: int) -> list[int]:

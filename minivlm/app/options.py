@@ -1,9 +1,9 @@
 """Options that several verbs share, and the processor, model and settings that they describe."""
 
 import argparse
-import difflib
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,16 +95,15 @@ def checked_question(question: str) -> str:
 
 def check_name(name: str) -> None:
     """ValueError with a suggestion for a name without a slash that is neither a folder nor built in."""
-    from minivlm.auto import PRESETS
     from minivlm.checkpoint import hub
 
     built_in = hub.built_in()
     if not name or "/" in name or os.sep in name or name in built_in or Path(name).expanduser().exists():
         return
-    ends = {release.rpartition("/")[2]: release for release in PRESETS}
-    close = difflib.get_close_matches(name, [*ends, *built_in], n=1)
-    meant = f"did you mean {ends.get(close[0], close[0])}?" if close else "a Hub id has the form owner/name"
-    raise ValueError(f"there is no folder {name} and no built-in model of that name ({', '.join(built_in)}); {meant}")
+    raise ValueError(
+        f"there is no folder {name} and no built-in model of that name ({', '.join(built_in)}). "
+        f"{hub.suggestion(name) or 'A Hub id has the form owner/name'}"
+    )
 
 
 def load_processor(name: str, arguments: argparse.Namespace) -> Any:
@@ -260,6 +259,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
+
+
+def layer_numbers(text: str | None) -> list[int] | None:
+    """The numbers of `--layers`, None without; ValueError for anything but numbers with commas."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"--layers takes numbers such as 0,1,31, found {text!r}")
+    return [int(number) for number in text.split(",")]
 
 
 def generation_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def plan(name: str, gpus: int, dtype: str, quantization: Any, context: int, rows
     weights = [_weights(config, rank, gpus, dtype, quantization, block) for rank in range(gpus)]
     text = text_config(config)
     heads = max(1, text.num_key_value_heads // gpus)
-    cache = 2 * text.num_hidden_layers * heads * text.head_dim * SIZES[dtype if dtype != "auto" else "bfloat16"]
+    cache = 2 * text.num_hidden_layers * heads * text.head_dim * SIZES[dtype]
     cache *= context * rows
     worst = max(total for total, _ in weights)
     sums = sum(1 for _ in parallel.connected(auto.skeleton(config))) + 1  # two a block, and one gathers the logits

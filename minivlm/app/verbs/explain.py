@@ -32,13 +32,13 @@ def run(arguments: argparse.Namespace) -> None:
     question = options.checked_question(question)
     if not arguments.out.absolute().parent.is_dir() or arguments.out.is_dir():
         raise OSError(f"{arguments.out} cannot be written: name a file in a folder that exists")
+    layers = options.layer_numbers(arguments.layers)
     session = options.prepared(arguments, names)
 
     from minivlm.app import explain, figures
     from minivlm.checkpoint.files import replacing
 
     model, processor, images = session.model(), session.processor, session.images
-    layers = explain.layers_of(model, arguments.layers)
     found = explain.gather(model, processor, images, question, layers=layers, max_new_tokens=arguments.max_new_tokens)
     found["model"]["name"] = session.name
     text = explain.page(found)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace) -> bool:
         check_plot(arguments.plot)
     images = [load_image(image) for image in arguments.image] if arguments.image else [drawn_image()]
     question = Question(tuple(images)) if arguments.prompt is None else Question(tuple(images), arguments.prompt)
-    shared = {"layers": _numbers(arguments.layers), "inside": arguments.inside, "tokens": arguments.tokens}
+    shared = {"layers": options.layer_numbers(arguments.layers), "inside": arguments.inside, "tokens": arguments.tokens}
     progress = sys.stderr.isatty()
     recording = Recording(arguments.against) if arguments.against else None
     reports = {}
@@ -92,14 +91,6 @@ def _check(arguments: argparse.Namespace, dtypes: list[str]) -> None:
             raise UsageError(
                 f"--{name} and --against: a recording is of one side, these layers and tokens; record anew"
             )
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"--layers takes numbers such as 0,1,31, found {text!r}")
-    return [int(number) for number in text.split(",")]
 
 
 def _side(arguments: argparse.Namespace, settings: list[str], dtype: str, code: str) -> Any:
