@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "minivlm",  # its version
         "minivlm.auto",
         "minivlm.checkpoint",
+        "minivlm.devices",
         "minivlm.families",
         "minivlm.generation",
         "minivlm.inside",

@@ -1,7 +1,5 @@
 """From a conversation to the model's inputs, and one answer with its finish reason, token counts and times."""
 
-import contextlib
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -64,18 +62,6 @@ def setting_of(model: Any, settings: dict[str, Any], name: str) -> Any:
     configs = (settings.get("generation_config"), model.generation_config)
     found = [settings.get(name), *(getattr(config, name, None) for config in configs)]
     return next((value for value in found if value is not None), None)
-
-
-def peak_memory(device: Any) -> int | None:
-    """The most bytes in use so far: torch's on a GPU, else the process's; None if the system does not report it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):  # Windows has no `resource`
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-    return None
 
 
 class Clock:

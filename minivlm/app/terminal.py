@@ -60,14 +60,14 @@ def tell(text: str) -> None:
 
 def took(answer: Any, device: Any) -> None:
     """Print what an answer took (`--verbose`)."""
-    from minivlm.app.answer import peak_memory
+    from minivlm.devices.memory import peak
 
     cached = f" ({answer.cached_tokens:,} of them kept)" if answer.cached_tokens else ""
-    peak = peak_memory(device)
+    most = peak(device)
     note(
         f"{answer.prompt_tokens:,} prompt tokens{cached}, first token after {answer.first_token:.2f} s; "
         f"{answer.new_tokens:,} new tokens, {answer.tokens_per_second:.1f} tokens/s; {answer.finish_reason}"
-        + ("" if peak is None else f"; peak memory {memory(peak)}")
+        + ("" if most is None else f"; peak memory {memory(most)}")
     )
 
 

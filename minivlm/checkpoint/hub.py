@@ -241,7 +241,8 @@ def suggestion(name: str) -> str:
 
     known = [*built_in(), *(released for family in FAMILIES.values() for released in family.released)]
     by_end = {checkpoint.rpartition("/")[2].lower(): checkpoint for checkpoint in known}
-    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_end, n=2, cutoff=0.8)
+    own = name.rpartition("/")[2].lower()
+    close = [own] if own in by_end else difflib.get_close_matches(own, by_end, n=2, cutoff=0.8)
     found = [by_end[end] for end in close if by_end[end] != name]
     return f"Did you mean {' or '.join(found)}?" if found else ""
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minivlm.devices import memory
 from minivlm.modules.attention import Mask
 from minivlm.modules.cache import KVCache
 
@@ -152,8 +153,8 @@ def budgets(max_memory: dict | None) -> dict[torch.device, int]:
         room = {one_device(f"cuda:{key}" if isinstance(key, int) else key): _bytes(v) for key, v in max_memory.items()}
     else:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        room = {torch.device("cuda", k): int(SPARE * torch.cuda.mem_get_info(k)[0]) for k in range(count)}
-        room[CPU] = int(SPARE * _free_memory())
+        devices = [*(torch.device("cuda", number) for number in range(count)), CPU]
+        room = {device: int(SPARE * (memory.free(device) or 0)) for device in devices}
     return dict(sorted(room.items(), key=lambda item: (item[0] == CPU, item[0].index or 0)))
 
 
@@ -162,15 +163,6 @@ def _bytes(size: int | str) -> int:
     if not found:
         raise ValueError(f'a size in max_memory is a number of bytes or a string such as "20GiB", found {size!r:.80}')
     return int(float(found[1]) * UNITS[found[2] or "B"])
-
-
-def _free_memory() -> int:
-    """Free bytes of main memory where the system reports them, else 0."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
 
 
 def _check_names(model: nn.Module, device_map: dict) -> None:

@@ -12,7 +12,6 @@ import copy
 import functools
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 import minivlm
 from minivlm import auto
 from minivlm.checkpoint import hub, loading
+from minivlm.devices import memory
 from minivlm.families import Stage
 from minivlm.inside.hooks import code_of, hooked, path_of
 from minivlm.modules.attention import check_implementation
@@ -188,18 +188,12 @@ def foresee(side: Side) -> None:
         )
 
 
-def available(device: str | None) -> float | None:
+def available(device: str | None) -> int | None:
     """Free bytes of a device; None where the system does not report them. ValueError if there is no such device."""
-    if loading.wanted_device(device).type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} does not exist: torch {torch.__version__} finds no GPU; pass cpu")
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return None
+    wanted = loading.wanted_device(device)
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} does not exist: torch {torch.__version__} finds no GPU; pass cpu")
+    return memory.free(wanted)
 
 
 def backend(model: nn.Module) -> str | None:

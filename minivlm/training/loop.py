@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.checkpoint.files import saving
+from minivlm.devices.memory import peak
 from minivlm.training import data, folder, memory
 from minivlm.training.folder import STATE
 from minivlm.training.loss import token_loss
@@ -195,7 +196,7 @@ class _Run:
             norm=norm,
             seconds=round(seconds, 4),
             tokens_per_second=round(tokens / seconds, 1),
-            memory=memory.peak(self.model.device),
+            memory=peak(self.model.device) or 0,
         )
 
     def _named(self, indices: list[int]) -> str:

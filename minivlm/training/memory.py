@@ -11,8 +11,6 @@ B batch, T tokens, P patches, C hidden width, F MLP width, H and K query and key
 import contextlib
 import hashlib
 import itertools
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -180,13 +178,6 @@ class _Cached:
 def _row(value: Any, number: int, pixels: Tensor) -> Any:
     per_image = isinstance(value, Tensor) and value.ndim and len(value) == len(pixels)
     return value[number : number + 1] if per_image else value
-
-
-def peak(device: torch.device) -> int:
-    """The most bytes that this process has had: of the GPU, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- An estimate

@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings = options.generation_settings(arguments)
     session = options.prepared(arguments, names)
 
-    from minivlm.app.answer import peak_memory
     from minivlm.app.chat import Chat
+    from minivlm.devices.memory import peak
 
     chat = Chat(session.model(), session.processor, system=arguments.system, **settings)
     if not arguments.json:
@@ -44,5 +44,5 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         found["first_token_seconds"] = round(last.first_token, 3)
         found["tokens_per_second"] = round(last.tokens_per_second, 2)
-        found["peak_memory_bytes"] = peak_memory(session.device)
+        found["peak_memory_bytes"] = peak(session.device)
     print(json.dumps(found))

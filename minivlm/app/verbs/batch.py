@@ -98,10 +98,10 @@ def _tell_bad(bad: dict[int, str]) -> None:
 
 
 def _tell_speed(summary: Any, device: str) -> None:
-    from minivlm.app.answer import peak_memory
+    from minivlm.devices.memory import peak
 
     first = sorted(summary.first_tokens)
     middle = f", first token after {first[len(first) // 2]:.2f} s (median batch)" if first else ""
-    peak = peak_memory(device)
-    held = "" if peak is None else f", peak memory {terminal.memory(peak)}"
+    most = peak(device)
+    held = "" if most is None else f", peak memory {terminal.memory(most)}"
     terminal.note(f"{summary.tokens:,} new tokens in {summary.seconds:.1f} s{middle}{held}")
