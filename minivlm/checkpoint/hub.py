@@ -236,15 +236,14 @@ def _is_reachable() -> bool:
 
 
 def suggestion(name: str) -> str:
-    """A sentence that names the checkpoints that may have been meant by `name`; empty if none is close."""
+    """A sentence that names the checkpoint that may have been meant by `name`; empty if none is close."""
     from minivlm.families import FAMILIES
 
     known = [*built_in(), *(released for family in FAMILIES.values() for released in family.released)]
     by_end = {checkpoint.rpartition("/")[2].lower(): checkpoint for checkpoint in known}
-    own = name.rpartition("/")[2].lower()
-    close = [own] if own in by_end else difflib.get_close_matches(own, by_end, n=2, cutoff=0.8)
-    found = [by_end[end] for end in close if by_end[end] != name]
-    return f"Did you mean {' or '.join(found)}?" if found else ""
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_end, n=1, cutoff=0.8)
+    found = by_end[close[0]] if close else name
+    return "" if found == name else f"Did you mean {found}?"
 
 
 def source(
