@@ -216,8 +216,11 @@ def read_decoder(values: dict[str, Any]) -> DecoderConfig:
     known = {**positions, **DECODERS[kind], **values}
     config = from_hub(DecoderConfig, {**known, "model_type": kind, **read_rope(known)})
     layers = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
-    if kind == "qwen2" and values.get("layer_types") not in (None, layers):
-        raise ValueError("layer_types should follow from use_sliding_window and max_window_layers; leave it out")
+    if kind != "llama" and (given := values.get("layer_types")) not in (None, layers):
+        raise ValueError(
+            f"text_config.layer_types should follow from sliding_window and max_window_layers, found {given!r:.80}; "
+            "leave it out"
+        )
     return config
 
 

@@ -86,15 +86,12 @@ def _of_part(where: str, values: dict[str, Any], config: Any, others: list[Any])
     _check_rope(where, values)
     kept = {}
     for name, value in values.items():
-        if name in known or name in READ.split() or value in (None, False, [], {}):
+        if name in known or name in READ.split() or name in HARMLESS or value in (None, False, [], {}):
             continue
-        same = [part for part in others if name in fields_of(part)]
-        if name in HARMLESS:
-            continue
-        if same:
+        if name == "layer_types" and hasattr(config, "windows"):
+            continue  # checked by `config_file.read_decoder`
+        if same := [part for part in others if name in fields_of(part)]:
             _check_same(where + name, value, [getattr(part, name) for part in same])
-        elif name == "layer_types" and hasattr(config, "windows"):
-            _check_layers(where + name, value, config)
         elif close := difflib.get_close_matches(name, everything, n=1, cutoff=0.85):
             raise ValueError(f"{where}{name} is no known entry; did you mean {close[0]}? Rename or remove it")
         elif CHANGES.search(name):
@@ -114,12 +111,6 @@ def _check_same(where: str, value: Any, used: list[Any]) -> None:
             f"{where} is {value!r:.80}, but it is not read there, and the model uses {used[0]!r:.80}; move it to its "
             "part of config.json, or remove it"
         )
-
-
-def _check_layers(where: str, value: Any, config: Any) -> None:
-    expected = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
-    if value != expected and config.model_type != "llama":
-        raise ValueError(f"{where} should follow from sliding_window and max_window_layers here; found {value!r:.80}")
 
 
 def _check_rope(where: str, values: dict[str, Any]) -> None:
