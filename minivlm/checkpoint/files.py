@@ -66,7 +66,7 @@ class Save:
         if self.failed:
             raise OSError("a part of it could not be written")
         for temporary in self.written.values():
-            _flush(temporary)
+            journal.flush(temporary)
         removed = sorted(set(self.removed) - self.written.keys())
         for folder in {path.parent for path in [*self.written, *removed]}:
             journal.finish(folder)
@@ -164,13 +164,6 @@ def write_json(path: Path, value: dict[str, Any], sort_keys: bool = False) -> No
         save.json(path, value, sort_keys)
 
 
-def read_configs(source: hub.Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The image processor's settings and the processor's own. transformers 5 writes the first into the second."""
-    config = source.json("processor_config.json", required=False) or {}
-    nested = config.get("image_processor")
-    return nested if isinstance(nested, dict) else source.json("preprocessor_config.json"), config
-
-
 def _undo(kept: Iterable[tuple[Path, Path | None]], journals: Iterable[Path]) -> None:
     """Put the old files back, then remove the journals."""
     for path, old in reversed(list(kept)):
@@ -187,9 +180,3 @@ def _restore(path: Path, old: Path | None) -> None:
     else:
         os.replace(old, path)
         old.unlink(missing_ok=True)  # where both are links to one file, renaming one onto the other changes nothing
-
-
-def _flush(path: Path) -> None:
-    """Flush a file to the disk: some file systems report only then that they are full."""
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())

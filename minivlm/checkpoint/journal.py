@@ -52,6 +52,11 @@ def plan(mark: str, written: Iterable[Path], removed: Iterable[Path]) -> dict[Pa
 def write(path: Path, text: str) -> None:
     """Write a journal, onto the disk itself. One that was cut short is ignored: nothing has been renamed yet."""
     path.write_text(text, encoding="utf-8")
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """Flush a file to the disk: some file systems report only then that they are full."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 

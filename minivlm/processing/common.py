@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from minivlm.checkpoint import hub, options
-from minivlm.checkpoint.files import read_configs, saving, write_json
+from minivlm.checkpoint.files import saving, write_json
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.images import image_rows, load_image, pixel_table
 from minivlm.processing.tools import ImageProcessorTools, ProcessorTools
@@ -37,7 +37,7 @@ class ImageProcessor(ImageProcessorTools):
     def from_pretrained(cls, name_or_folder: str | Path, **where: Any) -> Self:
         """From a folder or Hub id; `where` is what `hub.source` takes."""
         with hub.blame(str(name_or_folder)):
-            return cls.from_dict(read_configs(hub.source(name_or_folder, **where))[0])
+            return cls.from_dict(_read_configs(hub.source(name_or_folder, **where))[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, as transformers reads it."""
@@ -91,7 +91,7 @@ class Processor(ProcessorTools):
             local_files_only=local_files_only,
             subfolder=subfolder,
         )
-        image_config, config = read_configs(source)
+        image_config, config = _read_configs(source)
         with hub.blame(f"{source.name}: the image processor's settings"):
             image_processor = cls.image_processor_class.from_dict(image_config)
         tokenizer = Tokenizer.from_source(source)
@@ -179,6 +179,13 @@ class Processor(ProcessorTools):
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """`Tokenizer.batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def _read_configs(source: hub.Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The image processor's settings and the processor's own. transformers 5 writes the first into the second."""
+    config = source.json("processor_config.json", required=False) or {}
+    nested = config.get("image_processor")
+    return nested if isinstance(nested, dict) else source.json("preprocessor_config.json"), config
 
 
 def _from_model_config(source: hub.Source, paths: dict[str, str]) -> dict[str, Any]:
