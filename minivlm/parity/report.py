@@ -45,10 +45,9 @@ class Report:
             times = f"{found.excess:.1f}" if found.excess < 10 else f"{found.excess:,.0f}"
             why = f"{times} times what is allowed; max |Δ| {found.largest:.2g}, at {found.where}"
         count = sum(finding.diverges for finding in self.findings)
-        code = "\n".join(f"made by {found.path}: {found.code}".split(", in "))
+        code = f"made by {found.path}: {found.code}".replace(", in ", "\nin ").split("\n")
         inside = self.operations.words() if self.operations else []
-        count_line = f"{count} of {len(self.findings)} stages diverge"
-        lines = [why, *code.replace("\n", "\nin ").split("\n"), *inside, count_line, *self._left_out()]
+        lines = [why, *code, *inside, f"{count} of {len(self.findings)} stages diverge", *self._left_out()]
         folded = (wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in lines)
         return "\n".join([f"first divergence: {found.stage}", *(part for parts in folded for part in parts)])
 
