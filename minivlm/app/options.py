@@ -80,17 +80,18 @@ def add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help=images)
 
 
-def checked_question(question: str) -> str:
-    """The question, as text. UsageError if the last word cannot have been meant as one."""
+def images_and_question(words: list[str]) -> tuple[list[str], str]:
+    """The words of `add_words`, told apart. UsageError if the last one cannot have been meant as the question."""
     from minivlm.app.images import looks_like_image
 
+    *names, question = words
     if os.path.isfile(question):
         raise UsageError(f"the last argument is the question, but {question!r} is a file")
     if question == "-" or looks_like_image(question):
         raise UsageError(f"the last argument is the question, and {question!r} looks like an image")
     if not question.strip():
         raise UsageError("the question is empty")
-    return terminal.typed(question)
+    return names, terminal.typed(question)
 
 
 def check_name(name: str) -> None:

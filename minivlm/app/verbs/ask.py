@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Stream the answer to stdout, or print it as JSON."""
-    *names, question = arguments.words
-    question = options.checked_question(question)
+    names, question = options.images_and_question(arguments.words)
     settings = options.generation_settings(arguments)
     session = options.prepared(arguments, names)
 

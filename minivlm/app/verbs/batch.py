@@ -2,7 +2,7 @@
 
 import argparse
 import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +72,18 @@ def _run(arguments: argparse.Namespace, settings: dict[str, Any], shard: Any) ->
     size, system, timed = arguments.batch_size, arguments.system, arguments.verbose
     job = batch.Job(session.model(), session.processor, settings, size, system, folder, timed)
     if str(arguments.out) == "-":
-        summary = batch.run_to(job, text, _to_stdout)
+        summary = batch.run_to(job, text, partial(print, end="", flush=True))
+        terminal.note(str(summary))
     else:
         quantize = f"{arguments.quantize} and the head" if arguments.quantize_head else arguments.quantize
         about = {"model": session.name, "dtype": session.dtype, "no_split": arguments.no_split, "quantize": quantize}
         about |= {"chat_template": arguments.chat_template, "system": system, **settings}
         about |= {"adapter": arguments.adapter, "image_folder": None if folder is None else str(folder)}
         summary = batch.run(job, text, arguments.out, about, shard)
-    terminal.note(f"{summary}; {arguments.out}" if str(arguments.out) != "-" else f"{summary}")
+        terminal.note(f"{summary}; {arguments.out}")
     if arguments.verbose:
         _tell_speed(summary, session.device)
     return summary.failed
-
-
-def _to_stdout(line: str) -> None:
-    sys.stdout.write(line)
-    sys.stdout.flush()
 
 
 def _tell_bad(bad: dict[int, str]) -> None:

@@ -26,10 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page, and print the answer."""
-    *names, question = arguments.words
+    names, question = options.images_and_question(arguments.words)
     if not names:
         raise UsageError("name an image, then ask a question about it")
-    question = options.checked_question(question)
     if not arguments.out.absolute().parent.is_dir() or arguments.out.is_dir():
         raise OSError(f"{arguments.out} cannot be written: name a file in a folder that exists")
     layers = options.layer_numbers(arguments.layers)

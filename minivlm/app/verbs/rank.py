@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print every answer with its share of the likelihood, the likeliest first."""
-    *names, question = arguments.words
-    question = options.checked_question(question)
+    names, question = options.images_and_question(arguments.words)
     if len(set(arguments.answers)) < 2:
         raise UsageError("--answers takes at least two different ones")
     if not all(answer.strip() for answer in arguments.answers):
