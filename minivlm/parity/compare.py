@@ -73,6 +73,7 @@ def compare(
     if isinstance(a, Recording):
         return against(a, b, question, progress=progress)
     a = a if isinstance(a, Side) else Side(a)
+    _check_family(sides.config_of(a).model_type, b)
     for side in (a, b):  # check both before running either, possibly for an hour
         sides.foresee(side)
     # on Windows a file that is still mapped cannot be removed
@@ -259,8 +260,8 @@ def against(recording: Recording, side: Side, question: Question | None = None, 
 
     Raises ValueError if the recording is of another configuration, dtype or question.
     """
-    _check_family(recording, side)
     known, config = recording.metadata, sides.config_of(side)
+    _check_family(known["config"]["model_type"], side)
     theirs, ours = _flat(known["config"]), _flat(_plain(config))
     if other := [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]:
         listed = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in other[:3])
@@ -293,7 +294,6 @@ def _words(identity: dict[str, str]) -> str:
 
 def _against(recording: Recording, side: Side, question: Question | None, progress: bool) -> Report:
     known, inputs = recording.metadata, recording.group("inputs")
-    _check_family(recording, side)
     config = auto.family(known["config"]["model_type"]).model_class.config_class.from_hub(known["config"])
     job = _Job.of(config, inputs, known["layers"], known["inside"], 0, progress)
     findings, stages = [], job.stages
@@ -320,7 +320,7 @@ def _lacking(job: _Job, model: nn.Module, known: dict[str, Any]) -> list[str]:
     return [stage.name for stage in job.stages if stage.name not in had]
 
 
-def _check_family(recording: Recording, side: Side) -> None:
-    family, other = recording.metadata["config"]["model_type"], sides.config_of(side).model_type
+def _check_family(family: str, side: Side) -> None:
+    other = sides.config_of(side).model_type
     if other != family:
         raise ValueError(f"side a is of the family {family}, side b of {other}, so they have no common stages")
