@@ -19,7 +19,6 @@ from minivlm.processing.common import fetch_image
 from minivlm.quantization import apply, foreign
 from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.messages import make_message
-from minivlm.text.tokenizer import Tokenizer
 from minivlm.training import adapters, targets
 
 # The sizes of a part that are shown → their names.
@@ -42,7 +41,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def describe(name: str) -> dict[str, Any]:
     """What `inspect` prints, as plain data. The model is built on the meta device: no weights, no memory."""
-    config, model = known_config(name), auto.skeleton(known_config(name))
+    config = known_config(name)
+    model = auto.skeleton(config)
     stored = None if is_release(name) else hub.source(name).json("config.json").get("quantization_config")
     parts = [_part(part, module) for part, module in _parts(model)]
     total = sum(part["parameters"] for part in parts)
@@ -76,8 +76,7 @@ def check(name: str) -> dict[str, int]:
     """How many tensors and tokens a checkpoint has, once all its files are found to be sound and to fit each other."""
     files, model = hub.source(name), auto.skeleton(auto.config_of(name))
     loading.read_generation_config(files)
-    auto.AutoProcessor.from_pretrained(name)
-    tokenizer = Tokenizer.from_source(files)
+    tokenizer = auto.AutoProcessor.from_pretrained(name).tokenizer
     with hub.blame(f"{name}: tokenizer.json"):
         tokenizer.check_vocabulary(vocabulary(model.config))
     return {"tensors": check_weights(model, files), "tokens": len(tokenizer)}

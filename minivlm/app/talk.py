@@ -86,24 +86,19 @@ class Talk:
     # ---- Questions
 
     def _ask(self, text: str) -> None:
-        if not self.watched:
-            self.show(self.chat.stream(text, self._waiting))
-        elif not self._shown_until_stopped(text):
+        try:
+            with _stoppable(self.chat) if self.watched else contextlib.nullcontext():
+                self.show(self.chat.stream(text, self._waiting))
+        except KeyboardInterrupt:
+            if not self.watched:
+                raise
+            terminal.note("stopped; the question is not part of the conversation")
             return
         self._waiting = []
         if (cut := self.chat.last.cut()) is not None:
             terminal.note(cut)
         if self.verbose:
             terminal.took(self.chat.last, self.chat.model.device)
-
-    def _shown_until_stopped(self, text: str) -> bool:
-        with _stoppable(self.chat):
-            try:
-                self.show(self.chat.stream(text, self._waiting))
-            except KeyboardInterrupt:
-                terminal.note("stopped; the question is not part of the conversation")
-                return False
-        return True
 
     # ---- Commands
 
