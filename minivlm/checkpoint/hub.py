@@ -267,10 +267,13 @@ def source(
     if subfolder and not re.fullmatch(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*", subfolder):
         raise CheckpointFileError(f"subfolder should be a path inside the checkpoint, found {subfolder!r:.80}")
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / subfolder).is_dir():
-        raise CheckpointFileError(f"{name} has no folder {subfolder}; found {_listing(folder)}")
     if folder.is_dir():
-        _finish_saves(folder / subfolder)
+        if not (folder / subfolder).is_dir():
+            raise CheckpointFileError(f"{name} has no folder {subfolder}; found {_listing(folder)}")
+        try:
+            journal.finish(folder / subfolder)
+        except OSError as error:
+            raise CheckpointFileError(str(error)) from error
         return Source(name, folder, subfolder=subfolder)
     if folder.is_file():
         raise CheckpointFileError(f"{name} is a file; pass the folder that holds config.json and the safetensors files")
@@ -280,14 +283,6 @@ def source(
         raise CheckpointFileError(f"no such folder: {name!r}")
     cache = None if cache_dir is None else str(cache_dir)
     return Source(name, None, revision, cache, token, local_files_only, subfolder)
-
-
-def _finish_saves(folder: Path) -> None:
-    """Finish what a killed process left of a save into this folder; CheckpointFileError where that cannot be done."""
-    try:
-        journal.finish(folder)
-    except OSError as error:
-        raise CheckpointFileError(str(error)) from error
 
 
 def upload(

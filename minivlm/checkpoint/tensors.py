@@ -24,7 +24,7 @@ from minivlm.checkpoint.hub import CheckpointError
 from minivlm.checkpoint.names import is_ignored, local_name, tied
 from minivlm.checkpoint.weights import open_weights
 from minivlm.devices.parallel import Share
-from minivlm.devices.placement import Placement
+from minivlm.devices.placement import CPU, Placement
 from minivlm.quantization.arrival import Arrival
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are stored in
@@ -46,7 +46,7 @@ class Plan:
     dtype: torch.dtype | None = None  # of the parameters; None keeps each tensor's own
     arrival: Arrival | None = None  # which layers are quantised, in the files or as they are read
     shares: dict[str, Share] = field(default_factory=dict)  # of parameters that the model holds in part
-    devices: Placement | None = None  # where each parameter is to live; None: on the CPU
+    devices: Placement = Placement(CPU, {})  # where each parameter is to live
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class Stored:
 
     def read(self, share: Share | None = None) -> Tensor:
         """The tensor, or a part of it; nothing else of it is read."""
-        whole = share is None
-        return self.reader.get_tensor(self.hub_name) if whole else self.reader.get_slice(self.hub_name)[share.index]
+        if share is None:
+            return self.reader.get_tensor(self.hub_name)
+        return self.reader.get_slice(self.hub_name)[share.index]
 
     def about(self) -> tuple[tuple[int, ...], str]:
         """Shape and dtype (the file's word)."""
@@ -123,7 +124,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, plan: Plan) -> None:
     # Beside quantised layers, a view of the file would keep what they were made of in memory
     copy = plan.arrival is not None and not plan.arrival.stored
     trainable = tensor.is_floating_point() and getattr(module, leaf).requires_grad  # a model can freeze its parts
-    tensor = tensor.to(_device(plan, name), dtype, copy=copy)
+    tensor = tensor.to(plan.devices.of(name), dtype, copy=copy)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=trainable))
 
 
@@ -135,13 +136,9 @@ def _quantised(name: str, layer: nn.Module, found: dict[str, Stored], drawn: dic
     for leaf in plan.arrival.files(layer, share):
         stored = f"{name}.{leaf}"
         tensor = drawn[stored] if stored in drawn else found[stored].read(part)
-        tensors[leaf] = tensor.to(_device(plan, name))
+        tensors[leaf] = tensor.to(plan.devices.of(name))
     plan.arrival.take(name, layer, tensors, plan.dtype, share)
     return len(tensors)
-
-
-def _device(plan: Plan, name: str) -> torch.device:
-    return torch.device("cpu") if plan.devices is None else plan.devices.of(name)
 
 
 def _draw(build: Callable[[], nn.Module], names: Collection[str], found: dict[str, Stored]) -> dict[str, Tensor]:
