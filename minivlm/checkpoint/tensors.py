@@ -46,7 +46,7 @@ class Plan:
     dtype: torch.dtype | None = None  # of the parameters; None keeps each tensor's own
     arrival: Arrival | None = None  # which layers are quantised, in the files or as they are read
     shares: dict[str, Share] = field(default_factory=dict)  # of parameters that the model holds in part
-    devices: Placement = Placement(CPU, {})  # where each parameter is to live
+    devices: Placement = field(default_factory=lambda: Placement(CPU, {}))  # where each parameter is to live
 
 
 @dataclass(frozen=True)
