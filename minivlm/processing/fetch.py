@@ -93,18 +93,18 @@ class _Visit:
 
     def get(self, url: str) -> bytes:
         """Download an http(s) URL, following redirects."""
-        opener = urllib.request.OpenerDirector()  # with no handler of files or FTP
+        opener = urllib.request.OpenerDirector()  # with no handler of files, FTP, errors or redirects
         http_handler, https_handler = urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()
         http_handler.http_open = partial(_open, http_handler, self, http.client.HTTPConnection)
         https_handler.https_open = partial(_open, https_handler, self, http.client.HTTPSConnection)
-        for handler in (http_handler, https_handler, _Redirect(), urllib.request.ProxyHandler()):
+        for handler in (http_handler, https_handler, urllib.request.ProxyHandler()):
             opener.add_handler(handler)
-        opener.add_handler(urllib.request.HTTPErrorProcessor())
-        opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
         for _ in range(REDIRECTS + 1):
             url = _cleaned(url)
             request = urllib.request.Request(url, headers={"User-Agent": "minivlm"})
             with opener.open(request, timeout=max(0.001, self.remaining())) as response:
+                if response.status >= 400:
+                    raise OSError(f"HTTP Error {response.status}: {response.reason}")
                 if response.status < 300:
                     return self._body(response)
                 url = _redirected(url, response.headers.get("Location"))
@@ -170,15 +170,6 @@ def _redirected(url: str, location: str | None) -> str:
     if scheme not in ("http", "https") or (url.startswith("https:") and scheme == "http"):
         raise ValueError(f"redirected to {shown(new)[:60]!r}, which is not http or https, or no longer https")
     return new
-
-
-class _Redirect(urllib.request.BaseHandler):
-    """Returns redirects to `_Visit.get`; urllib's own handler would read their bodies, however long."""
-
-    def http_error_302(self, request: Any, response: Any, code: int, message: str, headers: Any) -> Any:
-        return response
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _open(handler: Any, visit: _Visit, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
