@@ -70,13 +70,13 @@ class Job:
 def run(job: Job, text: bytes, out: Path, about: dict[str, Any], shard: Shard = parts.ALL) -> Summary:
     """Answer every line of `text`, or a shard of them; `out` appears when all lines are answered, by any process.
 
-    Out comes {"line": 1, "id": …, "answer": "…", "finish_reason": "stop"}, or {"line": 1, "error": "why"}. Empty lines
-    are skipped. `about` names what the answers depend on.
+    A line of `out` is {"line": 1, "id": …, "answer": "…", "finish_reason": "stop"}, or {"line": 1, "error": "why"}.
+    Empty lines are skipped. `about` names what the answers depend on.
 
     Raises ValueError if `out` exists, or if what an earlier run left of it belongs to other questions or settings.
     """
     if shard.count > 1 and out.exists() and not parts.all_parts(out):
-        return Summary()  # the other shards, begun earlier, have done it all since this one was started
+        return Summary()  # the other shards have answered everything since this one was started
     parts.check_new(out)
     lines, summary = numbered(text), Summary()
     mine = shard.of(lines)
@@ -100,7 +100,7 @@ def run(job: Job, text: bytes, out: Path, about: dict[str, Any], shard: Shard = 
 
 
 def run_to(job: Job, text: bytes, write: Callable[[str], Any]) -> Summary:
-    """As `run`, into a pipe: `write` gets every answer as soon as those of all lines before it are there."""
+    """As `run`, for a pipe: `write` gets each answer as soon as all earlier lines have theirs."""
     lines, summary = numbered(text), Summary()
     order, done = iter(lines), {}
     wanted = next(order, None)

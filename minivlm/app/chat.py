@@ -87,7 +87,7 @@ class Chat:
         self._forget()
 
     def ask(self, text: str, images: Any = (), **settings: Any) -> str:
-        """The answer to `text` about `images` (one or a list, as `load_image` takes them) and all that was said before.
+        """The answer to `text` about `images` (one or a list, as `load_image` takes them) and the conversation so far.
 
         `settings` of `generate` win over those of the conversation in this turn.
 
@@ -143,7 +143,7 @@ class Chat:
         return Prompt(ids, images, spans, inputs)
 
     def _new_tokens(self, settings: dict[str, Any], length: int) -> int:
-        """What is asked for, or what there is room for."""
+        """The most tokens of the answer: the setting, or fewer where the model's positions end."""
         limit = text_config(self.model.config).max_position_embeddings
         if length >= limit:
             raise ValueError(

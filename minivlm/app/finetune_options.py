@@ -23,13 +23,13 @@ def add_adapter_options(group: Any) -> None:
     )
     group.add_argument("--method", choices=["lora", "full"], default="lora", help="an adapter, or every weight")
     group.add_argument("--targets", default="text+connector", metavar="NAMES", help=targets)
-    rank = "rank of the adapter (torchrun takes --r for an option of its own: there --rank)"
+    rank = "rank of the adapter (--rank under torchrun, which has a --r of its own)"
     group.add_argument("--r", "--rank", type=options.positive, default=8, help=rank)
     group.add_argument("--alpha", type=float, metavar="A", help="scale, alpha / r (default: r)")
-    group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="on what enters the adapter")
+    group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="on the adapter's input")
     group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
     group.add_argument("--dora", action="store_true", help="train the lengths of weights apart from their directions")
-    group.add_argument("--train", nargs="+", metavar="MODULE", help="train whole: lm_head, embed_tokens, …")
+    group.add_argument("--train", nargs="+", metavar="MODULE", help="train in full: lm_head, embed_tokens, …")
 
 
 def add_data_options(group: Any) -> None:
@@ -39,7 +39,7 @@ def add_data_options(group: Any) -> None:
         "--longest-edge", type=options.positive, metavar="N", help="shrink images to N pixels (Idefics2)"
     )
     group.add_argument("--max-tokens", type=options.positive, metavar="N", help="longest row (default: what fits)")
-    group.add_argument("--skip-bad", action="store_true", help="leave rows out that cannot be trained on")
+    group.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be trained on")
     group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images")
     group.add_argument("--eval", type=Path, metavar="FILE", help="rows to measure the loss on")
     group.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps (0: at the end)")
@@ -47,15 +47,15 @@ def add_data_options(group: Any) -> None:
 
 def add_step_options(group: Any) -> None:
     group.add_argument("--lr", type=float, default=1e-4, help="learning rate")
-    group.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="cosine", help="of it")
+    group.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="cosine", help="how it changes")
     group.add_argument("--warmup", type=float, default=0.03, metavar="N", help="steps, or a share of all if below 1")
-    group.add_argument("--decay", type=float, default=0.0, help="weight decay, but of norms and biases")
-    group.add_argument("--clip", type=float, default=1.0, help="norm of the gradient at most")
+    group.add_argument("--decay", type=float, default=0.0, help="weight decay, except of norms and biases")
+    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     group.add_argument("--batch", type=options.positive, default=2, metavar="N", help="rows at once")
     group.add_argument("--accumulate", type=options.positive, default=4, metavar="N", help="batches in a step")
     group.add_argument("--epochs", type=float, default=3.0, metavar="N", help="passes over the data")
     group.add_argument("--steps", type=options.positive, metavar="N", help="instead of --epochs")
-    group.add_argument("--seed", type=int, default=42, help="of the order and of dropout")
+    group.add_argument("--seed", type=int, default=42, help="of the order of rows and of dropout")
     group.add_argument(
         "--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw", help="8bit: bitsandbytes"
     )

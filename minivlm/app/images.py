@@ -8,7 +8,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def source(name: str) -> Any:
-    """What `load_image` takes, from what a person wrote. `-` reads stdin to its end."""
+    """A word of the command line as `load_image` takes it. `-` reads stdin to its end."""
     if name != "-":
         return name
     if sys.stdin.isatty():

@@ -207,4 +207,4 @@ def _image_lines(found: dict[str, Any]) -> Iterator[str]:
             f"{memory(cache * given['prompt_tokens'])}, their pixels {memory(given['pixel_bytes'] / 2)}"
         )
     if "sight" in found:
-        yield f"it looks at them: on plain grey, the next token's distribution is {found['sight']:.2g} nats away"
+        yield f"the images matter: on plain grey, the next token's distribution is {found['sight']:.2g} nats away"

@@ -44,7 +44,7 @@ def held(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[None]:
-    """Write a folder in this block, which is new, empty, or holds what a killed run had not finished.
+    """Hold the lock of a folder that this block writes: one that is new, empty, or left unfinished by a killed run.
 
     ValueError if it holds something else, or if another process is writing it.
     """
@@ -58,7 +58,7 @@ def new_folder(out: Path) -> Iterator[None]:
 
 
 def beside(out: Path) -> Path:
-    """The lock file of an output, in a folder that is there then; the same by every name of it, "." among them."""
+    """The lock file of an output, the same for every spelling of its path. Its folder is created if missing."""
     whole = out.resolve()
     if not whole.name:
         raise ValueError(f"{out} cannot be written; name a folder in it")

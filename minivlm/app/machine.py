@@ -9,7 +9,7 @@ from minivlm_kernels import compiled, cpu_dense, cpu_int4, processor, selfcheck
 
 
 def describe() -> dict[str, Any]:
-    """The machine as plain data. The first call compiles two pages of C, which takes seconds."""
+    """The machine as plain data. The first call compiles two C files, which takes seconds."""
     return {
         "processor": processor.name(),
         "threads": torch.get_num_threads(),
@@ -54,8 +54,8 @@ def _page(name: str, there: bool, why: str) -> tuple[str, str]:
         return f"compiled {name}", why
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
-        return "torch", f"the pages of C are for AVX2 and AVX-512, here torch uses {capability}"
-    return "torch", f"{name} cannot be compiled or fails its check (the line on stderr says which)"
+        return "torch", f"the C files are for AVX2 and AVX-512, and torch uses {capability} here"
+    return "torch", f"{name} cannot be compiled or fails its check (see the line on stderr)"
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -61,16 +61,16 @@ def add_head_option(group: Any) -> None:
 
 
 def add_adapter_option(group: Any) -> None:
-    text = "a LoRA adapter (PEFT's folder) to put on the model; without --model, on the one that it names"
+    text = "a LoRA adapter (PEFT's folder) to put on the model (default: the one that it was trained on)"
     group.add_argument("--adapter", metavar="DIR", help=text)
 
 
 def model_name(arguments: argparse.Namespace) -> str:
-    """The model asked for, that of the adapter, or the default one, with a note that says so."""
+    """`--model`, else the adapter's folder, else the default model, with a note."""
     if arguments.model is None and arguments.adapter is not None:
-        return arguments.adapter  # whose folder stands for its base and itself
+        return arguments.adapter  # its folder loads the model that it was trained on, with the adapter
     if arguments.model is None:
-        terminal.note(f"no --model given, asking {DEFAULT_MODEL}, a small model that knows simple shapes")
+        terminal.note(f"no --model given, asking {DEFAULT_MODEL}, a small model of simple shapes")
     return arguments.model or DEFAULT_MODEL
 
 
@@ -312,10 +312,10 @@ def check_settings(settings: dict[str, Any]) -> None:
 
     for name, why in NOT_HERE.items():
         if name in settings:
-            raise ValueError(f"{name} is no setting here: {why}")
+            raise ValueError(f"{name} is not a setting here: {why}")
     given = {name: value for name, value in settings.items() if name != "seed"}
     typed = GenerationConfig.from_hub(GenerationConfig(**given).to_hub())
-    with warnings.catch_warnings(action="ignore"):  # `generate` says it once more
+    with warnings.catch_warnings(action="ignore"):  # `generate` warns again
         resolve(GenerationConfig(), None, typed.to_hub())
     seed = settings.get("seed")
     check("seed", seed, seed is None or is_whole(seed), "an integer ≥ 0")

@@ -4,9 +4,9 @@
     answers.jsonl.part-00003-of-00008          --shard 3/8: questions 3, 11, 19, …
     answers.jsonl                              by whichever process finds that no answer is missing
 
-A part's first line says what it belongs to, each other one is the whole answer to one question. A batch is appended by
-one write; what a kill leaves of a line is cut off by the next run. Every process reads all parts before it begins, so
-that the number of shards may change from run to run; none waits for another.
+A part's first line names the questions and settings it belongs to; every other line is one answer. A batch is appended
+in one write, and the next run cuts off a line that a kill left unfinished. Every process reads all parts before it
+begins, so the number of shards may change from run to run; no process waits for another.
 """
 
 import json
@@ -48,7 +48,7 @@ class Shard:
 
     @staticmethod
     def here() -> "Shard":
-        """By RANK and WORLD_SIZE, as torchrun and cluster schedulers set them; without these, all of it."""
+        """From RANK and WORLD_SIZE, as torchrun and cluster schedulers set them; without them, all questions."""
         rank, count = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
         return ALL if rank is None or count is None else Shard.parse(f"{rank}/{count}")
 
@@ -62,7 +62,7 @@ def all_parts(out: Path) -> list[Path]:
 
 
 def check_new(out: Path) -> None:
-    """ValueError if the answers have no folder, or are there already, and not because a run was killed as it ended."""
+    """ValueError if `out` has no folder, or exists without parts (with them, a run was killed as it ended)."""
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a file for the answers")
     if not out.parent.is_dir():
@@ -83,7 +83,7 @@ def resume(part: BinaryIO, header: dict[str, Any]) -> None:
 def read_all(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The answers in all part files, by line. An unfinished last line does not count: it may be being written.
 
-    Where `out` stands beside parts, a process has just finished, or was killed while it removed them: all is in `out`.
+    If `out` exists beside parts, a process has just finished or was killed while removing them: `out` is complete.
     ValueError for a part that belongs to other questions or settings.
     """
     found: dict[int, dict[str, Any]] = {}
@@ -91,7 +91,7 @@ def read_all(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     for path in parts:
         try:
             text = path.read_bytes()
-        except FileNotFoundError:  # another process has just put all together
+        except FileNotFoundError:  # another process has just finished
             continue
         if whole := text.rfind(b"\n") + 1:
             found |= _answers(text[:whole], header, path)

@@ -80,7 +80,7 @@ def _remember(path: Path) -> None:
 def complete(word: str, line: str, begin: int, commands: list[str]) -> list[str]:
     """What the last `word` of a line, which begins at `begin`, may become: a command, or after some the path of a file.
 
-    A path with blanks is several words: what stands before the last one is left out.
+    A path with blanks is several words, of which only the last is completed.
     """
     if begin == 0:
         return [f"{command} " for command in commands if command.startswith(word)] if word.startswith("/") else []

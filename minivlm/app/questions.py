@@ -26,7 +26,7 @@ class Row:
     """One line of the questions."""
 
     line: int  # from 1
-    named: dict[str, Any]  # "id" and "category", as far as it has them: they are copied into its answer
+    named: dict[str, Any]  # "id" and "category", if given; copied into the answer
     messages: list[dict[str, Any]]  # normalised, so without the images
     sources: list[Any]  # where these are
 
@@ -90,14 +90,14 @@ def numbered(text: bytes) -> dict[int, bytes]:
 
 
 def read_row(line: int, text: bytes, folder: Path | None = None) -> Row:
-    """One line of the questions. ValueError that says what is wrong with it.
+    """One line of the questions. ValueError, with the reason, for one that cannot be used.
 
     folder: where relative image paths start (None: the current folder).
     """
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"no JSON: {error}") from error
+        raise ValueError(f"not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"a line is a JSON object, found {text[:80].decode(errors='replace')}")
     return row_of(line, values, folder)

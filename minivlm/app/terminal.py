@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # what terminals obey (not tab and new line); surrogates
+CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters except tab and newline; surrogates
 
 ASCII = ("ascii", "us-ascii", "ansi_x3.4-1968", "646")  # names of an encoding
 
 
 def prepare() -> None:
-    """From here on, no character ends the program because stdout or stderr cannot encode it (cp1252, ASCII), stdin is
-    UTF-8 where the locale is ASCII, and a warning is one line."""
+    """Escape characters that stdout or stderr cannot encode (cp1252, ASCII), read stdin as UTF-8 where the locale is
+    ASCII, and print warnings in one line."""
     if (getattr(sys.stdin, "encoding", None) or "").lower() in ASCII and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
@@ -92,7 +92,7 @@ def memory(size: float) -> str:
 
 
 def one_line(text: Exception | str) -> str:
-    """Without line breaks and control characters: names in files, for one, may hold either."""
+    """Text without line breaks and control characters, which names in files may contain."""
     return " ".join(re.sub(CONTROL, "", str(text) or type(text).__name__).split())
 
 

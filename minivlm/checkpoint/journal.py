@@ -89,7 +89,7 @@ def finish(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what killed saves into this folder had written of files that took no place. No other may be under way."""
+    """Remove unfinished files that killed saves left in this folder. No save may be under way."""
     mark = "[0-9a-f]" * 8  # that of a `Save`: somebody's own .bashrc.old stays
     for unfinished in folder.glob(f".*.{mark}.new"):
         unfinished.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ def clear(folder: Path) -> None:
         path = folder / kept.name[1 : -len(".12345678.old")]
         if os.path.lexists(path):
             kept.unlink(missing_ok=True)
-        else:  # where there are no links, the old file itself is kept so
+        else:  # without hard links the old file itself was renamed to this
             os.replace(kept, path)
 
 

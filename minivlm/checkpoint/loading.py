@@ -132,7 +132,7 @@ def from_pretrained(
     _warn_ids(model, files.name)
     model.name_or_path = (files.base or files).name
     if attention:
-        model.set_attn_implementation(attention)  # so that the config says it too
+        model.set_attn_implementation(attention)  # so that the config names it too
     attach(model)
     return _connected(model, plan, fast_cpu, device_mesh).eval()
 

@@ -22,10 +22,10 @@ def is_ignored(hub_name: str, model: Any) -> bool:
 
 
 def tied(model: Any) -> dict[str, str]:
-    """A head's parameters that are another name of an embedding table, and so in no file of ours → that table."""
+    """Parameters of the head that are an embedding table under another name, so not in our files → that table."""
     return model.tied_weights if model.config.tie_word_embeddings else {}
 
 
 def hub_name(name: str, prefixes: dict[str, str]) -> str:
-    """The way back. Of several spellings in files, the table's first is the one that is written."""
+    """The inverse of `local_name`; of several spellings, the table's first is written."""
     return local_name(name, {ours: theirs for theirs, ours in reversed(prefixes.items())})

@@ -110,7 +110,7 @@ def _end(entry: Any) -> int:
 
 
 def _check_entries(path: Path, header: dict[str, Any]) -> None:
-    """CheckpointError for names that would garble a message, and for entries with more to them than is known."""
+    """CheckpointError for names that would garble a message, and for entries with unknown keys."""
     for name, entry in header.items():
         if not name.isprintable() or len(name) > MAX_NAME:
             raise CheckpointError(f"{path}: {name!r:.120} should be up to {MAX_NAME} printable characters")

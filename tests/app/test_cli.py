@@ -397,7 +397,7 @@ def test_inspect_says_what_pictures_cost(capsys):
 def test_inspect_finds_out_whether_the_model_looks(name, tmp_path, capsys):
     picture = str(PICTURES / "china.jpg")
     assert cli.main(["inspect", name, "--check", "--image", picture]) == 0
-    assert "it looks at them" in capsys.readouterr().out
+    assert "the images matter" in capsys.readouterr().out
     model = minivlm.AutoModelForImageTextToText.from_pretrained(name)
     between = {"shapes-idefics2": "model.connector", "shapes-llava-next": "model.multi_modal_projector"}
     for weight in model.get_submodule(between.get(name, "model.perceiver_resampler")).parameters():

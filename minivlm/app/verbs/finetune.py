@@ -16,8 +16,8 @@ torchrun --nproc-per-node 2 -m minivlm finetune receipts.jsonl runs/receipts --m
 ABOUT = """
 
 A row is {"messages": […], "images": […]} or LLaVA's {"image": …, "conversations": […]}, in .jsonl, .json, .parquet or
-.tar. Learned are the assistant's words and the mark that ends them. Every row is checked before the first step. OUT
-becomes an adapter's folder (PEFT's form), for `minivlm ask --adapter OUT` and `minivlm merge`."""
+.tar. The model learns the assistant's words and the mark that ends them. Every row is checked before the first step.
+OUT becomes an adapter's folder (PEFT's form), for `minivlm ask --adapter OUT` and `minivlm merge`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

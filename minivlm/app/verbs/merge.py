@@ -10,8 +10,8 @@ minivlm merge HuggingFaceM4/idefics2-8b runs/invoices idefics2-invoices
 minivlm merge idefics2-nf4 runs/invoices idefics2-invoices --dtype bfloat16"""
 ABOUT = """
 
-A model in four or eight bits becomes one of 16 bits first: the adapter was trained on what these stand for. Rounding
-the sum to four bits again loses most of the adapter; --format does it all the same, and prints how much is lost."""
+A model in four or eight bits is turned into 16 bits first: the adapter was trained on these values. Rounding the sum
+to four bits again loses most of the adapter; --format does it anyway and prints how much is lost."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="a new folder")
     weights = "of the weights; auto: as stored, at least 16 bits"
     parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help=weights)
-    parser.add_argument("--format", choices=options.FORMATS, help="quantise the sum, at the price that is printed")
+    parser.add_argument("--format", choices=options.FORMATS, help="quantise the sum, and print what that loses")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,4 +49,4 @@ def run(arguments: argparse.Namespace) -> None:
             processor.save_pretrained(out)
     print(f"{out}: {layers} layers changed, {model.dtype}".replace("torch.", ""))
     if lost is not None:
-        print(f"rounding to {arguments.format} has cost {lost:.0%} of the change that the adapter makes")
+        print(f"rounding to {arguments.format} lost {lost:.0%} of the change that the adapter makes")

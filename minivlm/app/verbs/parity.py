@@ -17,7 +17,7 @@ ABOUT = """
 
 Side a is transformers (or a recording), side b is minivlm. Both run on the same inputs and are compared stage by stage,
 from pixels to greedy tokens."""
-# what --against cannot change, and what it is unless given
+# options that a recording fixes, and their defaults
 GIVEN = {"a": [], "layers": None, "inside": False, "ops": False, "tokens": 16, "record": None}
 
 
@@ -88,9 +88,7 @@ def _check(arguments: argparse.Namespace, dtypes: list[str]) -> None:
         raise UsageError("a recording is of one dtype")
     for name, default in GIVEN.items():
         if arguments.against and getattr(arguments, name) != default:
-            raise UsageError(
-                f"--{name} and --against: a recording is of one side, these layers and tokens; record anew"
-            )
+            raise UsageError(f"--{name} does not go with --against: a recording fixes it; record anew")
 
 
 def _side(arguments: argparse.Namespace, settings: list[str], dtype: str, code: str) -> Any:

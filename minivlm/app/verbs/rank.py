@@ -1,4 +1,4 @@
-"""Say which of several given answers is the likeliest."""
+"""Rank given answers by their likelihood."""
 
 import argparse
 import json
