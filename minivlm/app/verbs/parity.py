@@ -88,7 +88,7 @@ def _check(arguments: argparse.Namespace, dtypes: list[str]) -> None:
         raise UsageError("a recording is of one dtype")
     for name, default in GIVEN.items():
         if arguments.against and getattr(arguments, name) != default:
-            raise UsageError(f"--{name} does not go with --against: a recording fixes it; record anew")
+            raise UsageError(f"--{name} and --against do not go together: a recording fixes it; record anew")
 
 
 def _side(arguments: argparse.Namespace, settings: list[str], dtype: str, code: str) -> Any:
