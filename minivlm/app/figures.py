@@ -17,15 +17,16 @@ SIDE = 1200  # pixels of the longer side
 
 
 def write(found: dict[str, Any], images: list[Any], folder: Path) -> int:
-    """Each image with its patch grid, each answer token's spotlight on each image, the logit lens. Return how many."""
+    """Each image with its patch grid, each answer token's spotlight on each image where relevance is known, the logit
+    lens. Return how many."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Image.Image] = {}
     for number, (image, about) in enumerate(zip(images, found["images"], strict=True), 1):
         for view in about["views"]:
             drawn[f"image-{number}-{_slug(view['name'])}"] = _grid(image, view)
-        for position, token in enumerate(found["tokens"]):
-            name = f"image-{number}-token-{position:02d}-{_slug(token['text'])}"
-            drawn[name] = _spotlight(image, about["views"], _weights(found, position))
+        for position, views in enumerate(found["relevance"]):
+            name = f"image-{number}-token-{position:02d}-{_slug(found['tokens'][position]['text'])}"
+            drawn[name] = _spotlight(image, about["views"], [unpacked(view) for view in views])
     drawn["lens"] = _lens(found["tokens"])
     for name, figure in drawn.items():
         figure.save(folder / f"{name}.png")
@@ -42,11 +43,6 @@ def unpacked(packed: dict[str, Any]) -> Tensor:
     return (data.float() / 255) ** 2 * torch.tensor(packed["most"]).view(*packed["shape"][:-1], 1)
 
 
-def _weights(found: dict[str, Any], position: int) -> list[Tensor]:
-    """Of each view of the row: relevance."""
-    return [unpacked(each) for each in found["relevance"][position]] if found["relevance"] else []
-
-
 def _enlarged(image: Image.Image) -> Image.Image:
     scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -55,8 +51,6 @@ def _enlarged(image: Image.Image) -> Image.Image:
 
 def _spotlight(image: Image.Image, views: list[dict[str, Any]], weights: list[Tensor]) -> Image.Image:
     """The image, dark where there is no weight."""
-    if not weights:
-        return _enlarged(image)
     regions = [Region(view["name"], tuple(view["grid"]), *view["box"]) for view in views]
     grids = [weights[view["view"]].view(*view["grid"]) for view in views]
     return spotlight(image, paint(regions, grids, (image.height, image.width)), SIDE)

@@ -61,14 +61,14 @@ def _prepare(commands: list[str]) -> None:
         readline.read_history_file(path)
     readline.set_history_length(HISTORY)
     atexit.register(_remember, path)
-    readline.set_completer(lambda text, number: [*complete(text, *_typed(), commands), None][number])
+
+    def completion(word: str, number: int) -> str | None:
+        return [*complete(word, readline.get_line_buffer(), readline.get_begidx(), commands), None][number]
+
+    readline.set_completer(completion)
     readline.set_completer_delims(" ")
     editline = "libedit" in (readline.__doc__ or "")  # macOS
     readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
-
-
-def _typed() -> tuple[str, int]:
-    return readline.get_line_buffer(), readline.get_begidx()
 
 
 def _remember(path: Path) -> None:
