@@ -48,7 +48,7 @@ def test_commands_exist(page: Path) -> None:
         assert (ROOT / script).is_file(), script
     verbs = "|".join(VERBS)
     for verb, rest in re.findall(rf"minivlm ({verbs})\b([^\n`#|]*)", text):
-        module = __import__(VERBS[verb], fromlist=["add_arguments"])
+        module = __import__(f"minivlm.app.verbs.{verb}", fromlist=["add_arguments"])
         known = parser_of(verb, module).format_help()
         for option in re.findall(r"(?<!\S)--[a-z][\w-]*", rest):
             assert option in known, f"minivlm {verb} {option}"

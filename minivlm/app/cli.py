@@ -16,20 +16,8 @@ from minivlm.app import launch, terminal
 from minivlm.app.options import UsageError
 from minivlm.text.shown import suggestion
 
-# verb → module; in the order of the help
-VERBS = {
-    "ask": "minivlm.app.verbs.ask",
-    "chat": "minivlm.app.verbs.chat",
-    "batch": "minivlm.app.verbs.batch",
-    "rank": "minivlm.app.verbs.rank",
-    "inspect": "minivlm.app.verbs.inspect",
-    "explain": "minivlm.app.verbs.explain",
-    "demo": "minivlm.app.verbs.demo",
-    "quantize": "minivlm.app.verbs.quantize",
-    "finetune": "minivlm.app.verbs.finetune",
-    "merge": "minivlm.app.verbs.merge",
-    "parity": "minivlm.app.verbs.parity",
-}
+# in the order of the help; each is a module in `verbs`
+VERBS = ("ask", "chat", "batch", "rank", "inspect", "explain", "demo", "quantize", "finetune", "merge", "parity")
 ABOUT = "Idefics2, LLaVA-NeXT and IDEFICS: ask them about images, look inside them, compare them."
 EXAMPLES = """\
 minivlm ask photo.jpg "What is unusual here?" --model HuggingFaceM4/idefics2-8b
@@ -113,7 +101,7 @@ def parser_of(verb: str, module: ModuleType) -> argparse.ArgumentParser:
 def _verb(name: str) -> ModuleType:
     if name not in VERBS:
         _Parser(prog="minivlm").error(f"there is no verb {name!r}{suggestion(name, VERBS)}")
-    return importlib.import_module(VERBS[name])
+    return importlib.import_module(f"minivlm.app.verbs.{name}")
 
 
 # ---- Help and errors

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minivlm import auto
+from minivlm.app import options
 from minivlm.app.answer import encoded
 from minivlm.app.terminal import columns, memory
 from minivlm.checkpoint import hub, loading
@@ -17,7 +18,6 @@ from minivlm.modules.config import text_config, vocabulary
 from minivlm.modules.inputs import Inputs
 from minivlm.processing.common import fetch_image
 from minivlm.quantization import apply, foreign
-from minivlm.quantization.config import BitsAndBytesConfig, Int4Config
 from minivlm.text.messages import make_message
 from minivlm.training import adapters, targets
 
@@ -137,8 +137,7 @@ def sight(name: str, inputs: Inputs) -> float:
 
 def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
     """The memory of a checkpoint that is quantised, or that any would take once it were; the rest is in 16 bits."""
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    configs = [nf4, Int4Config(), BitsAndBytesConfig(load_in_8bit=True)]
+    configs = [options.quantization(kind) for kind in ("nf4", "int4", "int8")]
     total, found = sum(parameter.numel() for parameter in model.parameters()), []
     for config in configs if stored is None else [foreign.from_hub(stored)]:
         names = apply.selected(model, apply.present(model, config.skip_modules), config.quantize_head)

@@ -29,7 +29,7 @@ def add_option(group: Any) -> None:
 
 def wanted(arguments: argparse.Namespace) -> bool:
     """Whether to start N processes: `--gpus` asks for them, and this is not one of them."""
-    return getattr(arguments, "gpus", 1) > 1 and MARK not in os.environ
+    return arguments.gpus > 1 and MARK not in os.environ
 
 
 def start(count: int, argv: list[str]) -> int:

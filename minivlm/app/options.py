@@ -16,8 +16,6 @@ DEFAULT_MODEL = "shapes-idefics2"
 FORMATS = ["nf4", "fp4", "int4", "int8"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 ATTENTION = ["eager", "sdpa", "triton"]
-# Settings that only make sense where tokens are drawn: any of them switches sampling on.
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # They would change what `generate` returns, or are options of their own.
 NOT_HERE = {
     "return_dict_in_generate": "the command line prints answers only",
@@ -299,6 +297,8 @@ def parse_value(text: str) -> Any:
 
 def with_sampling(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with sampling switched on if one of them is about it; a temperature of 0 switches it off."""
+    from minivlm.generation.settings import SAMPLING
+
     if settings.get("temperature") == 0:
         return {name: value for name, value in settings.items() if name not in SAMPLING} | {"do_sample": False}
     if "do_sample" not in settings and any(name in settings for name in SAMPLING):

@@ -11,8 +11,8 @@ from minivlm.app.terminal import memory
 from minivlm.devices import parallel
 from minivlm.modules.config import text_config
 from minivlm.quantization import apply
+from minivlm.quantization.formats import DTYPES
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CARDS = (24, 48, 80, 141)  # GB of common GPUs
 SPARE = 0.9  # of a card's memory that can be planned with
 READ = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second, as their data sheets say
@@ -30,7 +30,7 @@ def plan(name: str, gpus: int, dtype: str, quantization: Any, context: int, rows
     weights = [_weights(config, rank, gpus, dtype, quantization, block) for rank in range(gpus)]
     text = text_config(config)
     heads = max(1, text.num_key_value_heads // gpus)
-    cache = 2 * text.num_hidden_layers * heads * text.head_dim * SIZES[dtype]
+    cache = 2 * text.num_hidden_layers * heads * text.head_dim * DTYPES[dtype].itemsize
     cache *= context * rows
     worst = max(total for total, _ in weights)
     sums = sum(1 for _ in parallel.connected(auto.skeleton(config))) + 1  # two a block, and one gathers the logits
@@ -58,7 +58,7 @@ def _weights(config: Any, rank: int, gpus: int, dtype: str, quantization: Any, b
         if owner in quantised and leaf == "weight":
             size = quantization.format.nbytes(tuple(parameter.shape))
         else:
-            size = parameter.numel() * SIZES[dtype]
+            size = parameter.numel() * DTYPES[dtype].itemsize
         total += size
         read += size if any(part in f".{name}" for part in (*parallel.PARTS, ".lm_head.")) else 0
     return total, read

@@ -14,8 +14,9 @@ from typing import Any
 from minivlm.app import images, terminal
 from minivlm.app.answer import ERRORS
 from minivlm.app.chat import Chat
-from minivlm.app.options import SAMPLING, check_settings, parse_value, with_sampling
+from minivlm.app.options import check_settings, parse_value, with_sampling
 from minivlm.checkpoint.files import write_json
+from minivlm.generation.settings import SAMPLING
 from minivlm.processing.common import fetch_image
 from minivlm.text.messages import make_message, normalise
 

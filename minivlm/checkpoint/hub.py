@@ -396,7 +396,7 @@ def _unfinished(path: Path) -> str:
 
 
 def _hint() -> str:
-    return f"Checkpoints that need no connection: {', '.join(built_in())}." if built_in() else ""
+    return f"Checkpoints that need no connection: {', '.join(built_in())}."
 
 
 def _listing(folder: Path) -> str:
