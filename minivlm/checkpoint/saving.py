@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from minivlm.checkpoint import files, hub, options
 from minivlm.checkpoint.names import INDEX, SAVE_ID, WEIGHTS, hub_name, tied
 from minivlm.checkpoint.unread import over
+from minivlm.devices.memory import in_bytes
 from minivlm.quantization import apply
 
 SHARD = r"model-\d+-of-\d+\.safetensors"
@@ -61,7 +62,7 @@ def save_pretrained(
             "(minivlm.training.lora.merge)"
         )
     folder = Path(folder)
-    shards = _named(_split(_tensors(model, state_dict), _bytes(max_shard_size)))
+    shards = _named(_split(_tensors(model, state_dict), in_bytes(max_shard_size, "max_shard_size")))
     with files.saving() as save:
         save.json(folder / hub.CONFIG, _config(model, _dtype(model, state_dict)), sort_keys=True)
         settings = getattr(model, "generation_config", None)  # a bare model generates nothing
@@ -173,10 +174,3 @@ def _named(shards: list[Shard]) -> dict[str, Shard]:
     if len(shards) == 1:
         return {WEIGHTS: shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
-
-
-def _bytes(size: int | str) -> int:
-    found = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", str(size).upper())
-    if not found or not int(found[1]):
-        raise ValueError(f'max_shard_size should be a number of bytes or a string such as "5GB", found {size!r}')
-    return int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]

@@ -1,11 +1,15 @@
-"""How much memory is in use and free, as far as the system reports it."""
+"""Memory in use and free, as far as the system reports it, and sizes as people write them."""
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def peak(device: torch.device | str) -> int | None:
@@ -30,3 +34,11 @@ def free(device: torch.device) -> int | None:
     with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def in_bytes(size: int | str, name: str) -> int:
+    """A number of bytes, or a string such as "20GiB", in bytes. ValueError for anything else; name: of the option."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    if not found or found[2] not in UNITS:
+        raise ValueError(f'{name} should be a number of bytes or a string such as "20GiB", found {size!r:.80}')
+    return int(float(found[1]) * UNITS[found[2]])

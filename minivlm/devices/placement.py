@@ -24,7 +24,6 @@ from minivlm.modules.cache import KVCache
 
 BLOCK = re.compile(r"(.*\.)?(text_model|language_model)\.layers\.(\d+)|(.*\.)?gated_cross_attn_layers\.(\d+)")
 SPARE = 0.9  # of a device's free memory that weights may take; the rest is for the cache and activations
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CPU = torch.device("cpu")
 ONLY_IN_TRANSFORMERS = ("rotary_emb", "post_layernorm")  # modules that only its device maps can name
 
@@ -150,19 +149,15 @@ def budgets(max_memory: dict | None) -> dict[torch.device, int]:
             raise ValueError(
                 f'max_memory should be a dict such as {{0: "20GiB", "cpu": "60GiB"}}, found {max_memory!r}'
             )
-        room = {one_device(f"cuda:{key}" if isinstance(key, int) else key): _bytes(v) for key, v in max_memory.items()}
+        room = {
+            one_device(f"cuda:{key}" if isinstance(key, int) else key): memory.in_bytes(size, "a size in max_memory")
+            for key, size in max_memory.items()
+        }
     else:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [*(torch.device("cuda", number) for number in range(count)), CPU]
         room = {device: int(SPARE * (memory.free(device) or 0)) for device in devices}
     return dict(sorted(room.items(), key=lambda item: (item[0] == CPU, item[0].index or 0)))
-
-
-def _bytes(size: int | str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
-    if not found:
-        raise ValueError(f'a size in max_memory is a number of bytes or a string such as "20GiB", found {size!r:.80}')
-    return int(float(found[1]) * UNITS[found[2] or "B"])
 
 
 def _check_names(model: nn.Module, device_map: dict) -> None:
