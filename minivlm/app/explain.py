@@ -119,7 +119,8 @@ def page(found: dict[str, Any]) -> str:
 def _fitting(model: Any, positions: int, tokens: int, room: int) -> list[int]:
     """As many layers as `room` bytes hold with all their heads, evenly spaced, the last one among them."""
     config = model.decoder.config
-    each = 4 / 3 * positions * tokens * config.num_attention_heads + 6 * tokens * config.num_attention_heads
+    rows = tokens * config.num_attention_heads
+    each = 4 / 3 * positions * rows + 6 * rows  # a byte for each weight, in base64, and the largest of each row
     count = min(config.num_hidden_layers, max(1, int(room / each)))
     return sorted({round((number + 1) * config.num_hidden_layers / count) - 1 for number in range(count)})
 

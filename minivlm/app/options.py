@@ -134,7 +134,7 @@ def load_processor(name: str, arguments: argparse.Namespace) -> Any:
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that a verb needs but the weights, so that a bad option or image costs no loading."""
+    """Everything a verb needs except the weights: a bad option or image is found before these are loaded."""
 
     name: str
     arguments: argparse.Namespace
@@ -148,7 +148,7 @@ class Session:
 
 
 def prepared(arguments: argparse.Namespace, images: Sequence[str] = ()) -> Session:
-    """The session that the options describe. images: as people name them; ValueError, OSError for bad ones."""
+    """The session that the options describe. images: as the command line names them; ValueError, OSError for bad ones."""
     name = model_name(arguments)
 
     from minivlm.app.images import source
@@ -202,7 +202,7 @@ def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None
 
 
 def device_and_dtype(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """Where to run, and in what; None keeps the checkpoint's own dtype. ValueError for a device that cannot be used."""
+    """The device, and the dtype (None: the checkpoint's own). ValueError for a device that cannot be used."""
     import torch
 
     from minivlm.checkpoint.loading import wanted_device

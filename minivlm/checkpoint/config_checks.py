@@ -23,7 +23,7 @@ def llava_next(config: Any) -> None:
         raise ValueError(
             f"vision_feature_select_strategy {strategy!r} is not supported with this tower: packing needs all patches "
             'and nothing else, so CLIP\'s class token goes ("default") and SigLIP, which has none, keeps all ("full"); '
-            "otherwise the features of a tile are no grid, and the reference fails too"
+            "otherwise the features of a tile are not a grid, and the reference fails too"
         )
     token_in_vocabulary(config, "image_token_index")
     anyres.check_pinpoints(config.image_grid_pinpoints, config.vision_config.image_size)

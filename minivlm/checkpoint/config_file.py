@@ -105,7 +105,7 @@ class ModelConfig(Config):
     preferred: ClassVar[dict[str, dict[str, Any]]] = {}
     settable: ClassVar[frozenset[str]] = Config.settable | {"_attn_implementation"}
     _attn_implementation: ClassVar[str | None] = None  # as last set by `set_attn_implementation`
-    use_cache = True  # no field, and nothing here reads it: training scripts set it, `generate` has its own
+    use_cache = True  # not a field, and not read here: training scripts set it, `generate` has its own
 
     def __post_init__(self) -> None:
         self.make_parts()
@@ -239,7 +239,7 @@ def read_rope(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} should be a number of tokens, found {length!r:.80}")
     rope = {name: value for name, value in {**values, **rope}.items() if value is not None}
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported: heads turn whole")
+        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported: heads are rotated whole")
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # `type` is the older word
     if not isinstance(kind, str):

@@ -228,7 +228,7 @@ def _warn_ids(model: nn.Module, where: str) -> None:
         if wrong := [token for token in ids if token >= size]:
             warnings.warn(
                 f"generation_config.json of {where} has {name} {wrong[0]}, but the vocabulary has {size:,} tokens; "
-                "is the file of another checkpoint?",
+                "is the file from another checkpoint?",
                 stacklevel=3,
             )
 

@@ -93,7 +93,7 @@ def _of_part(where: str, values: dict[str, Any], config: Any, others: list[Any])
         if same := [part for part in others if name in fields_of(part)]:
             _check_same(where + name, value, [getattr(part, name) for part in same])
         elif close := difflib.get_close_matches(name, everything, n=1, cutoff=0.85):
-            raise ValueError(f"{where}{name} is no known entry; did you mean {close[0]}? Rename or remove it")
+            raise ValueError(f"{where}{name} is not a known entry; did you mean {close[0]}? Rename or remove it")
         elif CHANGES.search(name):
             raise ValueError(
                 f"{where}{name} is {value!r:.80}: minivlm does not implement it, and it would change the network; "

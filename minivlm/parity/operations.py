@@ -1,8 +1,8 @@
 """Finds the first wrong operation inside one stage, with torch's DebugMode (torch 2.10 or later).
 
 The two codes run different operations: one uses a fused kernel where the other writes the formula out. So an operation
-of side b counts as right if side a has a result with the same values, in any order; and a deviation is forgiven if it
-leads back. Blamed is the first operation from whose result nothing follows that side a has too.
+of side b counts as right if side a has a result with the same values, in any order; and a deviation is forgiven if
+later results agree again. Blame goes to the first operation whose result leads to nothing that side a has too.
 """
 
 import sys
