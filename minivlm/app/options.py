@@ -148,7 +148,7 @@ class Session:
 
 
 def prepared(arguments: argparse.Namespace, images: Sequence[str] = ()) -> Session:
-    """The session that the options describe. images: as the command line names them; ValueError, OSError for bad ones."""
+    """The session that the options describe. images: as on the command line; ValueError, OSError for bad ones."""
     name = model_name(arguments)
 
     from minivlm.app.images import source

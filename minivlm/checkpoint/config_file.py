@@ -239,7 +239,7 @@ def read_rope(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} should be a number of tokens, found {length!r:.80}")
     rope = {name: value for name, value in {**values, **rope}.items() if value is not None}
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported: heads are rotated whole")
+        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported: only 1 is")
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # `type` is the older word
     if not isinstance(kind, str):
