@@ -73,7 +73,7 @@ class Desk:
         return explain.page(found)
 
     def about(self) -> str:
-        count = sum(parameter.numel() for parameter in self.model.parameters())
+        count = self.model.num_parameters()
         size = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
         dtype = str(self.model.dtype).removeprefix("torch.")
         return f"minivlm demo · {self.name} · {size} parameters · {dtype} · {self.model.device}"

@@ -178,7 +178,7 @@ def _about(model: Any) -> dict[str, Any]:
     return {
         "name": getattr(model, "name_or_path", "") or model.config.model_type,
         "type": model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "torch": torch.__version__,
@@ -404,7 +404,7 @@ def _latents(seen: Seen) -> list[dict[str, Any]]:
 
 def _relevance(model: Any, inputs: dict[str, Any], ids: Tensor, length: int) -> list[Any]:
     """For each answer token its relevance over the patches of every view; [] for large models."""
-    if sum(parameter.numel() for parameter in model.parameters()) > RELEVANCE:
+    if model.num_parameters() > RELEVANCE:
         return []
     found = []
     for end in range(length, ids.shape[1]):

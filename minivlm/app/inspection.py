@@ -138,7 +138,7 @@ def sight(name: str, inputs: Inputs) -> float:
 def _quantised(model: Any, stored: Any) -> list[dict[str, Any]]:
     """The memory of a checkpoint that is quantised, or that any would take once it were; the rest is in 16 bits."""
     configs = [options.quantization(kind) for kind in ("nf4", "int4", "int8")]
-    total, found = sum(parameter.numel() for parameter in model.parameters()), []
+    total, found = model.num_parameters(), []
     for config in configs if stored is None else [foreign.from_hub(stored)]:
         names = apply.selected(model, apply.present(model, config.skip_modules), config.quantize_head)
         weights = [model.get_submodule(name).weight for name in names]

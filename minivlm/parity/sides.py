@@ -175,7 +175,7 @@ def foresee(side: Side) -> None:
         return
     config, stored = config_of(side), hub.source(side.model).json("config.json").get("quantization_config")
     model = auto.skeleton(config)
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    weights = model.num_parameters()
     dtype = loading.DTYPES.get(side.dtype or config.dtype, torch.float32)
     quantize = side.quantize or (stored and ("int8" if stored.get("load_in_8bit") else "nf4"))  # or about as small
     size = QUANTIZED[quantize][1] if quantize else dtype.itemsize

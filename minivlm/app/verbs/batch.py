@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("a shard needs a file for --out: the last one to end puts all answers together")
         return _run(arguments, settings, shard)
     parts.check_new(out)
-    locked = out if shard.count == 1 else shard.part(out)
-    with lock.held(locked.with_name(locked.name + ".lock")):
+    with lock.held(lock.beside(out if shard.count == 1 else shard.part(out))):
         return _run(arguments, settings, shard)
 
 
