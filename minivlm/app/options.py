@@ -169,19 +169,18 @@ def load_model(name: str, arguments: argparse.Namespace, device: str, dtype: str
         dtype=dtype,
         attn_implementation=arguments.attn,
         quantization_config=asked_quantization(arguments),
-        adapter=getattr(arguments, "adapter", None),
+        adapter=arguments.adapter,
         tp_plan="auto" if arguments.gpus > 1 else None,
     )
 
 
 def asked_quantization(arguments: argparse.Namespace) -> Any:
     """The configuration that `--quantize` and `--quantize-head` ask for; None without."""
-    head = getattr(arguments, "quantize_head", False)
-    if arguments.quantize is None:
-        if head:
-            raise UsageError("--quantize-head goes with --quantize FORMAT")
-        return None
-    return quantization(arguments.quantize, head=head)
+    if arguments.quantize is not None:
+        return quantization(arguments.quantize, head=arguments.quantize_head)
+    if arguments.quantize_head:
+        raise UsageError("--quantize-head goes with --quantize FORMAT")
+    return None
 
 
 def quantization(kind: str, group_size: int = 128, skip: list[str] | None = None, head: bool = False) -> Any:

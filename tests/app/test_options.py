@@ -100,7 +100,7 @@ def test_settings_reach_the_answer(capsys):
 
 @pytest.mark.parametrize("kind", options.FORMATS)
 def test_weights_are_quantised_as_they_are_read(kind):
-    arguments = argparse.Namespace(quantize=kind, quantize_head=False, attn=None, gpus=1)
+    arguments = argparse.Namespace(quantize=kind, quantize_head=False, attn=None, gpus=1, adapter=None)
     model = options.load_model("shapes-idefics2", arguments, "cpu", None)
     plain = minivlm.AutoModelForImageTextToText.from_pretrained("shapes-idefics2")
     assert len(list(model.parameters())) < len(list(plain.parameters()))
