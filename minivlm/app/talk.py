@@ -183,7 +183,7 @@ class Talk:
             raise ValueError("/save takes the name of a file")
         path = Path(_path(argument)).expanduser()
         messages = [
-            {"role": message["role"], "content": [self._stored(item) for item in _items(message)]}
+            {"role": message["role"], "content": [self._stored(item) for item in message["content"]]}
             for message in self.chat.messages
         ]
         write_json(path, {"messages": messages})
@@ -206,17 +206,17 @@ class Talk:
         if not isinstance(found, dict) or "messages" not in found:
             raise ValueError(f'{path} should hold {{"messages": […]}}, as /save writes it')
         normal, sources = normalise(found["messages"]) if found["messages"] else ([], [])
-        fetched = []
-        for source in sources:
+        items = [item for message in normal for item in message["content"] if item["type"] == "image"]
+        for item, source in zip(items, sources, strict=True):
             if not isinstance(source, str):
                 raise ValueError(f"{path}: an image in it has neither a path nor a URL")
-            fetched.append(fetch_image(self.chat.processor, source))
-            self._names[id(fetched[-1])] = fetched[-1], source
+            item["image"] = fetch_image(self.chat.processor, source)
+            self._names[id(item["image"])] = item["image"], source
         self.chat.reset()
-        self.chat.messages = _with_images(normal, fetched)
+        self.chat.messages = normal
         self.chat.system = next((_text(m) for m in normal[:1] if m["role"] == "system"), self.chat.system)
         self._waiting = []
-        self._confirm(f"{len(normal)} messages, {len(fetched)} images from {path}")
+        self._confirm(f"{len(normal)} messages, {len(items)} images from {path}")
 
     def _confirm(self, text: str) -> None:
         if self.watched:
@@ -262,28 +262,8 @@ def _data_url(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def _items(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def _text(message: dict[str, Any]) -> str:
     return "".join(item.get("text", "") for item in message["content"])
-
-
-def _with_images(messages: list[dict[str, Any]], fetched: list[Any]) -> list[dict[str, Any]]:
-    """Normalised messages with the images back in their items."""
-    rest = iter(fetched)
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(rest)} if item["type"] == "image" else item
-                for item in message["content"]
-            ],
-        }
-        for message in messages
-    ]
 
 
 @contextlib.contextmanager
