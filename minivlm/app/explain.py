@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.resources import files
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -238,15 +239,13 @@ def _timed(
 
 def _of_images(seen: Seen, processor: Any, images: list[Any], config: Any) -> list[list[int]]:
     """For each image the numbers of its views, counted over the row: Idefics2's crops are images of their own there."""
-    patch, numbers, begin = config.vision_config.patch_size, [], 0
-    for image in images:
-        count = len(processor.image_processor.regions(image.height, image.width, patch))
-        numbers.append(list(range(begin, begin + count)))
-        begin += count
+    patch, regions = config.vision_config.patch_size, processor.image_processor.regions
+    counts = [len(regions(image.height, image.width, patch)) for image in images]
     found = sum(map(len, seen.views()))
-    if begin != found:
-        raise ValueError(f"the images make {begin} views, but the model ran {found}")
-    return numbers
+    if sum(counts) != found:
+        raise ValueError(f"the images make {sum(counts)} views, but the model ran {found}")
+    numbers = iter(range(found))
+    return [list(islice(numbers, count)) for count in counts]
 
 
 def _image(config: Any, processor: Any, image: Any, views: list[int]) -> dict[str, Any]:
@@ -289,9 +288,7 @@ def _tokens(processor: Any, seen: Seen, inputs: dict[str, Any], views: list[list
     """The prompt's tokens: id, text, kind, and for image positions image, view, row and column (−1 = none)."""
     special = {processor.tokenizer.convert_tokens_to_ids(token) for token in processor.tokenizer.all_special_tokens}
     image_of = {view: number for number, some in enumerate(views) for view in some}
-    first = [0]
-    for image in seen.views():
-        first.append(first[-1] + len(image))
+    first = list(accumulate(map(len, seen.views()), initial=0))
     cells, mask = seen.images[0].tolist(), inputs.get("image_attention_mask")
     found = []
     for position, id in enumerate(inputs["input_ids"][0].tolist()):
