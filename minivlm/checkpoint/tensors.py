@@ -66,9 +66,6 @@ class Allowed:
     def is_new(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.new)
 
-    def may_differ(self, name: str) -> bool:
-        return self.mismatched or self.is_new(name)
-
     def is_unused(self, *names: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.unused)
 
@@ -177,7 +174,7 @@ def match(
             kind = UNUSED if allowed.is_unused(name, found) else UNEXPECTED
             return None if is_ignored(found, model) else (kind, f"{found} {list(shape)}")
         if shapes[name] is not None and shape != shapes[name]:
-            is_new = name in plain and allowed.may_differ(name)
+            is_new = name in plain and (allowed.mismatched or allowed.is_new(name))
             return (NEW, name) if is_new else (MISSHAPEN, f"{found} {list(shape)}, expected {list(shapes[name])}")
         if name in floats and dtype not in FLOATS:
             return UNREAL, f"{found} of {dtype}"

@@ -306,18 +306,13 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
     if error is not None:  # the stages that never ran are not the fault of those before
         last = max((index for index, stage in enumerate(stages) if stage.name in found), default=0)
         stages = [stage for index, stage in enumerate(stages) if index >= last or stage.name in found]
-    skipped = [name for name in _lacking(job, model, known) if name in {stage.name for stage in stages}]
+    had = {stage.name for stage in job.had_by(model)} - set(known.get("lacking", ()))
+    skipped = [stage.name for stage in stages if stage.name not in had]  # one side has no such module
     for stage in [stage for stage in stages if stage.name not in skipped]:
         findings.append(stage_finding(stage, found.get(stage.name), error, recording, job.rows[stage.rows], model))
     if error is None and "greedy/tokens" in recording.names:
         findings += greedy_findings(recording, model, inputs)
     return Report(known["side"], name, findings, tuple(skipped))
-
-
-def _lacking(job: _Job, model: nn.Module, known: dict[str, Any]) -> list[str]:
-    """Names of the stages without a module on one side."""
-    had = {stage.name for stage in job.had_by(model)} - set(known.get("lacking", ()))
-    return [stage.name for stage in job.stages if stage.name not in had]
 
 
 def _check_family(family: str, side: Side) -> None:
