@@ -59,7 +59,7 @@ def unread(values: dict[str, Any], config: Any) -> dict[str, Any]:
     for name, part in parts.items():
         if isinstance(values.get(name), dict) and (inside := _of_part(f"{name}.", values[name], part, [])):
             found[name] = inside
-    told = [f"{name}={value!r:.40}" for name, value in _flat(found)]
+    told = [f"{name}={value!r:.40}" for name, value in flat(found)]
     if told:
         warnings.warn(
             f"config.json has entries that minivlm does not read: {', '.join(told[:8])}{' …' if told[8:] else ''}; if "
@@ -122,9 +122,9 @@ def _check_rope(where: str, values: dict[str, Any]) -> None:
                 raise ValueError(f"{where}{section}.{name} is {rope[name]!r:.80}, which is not supported here")
 
 
-def _flat(values: dict[str, Any], where: str = "") -> list[tuple[str, Any]]:
+def flat(values: dict[str, Any], where: str = "") -> list[tuple[str, Any]]:
     """All entries, with those of parts under dotted names."""
     found = []
     for name, value in values.items():
-        found += _flat(value, f"{where}{name}.") if isinstance(value, dict) else [(where + name, value)]
+        found += flat(value, f"{where}{name}.") if isinstance(value, dict) else [(where + name, value)]
     return found

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minivlm import auto
+from minivlm.checkpoint.unread import flat
 from minivlm.families import Rows, Stage
 from minivlm.parity import operations, sides
 from minivlm.parity.difference import Difference
@@ -262,7 +263,7 @@ def against(recording: Recording, side: Side, question: Question | None = None, 
     """
     known, config = recording.metadata, sides.config_of(side)
     _check_family(known["config"]["model_type"], side)
-    theirs, ours = _flat(known["config"]), _flat(_plain(config))
+    theirs, ours = dict(flat(known["config"])), dict(flat(_plain(config)))
     if other := [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]:
         listed = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in other[:3])
         more = f" (and {len(other) - 3} more)" if len(other) > 3 else ""
@@ -278,14 +279,6 @@ def against(recording: Recording, side: Side, question: Question | None = None, 
             f"{_words(question.identity)}. Pass the same images and prompt, or record anew"
         )
     return _against(recording, side, question, progress)
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings in one dict: {"text_config.hidden_size": 128, …}."""
-    if not isinstance(value, dict):
-        return {name: value}
-    prefix = f"{name}." if name else ""
-    return {key: each for part, inner in value.items() for key, each in _flat(inner, prefix + part).items()}
 
 
 def _words(identity: dict[str, str]) -> str:
@@ -308,7 +301,7 @@ def _against(recording: Recording, side: Side, question: Question | None, progre
         stages = [stage for index, stage in enumerate(stages) if index >= last or stage.name in found]
     had = {stage.name for stage in job.had_by(model)} - set(known.get("lacking", ()))
     skipped = [stage.name for stage in stages if stage.name not in had]  # one side has no such module
-    for stage in [stage for stage in stages if stage.name not in skipped]:
+    for stage in [stage for stage in stages if stage.name in had]:
         findings.append(stage_finding(stage, found.get(stage.name), error, recording, job.rows[stage.rows], model))
     if error is None and "greedy/tokens" in recording.names:
         findings += greedy_findings(recording, model, inputs)
