@@ -96,10 +96,7 @@ class Talk:
             terminal.note("stopped; the question is not part of the conversation")
             return
         self._waiting = []
-        if (cut := self.chat.last.cut()) is not None:
-            terminal.note(cut)
-        if self.verbose:
-            terminal.took(self.chat.last, self.chat.model.device)
+        terminal.report(self.chat.last, self.chat.model.device, self.verbose)
 
     # ---- Commands
 

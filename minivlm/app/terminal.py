@@ -58,8 +58,12 @@ def tell(text: str) -> None:
     print(re.sub(CONTROL, "", text), file=sys.stderr)
 
 
-def took(answer: Any, device: Any) -> None:
-    """Print what an answer took (`--verbose`)."""
+def report(answer: Any, device: Any, verbose: bool) -> None:
+    """Print why an answer was cut, if it was, and with `verbose` what it took."""
+    if (cut := answer.cut()) is not None:
+        note(cut)
+    if not verbose:
+        return
     from minivlm.devices.memory import peak
 
     cached = f" ({answer.cached_tokens:,} of them kept)" if answer.cached_tokens else ""

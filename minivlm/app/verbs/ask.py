@@ -32,10 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     chat = Chat(session.model(), session.processor, system=arguments.system, **settings)
     if not arguments.json:
         terminal.print_pieces(chat.stream(question, session.images))
-        if (cut := chat.last.cut()) is not None:
-            terminal.note(cut)
-        if arguments.verbose:
-            terminal.took(chat.last, session.device)
+        terminal.report(chat.last, session.device, arguments.verbose)
         return
     text, last = chat.ask(question, session.images), chat.last
     found = {"answer": text, "model": session.name, "finish_reason": last.finish_reason}
