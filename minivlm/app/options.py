@@ -113,10 +113,11 @@ def load_processor(name: str, arguments: argparse.Namespace) -> Any:
     from minivlm.text.chat_template import KNOWN
 
     template = arguments.chat_template
-    if template is not None and template not in KNOWN and Path(template).is_file():
-        template = Path(template).read_text(encoding="utf-8")
-    elif template is not None and template not in KNOWN and "{" not in template:
-        raise ValueError(f"--chat-template: no file {template!r}, and the known names are {', '.join(KNOWN)}")
+    if template is not None and template not in KNOWN:
+        if Path(template).is_file():
+            template = Path(template).read_text(encoding="utf-8")
+        elif "{" not in template:
+            raise ValueError(f"--chat-template: no file {template!r}, and the known names are {', '.join(KNOWN)}")
     # What training has set for images and prompts lies beside the adapter
     trained = arguments.adapter is not None and (Path(arguments.adapter) / "preprocessor_config.json").is_file()
     processor = AutoProcessor.from_pretrained(arguments.adapter if trained else name, chat_template=template)
