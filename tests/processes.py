@@ -30,7 +30,7 @@ FORKS = sys.platform == "linux"  # elsewhere libraries of the system do not surv
 
 
 class Program:
-    """A running program, with the part of subprocess.Popen that tests use. stdin, stdout, stderr: descriptors. Linux."""
+    """A running program, with the part of subprocess.Popen that tests use; for Linux. Streams are descriptors."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ def _text(descriptor: int) -> str:
 
 
 def together(script: Path, folder: Path, size: int, limit: float) -> str:
-    """What `script FOLDER` printed in `size` processes that have met, as under torchrun: the script's `main` in each."""
+    """What `script FOLDER` printed in `size` processes that meet as under torchrun: its `main` runs in each."""
     paths = [ROOT, ROOT / "kernels", ROOT / "tests", script.parent]
     code = (
         f"import sys; sys.path[:0] = {list(map(str, paths))}\nimport processes; processes.fork({str(script)!r}, {size})"
