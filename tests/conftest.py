@@ -37,12 +37,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector, which Trainer calls at each turn, need not visit it."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # else triton's bindings complain of leaks at the end
 
@@ -59,6 +53,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _one_thread() -> None:
     """Tiny tensors gain nothing from threads, and workers running side by side lose by them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What is there when a file begins stays: the garbage collector, which Trainer calls for each shard, skips it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
