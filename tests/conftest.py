@@ -14,15 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from committed import DATA, HUB, LLAVA
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, slowly
     import interpreter  # noqa: F401
 
-DATA = Path(__file__).parent / "data"
-HUB = DATA / "hub" / "HuggingFaceM4"
-LLAVA = HUB.parent / "llava-hf"
-PHOTOGRAPHS = sorted(path.name for path in (DATA / "images").iterdir() if path.suffix in (".jpg", ".png"))
 CHROMIUM = Path("/usr/bin/chromium")
 SHARED = Path(__file__).parents[2] / "shared" / "hub" / "llava-hf"  # beside the repository; see `llava`
 

@@ -54,18 +54,13 @@ FAMILIES = {"idefics2": _idefics2, "llava_next": _llava_next, "idefics": _idefic
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, ...]]:
-    """`pair("idefics2")`: (recording of the reference, our model with its weights, a batch); each is made once.
-
-    In fp16 the batch of LLaVA-NeXT is a row with one picture and a row with none: Triton's interpreter is slow.
-    """
+    """`pair("idefics2")`: (recording of the reference, our model with its weights, a batch); each is made once."""
     made: dict[tuple[str, str], tuple[Any, ...]] = {}
     recordings: dict[tuple[str, bool, str], Recording] = {}
 
     def find(family: str, inside: bool = False, dtype: str = "float32") -> tuple[Any, ...]:
         if (family, dtype) not in made:
             reference, model_class, inputs = FAMILIES[family]()
-            if (family, dtype) == ("llava_next", "float16"):
-                inputs = oracle_llava.llava_inputs([[(7, 90)], []], reference.config)
             folder = oracle.save(reference, tmp_path_factory.mktemp(family))
             side = Side(folder, "transformers", dtype=dtype)
             made[family, dtype] = side, model_class.from_pretrained(folder, dtype=dtype), inputs
