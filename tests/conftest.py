@@ -14,15 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from committed import DATA, HUB, LLAVA
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, slowly
     import interpreter  # noqa: F401
 
-DATA = Path(__file__).parent / "data"
-HUB = DATA / "hub" / "HuggingFaceM4"
-LLAVA = HUB.parent / "llava-hf"
-PHOTOGRAPHS = sorted(path.name for path in (DATA / "images").iterdir() if path.suffix in (".jpg", ".png"))
 CHROMIUM = Path("/usr/bin/chromium")
 SHARED = Path(__file__).parents[2] / "shared" / "hub" / "llava-hf"  # beside the repository; see `llava`
 
@@ -35,12 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and "slow" not in asked:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
-
-
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector, which Trainer calls at each turn, need not visit it."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -59,6 +50,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _one_thread() -> None:
     """Tiny tensors gain nothing from threads, and workers running side by side lose by them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What is there when a file begins stays: the garbage collector, which Trainer calls for each shard, skips it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,5 +1,11 @@
-"""Triton's interpreter rewrites its whole language again at each call of a function; here it does so once a launch."""
+"""Triton's interpreter, without work that changes no result.
 
+It rewrites its whole language again at each call of a function; here it does so once a launch. At each sum, difference
+and product of integers it works out whether that overflows, for an assertion that it has only when debugging. And it
+makes its table of types again whenever it looks one up.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,5 +31,23 @@ def once_a_launch(rewrite: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return changes
 
 
+def once_a_type(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`find(kind)` is numpy's type of the elements of a type of Triton, the same for all shapes and all pointers."""
+    found: dict[str, Any] = {}
+
+    def of(kind: Any) -> Any:
+        element = kind.scalar
+        name = "pointer" if element.is_ptr() else element.name
+        if name not in found:
+            found[name] = find(kind)
+        return found[name]
+
+    return of
+
+
 if hasattr(interpreter, "_LangPatchScope"):
     interpreter._patch_lang = once_a_launch(interpreter._patch_lang)
+    interpreter._get_np_dtype = once_a_type(interpreter._get_np_dtype)
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)

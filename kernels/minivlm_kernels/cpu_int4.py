@@ -13,7 +13,6 @@ sequential stream. It holds, for each tile of 16 outputs (the last one padded):
 
 import ctypes
 import functools
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlm_kernels import compiled
+from minivlm_kernels import compiled, pages
 from minivlm_kernels.addresses import outside_modes
 
 SOURCE = Path(__file__).with_suffix(".c")
 LANES, WORD = 16, 8  # outputs in a tile, codes in a word
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
-HUGE_PAGE = 2**21
 BF16_PRODUCTS = 2  # what `bf16_tables` of the C says where x and the table are multiplied in bf16
 
 
@@ -67,7 +65,7 @@ def pack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> T
     tiles, words = -(-rows // LANES), groups * group // WORD
     parts = [(scales, groups), *([] if zeros is None else [(zeros, groups)]), (qweight, words)]
     sizes = [LANES * count * (4 if part is qweight else part.itemsize) for part, count in parts]
-    stream = _sequential(tiles * sum(sizes)).view(tiles, -1)
+    stream = pages.empty((tiles, sum(sizes)), torch.uint8)
     for (part, count), target in zip(parts, stream.split(sizes, dim=1), strict=True):
         if part is qweight:
             part = _filled(part, tiles * LANES, words * 4).view(torch.int32)
@@ -95,17 +93,6 @@ def unpack(
 
 def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(tensor, (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])).contiguous()
-
-
-def _sequential(size: int) -> Tensor:
-    """Memory of `size` bytes, in 2 MiB pages if it is large enough, which saves address look-ups."""
-    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
-    return whole[start : start + size]
 
 
 # ---- Products ----

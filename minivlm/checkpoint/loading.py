@@ -181,7 +181,7 @@ class _NothingDrawn(TorchFunctionMode):
     """Random values are not drawn for a meta-device model, which has none: torch would import its compiler for that."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.init.normal_:
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return args[0] if args else kwargs["tensor"]
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 

@@ -23,6 +23,7 @@ from minivlm.checkpoint.fresh import random_values
 from minivlm.checkpoint.hub import CheckpointError
 from minivlm.checkpoint.names import is_ignored, local_name, tied
 from minivlm.checkpoint.weights import open_weights
+from minivlm.devices import fast_cpu
 from minivlm.devices.parallel import Share
 from minivlm.devices.placement import CPU, Placement
 from minivlm.quantization.arrival import Arrival
@@ -121,7 +122,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, plan: Plan) -> None:
     # Beside quantised layers, a view of the file would keep what they were made of in memory
     copy = plan.arrival is not None and not plan.arrival.stored
     trainable = tensor.is_floating_point() and getattr(module, leaf).requires_grad  # a model can freeze its parts
-    tensor = tensor.to(plan.devices.of(name), dtype, copy=copy)
+    tensor = fast_cpu.moved(tensor, plan.devices.of(name), dtype, copy)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=trainable))
 
 

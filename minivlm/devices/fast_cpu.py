@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from minivlm_kernels import addresses, cpu_dense, processor
+from minivlm_kernels import addresses, cpu_dense, pages, processor
 from torch import Tensor, nn
 
 from minivlm.modules.layers import RMSNorm
@@ -98,3 +98,10 @@ def linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         some = slice(start, start + step)
         y[..., some] = F.linear(wide, weight[some].float(), None if bias is None else bias[some].float())
     return y
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """`tensor.to(device, dtype, copy=copy)`; a copy on a CPU is held in large pages."""
+    if device.type == "cpu" and tensor.is_cpu and (copy or tensor.dtype != dtype):
+        return pages.empty(tuple(tensor.shape), dtype).copy_(tensor)
+    return tensor.to(device, dtype, copy=copy)

@@ -442,7 +442,10 @@ class Tokenizer(TokenizerTools):
         start = copy.deepcopy(self.backend)
         start.add_special_tokens([t.content for t in self.control_tokens if not t.special])
         start.encode_special_tokens = True
-        spec = json.loads(start.to_str())
+        text = start.to_str()
+        if not re.search(r'"prepend_scheme":\s*"first"', text):  # parsing megabytes takes longer than looking
+            return start, start
+        spec = json.loads(text)
         if '"prepend_scheme": "first"' not in json.dumps([spec["pre_tokenizer"], spec["normalizer"]]):
             return start, start
         parts = json.dumps(spec["pre_tokenizer"]).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import tiny_chat
 from PIL import Image
@@ -357,7 +358,7 @@ def test_the_command_survives_sigkill(pair, pictures, tmp_path, capsys):
     prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
     argv = ["batch", str(prompts), "--out", str(out), "--model", str(tmp_path / "model"), "--device", "cpu"]
     argv += ["--max-new-tokens", str(NEW), "--batch-size", "3"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, timeout=120)
+    done = processes.run(KILLED, *argv)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = out.with_name("answers.jsonl.part").read_bytes()
     assert left.count(b"\n") == 4
@@ -424,7 +425,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(pictures, tmp_path):
     prompts, out = write(tmp_path / "prompts.jsonl", rows), tmp_path / "answers.jsonl"
     argv = ["batch", str(prompts), "--out", str(out), "--model", "shapes-idefics2", "--device", "cpu"]
     argv += ["--batch-size", "1"]
-    done = subprocess.run([sys.executable, "-c", FULL, *argv], capture_output=True, text=True, timeout=120)
+    done = processes.run(FULL, *argv)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         assert json.loads(line) in ([1, []], [1, ["answers.jsonl.part"]])

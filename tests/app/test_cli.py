@@ -1,14 +1,17 @@
 """The command line, on a tiny random checkpoint with Idefics2's real tokenizer and chat template."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
 import oracle
+import processes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -256,13 +259,16 @@ def test_help_of_a_verb_has_examples_and_defaults(verb, capsys):
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint, pictures):
-    command = [sys.executable, "-m", "minivlm", "ask", *pictures, "q", "--model", checkpoint, "--device", "cpu"]
-    with subprocess.Popen(
-        [*command, "--max-new-tokens", "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait() == 1
+    code = "import sys; from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
+    argv = ["ask", *map(str, pictures), "q", "--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "9"]
+    reads, writes = os.pipe()
+    with tempfile.TemporaryFile() as err:
+        program = processes.Program(code, *argv, stdout=writes, stderr=err.fileno())
+        os.close(writes)
+        os.close(reads)
+        assert program.wait(120) == 1
+        err.seek(0)
+        assert err.read() == b""
 
 
 # ---- Text as it comes ----

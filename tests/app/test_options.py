@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -120,7 +122,7 @@ def test_verbose_says_what_an_answer_took(capsys):
 
 def test_without_the_resource_module_there_is_no_peak_memory(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert cli.main(["ask", "hello", "--device", "cpu", "--verbose"]) == 0
+    assert cli.main(["ask", "hello", "--device", "cpu", "--verbose", "--max-new-tokens", "2"]) == 0
     assert "peak memory" not in capsys.readouterr().err
 
 
@@ -238,17 +240,18 @@ def test_a_report_survives_cp1252(run_in):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 @pytest.mark.parametrize("argv", [["ask", "hello", "--device", "cpu"], ["help"]])
 def test_a_full_disk_under_stdout_is_one_line(argv):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "minivlm", *argv], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
-        )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "minivlm: error: No space left on device"
-    assert "Traceback" not in done.stderr
+    code = "import sys; from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
+    with open("/dev/full", "w") as full, tempfile.TemporaryFile("w+") as err:
+        assert processes.Program(code, *argv, stdout=full.fileno(), stderr=err.fileno()).wait(120) == 1
+        err.seek(0)
+        text = err.read()
+    assert text.splitlines()[-1] == "minivlm: error: No space left on device"
+    assert "Traceback" not in text
 
 
 def test_a_warning_is_one_line(capsys):
-    assert cli.main(["ask", "hello", "--set", "length_penalty=2.0", "--device", "cpu"]) == 0
+    argv = ["ask", "hello", "--set", "length_penalty=2.0", "--device", "cpu", "--max-new-tokens", "2"]
+    assert cli.main(argv) == 0
     err = capsys.readouterr().err
     assert "UserWarning" not in err
     terminal.prepare()
@@ -257,9 +260,11 @@ def test_a_warning_is_one_line(capsys):
 def test_other_letters_in_an_ascii_locale() -> None:
     """What was typed is UTF-8, whatever Python makes of the locale."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "minivlm", "rank", "docs/shapes.png", "Où est-elle?", "--answers", "là", "ça"]
-    found = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=120)
-    assert {answer["answer"] for answer in json.loads(found.stdout)["answers"]} == {"là", "ça"}
-    command = [sys.executable, "-m", "minivlm", "chat", "docs/shapes.png"]
+    code = "import sys; from minivlm.app import cli; cli.main(sys.argv[1:]) or print('---', flush=True)\n"
+    code += "sys.exit(cli.main(['chat', 'docs/shapes.png', '--max-new-tokens', '9']))"
+    command = [sys.executable, "-c", code, "rank", "docs/shapes.png", "Où est-elle?", "--answers", "là", "ça", "--json"]
     found = subprocess.run(command, env=environment, input="Où?\n".encode(), capture_output=True, timeout=120)
+    ranked, _, answer = found.stdout.decode().partition("---\n")
+    assert {answer["answer"] for answer in json.loads(ranked)["answers"]} == {"là", "ça"}
+    assert answer.strip()
     assert found.returncode == 0

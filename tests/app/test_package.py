@@ -167,9 +167,9 @@ def test_the_wheel_answers_without_the_source_tree(built, tmp_path, hidden):
 def test_verbs_run_without_what_other_systems_lack(tmp_path):
     """No fcntl and resource, as on Windows; no readline either."""
     code = "import io, sys\nfor name in ('fcntl', 'readline', 'resource'): sys.modules[name] = None\n"
-    code += "from minivlm.app import cli\n"
-    code += "code = cli.main(['batch', 'q.jsonl', '--out', 'a.jsonl', '--device', 'cpu', '--verbose'])\n"
-    code += "sys.exit(code or cli.main(['chat', '--device', 'cpu', '--verbose']))"
+    code += "from minivlm.app import cli\nfew = ['--max-new-tokens', '4']\n"
+    code += "code = cli.main(['batch', 'q.jsonl', '--out', 'a.jsonl', '--device', 'cpu', '--verbose', *few])\n"
+    code += "sys.exit(code or cli.main(['chat', '--device', 'cpu', '--verbose', *few]))"
     (tmp_path / "q.jsonl").write_text('{"question": "hello"}\n')
     done = subprocess.run(
         [sys.executable, "-c", code], input="hello\n", capture_output=True, text=True, cwd=tmp_path, timeout=120

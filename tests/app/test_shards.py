@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import tiny_chat
 from PIL import Image
@@ -137,17 +138,14 @@ def test_the_command(job, text, whole, tmp_path, capsys):
     out.parent.mkdir()
     argv = ["batch", str(tmp_path / "q.jsonl"), "--out", str(out), "--model", str(tmp_path / "model")]
     argv += ["--device", "cpu", "--max-new-tokens", "3", "--batch-size", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "3"}
+    environment = {**os.environ, "WORLD_SIZE": "3"}
     killed = (
         "import os, signal, sys\nfrom minivlm.app import batch, cli\n"
         "batch._answers = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\ncli.main(sys.argv[1:])"
     )
     plain = "import sys; from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", killed if rank == "1" else plain, *argv], env=environment | {"RANK": rank}
-        )
-        for rank in "012"
+        processes.Program(killed if rank == "1" else plain, *argv, env=environment | {"RANK": rank}) for rank in "012"
     ]
     assert [process.wait(180) for process in running] == [0, -signal.SIGKILL, 0]
     assert not out.exists()

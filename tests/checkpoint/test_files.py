@@ -3,12 +3,11 @@
 import contextlib
 import errno
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -162,9 +161,7 @@ def test_the_disk_is_full(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.zeros(1)}, path)
     before = path.read_bytes()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", FULL, str(path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    result = processes.run(FULL, str(path))
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert "WriteError" in last

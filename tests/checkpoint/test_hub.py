@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import oracle
+import processes
 import pytest
 
 from minivlm.checkpoint.hub import suggestion
@@ -97,10 +96,8 @@ def load(port: int, cache: Path, *calls: tuple[str, dict[str, Any]], offline: bo
         "HF_HUB_ETAG_TIMEOUT": "2",
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "1" if offline else "0",
-        "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-c", CODE, json.dumps(calls)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = processes.run(CODE, json.dumps(calls), env=environment)
     assert result.stderr == ""
     return result.stdout.splitlines()
 

@@ -5,12 +5,12 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import transformers
@@ -191,9 +191,7 @@ def test_a_full_disk_on_the_command_line(verb: list[str], tmp_path: Path) -> Non
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from minivlm.app.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *(str(tmp_path / "out") if word == "OUT" else word for word in verb)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = processes.run(code, *(str(tmp_path / "out") if word == "OUT" else word for word in verb))
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert "cannot be written: File too large" in lines[-1]

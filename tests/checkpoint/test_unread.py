@@ -12,7 +12,7 @@ import oracle
 import oracle_idefics
 import oracle_llava
 import pytest
-from conftest import HUB, LLAVA
+from committed import HUB, LLAVA
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
 import breaker

@@ -65,7 +65,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(folder: Path, size: int, limit: float = 240) -> list[dict[str, Any]]:
     """The results of every process."""
-    processes.torchrun(ROOT / "tests/devices/worker.py", folder, size, limit)
+    processes.together(ROOT / "tests/devices/worker.py", folder, size, limit)
     return torch.load(folder / f"results-{size}.pt")
 
 

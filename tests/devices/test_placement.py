@@ -3,6 +3,7 @@ operation on tensors of two devices fails, as it would."""
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import minivlm
 from minivlm.auto import PRESETS, family
+from minivlm.checkpoint import loading
 from minivlm.devices import placement
 from minivlm.devices.placement import CPU
 
@@ -152,9 +154,11 @@ def test_what_is_in_its_place_is_not_kept() -> None:
 # ---- What goes where ----
 
 
+@functools.cache
 def meta(name: str) -> nn.Module:
+    """A released checkpoint's model without values. Nobody changes it."""
     config = PRESETS[name]
-    with torch.device("meta"):
+    with loading.shapes_only():
         return family(config.to_hub()["model_type"], name).model_class(config)
 
 

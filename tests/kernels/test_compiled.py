@@ -1,12 +1,11 @@
 """Pages of C are compiled when they are first needed, and done without where they cannot be."""
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import processes
 import pytest
 import torch
 from minivlm_kernels import compiled, cpu_dense, cpu_int4
@@ -76,10 +75,9 @@ def test_a_library_that_cannot_be_loaded_is_made_anew(monkeypatch: pytest.Monkey
 @needs_compiler
 def test_several_processes_compile_at_once_and_the_next_one_does_not(tmp_path: Path) -> None:
     code = "from minivlm_kernels import cpu_dense; assert cpu_dense.available()"
-    environment = {"PYTHONPATH": str(Path(cpu_dense.__file__).parents[1]), "XDG_CACHE_HOME": str(tmp_path)}
 
     def run(path: str) -> int:
-        return subprocess.run([sys.executable, "-c", code], env={**environment, "PATH": path}, timeout=200).returncode
+        return processes.run(code, env={"XDG_CACHE_HOME": str(tmp_path), "PATH": path}).returncode
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(run, [os.environ["PATH"]] * 2)) == [0, 0]

@@ -87,8 +87,8 @@ def test_the_earlier_pinpoint_wins():
 @example((1, 2**31 - 1), (336, 14, PINPOINTS))
 @example((2**31 - 1, 1), (336, 14, PINPOINTS))
 @settings(max_examples=1500, deadline=None)
-def test_geometry_equals_the_reference(size, grid):
-    tile, _, pinpoints = grid
+def test_geometry_and_count_equal_the_reference(size, grid):
+    tile, patch, pinpoints = grid
     best = best_resolution(size, pinpoints)
     assert best == tuple(select_best_resolution(size, pinpoints))
     rows, columns = tile_grid(size, pinpoints, tile)
@@ -100,14 +100,6 @@ def test_geometry_equals_the_reference(size, grid):
     assert (top, left) == (above, before)
     assert (top + height + below, left + width + after) == best
     assert min(height, width) >= 1
-
-
-@given(sizes, grids())
-@example((110, 352), (336, 14, PINPOINTS))
-@example((2**31 - 1, 1), (336, 14, PINPOINTS))
-@settings(max_examples=1500, deadline=None)
-def test_count_equals_the_reference_processor(size, grid):
-    tile, patch, pinpoints = grid
     theirs = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints),
         patch_size=patch,

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import oracle
 import oracle_idefics
 import oracle_llava
+import processes
 import pytest
 import tiny_idefics
 import torch
@@ -111,7 +111,7 @@ def test_another_process_without_transformers_finds_the_same(recorded: Path, cap
         "from minivlm.app import cli\n"
         f"sys.exit(cli.main(['parity', {MODEL!r}, '--against', {str(recorded)!r}, '--b', 'attn=eager', '--json']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = processes.run(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == here
     assert here["float32"]["first_divergence"] is None

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTOGRAPHS
+from committed import PHOTOGRAPHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import PHOTOGRAPHS
+from committed import PHOTOGRAPHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -8,7 +8,7 @@ import numpy as np
 import oracle_llava
 import pytest
 import torch
-from conftest import PHOTOGRAPHS
+from committed import PHOTOGRAPHS
 from PIL import Image
 
 from minivlm.checkpoint import hub

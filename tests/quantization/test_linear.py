@@ -1,10 +1,9 @@
 """`QuantizedLinear` against the product with its dequantised weight in fp64, on odd shapes and in every dtype."""
 
 import copy
-import subprocess
-import sys
 
 import bounds
+import processes
 import pytest
 import torch
 from minivlm_kernels import cpu_int4
@@ -167,7 +166,7 @@ for one, other in zip(unusual, results(), strict=True):
 
 def test_default_devices_dtypes_and_fake_tensors_change_nothing() -> None:
     """Also in what is worked out once and kept: a process that begins with them."""
-    child = subprocess.run([sys.executable, "-c", UNUSUAL], capture_output=True, encoding="utf-8", timeout=300)
+    child = processes.run(UNUSUAL)
     assert child.returncode == 0, child.stderr
 
 

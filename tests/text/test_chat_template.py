@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import HUB, LLAVA
+from committed import HUB, LLAVA
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import LLAVA
+from committed import LLAVA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

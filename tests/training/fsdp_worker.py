@@ -3,12 +3,15 @@
 torchrun --nproc-per-node 2 tests/training/fsdp_worker.py FOLDER
 """
 
+import functools
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import tiny_training
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 from minivlm import AutoModelForImageTextToText, AutoProcessor
@@ -58,13 +61,18 @@ def run(
     torch.manual_seed(1)
     if adapter:
         lora.apply(model, LoraConfig(r=4, target_modules="text"))
-    rows, processor = read_rows(folder / "rows.jsonl"), AutoProcessor.from_pretrained(folder)
+    rows = read_rows(folder / "rows.jsonl")
     found = []
-    for step in loop.finetune(model, processor, rows, recipe, out, eval_rows=rows[:3], resume=resume):
+    for step in loop.finetune(model, processor(folder), rows, recipe, out, eval_rows=rows[:3], resume=resume):
         found.append((step.loss, step.norm, step.learned, step.eval_loss))
+        if len(found) == 3 and out.name == "whole" and dist.get_rank() == 0:
+            shutil.copytree(out, folder.parent / "run")  # as a run that ends here would leave it
         if len(found) == stop:
             break
     return found
+
+
+processor = functools.cache(AutoProcessor.from_pretrained)
 
 
 def main() -> None:
@@ -76,7 +84,6 @@ def main() -> None:
     chat = folder / "chat"
     if world == 2:
         results["whole"] = run(chat, folder / "whole", None, False)
-        results["begun"] = run(chat, folder / "run", 3, False)
         results["adapter"] = run(chat, folder / "adapter", None, False, adapter=True)
         half = torch.bfloat16
         results["adapter in bf16"] = run(

@@ -1,9 +1,8 @@
 """Our AdamW and our checkpointing are torch's bit for bit, without torch's compiler."""
 
-import subprocess
-import sys
 from typing import Any
 
+import processes
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -107,5 +106,5 @@ model[0](torch.ones(2, 4)).sum().backward()
 optimisation.step(1.0, torch.tensor([1.0, 2.0]))
 print(sorted(name for name in ("torch._dynamo", "torch._inductor", "sympy", "triton") if name in sys.modules))
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = processes.run(program, check=True)
     assert found.stdout.strip() == "[]"
