@@ -43,12 +43,6 @@ def unpacked(packed: dict[str, Any]) -> Tensor:
     return (data.float() / 255) ** 2 * torch.tensor(packed["most"]).view(*packed["shape"][:-1], 1)
 
 
-def _enlarged(image: Image.Image) -> Image.Image:
-    scale = SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-
-
 def _spotlight(image: Image.Image, views: list[dict[str, Any]], weights: list[Tensor]) -> Image.Image:
     """The image, dark where there is no weight."""
     regions = [Region(view["name"], tuple(view["grid"]), *view["box"]) for view in views]
@@ -59,8 +53,10 @@ def _spotlight(image: Image.Image, views: list[dict[str, Any]], weights: list[Te
 def _grid(image: Image.Image, view: dict[str, Any]) -> Image.Image:
     """A view with its patches; what is beyond the image is black."""
     (top, left, height, width), (rows, columns) = view["box"], view["grid"]
-    box = (round(left), round(top), round(left + width), round(top + height))
-    large = _enlarged(image.convert("RGB").crop(box))
+    part = image.convert("RGB").crop((round(left), round(top), round(left + width), round(top + height)))
+    scale = SIDE / max(part.size)
+    size = (max(1, round(part.width * scale)), max(1, round(part.height * scale)))
+    large = part.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(large)
     for row in range(rows + 1):
         y = min(large.height - 1, round(row * large.height / rows))

@@ -140,9 +140,7 @@ class Tokenizer(TokenizerTools):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
         folder = Path(folder)
-        special = {i: t for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
-        others = [token.content for token in special.values() if token.content not in roles.values()]
+        roles, others = self.special_tokens_map, self.additional_special_tokens
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         decoder = {
             str(i): {flag: getattr(token, flag) for flag in flags}
