@@ -190,10 +190,11 @@ class Talk:
         """An item as JSON has it: an image by its address, or whole if it has none."""
         if item["type"] != "image":
             return item
-        name = self._name(item["image"])
-        if not os.path.exists(os.path.expanduser(name)) and "://" not in name:  # base64
-            return {"type": "image", "image": _data_url(item["image"])}
-        return {"type": "image", "image": name if "://" in name else os.path.abspath(os.path.expanduser(name))}
+        address = self._name(item["image"])
+        if "://" not in address:
+            path = os.path.expanduser(address)
+            address = os.path.abspath(path) if os.path.exists(path) else _data_url(item["image"])  # else it was base64
+        return {"type": "image", "image": address}
 
     def _load(self, argument: str) -> None:
         if not argument:
