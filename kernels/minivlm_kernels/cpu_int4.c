@@ -260,10 +260,11 @@ static int in_bf16(const float *numbers, int64_t count) {
 
 // The same in integers, for codes that are whole numbers and x in bf16, split into LIMBS of seven bits: one instruction
 // multiplies 32 codes with limbs and adds the products in pairs. A lane is one output; its sums have 16 bits for up to
-// SHORT inputs (eight of them add 2 · 2 · 15 · 64 = 3,840 at most), then 32.
+// SHORT inputs (eight of them add 2 · 2 · 15 · 64 = 3,840 at most), then 32, which hold the two lower limbs together of up
+// to LONGEST inputs: 15 · 64 · (128 + 1) each.
 // limbs: for every eight inputs, four of even and four of odd numbers, the highest limbs first.
 // steps (groups): the value of the lowest bit.  sums (groups): of x.
-enum { SHORT = 64 };
+enum { SHORT = 64, LONGEST = 16384 };
 
 INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t *limbs, const float *steps,
                                const float *sums, float *y) {
@@ -473,7 +474,7 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole: rows cut so
     for (int64_t i = 0; i < rows; i++) {
         float *row = ordered + i * columns;
-        whole[i] = w->zeros && w->group % 32 == 0 && in_bf16(row, columns)
+        whole[i] = w->zeros && w->group % 32 == 0 && w->group <= LONGEST && in_bf16(row, columns)
                    && cut(w, row, limbs + LIMBS * i * columns, steps + i * groups);
         for (float *eight = row; pairs && !whole[i] && eight < row + columns; eight += 8) {
             const float given[8] = {eight[0], eight[4], eight[2], eight[6], eight[1], eight[5], eight[3], eight[7]};
