@@ -70,14 +70,10 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor |
 
 def tokens_to_keep(logits_to_keep: int | Tensor) -> tuple[int, slice | Tensor]:
     """How many of the last tokens the decoder has to compute, 0 = all, and which of these the head gets."""
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.ndim != 1 or logits_to_keep.is_floating_point():
-            found = f"{tuple(logits_to_keep.shape)} of {logits_to_keep.dtype}"
-            raise ValueError(f"logits_to_keep should be a number or a row of indices, found a tensor {found}")
-        return 0, logits_to_keep
-    if isinstance(logits_to_keep, slice) or logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep should be a number from 0 or a row of indices, found {logits_to_keep}")
-    return logits_to_keep, slice(-logits_to_keep, None)  # −0 keeps all
+    row = isinstance(logits_to_keep, Tensor)
+    if isinstance(logits_to_keep, slice) or (logits_to_keep.ndim != 1 if row else logits_to_keep < 0):
+        raise ValueError(f"logits_to_keep should be a number from 0 or a row of indices, found {logits_to_keep!r:.80}")
+    return (0, logits_to_keep) if row else (logits_to_keep, slice(-logits_to_keep, None))  # −0 keeps all
 
 
 class VisionLanguageModel(nn.Module):
