@@ -199,9 +199,14 @@ def targeted(model: nn.Module, config: LoraConfig, names: dict[str, str]) -> lis
 def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[str, LoRALinear | LoRAEmbedding]:
     """Replace the `chosen` layers by low-rank ones whose values are not set yet; returns these by our names.
 
-    chosen: transformers' name → ours; rank and alpha patterns match the former.
+    chosen: transformers' name → ours; rank and alpha patterns match the former. ValueError for a layer that is trained
+    whole, too: no file could hold both.
     """
-    tied.untie(model, whole(model, config).values())
+    saved = whole(model, config).values()
+    for theirs, ours in chosen.items():
+        if any(name.startswith(f"{ours}.") for name in saved):
+            raise ValueError(f"modules_to_save {config.modules_to_save!r:.80} means {theirs} too, which is a target")
+    tied.untie(model, saved)
     ranks = targets.valued(config.rank_pattern, config.r, list(chosen))
     alphas = targets.valued(config.alpha_pattern, config.lora_alpha, list(chosen))
     layers = {}
