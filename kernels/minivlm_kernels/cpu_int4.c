@@ -260,10 +260,11 @@ static int in_bf16(const float *numbers, int64_t count) {
 
 // The same in integers, for codes that are whole numbers and x in bf16, split into LIMBS of seven bits: one instruction
 // multiplies 32 codes with limbs and adds the products in pairs. A lane is one output; its sums have 16 bits for up to
-// SHORT inputs (eight of them add 2 · 2 · 15 · 64 = 3,840 at most), then 32.
+// SHORT inputs (eight of them add 2 · 2 · 15 · 64 = 3,840 at most), then 32, which hold the two lower limbs together of up
+// to LONGEST inputs: 15 · 64 · (128 + 1) each.
 // limbs: for every eight inputs, four of even and four of odd numbers, the highest limbs first.
 // steps (groups): the value of the lowest bit.  sums (groups): of x.
-enum { SHORT = 64 };
+enum { SHORT = 64, LONGEST = 16384 };
 
 INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t *limbs, const float *steps,
                                const float *sums, float *y) {
@@ -314,10 +315,20 @@ INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t 
     for (int half = 0; half < 2; half++) *(floats *)(y + tile->number * 16 + 8 * half) = total[half];
 }
 
+// The lowest bytes of eight numbers, those of even ones first.
+INLINE void store_bytes(__m256i numbers, int8_t *out) {
+    const __m256i order = _mm256_setr_epi8(0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                           -1, -1, 0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i apart = _mm256_shuffle_epi8(numbers, order);
+    _mm_storel_epi64((void *)out, _mm_or_si128(_mm256_castsi256_si128(apart), _mm256_extracti128_si256(apart, 1)));
+}
+
+INLINE float total_of(floats v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
 // A row as whole multiples of a power of two, one power for each group, so that the group's largest number has
 // 7 · LIMBS - 1 bits; bf16 numbers down to 2^-12 of it are exact. Returns whether the rest of the row loses less than
 // fp32's rounding of the row (2^-24 of its norm).
-static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps) {
+static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps, float *sums) {
     double lost = 0, whole = 0; // sums of squares
     for (int64_t g = 0; g < w->columns / w->group; g++) {
         uint32_t most = 0; // the bits of absolute values are in order
@@ -327,23 +338,25 @@ static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps) {
         }
         const int exponent = (int)(most >> 23) - 127 - (7 * LIMBS - 2), power = exponent < -126 ? -126 : exponent;
         const float inverse = ldexpf(1, -power);
-        float squares = 0, errors = 0;
+        floats squares = {0}, errors = {0}, sum = {0};
         steps[g] = ldexpf(1, power);
-        for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
-            const float scaled = x[k] * inverse;
-            int32_t number = _mm_cvtss_si32(_mm_set_ss(scaled));
-            int8_t *out = limbs + LIMBS * (k & ~7) + 4 * (k & 1) + (k & 7) / 2;
+        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
+            const floats scaled = *(const floats *)(x + k) * inverse;
+            __m256i number = _mm256_cvtps_epi32((__m256)scaled);
+            const floats error = scaled - (floats)_mm256_cvtepi32_ps(number);
+            sum += *(const floats *)(x + k);
             squares += scaled * scaled;
-            errors += (scaled - number) * (scaled - number);
+            errors += error * error;
             for (int i = LIMBS - 1; i > 0; i--) {
-                const int32_t above = (number + 64) >> 7;
-                out[8 * i] = (int8_t)(number - 128 * above);
+                const __m256i above = _mm256_srai_epi32(_mm256_add_epi32(number, _mm256_set1_epi32(64)), 7);
+                store_bytes(_mm256_sub_epi32(number, _mm256_slli_epi32(above, 7)), limbs + LIMBS * k + 8 * i);
                 number = above;
             }
-            out[0] = (int8_t)number;
+            store_bytes(number, limbs + LIMBS * k);
         }
-        whole += ldexp(squares, 2 * power);
-        lost += ldexp(errors, 2 * power);
+        sums[g] = total_of(sum);
+        whole += ldexp(total_of(squares), 2 * power);
+        lost += ldexp(total_of(errors), 2 * power);
     }
     return lost <= whole * 0x1p-48;
 }
@@ -460,27 +473,34 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     if (!ordered) return 1;
     uint8_t bytes[1024];
     split_map(w, bytes);
-    for (int64_t i = 0; i < rows; i++) // filled up to whole groups, in the order of the codes in a word
-        for (int64_t k = 0; k < columns; k++)
-            ordered[i * columns + (k ^ w->high_first)] = k < inputs ? x[i * inputs + k] : 0;
-    for (int64_t i = 0; i < rows * groups; i++) {
-        sums[i] = 0;
-        for (int64_t k = 0; w->zeros && k < w->group; k++) sums[i] += ordered[i * w->group + k];
-    }
 #ifndef __AVX512F__
     const int pairs = in_bf16(w->table, 16);
     float *steps = sums + rows * groups;
     int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole: rows cut so
-    for (int64_t i = 0; i < rows; i++) {
-        float *row = ordered + i * columns;
-        whole[i] = w->zeros && w->group % 32 == 0 && in_bf16(row, columns)
-                   && cut(w, row, limbs + LIMBS * i * columns, steps + i * groups);
-        for (float *eight = row; pairs && !whole[i] && eight < row + columns; eight += 8) {
+#endif
+    for (int64_t i = 0; i < rows; i++) { // filled up to whole groups, in the order of the codes in a word
+        float *row = ordered + i * columns, *its = sums + i * groups;
+        memcpy(row, x + i * inputs, inputs * sizeof *row);
+        memset(row + inputs, 0, (columns - inputs) * sizeof *row);
+        for (int64_t k = 0; w->high_first && k < columns; k += 2) {
+            const float first = row[k];
+            row[k] = row[k + 1];
+            row[k + 1] = first;
+        }
+#ifndef __AVX512F__
+        whole[i] = w->zeros && w->group % 32 == 0 && w->group <= LONGEST && in_bf16(row, columns)
+                   && cut(w, row, limbs + LIMBS * i * columns, steps + i * groups, its);
+        if (whole[i]) continue;
+#endif
+        memset(its, 0, groups * sizeof *its);
+        for (int64_t k = 0; w->zeros && k < columns; k++) its[k / w->group] += row[k];
+#ifndef __AVX512F__
+        for (float *eight = row; pairs && eight < row + columns; eight += 8) {
             const float given[8] = {eight[0], eight[4], eight[2], eight[6], eight[1], eight[5], eight[3], eight[7]};
             memcpy(eight, given, sizeof given);
         }
-    }
 #endif
+    }
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = 0; number < w->tiles; number += TILES) {
         const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};

@@ -1,6 +1,7 @@
 """What is written to the terminal: pieces of an answer, notes, errors; in whatever encoding it has."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -15,7 +16,13 @@ ASCII = ("ascii", "us-ascii", "ansi_x3.4-1968", "646")  # names of an encoding
 
 def prepare() -> None:
     """Escape characters that stdout or stderr cannot encode (cp1252, ASCII), read stdin as UTF-8 where the locale is
-    ASCII, and print warnings in one line."""
+    ASCII, replace streams that the caller has closed, and print warnings in one line."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:  # opened for reading: writing an answer fails, so that none is lost in silence
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:  # or notes would be printed on stdout
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if (getattr(sys.stdin, "encoding", None) or "").lower() in ASCII and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
@@ -44,6 +51,8 @@ def drop_stdout() -> None:
 
 def fail(error: Exception | str) -> int:
     """Print an error in one line; the exit code 1."""
+    if isinstance(error, OSError) and error.errno == errno.EBADF:
+        error = "stdout is closed"
     print("minivlm: error:", re.sub(r"^\[Errno \d+\] ", "", one_line(error)), file=sys.stderr)
     return 1
 

@@ -68,6 +68,14 @@ def next_token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor |
     return F.cross_entropy(predicted, target, ignore_index=-100, reduction="sum") / num_items_in_batch
 
 
+def tokens_to_keep(logits_to_keep: int | Tensor) -> tuple[int, slice | Tensor]:
+    """How many of the last tokens the decoder has to compute, 0 = all, and which of these the head gets."""
+    row = isinstance(logits_to_keep, Tensor)
+    if isinstance(logits_to_keep, slice) or (logits_to_keep.ndim != 1 if row else logits_to_keep < 0):
+        raise ValueError(f"logits_to_keep should be a number from 0 or a row of indices, found {logits_to_keep!r:.80}")
+    return (0, logits_to_keep) if row else (logits_to_keep, slice(-logits_to_keep, None))  # −0 keeps all
+
+
 class VisionLanguageModel(nn.Module):
     """Base of all models: those with a head contain a `model`, those without contain a `decoder`."""
 

@@ -307,14 +307,15 @@ class LlavaNextForConditionalGeneration(base.VisionLanguageModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
     ) -> base.Output | tuple:
         """As `LlavaNextModel.forward`, then logits (B, T or logits_to_keep, V) and, with labels, the loss.
 
         labels: (B, T) like input_ids, −100 = not counted; image tokens count unless they are set to −100.
-        logits_to_keep: compute logits for the last so many tokens only; 0 = all.
+        logits_to_keep: compute logits for the last so many tokens only, 0 = all, or for those of these indices (n,).
         """
+        last, kept = base.tokens_to_keep(logits_to_keep)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -327,10 +328,10 @@ class LlavaNextForConditionalGeneration(base.VisionLanguageModel):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=last,
             attn_implementation=self.attn_implementation,
         )
-        logits = self.head(output.pop("last_hidden_state")[:, -logits_to_keep:])  # −0 keeps all
+        logits = self.head(output.pop("last_hidden_state")[:, kept])
         loss = None if labels is None else base.next_token_loss(logits, labels, num_items_in_batch)
         output = base.Output(output, logits=logits, loss=loss)
         return output.to_tuple() if return_dict is False else output

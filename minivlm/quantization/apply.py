@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minivlm import families
+from minivlm.modules.stacks import uncompiled
 from minivlm.quantization.linear import QuantizedLinear
 
 # Which linear layers: those of the parts that the family's record names (`minivlm.families`). Everything that is not an
@@ -57,10 +58,11 @@ def replace(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, Qu
 
 def quantize(model: nn.Module, config: Any) -> nn.Module:
     """Quantise the layers of a model that holds its weights, in place; `from_pretrained` does it while loading."""
-    for name in selected(model, config.skip_modules, config.quantize_head):
-        weight = model.get_submodule(name).weight
-        replace(model, [name], config)[name].quantize_(weight)
-    model.quantization_config = config
+    inner = uncompiled(model)
+    for name in selected(inner, config.skip_modules, config.quantize_head):
+        weight = inner.get_submodule(name).weight
+        replace(inner, [name], config)[name].quantize_(weight)
+    inner.quantization_config = config
     return model
 
 

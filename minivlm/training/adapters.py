@@ -22,6 +22,7 @@ from minivlm.checkpoint import hub
 from minivlm.checkpoint.files import saving
 from minivlm.checkpoint.hub import CheckpointError, CheckpointFileError
 from minivlm.checkpoint.tensors import listed
+from minivlm.modules.stacks import uncompiled
 from minivlm.quantization.linear import QuantizedLinear
 from minivlm.training import lora, targets
 from minivlm.training.targets import LoraConfig
@@ -163,6 +164,7 @@ def fit(model: nn.Module, adapter: Adapter) -> Fit:
 
     Raises CheckpointError that lists the tensors that are missing, unexpected or of another shape.
     """
+    model = uncompiled(model)
     found = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
     with hub.blame(adapter.name):
         tries = [_places(model, adapter.config, number) for number in range(len(targets.generations(model)))]
@@ -227,6 +229,7 @@ def attach(model: nn.Module, adapter: Adapter, found: Fit, trainable: bool = Fal
 
     ValueError for a module that the adapter replaces as a whole and that is quantised here.
     """
+    compiled, model = model, uncompiled(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and f"{name}.weight" in found.values:
             raise ValueError(
@@ -238,7 +241,7 @@ def attach(model: nn.Module, adapter: Adapter, found: Fit, trainable: bool = Fal
         parameter = model.get_parameter(name)
         parameter.data = value.to(parameter.device, parameter.dtype)
     lora.set_trainable(model, adapter.config)
-    return model if trainable else model.requires_grad_(False)
+    return compiled if trainable else compiled.requires_grad_(False)
 
 
 def load(model: nn.Module, name_or_folder: str | Path, trainable: bool = False, **where: Any) -> nn.Module:
@@ -252,6 +255,7 @@ def save(model: nn.Module, folder: str | Path, base: str | None = None) -> None:
 
     ValueError for a model without one.
     """
+    model = uncompiled(model)
     config = getattr(model, "adapter_config", None)
     if config is None:
         raise ValueError("this model has no adapter to save")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlm.modules.stacks import uncompiled
 from minivlm.quantization import apply as quantise
 from minivlm.quantization.linear import QuantizedLinear
 from minivlm.training import lean, targets, tied
@@ -151,6 +152,7 @@ def apply(model: nn.Module, config: LoraConfig) -> list[str]:
 
     ValueError if nothing matches, if a target can have no low-rank change, or if there is an adapter already.
     """
+    model = uncompiled(model)
     if config.target_modules in targets.PRESETS:
         config = replace(config, target_modules=targets.preset_pattern(model, config.target_modules))
     names = spelling(model)
@@ -197,9 +199,14 @@ def targeted(model: nn.Module, config: LoraConfig, names: dict[str, str]) -> lis
 def wrap(model: nn.Module, config: LoraConfig, chosen: dict[str, str]) -> dict[str, LoRALinear | LoRAEmbedding]:
     """Replace the `chosen` layers by low-rank ones whose values are not set yet; returns these by our names.
 
-    chosen: transformers' name → ours; rank and alpha patterns match the former.
+    chosen: transformers' name → ours; rank and alpha patterns match the former. ValueError for a layer that is trained
+    whole, too: no file could hold both.
     """
-    tied.untie(model, whole(model, config).values())
+    saved = whole(model, config).values()
+    for theirs, ours in chosen.items():
+        if any(name.startswith(f"{ours}.") for name in saved):
+            raise ValueError(f"modules_to_save {config.modules_to_save!r:.80} means {theirs} too, which is a target")
+    tied.untie(model, saved)
     ranks = targets.valued(config.rank_pattern, config.r, list(chosen))
     alphas = targets.valued(config.alpha_pattern, config.lora_alpha, list(chosen))
     layers = {}
@@ -254,6 +261,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     A quantised base becomes plain weights first, of `dtype` (None: that the model computes in): to round the sum to
     four bits again would lose most of the adapter. The sum is made in fp32 and rounded once.
     """
+    compiled, model = model, uncompiled(model)
     dtype = dtype or model.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRAEmbedding) or (isinstance(module, LoRALinear) and not module.quantised):
@@ -265,7 +273,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             model.set_submodule(name, _plain(module.dequantize(torch.float32), module.bias, dtype))
     tied.settle(model)
     model.adapter_config = model.quantization_config = None
-    return model
+    return compiled
 
 
 def merge_quantised(model: nn.Module, config: Any) -> float:
@@ -273,6 +281,7 @@ def merge_quantised(model: nn.Module, config: Any) -> float:
 
     Above 1, the rounding is larger than what was learned.
     """
+    model = uncompiled(model)
     changed = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     bases = {name: module._base_weight() for name, module in changed.items()}
     exact = {name: module.changed() for name, module in changed.items()}

@@ -5,7 +5,6 @@ ours differ from those of version 5 and of older ones (`spellings`).
 """
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ PRESETS = {
     "all": ("text", "connector", "vision"),
 }
 ALL_LINEAR = "all-linear"
+LARGEST = 2**31  # of alpha; far beyond, products would be infinite
 SECONDS = 10  # for all regular expressions of one adapter; honest ones take milliseconds
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
@@ -73,8 +73,10 @@ class LoraConfig:
         if not all(type(rank) is int and 1 <= rank <= 2**16 for rank in ranks):
             raise ValueError(f"r and the values of rank_pattern are whole numbers from 1, found {ranks!r:.80}")
         alphas = [self.lora_alpha, *self.alpha_pattern.values()]
-        if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):
-            raise ValueError(f"lora_alpha and the values of alpha_pattern are numbers, found {alphas!r:.80}")
+        if not all(type(alpha) in (int, float) and abs(alpha) <= LARGEST for alpha in alphas):
+            raise ValueError(
+                f"lora_alpha and the values of alpha_pattern are numbers to {LARGEST}, found {alphas!r:.80}"
+            )
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is from 0 to below 1, found {self.lora_dropout!r:.80}")
         for name, known in {"bias": BIASES, "init_lora_weights": INITS}.items():

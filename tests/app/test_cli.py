@@ -429,3 +429,17 @@ def test_memory_is_printed_in_readable_units():
         "5 MiB",
         "3.00 GiB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "out", "err"),
+    [("<&-", 1, "", "is empty"), (">&-", 1, "", "error: stdout is closed"), ("2>&-", 0, "47.", "")],
+)
+def test_a_closed_stream(closed, code, out, err):
+    image = "-" if closed == "<&-" else Path(__file__).parents[2] / "docs" / "shapes.png"
+    command = f'"{sys.executable}" -m minivlm ask {image} "What number is written?" {closed}'
+    child = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert child.returncode == code
+    assert child.stdout.strip() == out
+    assert err in child.stderr
+    assert "Traceback" not in child.stderr

@@ -106,6 +106,21 @@ def test_bf16_of_very_different_sizes(library: None) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("group", [32, 64, 96, 16384, 24576])
+@pytest.mark.parametrize("mantissa", [129, 254, 255])  # 254: the two upper limbs are largest
+def test_the_largest_sums_of_whole_numbers(group: int, mantissa: int, library: None) -> None:
+    """Nothing overflows, however long a group is: all codes are 15, all x the same number."""
+    for zero in (0, 8, 16):
+        codes, zeros = torch.full((3, group // 2), 0xFF, dtype=torch.uint8), torch.full((3, 1), zero, dtype=torch.uint8)
+        packed = Tiles(pack(codes, torch.ones(3, 1), zeros, group), None, (3, group), group, torch.float32)
+        for exponent in (-133, 0, 100):
+            x = (torch.full((1, group), float(mantissa)) * 2.0**exponent).bfloat16()
+            size = x.double().sum()
+            bound = bounds.certain(2 * group, 16 * size) + torch.finfo(torch.float32).tiny
+            bounds.assert_within(product(x, packed), (15 - zero) * size, bound)
+
+
+@needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: tuple, library: None) -> None:
     """fp32: a rounding of the scale, one of the product. bf16: that, rounded once more."""

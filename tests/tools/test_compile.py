@@ -1,11 +1,17 @@
 """torch.compile without a graph break in the decoder, and torch.export of the text part, at any length."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import oracle_peft
 import pytest
 import torch
 from torch import Tensor
+
+from minivlm import Int4Config
+from minivlm.quantization import apply
+from minivlm.training import adapters, lora
 
 TIMED = ("input_ids", "attention_mask", "image_attention_mask")  # (B, T, …)
 
@@ -83,3 +89,31 @@ def test_exported(given: Any) -> None:
         found, expected = program(**call), model(**call)
         assert found.keys() == expected.keys()
         torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_changed_after_compiling(given: Any, tmp_path: Path) -> None:
+    """Adapters and quantisation know a compiled model's layers by the names that they have without the compiler."""
+    model, _, text = given
+    plain = copy.deepcopy(model)
+    lora.apply(plain, lora.LoraConfig(init_lora_weights=False))
+    adapters.save(plain, tmp_path / "plain")
+    expected = plain(**text).logits
+
+    def compiled(model: Any) -> Any:
+        return torch.compile(copy.deepcopy(model), backend="eager")
+
+    loaded = adapters.load(compiled(model), tmp_path / "plain")
+    torch.testing.assert_close(loaded(**text).logits, expected, rtol=1e-5, atol=1e-5)
+    adapters.save(compiled(plain), tmp_path / "compiled")
+    again = adapters.load(copy.deepcopy(model), tmp_path / "compiled")
+    torch.testing.assert_close(again(**text).logits, expected, rtol=1e-5, atol=1e-5)
+    merged = lora.merge(loaded)
+    torch.testing.assert_close(merged(**text).logits, lora.merge(plain)(**text).logits, rtol=1e-5, atol=1e-5)
+    assert len(lora.apply(merged, lora.LoraConfig())) == len(lora.apply(plain, lora.LoraConfig()))
+
+    config = Int4Config(32)
+    quantised = apply.quantize(compiled(model), config)
+    expected = apply.quantize(copy.deepcopy(model), config)
+    assert len(apply.layers(quantised)) == len(apply.layers(expected)) > 0
+    torch.testing.assert_close(quantised(**text).logits, expected(**text).logits, rtol=1e-5, atol=1e-5)

@@ -94,6 +94,19 @@ def test_labels_come_first(pair: Any) -> None:
 
 
 @torch.no_grad()
+def test_logits_of_chosen_tokens(pair: Any) -> None:
+    theirs, ours, inputs = pair
+    for kept, tokens in ((2, [-2, -1]), (torch.tensor([3, 0, -1]), [3, 0, -1])):
+        expected, found = (model(**inputs, logits_to_keep=kept).logits for model in (theirs, ours))
+        real = inputs["attention_mask"].bool()[:, tokens]
+        assert found.shape == expected.shape
+        close(found[real], expected[real])
+    for kept in (-1, slice(-2, None), torch.tensor(2)):
+        with pytest.raises(ValueError, match="logits_to_keep should be a number"):
+            ours(**inputs, logits_to_keep=kept)
+
+
+@torch.no_grad()
 def test_image_features(pair: Any) -> None:
     theirs, ours, inputs = pair
     if not hasattr(theirs, "get_image_features"):

@@ -183,6 +183,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another rank": ({"r": 8}, "another shape"),
     "no whole rank": ({"r": 2.5}, "rank"),
     "rank zero": ({"r": 0}, "rank"),
+    "an alpha beyond all": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "an alpha beyond fp32": ({"alpha_pattern": {"q_proj": 1e39}}, "lora_alpha"),
     "another base's weights": ({"init_lora_weights": "pissa"}, "base"),
     "token rows": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "bias of B": ({"lora_bias": True}, "lora_bias"),
@@ -294,6 +296,9 @@ def test_targets_that_match_nothing_or_too_much(bases: Any) -> None:
         lora.apply(model, LoraConfig(target_modules=r".*input_layernorm"))
     with pytest.raises(ValueError, match="modules_to_save"):
         lora.apply(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_haed"]))
+    for end in ("", "_proj"):  # PEFT compares ends of names
+        with pytest.raises(ValueError, match=r"means .*q_proj too, which is a target"):
+            lora.apply(model, LoraConfig(target_modules=["q_proj"], modules_to_save=[end]))
 
 
 # ---- Loading -------------------------------------------------------------------------------------------------------
