@@ -28,6 +28,10 @@ from minivlm.quantization import apply
 
 SHARD = r"model-\d+-of-\d+\.safetensors"
 Shard = dict[str, Tensor]
+WRAPPED = {
+    "base_layer",
+    "original_module",
+}  # in names of what an adapter, PEFT's too, has put a layer of its own around
 
 
 def save_pretrained(
@@ -98,8 +102,13 @@ def _config(model: nn.Module, dtype: str) -> dict[str, Any]:
 
 
 def _tensors(model: nn.Module, state_dict: dict[str, Tensor] | None) -> Shard:
-    """All tensors by their Hub names. ValueError for a state_dict that is not this model's."""
+    """All tensors by their Hub names. ValueError for a state_dict that is not this model's, and for wrapped layers."""
     ours = apply.files(model) if state_dict is None else state_dict
+    if wrapped := next((name for name in ours if WRAPPED & set(name.split("."))), None):
+        raise ValueError(
+            f"an adapter is around a layer of this model, at {wrapped:.200}: merge it first (lora.merge, or in PEFT "
+            "merge_and_unload), or save the adapter alone"
+        )
     if state_dict is not None and (strange := sorted(state_dict.keys() ^ model.state_dict().keys())):
         raise ValueError(f"state_dict should have the names of this model, found a difference at {strange[0]!r:.200}")
     root = getattr(model, "hub_root", "")

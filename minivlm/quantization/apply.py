@@ -57,9 +57,17 @@ def replace(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, Qu
 
 
 def quantize(model: nn.Module, config: Any) -> nn.Module:
-    """Quantise the layers of a model that holds its weights, in place; `from_pretrained` does it while loading."""
+    """Quantise the layers of a model that holds its weights, in place; `from_pretrained` does it while loading.
+
+    ValueError for a model with layers in another format, because a file has one, and where no layer is to be quantised.
+    """
     inner = uncompiled(model)
-    for name in selected(inner, config.skip_modules, config.quantize_head):
+    if others := {str(layer.format) for layer in layers(inner).values() if layer.format != config.format}:
+        raise ValueError(f"it is quantised already, as {', '.join(others)}; load the model without and quantise that")
+    names = selected(inner, config.skip_modules, config.quantize_head)
+    if not names and not layers(inner):
+        raise ValueError("no layer is to be quantised; of a wrapped model (PEFT's, say) quantise the one inside")
+    for name in names:
         weight = inner.get_submodule(name).weight
         replace(inner, [name], config)[name].quantize_(weight)
     inner.quantization_config = config

@@ -19,6 +19,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 MAX_TOKENIZER = 2**25  # bytes of tokenizer.json; the released checkpoints need up to a third
 MAX_ADDED = 2**14  # added tokens; every text is searched for each of them
 MAX_GROWTH = 256  # factor by which normalisation may lengthen a text; replacing blanks by "▁" triples it
+MAX_ID = 2**24  # `tokenizers` copies a tokenizer by counting all ids up to the largest
 
 
 def attempt(message: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -47,7 +48,10 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
                 raise ValueError(f"{token['content']!r:.80} has id {found}, but {token['id']!r:.40} under added_tokens")
         if getattr(backend.model, "dropout", None):
             raise ValueError(f"model.dropout {backend.model.dropout} makes ids random; set it to null")
-        for name in ("normalizer", "decoder"):
+        token, largest = max(backend.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+        if largest > MAX_ID:
+            raise ValueError(f"{token!r:.80} has id {largest:,}, expected at most {MAX_ID:,}")
+        for name in ("normalizer", "post_processor", "decoder"):
             part = getattr(backend, name)
             if part is not None and (times := _growth(json.loads(part.__getstate__()))) > MAX_GROWTH:
                 raise ValueError(f"the {name} can make a text {times:,} times as long, expected at most {MAX_GROWTH}")
@@ -64,6 +68,8 @@ def _added_tokens(content: bytes) -> list[dict[str, Any]]:
         tokens, _ = json.JSONDecoder().raw_decode(section)
     except RecursionError as error:
         raise ValueError("added_tokens is nested too deeply") from error
+    except json.JSONDecodeError:
+        tokens = [None]  # longer than the section, or not JSON
     known = all(isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in tokens)
     if not known or len(tokens) > MAX_ADDED:
         raise ValueError(f"added_tokens is a list of at most {MAX_ADDED} objects with id and content")
@@ -71,9 +77,14 @@ def _added_tokens(content: bytes) -> list[dict[str, Any]]:
 
 
 def _growth(spec: dict[str, Any]) -> int:
-    """The factor, in bytes, by which a normalizer's or decoder's replacements can lengthen a text."""
-    parts = spec.get("normalizers") or spec.get("decoders") or []
-    own = max(1, len(spec.get("content", "").encode())) if spec.get("type") == "Replace" else 1
+    """The factor by which a normalizer, post-processor or decoder can lengthen a text: by replacements, in bytes, or by
+    a template, which may repeat it."""
+    parts = spec.get("normalizers") or spec.get("processors") or spec.get("decoders") or []
+    own = 1
+    if spec.get("type") == "Replace":
+        own = max(1, len(spec.get("content", "").encode()))
+    elif spec.get("type") == "TemplateProcessing":
+        own = max(1, sum("Sequence" in piece for piece in spec["single"]))
     return own * math.prod(map(_growth, parts))
 
 

@@ -259,11 +259,15 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Add an adapter to the weights it changes, and take it off; in place.
 
     A quantised base becomes plain weights first, of `dtype` (None: that the model computes in): to round the sum to
-    four bits again would lose most of the adapter. The sum is made in fp32 and rounded once.
+    four bits again would lose most of the adapter. The sum is made in fp32 and rounded once. ValueError for a model
+    with neither an adapter of ours nor quantised layers.
     """
     compiled, model = model, uncompiled(model)
     dtype = dtype or model.dtype
-    for name, module in list(model.named_modules()):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (*ADAPTED, QuantizedLinear))}
+    if all(name.endswith(".base_layer") for name in layers):
+        raise ValueError("there is nothing to merge: no adapter of minivlm is on this model (PEFT: merge_and_unload())")
+    for name, module in layers.items():
         if isinstance(module, LoRAEmbedding) or (isinstance(module, LoRALinear) and not module.quantised):
             module.base_layer.weight = nn.Parameter(module.weight, requires_grad=False)
             model.set_submodule(name, module.base_layer)

@@ -870,6 +870,22 @@ TOKENIZERS = _values(
         ("pre_tokenizer", SPLIT, "no tokenizer.json that"),
         ("added_tokens", {}, "no tokenizer.json that"),
         ("added_tokens", [1], "added_tokens is a list of at most"),
+        (
+            "added_tokens",
+            [{"id": i, "content": f"<{i}>" * 50} for i in range(50_000)],
+            "added_tokens is a list of at most",
+        ),
+        ("model.vocab.a", 2**31, "'a' has id 2,147,483,648, expected at most"),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 10_000,
+                "pair": [],
+                "special_tokens": {},
+            },
+            "the post_processor can make a text 10,000 times as long",
+        ),
         ("added_tokens.0.id", 77, "'<unk>' has id 0, but 77 under added_tokens"),
         ("added_tokens.0.id", "0", "no tokenizer.json that|'<unk>' has id 0, but '0' under added_tokens"),
         (

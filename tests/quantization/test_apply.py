@@ -150,6 +150,11 @@ def test_quantising_a_model_that_holds_its_weights() -> None:
     assert (layer.dequantize() - weight).abs().max() < 0.01
     assert isinstance(model.lm_head, nn.Linear)
     assert "int4 in groups of 64" in repr(layer)
+    for other in (Int4Config(32), BitsAndBytesConfig(load_in_8bit=True)):  # one file says one format
+        with pytest.raises(ValueError, match="quantised already, as int4 in groups of 64"):
+            apply.quantize(model, other)
+    apply.quantize(model, Int4Config(64, quantize_head=True))
+    assert isinstance(model.lm_head, QuantizedLinear)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minivlm import Int4Config
+from minivlm.quantization import apply
 from minivlm.quantization.linear import QuantizedLinear
-from minivlm.training import adapters
+from minivlm.training import adapters, lora
 
 FAMILIES = oracle_peft.FAMILIES
 TARGETS = ["q_proj", "v_proj", "down_proj", "fc1"]  # of the decoder and of the tower
@@ -107,6 +109,23 @@ def test_names_of_idefics(folders: Any, tmp_path: Path) -> None:
     own.save_adapter(tmp_path / "own")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "own")
     torch.testing.assert_close(logits(ours, "idefics"), logits(theirs, "idefics"), **CLOSE)
+
+
+def test_what_cannot_be_done_with_layers_inside_of_peft(folders: Any, tmp_path: Path) -> None:
+    """Each did nothing, or wrote a checkpoint that nothing loads."""
+    for options in ({}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
+        wrapped = peft.get_peft_model(oracle_peft.ours(*folders["idefics2"]), config(**options))
+        with pytest.raises(ValueError, match="an adapter is around a layer"):
+            wrapped.base_model.model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="nothing to merge"):
+            lora.merge(wrapped)
+        with pytest.raises(ValueError, match="no layer is to be quantised"):
+            apply.quantize(wrapped, Int4Config())
+    assert not list(tmp_path.iterdir())
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, "idefics2"), logits(merged, "idefics2"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
