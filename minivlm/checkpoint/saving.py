@@ -28,10 +28,7 @@ from minivlm.quantization import apply
 
 SHARD = r"model-\d+-of-\d+\.safetensors"
 Shard = dict[str, Tensor]
-WRAPPED = {
-    "base_layer",
-    "original_module",
-}  # in names of what an adapter, PEFT's too, has put a layer of its own around
+WRAPPED = {"base_layer", "original_module"}  # in the names of a layer inside an adapter's, PEFT's too
 
 
 def save_pretrained(
