@@ -332,7 +332,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "canvas that is no whole tiles": ({"image_grid_pinpoints": [[12, 30]]}, r"multiples of the tile's side of 12"),
     "no canvas": ({"image_grid_pinpoints": []}, "at least one"),
     "canvases in one row": ({"image_grid_pinpoints": [12, 24]}, "image_grid_pinpoints"),
-    "class tokens": ({"vision_feature_select_strategy": "full"}, "no grid, and the reference fails too"),
+    "class tokens": ({"vision_feature_select_strategy": "full"}, "not a grid, and the reference fails too"),
     "unknown strategy": ({"vision_feature_select_strategy": "cls"}, "'cls' is not supported"),
     "layer below the tower": ({"vision_feature_layer": -6}, "5 hidden states of a tower of 4 layers"),
     "layer above the tower": ({"vision_feature_layer": [1, 5]}, "5 hidden states of a tower of 4 layers"),
