@@ -7,7 +7,6 @@ Names and arithmetic are PEFT's; what an adapter's folder holds is read and writ
 """
 
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -244,15 +243,6 @@ def set_trainable(model: nn.Module, config: LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         if name in saved or (config.bias == "all" and name.rpartition(".")[2] == "bias"):
             parameter.requires_grad_(True)
-
-
-def trained(model: nn.Module) -> dict[str, int]:
-    """How many numbers of each part ("text", "connector", "vision", "head") are trained."""
-    counts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            counts[targets.part_of(model.config.model_type, name)] += parameter.numel()
-    return dict(counts)
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,3 +223,12 @@ def matches(patterns: list[str], names: list[str]) -> dict[str, set[str]]:
     if isinstance(found, str):
         raise ValueError(f"{shown}: not a regular expression ({found})")
     return {pattern: set(some) for pattern, some in zip(patterns, found, strict=True)}
+
+
+def trained(model: nn.Module) -> dict[str, int]:
+    """How many numbers of each part ("text", "connector", "vision", "head") are trained."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[part_of(model.config.model_type, name)] += parameter.numel()
+    return dict(counts)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import minivlm
 from minivlm.checkpoint.hub import CheckpointError
-from minivlm.training import adapters, lora
+from minivlm.training import adapters, lora, targets
 from minivlm.training.targets import LoraConfig
 
 LOGITS = 2e-4  # of logits of about ±10, in fp32: four times what PEFT's own merging changes
@@ -278,7 +278,7 @@ def test_a_second_adapter_is_refused(bases: Any, good: Path) -> None:
 def test_presets_mean_the_same_to_peft(bases: Any, tmp_path: Path, family: str, preset: str) -> None:
     model = peft_side.ours(*bases(family))
     names = lora.apply(model, LoraConfig(target_modules=preset, r=2))
-    parts = lora.trained(model)
+    parts = targets.trained(model)
     assert set(parts) == set(
         {"text": ["text"], "text+connector": ["text", "connector"]}.get(preset, ["text", "connector", "vision"])
     )

@@ -138,9 +138,9 @@ def _show(model: Any, processor: Any, rows: list[Any], sizes: list[Any], argumen
 
 def _trained(model: Any) -> str:
     """What is trained, by part of the model."""
-    from minivlm.training import lora
+    from minivlm.training import targets
 
-    counts = lora.trained(model)
+    counts = targets.trained(model)
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     return f"trained: {parts}, {sum(counts.values()):,} in all"
 
