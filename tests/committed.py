@@ -1,4 +1,5 @@
-"""Where the committed test data is. (Not in conftest.py: which of several a test would import is left to chance.)"""
+"""Where the committed test data is. Not in conftest.py, of which there are several:
+which one a test imports depends on the folders that pytest is given."""
 
 from pathlib import Path
 

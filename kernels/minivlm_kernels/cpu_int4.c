@@ -476,7 +476,7 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
 #ifndef __AVX512F__
     const int pairs = in_bf16(w->table, 16);
     float *steps = sums + rows * groups;
-    int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole: rows cut so
+    int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole[i]: is row i cut
 #endif
     for (int64_t i = 0; i < rows; i++) { // filled up to whole groups, in the order of the codes in a word
         float *row = ordered + i * columns, *its = sums + i * groups;

@@ -95,7 +95,7 @@ def test_bf16_of_very_different_sizes(library: None) -> None:
     x[0, ::40] *= 4096
     x[1] *= 2.0 ** torch.randint(-20, 20, (256,))
     x[2] = 0
-    x[3] *= 2.0**-120
+    x[3] *= 2.0**-112  # not denormal: AVX512_BF16 takes those for zero
     x[4] = torch.randn(256).sign() * torch.finfo(torch.bfloat16).max / 2**20
     largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
     expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)

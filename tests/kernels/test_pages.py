@@ -23,7 +23,7 @@ def test_a_tensor_like_any_other(shape: tuple[int, ...], dtype: torch.dtype) -> 
         assert made.data_ptr() % pages.PAGE == 0
 
 
-def test_memory_is_given_back() -> None:
+def test_a_view_keeps_its_memory() -> None:
     made = [pages.empty((2**20,), torch.float32) for _ in range(3)]
     other, kept = made[1].view(2, -1)[1], made[2].fill_(1)
     del made
