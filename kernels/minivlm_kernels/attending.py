@@ -8,21 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm_kernels import has_triton, selfcheck
+from minivlm_kernels import cpu_attention, has_triton, selfcheck
 from minivlm_kernels.addresses import addressable
 
 MAX_DECODED = 8  # queries that decode attention takes (its MAX_QUERIES): more are a prefill
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any, requested: bool) -> str | None:
-    """The kernel for a call: requested, or the default here (`preferred`); None if torch serves it better, or must.
+def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any, requested: str | None) -> str | None:
+    """The kernel for a call: requested ("triton", "compiled"), or the default here (`preferred`); None if torch serves
+    it better, or must.
 
     Torch must serve tensors without an address, and a GPU on which the kernel fails its check.
     """
-    if not (requested or q.is_cuda):
+    if requested == "compiled" and q.is_cpu:
+        return requested if cpu_attention.suits(q, k, v, mask) else None
+    if not (requested == "triton" or q.is_cuda):
         return None
     names = kernels(q, k, v, mask)
-    wanted = requested or preferred(q, names[0])
+    wanted = requested == "triton" or preferred(q, names[0])
     return names[0] if wanted and addressable(q, k, v, mask.valid, mask.filled) and work(names, q) else None
 
 
@@ -54,6 +57,8 @@ def work(kernels: tuple[str, ...], q: Tensor) -> bool:
 
 def run(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     """Attention by one of the kernels: shapes as in `minivlm.modules.attention.attention`."""
+    if kernel == "compiled":
+        return cpu_attention.attention(q, k, v, scale, mask.causal)
     from minivlm_kernels.decode_attention import decode_attention
     from minivlm_kernels.flash_attention import flash_attention
 

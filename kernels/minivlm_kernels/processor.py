@@ -25,6 +25,7 @@ from minivlm_kernels.addresses import outside_modes
 SETS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 CLEAR = 1.5  # times slower: what a trial has to show before it overrules what is expected
 ROWS, WIDTH = 128, 1024  # of the trial's products: 0.3 G operations
+QUERIES, HEADS, HEAD = 512, 2, 64  # of the trial's attention: 0.13 G operations
 TURNS, REPEATS = 6, 3  # of each product in a trial; of a trial that contradicts the instruction sets
 
 
@@ -34,12 +35,15 @@ class Abilities:
 
     bf16_products: many rows of bf16 are best multiplied as they are; else in fp32.
     fp32_row_in_torch, bf16_row_in_torch: torch multiplies one row by such a weight faster than our page of C.
+    fp32_attention_in_torch, bf16_attention_in_torch: the same of attention of many queries.
     times: milliseconds of the trial's products.
     """
 
     bf16_products: bool
     fp32_row_in_torch: bool
     bf16_row_in_torch: bool
+    fp32_attention_in_torch: bool
+    bf16_attention_in_torch: bool
     times: dict[str, float]
 
 
@@ -63,8 +67,15 @@ def judged(times: dict[str, float]) -> Abilities:
     if max(times["bf16"], times["fp32"]) > CLEAR * min(times["bf16"], times["fp32"]):
         bf16 = times["bf16"] < times["fp32"]
     # MKL reads fp32 weights as fast as memory allows on the processors of its maker, at half that speed on others.
-    row = "GenuineIntel" in description() and torch.backends.mkl.is_available()
-    return Abilities(bf16, _faster("fp32 row", times, row), _faster("bf16 row", times, False), times)
+    mkl = "GenuineIntel" in description() and torch.backends.mkl.is_available()
+    return Abilities(
+        bf16,
+        _faster("fp32 row", times, mkl),
+        _faster("bf16 row", times, False),
+        _faster("fp32 attention", times, mkl),
+        _faster("bf16 attention", times, "amx_bf16" in sets),  # torch uses these instructions, our C does not
+        times,
+    )
 
 
 def confirmed(trial: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -79,16 +90,16 @@ def confirmed(trial: Callable[[], dict[str, float]]) -> dict[str, float]:
     return times
 
 
-def _faster(row: str, times: dict[str, float], expected: bool) -> bool:
+def _faster(what: str, times: dict[str, float], expected: bool) -> bool:
     """Whether torch is faster than C, as expected unless one of them is clearly slower."""
-    torchs, ours = times[row], times.get(f"{row} in C", times[row])
+    torchs, ours = times[what], times.get(f"{what} in C", times[what])
     return torchs < ours if max(torchs, ours) > CLEAR * min(torchs, ours) else expected
 
 
 @outside_modes
 def trial() -> dict[str, float]:
-    """Milliseconds of a product in bf16 and in fp32, and of one row times a weight of each, by torch and in C."""
-    from minivlm_kernels import cpu_dense  # which asks this module
+    """Milliseconds of a product in bf16 and in fp32; of a row times a weight and of attention, by torch and in C."""
+    from minivlm_kernels import cpu_attention, cpu_dense  # which ask this module
 
     with torch.inference_mode(False), torch.no_grad():
         tall = torch.full((4 * WIDTH, WIDTH), 0.5, dtype=torch.float32)
@@ -99,6 +110,12 @@ def trial() -> dict[str, float]:
             products[f"{name} row"] = functools.partial(F.linear, *row)
             if cpu_dense.available():
                 products[f"{name} row in C"] = functools.partial(cpu_dense.dense_rows, *row)
+            heads = weight[:QUERIES].view(1, QUERIES, WIDTH // HEAD, HEAD)[:, :, :HEADS].transpose(1, 2)
+            products[f"{name} attention"] = functools.partial(F.scaled_dot_product_attention, heads, heads, heads)
+            if cpu_attention.available():
+                products[f"{name} attention in C"] = functools.partial(
+                    cpu_attention.attention, heads, heads, heads, 1.0
+                )
         times = dict.fromkeys(products, float("inf"))
         for _ in range(TURNS):
             for name, product in products.items():

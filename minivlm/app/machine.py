@@ -2,14 +2,15 @@
 
 import importlib.metadata
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
-from minivlm_kernels import compiled, cpu_dense, cpu_int4, processor, selfcheck
+from minivlm_kernels import compiled, cpu_attention, cpu_dense, cpu_int4, processor, selfcheck
 
 
 def describe() -> dict[str, Any]:
-    """The machine as plain data. The first call compiles two C files, which takes seconds."""
+    """The machine as plain data. The first call compiles three C files, which takes seconds."""
     return {
         "processor": processor.name(),
         "threads": torch.get_num_threads(),
@@ -34,19 +35,21 @@ def _layers() -> list[tuple[str, str, str]]:
     times = found.times
     trial = f"a trial took {times['bf16']:g} ms in bf16, {times['fp32']:g} in fp32"
     return [
-        ("a row of float32", *_row("fp32", found.fp32_row_in_torch, times)),
-        ("a row of bfloat16", *_row("bf16", found.bf16_row_in_torch, times)),
+        ("a row of float32", *_tried(cpu_dense, "fp32 row", found.fp32_row_in_torch, times)),
+        ("a row of bfloat16", *_tried(cpu_dense, "bf16 row", found.bf16_row_in_torch, times)),
         ("few rows of bfloat16, norms", *_page(cpu_dense.SOURCE.name, cpu_dense.available(), "fewer operations")),
         ("many rows of bfloat16", "torch, in bfloat16" if found.bf16_products else "torch, in float32", trial),
         ("few rows of four bits", *_page(cpu_int4.SOURCE.name, four, "torch has no such product")),
+        ("attention in float32", *_tried(cpu_attention, "fp32 attention", found.fp32_attention_in_torch, times)),
+        ("attention in bfloat16", *_tried(cpu_attention, "bf16 attention", found.bf16_attention_in_torch, times)),
     ]
 
 
-def _row(name: str, in_torch: bool, times: dict[str, float]) -> tuple[str, str]:
-    if not cpu_dense.available():
-        return _page(cpu_dense.SOURCE.name, False, "")
-    why = f"a trial took {times[f'{name} row']:g} ms by torch, {times.get(f'{name} row in C', 0):g} in C"
-    return ("torch" if in_torch else f"compiled {cpu_dense.SOURCE.name}"), why
+def _tried(page: ModuleType, what: str, in_torch: bool, times: dict[str, float]) -> tuple[str, str]:
+    if not page.available():
+        return _page(page.SOURCE.name, False, "")
+    why = f"a trial took {times[what]:g} ms by torch, {times.get(f'{what} in C', 0):g} in C"
+    return ("torch" if in_torch else f"compiled {page.SOURCE.name}"), why
 
 
 def _page(name: str, there: bool, why: str) -> tuple[str, str]:
@@ -55,6 +58,8 @@ def _page(name: str, there: bool, why: str) -> tuple[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return "torch", f"the C files are for AVX2 and AVX-512, and torch uses {capability} here"
+    if name == cpu_attention.SOURCE.name and "avx512f" not in processor.instruction_sets():
+        return "torch", f"{name} is for AVX-512"
     return "torch", f"{name} cannot be compiled or fails its check (see the line on stderr)"
 
 

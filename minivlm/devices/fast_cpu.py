@@ -1,8 +1,9 @@
 """Faster layers for a CPU, put into a finished model from outside: the model's own code stays plain.
 
-`apply(model)` gives linear layers and RMSNorms another `forward`; names, parameters, hooks and files stay as they are,
-and `isinstance(layer, nn.Linear)` still holds. `from_pretrained` calls it for a model on a CPU, unless it is given
-`fast_cpu=False`; `remove(model)` undoes it. The first call ever compiles a page of C with gcc, which takes a second.
+`apply(model)` gives linear layers and RMSNorms another `forward`, and a model whose attention implementation is not
+chosen the compiled one; names, parameters, hooks and files stay as they are, and `isinstance(layer, nn.Linear)` still
+holds. `from_pretrained` calls it for a model on a CPU, unless it is given `fast_cpu=False`; `remove(model)` undoes it.
+The first call ever compiles pages of C with gcc, which takes some seconds.
 
 Autograd, `torch.compile`, `torch.export`, tensor subclasses and other devices always take torch's own path.
 """
@@ -53,20 +54,24 @@ PLAIN = {fast: plain for plain, fast in FASTER.items()}
 def apply(model: Model) -> Model:
     """Exchange the layers that can be faster, where this machine gains by it; returns the same model."""
     if pays():
-        _exchange(model, FASTER)
+        _exchange(model, FASTER, None, "compiled")
     return model
 
 
 def remove(model: Model) -> Model:
     """Undo `apply`: every layer is again of the class it was."""
-    _exchange(model, PLAIN)
+    _exchange(model, PLAIN, "compiled", None)
     return model
 
 
-def _exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+def _exchange(
+    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], before: str | None, after: str | None
+) -> None:
     for module in model.modules():
         if type(module) in classes:
             module.__class__ = classes[type(module)]  # the same object with another `forward`: nothing is copied
+        if getattr(module, "attn_implementation", "") == before:
+            module.attn_implementation = after
 
 
 def pays() -> bool:

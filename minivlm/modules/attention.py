@@ -5,6 +5,7 @@ B batch, H query heads, K key/value heads (H a multiple of K), T queries, S keys
     eager     the formula, spelled out; the slow twin of the others
     sdpa      torch's fused kernel; a mask is built only where a description does not suffice. For one query, the heads
               that share keys become the queries of one head, so keys are never repeated
+    compiled  on a CPU with AVX-512, a page of C for many queries (`cpu_attention.c`), which `devices.fast_cpu` puts in
     triton    on a GPU, our own kernels (kernels/README.md): no mask is built, keys outside a window are never read;
               the default where they were measured to be faster, and used where they pass their check on this GPU
 """
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from minivlm_kernels import attending
 from torch import Tensor
 
-# The reference's names → the implementation here; None: the best available, which is the default.
-IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa", "triton": "triton", "flash_attention_2": None}
+# The last one, the reference's name, means the best available, as None does, the default.
+IMPLEMENTATIONS = ("eager", "sdpa", "compiled", "triton", "flash_attention_2")
 
 # Functions that get the weights (B, H, T, S) of every call while they are in this list; a result other than None
 # replaces the weights. Only the eager formula has weights, so every call then uses it.
@@ -108,11 +109,11 @@ def attention(
     """softmax(q·kᵀ·scale + mask)·v. q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D).
 
     `attn_implementation` is one of IMPLEMENTATIONS, or None for the best one here: a kernel where `attending.preferred`
-    says so, else sdpa. ValueError for another name.
+    says so, else sdpa, which also serves what a kernel does not. ValueError for another name.
     """
     chosen = "eager" if attention_taps else check_implementation(attn_implementation)
-    if chosen in (None, "triton"):
-        kernel = attending.kernel(q, k, v, mask, requested=chosen == "triton")
+    if chosen not in ("eager", "sdpa"):
+        kernel = attending.kernel(q, k, v, mask, chosen)
         if kernel is not None:
             return attending.run(kernel, q, k, v, mask, scale)
     if mask.first:
@@ -122,9 +123,9 @@ def attention(
 
 def check_implementation(name: str | None) -> str | None:
     """The implementation for a value of `attn_implementation`, None = the best. Raises ValueError for unknown names."""
-    if name is not None and (not isinstance(name, str) or name not in IMPLEMENTATIONS):
+    if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation={name!r} is not supported; known: {', '.join(IMPLEMENTATIONS)}")
-    return None if name is None else IMPLEMENTATIONS[name]
+    return None if name == "flash_attention_2" else name
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

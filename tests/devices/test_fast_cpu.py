@@ -86,6 +86,10 @@ def test_loading_asks_for_it_and_can_be_told_not_to(monkeypatch: pytest.MonkeyPa
     load = AutoModelForImageTextToText.from_pretrained
     fast, plain = load("shapes-idefics2"), load("shapes-idefics2", fast_cpu=False)
     assert any(type(module) is FastLinear for module in fast.modules())
+    assert fast.attn_implementation == fast.model.attn_implementation == "compiled"
+    assert plain.attn_implementation is None
+    assert fast_cpu.remove(fast).attn_implementation is None
+    assert load("shapes-idefics2", attn_implementation="sdpa").attn_implementation == "sdpa"
     assert not any(type(module) in (FastLinear, FastRMSNorm) for module in plain.modules())
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from minivlm_kernels import compiled
 
+OPTIONS = {"native": (), "AVX2": ("-mno-avx512f",), "AVX-512": ("-mno-avx512bf16", "-mno-avx512vbmi")}
 
-def each_instruction_set(module: ModuleType) -> Any:
-    """A fixture that gives `module` its library, built once with each set of options."""
+
+def each_instruction_set(module: ModuleType, *names: str) -> Any:
+    """A fixture that gives `module` its library, built once with each set of options, or with those named."""
     build = module._library.__wrapped__
 
     @functools.cache
@@ -18,10 +20,8 @@ def each_instruction_set(module: ModuleType) -> Any:
             patch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, *options))
             return build()
 
-    @pytest.fixture(
-        params=[(), ("-mno-avx512f",), ("-mno-avx512bf16", "-mno-avx512vbmi")], ids=["native", "AVX2", "AVX-512"]
-    )
+    @pytest.fixture(params=names or OPTIONS)
     def library(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_library", lambda: built(*request.param))
+        monkeypatch.setattr(module, "_library", lambda: built(*OPTIONS[request.param]))
 
     return library

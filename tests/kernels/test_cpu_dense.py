@@ -34,7 +34,7 @@ def test_few_rows_times_a_dense_weight(
 
 @needs_compiler
 def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "abilities", lambda: processor.Abilities(True, False, False, {}))
+    monkeypatch.setattr(processor, "abilities", lambda: processor.Abilities(True, False, False, False, False, {}))
     weight, x = torch.randn(512, 512), torch.randn(1, 512)
     with torch.no_grad():
         assert cpu_dense.suits_dense(x, weight)
@@ -50,7 +50,7 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         wide = torch.empty(4, 2**18 + 32)
         assert not cpu_dense.suits_dense(wide[:1], wide)
     assert not cpu_dense.suits_dense(x, weight)  # gradients may be wanted
-    monkeypatch.setattr(processor, "abilities", lambda: processor.Abilities(True, True, True, {}))
+    monkeypatch.setattr(processor, "abilities", lambda: processor.Abilities(True, True, True, True, True, {}))
     with torch.no_grad():
         assert not cpu_dense.suits_dense(x, weight)
         assert not cpu_dense.suits_dense(x.bfloat16(), weight.bfloat16())

@@ -11,7 +11,8 @@ import pytest
 import torch
 from minivlm_kernels import compiled, processor
 
-EVEN = {f"{name}{row}": 1.0 for name in ("fp32", "bf16") for row in ("", " row", " row in C")}
+TRIED = ("", " row", " row in C", " attention", " attention in C")
+EVEN = {f"{name}{tried}": 1.0 for name in ("fp32", "bf16") for tried in TRIED}
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,18 @@ def test_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not processor.judged(without).bf16_row_in_torch
 
 
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "avx2 avx512f avx512_bf16", "AMD EPYC")
+    assert not processor.judged(EVEN).bf16_attention_in_torch
+    assert processor.judged({**EVEN, "bf16 attention in C": 2.0}).bf16_attention_in_torch
+    assert not processor.judged(EVEN).fp32_attention_in_torch
+    pretend(monkeypatch, "avx2 avx512f avx512_bf16 amx_bf16", "Intel Xeon")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert processor.judged(EVEN).bf16_attention_in_torch
+    assert processor.judged(EVEN).fp32_attention_in_torch
+    assert not processor.judged({**EVEN, "fp32 attention": 2.0}).fp32_attention_in_torch
+
+
 def test_stand_ins_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "avx2 fma avx512f avx512_vnni avx512vbmi avx512_bf16")
     assert processor.instruction_sets() == ("avx2", "fma", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16")
@@ -79,7 +92,7 @@ def test_found_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     trials = []
     monkeypatch.setattr(processor, "trial", lambda: trials.append(1) or EVEN)
     find = processor.abilities.__wrapped__
-    assert find() == find() == processor.Abilities(True, False, False, EVEN)
+    assert find() == find() == processor.Abilities(True, False, False, False, False, EVEN)
     assert len(trials) == 1
     (path,) = folder.iterdir()
     for damaged in ("{", "[]", json.dumps({"another": 1})):
@@ -97,7 +110,7 @@ def test_a_busy_machine_does_not_look_like_another_processor(monkeypatch: pytest
     pretend(monkeypatch, "avx2 avx512f avx512_bf16")
     disturbed = iter([{**EVEN, "bf16": 4.0}, {**EVEN, "bf16 row in C": 4.0}, EVEN])
     times = processor.confirmed(lambda: next(disturbed))
-    assert processor.judged(times) == processor.Abilities(True, False, False, EVEN)
+    assert processor.judged(times) == processor.Abilities(True, False, False, False, False, EVEN)
     assert next(disturbed) == EVEN  # two trials were enough
     slow = {**EVEN, "bf16": 4.0}
     assert processor.confirmed(lambda: slow) == slow

@@ -76,7 +76,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     attention(q, q, q, mask, scale=1.0, attn_implementation="triton")
     assert called[6:] == ["_eager", "attention"]
     for unknown in ("fast", {"": "sdpa"}, True):
-        with pytest.raises(ValueError, match="known: eager, sdpa, triton, flash_attention_2"):
+        with pytest.raises(ValueError, match="known: eager, sdpa, compiled, triton, flash_attention_2"):
             attention(q, q, q, mask, scale=1.0, attn_implementation=unknown)
 
 
