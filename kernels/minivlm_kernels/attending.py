@@ -58,7 +58,7 @@ def work(kernels: tuple[str, ...], q: Tensor) -> bool:
 def run(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     """Attention by one of the kernels: shapes as in `minivlm.modules.attention.attention`."""
     if kernel == "compiled":
-        return cpu_attention.attention(q, k, v, scale, mask.causal)
+        return cpu_attention.attention(q, k, v, scale, mask.causal, mask.allowed)
     from minivlm_kernels.decode_attention import decode_attention
     from minivlm_kernels.flash_attention import flash_attention
 

@@ -22,6 +22,7 @@ enum {
 
 typedef struct {
     const void *q, *k, *v;
+    const uint8_t *valid;                                 // (B, S), 0 for padding, or NULL
     void *y;                                              // (B, T, H, D)
     int64_t batch, heads, kv_heads, queries, keys, width; // q (B, H, T, D), k and v (B, K, S, D)
     int64_t q_strides[3], k_strides[3], v_strides[3];     // in numbers; the last dimension is contiguous
@@ -35,7 +36,9 @@ typedef struct { // of one thread
     float *shares;           // (QUERIES, LANES): Σ weight, in parts
     float *most;             // (QUERIES): the largest score so far
     float *scores, *weights; // (ROWS, KEYS)
-    int64_t limits[QUERIES]; // how many keys each query attends to
+    int64_t limits[QUERIES]; // how many keys each query may attend to; with a causal mask, the last one is its own
+    const uint8_t *valid;    // of these keys, or NULL
+    int64_t keys;
 } Room;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -109,6 +112,17 @@ INLINE void store_weights(__m512 weights, float *row, int64_t c, const int in_pa
     _mm512_storeu_ps(row + c * LANES, weights);
 }
 
+// Which of LANES keys from `slot` on a query does not attend to: those after its limit and padding, but never its own.
+INLINE __mmask16 hidden_of(const Room *room, int64_t query, int64_t slot) {
+    const int64_t seen = room->limits[query] - slot, left = room->keys - slot;
+    const __mmask16 late = seen >= LANES ? 0 : seen <= 0 ? 0xffff : 0xffff << seen;
+    if (!room->valid) return late;
+    const __mmask16 there = left >= LANES ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
+    const __m128i valid = _mm_maskz_loadu_epi8(there, room->valid + slot);
+    const __mmask16 own = seen > 0 && seen <= LANES ? 1 << (seen - 1) : 0;
+    return (late | _mm_testn_epi8_mask(valid, valid)) & ~own;
+}
+
 // Queries `first` … meet `wide` registers of keys, the first of these `slot`. k: (words, KEYS); v: (keys as words,
 // columns). masked: whether some queries do not attend to all of these keys.
 INLINE void meet(const Room *room, int64_t first, const float *k, const float *v, int64_t slot, int64_t words,
@@ -120,11 +134,10 @@ INLINE void meet(const Room *room, int64_t first, const float *k, const float *v
     multiply(room->q + first * words, words, k, KEYS, words, sums, rows, wide, in_pairs);
 #pragma GCC unroll 24
     for (int i = 0; i < rows * wide; i++) {
-        const int64_t seen = room->limits[first + i / wide] - slot - i % wide * LANES;
-        const __mmask16 hidden = seen >= LANES ? 0 : seen <= 0 ? 0xffff : 0xffff << seen;
         const __m512 scores = _mm512_mul_ps(sums[i], _mm512_set1_ps(scale));
+        const __mmask16 hidden = masked ? hidden_of(room, first + i / wide, slot + i % wide * LANES) : 0;
         _mm512_storeu_ps(room->scores + i / wide * KEYS + i % wide * LANES,
-                         masked ? _mm512_mask_mov_ps(scores, hidden, _mm512_set1_ps(-INFINITY)) : scores);
+                         _mm512_mask_mov_ps(scores, hidden, _mm512_set1_ps(-INFINITY)));
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
@@ -133,8 +146,9 @@ INLINE void meet(const Room *room, int64_t first, const float *k, const float *v
         __m512 most = scores[0];
         for (int c = 1; c < wide; c++) most = _mm512_max_ps(most, scores[c]);
         const float before = room->most[first + r], found = _mm512_reduce_max_ps(most);
-        const float now = before > found ? before : found;
-        room->most[first + r] = now;
+        const float most_now = before > found ? before : found;
+        const float now = most_now == -INFINITY ? 0 : most_now; // nothing but padding so far: weights of 0
+        room->most[first + r] = most_now;
         kept[r] = _mm512_cvtss_f32(power(_mm512_set1_ps(before - now)));
         float *shares = room->shares + (first + r) * LANES;
         __m512 share = _mm512_mul_ps(_mm512_loadu_ps(shares), _mm512_set1_ps(kept[r]));
@@ -159,7 +173,7 @@ INLINE void meet(const Room *room, int64_t first, const float *k, const float *v
 // other, so that little is computed in vain.
 INLINE void meet_block(const Room *room, int64_t first, const float *k, const float *v, int64_t slot, int64_t words,
                        int64_t columns, float scale, const int rows, const int in_pairs) {
-    if (slot + KEYS <= room->limits[first]) {
+    if (slot + KEYS <= room->limits[first] && !(room->valid && memchr(room->valid + slot, 0, KEYS))) {
         meet(room, first, k, v, slot, words, columns, scale, 0, rows, WIDE, in_pairs);
         return;
     }
@@ -204,6 +218,7 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
                    Room *room, const int in_pairs) {
     const int64_t words = words_of(a, in_pairs), columns = columns_of(a);
     const int64_t count = a->queries - first < QUERIES ? a->queries - first : QUERIES;
+    room->valid = a->valid ? a->valid + batch * a->keys : NULL;
     memset(room->sums, 0, QUERIES * columns * sizeof(float));
     memset(room->shares, 0, QUERIES * LANES * sizeof(float));
     for (int64_t r = 0; r < count; r++) {
@@ -244,7 +259,7 @@ INLINE int run(const Attention *a, const int in_pairs) {
     float *values = keys + packed * for_keys, *rooms = values + packed * for_values;
 #pragma omp parallel num_threads(a->threads)
     {
-        Room room = {.q = rooms + omp_get_thread_num() * for_thread};
+        Room room = {.q = rooms + omp_get_thread_num() * for_thread, .keys = a->keys};
         room.sums = room.q + QUERIES * words;
         room.shares = room.sums + QUERIES * columns;
         room.most = room.shares + QUERIES * LANES;

@@ -22,7 +22,7 @@ QUERIES = 16  # fewer waste registers
 
 class _Attention(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "y")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "valid", "y")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "width")),
         *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
         *((name, ctypes.c_int64) for name in ("causal", "half", "threads")),
@@ -32,12 +32,13 @@ class _Attention(ctypes.Structure):
 
 def suits(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
     """Whether `attention` serves these and is faster than torch: many queries that attend to all keys, or to all up to
-    their own slot; without gradients. mask: as in `attending`."""
+    their own slot but padding; without gradients. mask: as in `attending`."""
     windowed = mask.window is not None and mask.keys > mask.window
+    padded = mask.valid is not None
     return (
-        mask.valid is None
-        and mask.filled is None
+        mask.filled is None
         and not (mask.causal and windowed)
+        and not (padded and not (mask.causal and mask.valid.ndim == 2))
         and q.shape[2] >= QUERIES
         and q.shape[2] * k.shape[2] >= LEAST
         and not torch.is_grad_enabled()
@@ -49,7 +50,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and v.shape == k.shape
         and q.numel() > 0
-        and addresses.addressable(q, k, v)
+        and addresses.addressable(q, k, v, mask.valid)
         and available()
         and not _faster_in_torch(q.dtype)
     )
@@ -60,15 +61,19 @@ def _faster_in_torch(dtype: torch.dtype) -> bool:
     return found.fp32_attention_in_torch if dtype == torch.float32 else found.bf16_attention_in_torch
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, valid: Tensor | None = None
+) -> Tensor:
     """softmax(q·kᵀ·scale)·v. q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D), (B, T, H, D) in memory.
 
-    causal: the queries are the last T of S slots. fp32 or bf16; scores, weights and sums are in fp32, but in bf16, with
-    bf16 instructions, a weight is rounded before it is multiplied. MemoryError without room for a copy of k and v.
+    causal: the queries are the last T of S slots. valid: with `causal`, (B, S) bool, False for padding, to which no
+    query attends but its own. fp32 or bf16; scores, weights and sums are in fp32, but in bf16, with bf16 instructions,
+    a weight is rounded before it is multiplied. MemoryError without room for a copy of k and v.
     """
     batch, heads, queries, width = q.shape
     y = q.new_empty(batch, queries, heads, width)
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr())
+    valid = None if valid is None else valid.contiguous()
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), None if valid is None else valid.data_ptr(), y.data_ptr())
     strides = ((ctypes.c_int64 * 3)(*tensor.stride()[:3]) for tensor in (q, k, v))
     sizes, half = (batch, heads, k.shape[1], queries, k.shape[2], width), q.dtype == torch.bfloat16
     if _library().attention(_Attention(*pointers, *sizes, *strides, causal, half, torch.get_num_threads(), scale)):

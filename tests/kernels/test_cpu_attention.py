@@ -26,9 +26,12 @@ def heads(B: int, H: int, K: int, T: int, S: int, D: int, dtype: torch.dtype) ->
     return q, k, v
 
 
-def check(found: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> None:
+def check(
+    found: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, seen: Tensor | None = None
+) -> None:
     """Two roundings to bf16: of weights and of results."""
-    expected = attention_reference(q.double(), k.double(), v.double(), scale=scale, causal=causal)[0]
+    wide = (q.double(), k.double(), v.double())
+    expected = attention_reference(*wide, scale=scale, causal=causal, mask=seen)[0]
     assert found.dtype == q.dtype
     assert found.transpose(1, 2).is_contiguous()
     largest = max(1.0, expected.abs().max().item())
@@ -56,6 +59,19 @@ def test_the_formula(
     q, k, v = heads(B, H, K, T, S, D, dtype)
     check(cpu_attention.attention(q, k, v, D**-0.5, causal), q, k, v, D**-0.5, causal)
     check(cpu_attention.attention(q, k, v, -0.1, causal), q, k, v, -0.1, causal)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "S"), [(70, 70), (130, 200)])
+def test_padding(T: int, S: int, dtype: torch.dtype, library: None) -> None:
+    """On the left, on the right, anywhere, everywhere, nowhere. A query of padding attends to its own slot too."""
+    q, k, v = heads(5, 2, 1, T, S, 24, dtype)
+    valid = torch.ones(5, S, dtype=torch.bool)
+    valid[0, :67], valid[1, -3:], valid[3], valid[2] = False, False, False, torch.rand(S) < 0.5
+    seen = valid[:, None] | torch.eye(S, dtype=torch.bool)[S - T :]
+    for given in (valid, valid.mT.contiguous().mT):
+        check(cpu_attention.attention(q, k, v, 0.2, True, given), q, k, v, 0.2, True, seen)
 
 
 @needs_compiler
@@ -129,7 +145,10 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert suits(*half)
         assert suits(q, k, v, mask=Mask(64, 64, causal=True, window=64))
         assert not suits(q, k, v, mask=Mask(64, 64, causal=True, window=63))
-        assert not suits(q, k, v, mask=Mask(64, 64, valid=torch.ones(1, 64, dtype=torch.bool)))
+        valid = torch.ones(1, 64, dtype=torch.bool)
+        assert suits(q, k, v, mask=Mask(64, 64, causal=True, valid=valid))
+        assert not suits(q, k, v, mask=Mask(64, 64, valid=valid))  # a query may have nothing to attend to
+        assert not suits(q, k, v, mask=Mask(64, 64, causal=True, valid=valid[:, None].expand(1, 64, 64)))
         assert not suits(q, k, v, mask=Mask(64, 64, causal=True, filled=torch.tensor(64)))
         assert not suits(q[:, :, :8], k, v)  # as in decoding
         assert not suits(q, k.bfloat16(), v)
@@ -145,15 +164,15 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("causal", [False, True])
-def test_it_serves_attention_when_it_is_chosen(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", [{}, {"causal": True}, {"causal": True, "valid": torch.arange(96)[None] % 5 > 0}])
+def test_it_serves_attention_when_it_is_chosen(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     abilities: Any = processor.Abilities(True, False, False, False, False, {})
     monkeypatch.setattr(processor, "abilities", lambda: abilities)
     q, k, v = heads(1, 4, 2, 64, 96, 16, torch.bfloat16)
-    mask = Mask(64, 96, causal=causal)
+    mask = Mask(64, 96, **how)
     with torch.no_grad():
         found = attention(q, k, v, mask, scale=0.25, attn_implementation="compiled")
-        assert torch.equal(found, cpu_attention.attention(q, k, v, 0.25, causal))
+        assert torch.equal(found, cpu_attention.attention(q, k, v, 0.25, **how))
         assert not torch.equal(found, attention(q, k, v, mask, scale=0.25))
     sdpa = attention(q.requires_grad_(), k, v, mask, scale=0.25, attn_implementation="sdpa")
     assert torch.equal(attention(q, k, v, mask, scale=0.25, attn_implementation="compiled"), sdpa)
