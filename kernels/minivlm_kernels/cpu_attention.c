@@ -18,6 +18,7 @@ enum {
     ROWS = 6, WIDE = 4, // sums in registers: so many queries times so many registers of keys, or of columns of v
     KEYS = WIDE * LANES, // in a block
     QUERIES = 48,        // that meet a block while it is in the first cache
+    PACKED = 1 << 22,    // words of packed keys and values at a time: memory that malloc keeps costs no page faults
 };
 
 typedef struct {
@@ -50,9 +51,10 @@ INLINE __m512 add_products(__m512 sum, __m512 a, __m512 b, const int in_pairs) {
     return _mm512_fmadd_ps(a, b, sum);
 }
 
-INLINE float number_at(const void *numbers, int64_t at, int64_t half) {
-    const union { uint32_t bits; float value; } wide = {(uint32_t)((const bf16 *)numbers)[half ? at : 0] << 16};
-    return half ? wide.value : ((const float *)numbers)[at];
+INLINE float number_at(const void *numbers, int64_t at, const int half) {
+    if (!half) return ((const float *)numbers)[at];
+    const union { uint32_t bits; float value; } wide = {(uint32_t)((const bf16 *)numbers)[at] << 16};
+    return wide.value;
 }
 
 // Rounded to nearest, ties to even.
@@ -181,16 +183,20 @@ INLINE void meet_block(const Room *room, int64_t first, const float *k, const fl
         meet(room, first, k + i, v + (i >> in_pairs) * columns, slot + i, words, columns, scale, 1, rows, 1, in_pairs);
 }
 
-// A word of a row of `width` numbers.
-INLINE float word_at(const void *row, int64_t i, int64_t width, int64_t half, const int in_pairs) {
-    if (!in_pairs) return number_at(row, i, half);
-    const bf16 *pair = (const bf16 *)row + 2 * i;
-    const union { uint32_t bits; float value; } word = {pair[0] | (uint32_t)(2 * i + 1 < width ? pair[1] : 0) << 16};
+INLINE float pair_of(bf16 first, bf16 second) {
+    const union { uint32_t bits; float value; } word = {first | (uint32_t)second << 16};
     return word.value;
 }
 
-static const void *row_at(const void *numbers, const int64_t *strides, int64_t batch, int64_t head, int64_t row,
-                          int64_t half) {
+// A word of a row of `width` numbers.
+INLINE float word_at(const void *row, int64_t i, int64_t width, const int half, const int in_pairs) {
+    if (!in_pairs) return number_at(row, i, half);
+    const bf16 *pair = (const bf16 *)row + 2 * i;
+    return pair_of(pair[0], 2 * i + 1 < width ? pair[1] : 0);
+}
+
+INLINE const void *row_at(const void *numbers, const int64_t *strides, int64_t batch, int64_t head, int64_t row,
+                          const int half) {
     return (const char *)numbers + (batch * strides[0] + head * strides[1] + row * strides[2]) * (half ? 2 : 4);
 }
 
@@ -198,32 +204,36 @@ static int64_t words_of(const Attention *a, const int in_pairs) { return in_pair
 static int64_t columns_of(const Attention *a) { return (a->width + LANES - 1) / LANES * LANES; }
 
 // A block of keys as (words, KEYS), and their values as (KEYS words or pairs, columns); zeros after the last.
-static void pack(const Attention *a, int64_t batch, int64_t head, int64_t slot, float *k, float *v, const int in_pairs) {
+INLINE void pack(const Attention *a, int64_t batch, int64_t head, int64_t slot, float *k, float *v, const int half,
+                 const int in_pairs) {
     const int64_t words = words_of(a, in_pairs), columns = columns_of(a);
     const int64_t left = a->keys - slot < KEYS ? a->keys - slot : KEYS;
     if (left < KEYS) memset(k, 0, words * KEYS * sizeof *k);
     memset(v, 0, (KEYS >> in_pairs) * columns * sizeof *v);
-    for (int64_t s = 0; s < left; s++) {
-        const void *key = row_at(a->k, a->k_strides, batch, head, slot + s, a->half);
-        const void *value = row_at(a->v, a->v_strides, batch, head, slot + s, a->half);
-        for (int64_t i = 0; i < words; i++) k[i * KEYS + s] = word_at(key, i, a->width, a->half, in_pairs);
+    const char *key = row_at(a->k, a->k_strides, batch, head, slot, half);
+    const int64_t apart = a->k_strides[2] * (half ? 2 : 4);
+    for (int64_t i = 0; i < words; i++)
+        for (int64_t s = 0; s < left; s++) k[i * KEYS + s] = word_at(key + s * apart, i, a->width, half, in_pairs);
+    for (int64_t s = 0; s < left; s += 1 + in_pairs) {
+        const void *value = row_at(a->v, a->v_strides, batch, head, slot + s, half);
+        const bf16 *next = row_at(a->v, a->v_strides, batch, head, slot + s + (s + 1 < left), half);
+        float *row = v + (s >> in_pairs) * columns;
         for (int64_t i = 0; i < a->width; i++)
-            if (in_pairs) ((bf16 *)(v + s / 2 * columns + i))[s % 2] = ((const bf16 *)value)[i];
-            else v[s * columns + i] = number_at(value, i, a->half);
+            row[i] = in_pairs ? pair_of(((const bf16 *)value)[i], s + 1 < left ? next[i] : 0) : number_at(value, i, half);
     }
 }
 
 // QUERIES queries from `first` on of a head, with all its keys and values.
-static void attend(const Attention *a, int64_t batch, int64_t head, int64_t first, const float *keys, const float *values,
-                   Room *room, const int in_pairs) {
+INLINE void attend(const Attention *a, int64_t batch, int64_t head, int64_t first, const float *keys, const float *values,
+                   Room *room, const int half, const int in_pairs) {
     const int64_t words = words_of(a, in_pairs), columns = columns_of(a);
     const int64_t count = a->queries - first < QUERIES ? a->queries - first : QUERIES;
     room->valid = a->valid ? a->valid + batch * a->keys : NULL;
     memset(room->sums, 0, QUERIES * columns * sizeof(float));
     memset(room->shares, 0, QUERIES * LANES * sizeof(float));
     for (int64_t r = 0; r < count; r++) {
-        const void *row = row_at(a->q, a->q_strides, batch, head, first + r, a->half);
-        for (int64_t i = 0; i < words; i++) room->q[r * words + i] = word_at(row, i, a->width, a->half, in_pairs);
+        const void *row = row_at(a->q, a->q_strides, batch, head, first + r, half);
+        for (int64_t i = 0; i < words; i++) room->q[r * words + i] = word_at(row, i, a->width, half, in_pairs);
         room->most[r] = -INFINITY;
         room->limits[r] = a->causal ? a->keys - a->queries + first + r + 1 : a->keys;
     }
@@ -242,21 +252,22 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
         const int64_t at = ((batch * a->queries + first + r) * a->heads + head) * a->width;
         for (int64_t i = 0; i < a->width; i++) {
             const float value = room->sums[r * columns + i] / share;
-            if (a->half) ((bf16 *)a->y)[at + i] = narrow(value);
+            if (half) ((bf16 *)a->y)[at + i] = narrow(value);
             else ((float *)a->y)[at + i] = value;
         }
     }
 }
 
-INLINE int run(const Attention *a, const int in_pairs) {
+INLINE int run(const Attention *a, const int half, const int in_pairs) {
     const int64_t words = words_of(a, in_pairs), columns = columns_of(a), group = a->heads / a->kv_heads;
     const int64_t blocks = (a->keys + KEYS - 1) / KEYS, parts = (a->queries + QUERIES - 1) / QUERIES;
     const int64_t for_keys = words * KEYS, for_values = (KEYS >> in_pairs) * columns;
     const int64_t for_thread = QUERIES * (words + columns + LANES + 1) + 2 * ROWS * KEYS;
-    const int64_t packed = a->batch * a->kv_heads * blocks;
-    float *keys = malloc((packed * (for_keys + for_values) + a->threads * for_thread) * sizeof *keys);
+    const int64_t all = a->batch * a->kv_heads, fit = PACKED / (blocks * (for_keys + for_values)) + 1;
+    const int64_t most = fit < all ? fit : all; // heads packed at a time
+    float *keys = malloc((most * blocks * (for_keys + for_values) + a->threads * for_thread) * sizeof *keys);
     if (!keys) return 1;
-    float *values = keys + packed * for_keys, *rooms = values + packed * for_values;
+    float *values = keys + most * blocks * for_keys, *rooms = values + most * blocks * for_values;
 #pragma omp parallel num_threads(a->threads)
     {
         Room room = {.q = rooms + omp_get_thread_num() * for_thread, .keys = a->keys};
@@ -265,16 +276,20 @@ INLINE int run(const Attention *a, const int in_pairs) {
         room.most = room.shares + QUERIES * LANES;
         room.scores = room.most + QUERIES;
         room.weights = room.scores + ROWS * KEYS;
+        for (int64_t from = 0; from < all; from += most) { // heads of k, of all batches
+            const int64_t some = all - from < most ? all - from : most;
 #pragma omp for
-        for (int64_t i = 0; i < packed; i++)
-            pack(a, i / blocks / a->kv_heads, i / blocks % a->kv_heads, i % blocks * KEYS, keys + i * for_keys,
-                 values + i * for_values, in_pairs);
+            for (int64_t i = 0; i < some * blocks; i++) {
+                const int64_t number = from + i / blocks;
+                pack(a, number / a->kv_heads, number % a->kv_heads, i % blocks * KEYS, keys + i * for_keys,
+                     values + i * for_values, half, in_pairs);
+            }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a->batch * a->heads * parts; i++) {
-            const int64_t batch = i / parts / a->heads, head = i / parts % a->heads;
-            const int64_t block = (batch * a->kv_heads + head / group) * blocks;
-            attend(a, batch, head, i % parts * QUERIES, keys + block * for_keys, values + block * for_values, &room,
-                   in_pairs);
+            for (int64_t i = 0; i < some * group * parts; i++) {
+                const int64_t number = from * group + i / parts, block = i / parts / group * blocks;
+                attend(a, number / a->heads, number % a->heads, i % parts * QUERIES, keys + block * for_keys,
+                       values + block * for_values, &room, half, in_pairs);
+            }
         }
     }
     free(keys);
@@ -284,7 +299,8 @@ INLINE int run(const Attention *a, const int in_pairs) {
 // Returns 1 where there is no memory, else 0.
 int attention(const Attention *a) {
 #ifdef __AVX512BF16__
-    if (a->half) return run(a, 1);
+    return a->half ? run(a, 1, 1) : run(a, 0, 0);
+#else
+    return a->half ? run(a, 1, 0) : run(a, 0, 0);
 #endif
-    return run(a, 0);
 }

@@ -17,7 +17,7 @@ from minivlm_kernels import addresses, compiled, processor
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 LEAST = 2**12  # scores of a head that repay the call
-QUERIES = 16  # fewer waste registers
+QUERIES, SHARED = 16, 64  # of a head; of all heads that share keys: fewer do not repay packing the keys
 
 
 class _Attention(ctypes.Structure):
@@ -40,6 +40,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
         and not (mask.causal and windowed)
         and not (padded and not (mask.causal and mask.valid.ndim == 2))
         and q.shape[2] >= QUERIES
+        and q.shape[2] * q.shape[1] >= SHARED * k.shape[1]
         and q.shape[2] * k.shape[2] >= LEAST
         and not torch.is_grad_enabled()
         and q.dtype in DTYPES
