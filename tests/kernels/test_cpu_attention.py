@@ -150,8 +150,9 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not suits(q, k, v, mask=Mask(64, 64, causal=True, valid=valid[:, None].expand(1, 64, 64)))
         assert not suits(q, k, v, mask=Mask(64, 64, causal=True, filled=torch.tensor(64)))
         assert not suits(q[:, :, :8], k, v)  # as in decoding
-        assert suits(q[:, :, :32], k, v)
-        assert not suits(q[:, :, :31], k, v)
+        more = torch.cat((k, k), 2)
+        assert suits(q[:, :, :32], more, more, mask=Mask(32, 128))
+        assert not suits(q[:, :, :31], more, more, mask=Mask(31, 128))
         assert not suits(q, k.bfloat16(), v)
         assert not suits(q.half(), k.half(), v.half())
         assert not suits(q, k, v.mT.contiguous().mT)
