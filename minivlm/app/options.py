@@ -15,7 +15,7 @@ from minivlm.app import launch, terminal
 DEFAULT_MODEL = "shapes-idefics2"
 FORMATS = ["nf4", "fp4", "int4", "int8"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
-ATTENTION = ["eager", "sdpa", "triton"]
+ATTENTION = ["eager", "sdpa", "compiled", "triton"]
 # They would change what `generate` returns, or are options of their own.
 NOT_HERE = {
     "return_dict_in_generate": "the command line prints answers only",
@@ -38,7 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options of every verb that runs a model."""
     group = parser.add_argument_group("the model")
     weights = "of the weights; auto (default): the checkpoint's own on a CPU, bfloat16 on a GPU"
-    attention = "attention backend (default: best for the device); triton needs a GPU"
+    attention = "attention backend (default: best for the device); compiled is for a CPU, triton for a GPU"
     group.add_argument("--model", help=f"folder, built-in name or Hub id (default: {DEFAULT_MODEL}, which ships here)")
     add_adapter_option(group)
     group.add_argument("--dtype", choices=DTYPES, default="auto", help=weights)

@@ -75,8 +75,8 @@ def from_pretrained(
     quantization_config: a BitsAndBytesConfig or Int4Config: weights become 4 or 8 bits as they are read. A checkpoint
     that is quantised already (bitsandbytes, AWQ, GPTQ, `save_pretrained`) is recognised and needs none.
     load_in_4bit, load_in_8bit: short for a BitsAndBytesConfig that sets only this.
-    attn_implementation: "eager", "sdpa", "triton", or None for the best here; "flash_attention_2" and
-    use_flash_attention_2=True mean the same as None.
+    attn_implementation: "eager", "sdpa", "compiled" (on a CPU), "triton" (on a GPU), or None for the best here;
+    "flash_attention_2" and use_flash_attention_2=True mean the same as None.
     config: a config to build the model from instead of the checkpoint's own.
     new: names of parameters, or patterns such as "model.connector.*", that the checkpoint may lack or have in another
     shape; they get random values. unused: the same for stored tensors that the model does not have. One warning lists
@@ -84,7 +84,8 @@ def from_pretrained(
     generation_config: instead of the checkpoint's own.
     adapter: a folder or Hub id with a LoRA adapter (PEFT's form) to put on the model. Such a folder in place of a
     checkpoint loads the checkpoint that it was trained on, with the adapter.
-    fast_cpu: on a CPU, exchange layers of the loaded model for faster ones (`devices.fast_cpu`); False leaves torch's.
+    fast_cpu: on a CPU, exchange layers and attention of the loaded model for faster ones (`devices.fast_cpu`); False
+    leaves torch's.
     tp_plan="auto": under torchrun, cut the model among all processes (`devices.parallel`); each reads only its share.
     device_mesh: cut it among the processes of this one-dimensional torch DeviceMesh instead.
     revision, cache_dir, local_files_only, token (or use_auth_token), subfolder: where the files are.
