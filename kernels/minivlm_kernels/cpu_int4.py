@@ -104,18 +104,17 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     For x in bf16 the table is rounded to bf16 too, except with AVX-512 that has no bf16 instructions; sums are in fp32.
     With AVX2, whole numbers times bf16 are multiplied as integers, if what is lost of x is below fp32's rounding of it.
     """
-    table = _table(weight)
-    if x.dtype == torch.bfloat16 and _library().bf16_tables() == BF16_PRODUCTS:
-        described, rows = _described(weight, table), x.contiguous()
-        given = ("product_bf16", ctypes.byref(described), rows, table.bfloat16())
+    table, library = _table(weight), _library()
+    half = library.bf16_tables() if x.dtype == torch.bfloat16 else 0
+    y = x.new_empty(x.shape[0], weight.stream.shape[0] * LANES, dtype=torch.float32)
+    if half == BF16_PRODUCTS:
+        x, codes = x.contiguous(), table.bfloat16()
+        failed = library.product_bf16(_described(weight, table), x.data_ptr(), codes.data_ptr(), y.data_ptr(), *x.shape)
     else:
-        if x.dtype == torch.bfloat16 and _library().bf16_tables():
-            table = table.bfloat16().float()
-        described, rows = _described(weight, table), x.float().contiguous()
-        given = ("product", ctypes.byref(described), rows)
-    y = rows.new_empty(len(rows), len(weight.stream) * LANES, dtype=torch.float32)
-    if _call(*given, y, *rows.shape):
-        raise MemoryError(f"no memory for {len(rows):,} rows of {rows.shape[1]:,} numbers")
+        x, table = x.float().contiguous(), table.bfloat16().float() if half else table
+        failed = library.product(_described(weight, table), x.data_ptr(), y.data_ptr(), *x.shape)
+    if failed:
+        raise MemoryError(f"no memory for {x.shape[0]:,} rows of {x.shape[1]:,} numbers")
     return y[:, : weight.shape[0]]
 
 
@@ -127,12 +126,13 @@ def dequantize(
     scratch: a flat tensor of `dtype`, large enough, whose memory the result takes.
     """
     rows, columns = weight.shape
-    stop, described = rows if stop is None else stop, _described(weight, _table(weight))
+    table = _table(weight)
+    stop, described = rows if stop is None else stop, _described(weight, table)
     first, last = start // LANES, -(-stop // LANES)
     size = described.columns * (last - first) * LANES
     scratch = weight.stream.new_empty(size, dtype=dtype) if scratch is None else scratch
     out = scratch[:size].view(described.columns, -1)
-    _call("dequantize", ctypes.byref(described), first, last, out, dtype == torch.bfloat16)
+    _library().dequantize(described, first, last, out.data_ptr(), dtype == torch.bfloat16)
     return out[:columns, : stop - start]
 
 
@@ -141,11 +141,10 @@ def quantize(numbers: Tensor, middles: Tensor, order: Tensor) -> tuple[Tensor, T
 
     A number's code is order[i], where i of the 15 middles lie below number · (1 / absmax).
     """
-    numbers, blocks = numbers.contiguous(), len(numbers) // 64
+    numbers, middles, order, blocks = numbers.contiguous(), middles.contiguous(), order.contiguous(), len(numbers) // 64
     packed, absmax = numbers.new_empty(len(numbers) // 2, dtype=torch.uint8), numbers.new_empty(blocks)
-    _call(
-        "quantize", numbers, middles.contiguous(), order.contiguous(), packed, absmax, blocks, torch.get_num_threads()
-    )
+    pointers = (tensor.data_ptr() for tensor in (numbers, middles, order, packed, absmax))
+    _library().quantize(*pointers, blocks, torch.get_num_threads())
     return packed, absmax
 
 
@@ -164,26 +163,22 @@ def _described(weight: Tiles, table: Tensor) -> _Weight:
     columns = -(-weight.shape[1] // weight.group) * weight.group
     values, absmax, offset = weight.nested or (None, None, 0.0)
     nested = (None,) * 3 if weight.nested is None else (values.data_ptr(), absmax.data_ptr(), None)
-    last = 0 if weight.nested is None else len(absmax) - 1
-    sizes = (len(weight.stream), columns, weight.group, SCALES.index(weight.scales), weight.table is None, last)
+    last = 0 if weight.nested is None else absmax.shape[0] - 1
+    sizes = (weight.stream.shape[0], columns, weight.group, SCALES.index(weight.scales), weight.table is None, last)
     pointers = (weight.stream.data_ptr(), table.data_ptr(), *nested)
     return _Weight(*pointers, float(offset), *sizes, weight.high_first, torch.get_num_threads())
 
 
-def _call(name: str, *arguments: object) -> int:
-    """Call a function of the library. Tensors are passed as pointers, numbers as 64 bits."""
-    passed = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            passed.append(ctypes.c_void_p(value.data_ptr()))
-        else:
-            passed.append(ctypes.c_int64(value) if isinstance(value, int) else value)
-    return getattr(_library(), name)(*passed)
-
-
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return compiled.library(SOURCE)
+    found = compiled.library(SOURCE)
+    if found is not None:
+        weight, tensor, number = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64
+        found.product.argtypes = (weight, tensor, tensor, number, number)
+        found.product_bf16.argtypes = (weight, tensor, tensor, tensor, number, number)
+        found.dequantize.argtypes = (weight, number, number, tensor, number)
+        found.quantize.argtypes = (*(tensor,) * 5, number, number)
+    return found
 
 
 @functools.cache

@@ -46,7 +46,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def held(self) -> Tensors:
         """The tensors as they are held now: on a CPU, four bits have an order of their own (`products.pack`)."""
-        return {name: getattr(self, name) for name in self._names}
+        return {name: self._buffers[name] for name in self._names}
 
     @property
     def tensors(self) -> Tensors:

@@ -74,7 +74,7 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
         tensors = unpack(tensors, format, shape)
         return F.linear(x, format.dequantize(tensors, shape, x.dtype), bias)
     rows = x.reshape(-1, shape[1])  # (M, K)
-    if "stream" in tensors and len(rows) <= FEW:
+    if "stream" in tensors and rows.shape[0] <= FEW:
         y = cpu_int4.product(rows, _tiles(tensors, format, shape))
     elif "stream" in tensors:
         rows = rows.to(_wide(x.dtype))
