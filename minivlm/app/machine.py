@@ -83,7 +83,7 @@ def lines(found: dict[str, Any]) -> str:
         versions,
         f"kept in {compiled.kept.folder()}",
         "",
-        *(f"{row['layer']:28}  {row['path']:20}  {row['why']}" for row in found["layers"]),
+        *(f"{row['layer']:28}  {row['path']:26}  {row['why']}" for row in found["layers"]),
     ]
     for gpu in found["gpus"] or []:
         default = ", ".join(gpu["triton_by_default"]) or "nothing"
