@@ -247,6 +247,7 @@ INLINE void tile_product_bytes(const Weight *w, const Tile *tile, const float *x
     for (int i = 0; i < 2 * rows; i++)
         *(floats *)(y + (i / 2 * w->tiles + tile->number) * 16 + 8 * (i % 2)) = total[i];
 }
+#endif
 
 // Whether all are finite and bf16 numbers.
 static int in_bf16(const float *numbers, int64_t count) {
@@ -258,13 +259,54 @@ static int in_bf16(const float *numbers, int64_t count) {
     return !others;
 }
 
-// The same in integers, for codes that are whole numbers and x in bf16, split into LIMBS of seven bits: one instruction
-// multiplies 32 codes with limbs and adds the products in pairs. A lane is one output; its sums have 16 bits for up to
-// SHORT inputs (eight of them add 2 · 2 · 15 · 64 = 3,840 at most), then 32, which hold the two lower limbs together of up
-// to LONGEST inputs: 15 · 64 · (128 + 1) each.
+// The same in integers, for codes that are whole numbers and x in bf16, split into LIMBS of seven bits: an instruction
+// multiplies codes of four or two inputs with limbs and adds the products. A lane is one output; its sums hold the two lower
+// limbs together of up to LONGEST inputs: 15 · 64 · (128 + 1) each.
 // limbs: for every eight inputs, four of even and four of odd numbers, the highest limbs first.
 // steps (groups): the value of the lowest bit.  sums (groups): of x.
-enum { SHORT = 64, LONGEST = 16384 };
+enum { LONGEST = 16384 };
+
+#if defined(__AVX512VNNI__)
+#define WHOLE 1
+INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const int32_t *limbs, const float *steps,
+                               const float *sums, float *y) {
+    const int64_t groups = w->columns / w->group;
+    const __m512i four = _mm512_set1_epi8(15);
+    floats total[TILES] = {{0}};
+    Nested nested[TILES];
+    for (int64_t g = 0; g < groups; g++) {
+        __m512i sum[TILES][2][LIMBS]; // of even and of odd numbers, which do not wait for each other
+        for (int i = 0; i < 2 * LIMBS * TILES; i++) sum[i / (2 * LIMBS)][i / LIMBS % 2][i % LIMBS] = _mm512_setzero_si512();
+        for (int64_t eights = g * w->group / 8; eights < (g + 1) * w->group / 8; eights++)
+#pragma GCC unroll 2
+            for (int t = 0; t < TILES; t++) {
+                const char *codes = (const char *)tiles[t].codes + 64 * eights;
+                const __m512i eight = _mm512_loadu_si512(codes), even = _mm512_and_si512(eight, four);
+                const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(eight, 4), four);
+                _mm_prefetch(codes + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 3
+                for (int i = 0; i < LIMBS; i++) {
+                    const int32_t *given = limbs + 2 * (LIMBS * eights + i);
+                    sum[t][0][i] = _mm512_dpbusd_epi32(sum[t][0][i], even, _mm512_set1_epi32(given[0]));
+                    sum[t][1][i] = _mm512_dpbusd_epi32(sum[t][1][i], odd, _mm512_set1_epi32(given[1]));
+                }
+            }
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; t++) {
+            const floats scales = scales_of(w, tiles + t, g, 0, nested + t), shifts = shifts_of(tiles + t, g, 0) - 8;
+            __m512i whole[LIMBS];
+            for (int i = 0; i < LIMBS; i++) whole[i] = _mm512_add_epi32(sum[t][0][i], sum[t][1][i]);
+            const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(whole[1], 7), whole[2]);
+            const floats products = (floats)_mm512_cvtepi32_ps(whole[0]) * 16384 + (floats)_mm512_cvtepi32_ps(low);
+            total[t] += (products * steps[g] + shifts * sums[g]) * scales;
+        }
+    }
+    for (int t = 0; t < TILES; t++) *(floats *)(y + tiles[t].number * 16) = total[t];
+}
+#elif !defined(__AVX512F__)
+#define WHOLE 1
+// Sums of 16 bits for up to SHORT inputs, of which eight add 2 · 2 · 15 · 64 = 3,840 at most, then of 32.
+enum { SHORT = 64 };
 
 INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t *limbs, const float *steps,
                                const float *sums, float *y) {
@@ -314,6 +356,11 @@ INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t 
     }
     for (int half = 0; half < 2; half++) *(floats *)(y + tile->number * 16 + 8 * half) = total[half];
 }
+#else // no instruction that multiplies bytes: never called
+#define WHOLE 0
+INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const int32_t *limbs, const float *steps,
+                               const float *sums, float *y) {}
+#endif
 
 // The lowest bytes of eight numbers, those of even ones first.
 INLINE void store_bytes(__m256i numbers, int8_t *out) {
@@ -323,7 +370,7 @@ INLINE void store_bytes(__m256i numbers, int8_t *out) {
     _mm_storel_epi64((void *)out, _mm_or_si128(_mm256_castsi256_si128(apart), _mm256_extracti128_si256(apart, 1)));
 }
 
-INLINE float total_of(floats v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+INLINE float total_of(__m256 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
 // A row as whole multiples of a power of two, one power for each group, so that the group's largest number has
 // 7 · LIMBS - 1 bits; bf16 numbers down to 2^-12 of it are exact. Returns whether the rest of the row loses less than
@@ -338,13 +385,13 @@ static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps, flo
         }
         const int exponent = (int)(most >> 23) - 127 - (7 * LIMBS - 2), power = exponent < -126 ? -126 : exponent;
         const float inverse = ldexpf(1, -power);
-        floats squares = {0}, errors = {0}, sum = {0};
+        __m256 squares = {0}, errors = {0}, sum = {0};
         steps[g] = ldexpf(1, power);
         for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
-            const floats scaled = *(const floats *)(x + k) * inverse;
-            __m256i number = _mm256_cvtps_epi32((__m256)scaled);
-            const floats error = scaled - (floats)_mm256_cvtepi32_ps(number);
-            sum += *(const floats *)(x + k);
+            const __m256 eight = _mm256_loadu_ps(x + k), scaled = eight * inverse;
+            __m256i number = _mm256_cvtps_epi32(scaled);
+            const __m256 error = scaled - _mm256_cvtepi32_ps(number);
+            sum += eight;
             squares += scaled * scaled;
             errors += error * error;
             for (int i = LIMBS - 1; i > 0; i--) {
@@ -360,7 +407,6 @@ static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps, flo
     }
     return lost <= whole * 0x1p-48;
 }
-#endif
 
 #ifdef __AVX512BF16__
 // The same with x in bf16: one instruction looks up 32 codes, and one multiplies and adds them in pairs. The table is in
@@ -465,19 +511,31 @@ int product_bf16(Weight *w, const uint16_t *x, const uint16_t *codes, float *y, 
 #endif
 }
 
+// Rows of x that are not cut. pairs: x is in the order that `tile_product_bytes` wants.
+INLINE void tiles_product(const Weight *w, const Tile *tiles, const float *x, const float *sums, float *y, int64_t rows,
+                          const int pairs) {
+    const int64_t columns = w->columns, groups = columns / w->group;
+#ifndef __AVX512F__
+    for (int64_t i = 0; pairs && i < rows; i += 2) { // so many sums as there are registers
+        float *out = y + i * 16 * w->tiles;
+        if (i + 1 < rows) tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 2);
+        else tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 1);
+    }
+#endif
+    for (int at = 0; !pairs && at < 16; at += LANES)
+        FOR_ROWS(rows, tile_product(w, tiles, at, x + FROM * columns, sums + FROM * groups, y + FROM * 16 * w->tiles, ROWS))
+}
+
 // x: (rows, inputs).  y: (rows, 16 * tiles).  Returns 1 where there is no memory, else 0.
 int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
     const int64_t columns = w->columns, groups = columns / w->group;
+    const int pairs = LANES == 8 && in_bf16(w->table, 16), whole_codes = WHOLE && w->zeros && w->group % 32 == 0;
     float *ordered = malloc(rows * ((columns + 2 * groups) * sizeof(float) + LIMBS * columns + 1));
-    float *sums = ordered + rows * columns;
+    float *sums = ordered + rows * columns, *steps = sums + rows * groups;
+    int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole[i]: is row i cut
     if (!ordered) return 1;
     uint8_t bytes[1024];
     split_map(w, bytes);
-#ifndef __AVX512F__
-    const int pairs = in_bf16(w->table, 16);
-    float *steps = sums + rows * groups;
-    int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole[i]: is row i cut
-#endif
     for (int64_t i = 0; i < rows; i++) { // filled up to whole groups, in the order of the codes in a word
         float *row = ordered + i * columns, *its = sums + i * groups;
         memcpy(row, x + i * inputs, inputs * sizeof *row);
@@ -487,43 +545,28 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
             row[k] = row[k + 1];
             row[k + 1] = first;
         }
-#ifndef __AVX512F__
-        whole[i] = w->zeros && w->group % 32 == 0 && w->group <= LONGEST && in_bf16(row, columns)
+        whole[i] = whole_codes && w->group <= LONGEST && in_bf16(row, columns)
                    && cut(w, row, limbs + LIMBS * i * columns, steps + i * groups, its);
         if (whole[i]) continue;
-#endif
         memset(its, 0, groups * sizeof *its);
         for (int64_t k = 0; w->zeros && k < columns; k++) its[k / w->group] += row[k];
-#ifndef __AVX512F__
         for (float *eight = row; pairs && eight < row + columns; eight += 8) {
             const float given[8] = {eight[0], eight[4], eight[2], eight[6], eight[1], eight[5], eight[3], eight[7]};
             memcpy(eight, given, sizeof given);
         }
-#endif
     }
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = 0; number < w->tiles; number += TILES) {
         const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
-#ifndef __AVX512F__
-        if (pairs) {
-            for (int64_t i = 0; i < rows; i++) {
-                const float *some = ordered + i * columns, *its = sums + i * groups;
-                float *out = y + i * 16 * w->tiles;
-                if (whole[i]) {
-                    tile_product_whole(w, tiles, (int32_t *)(limbs + LIMBS * i * columns), steps + i * groups, its, out);
-                } else if (i + 1 < rows && !whole[i + 1]) { // so many sums as there are registers
-                    tile_product_bytes(w, tiles, some, its, out, 2);
-                    i++;
-                } else {
-                    tile_product_bytes(w, tiles, some, its, out, 1);
-                }
-            }
-            continue;
+        for (int64_t i = 0, end; i < rows; i = end) {
+            const float *its = sums + i * groups;
+            float *out = y + i * 16 * w->tiles;
+            for (end = i + 1; !whole[i] && end < rows && !whole[end];) end++;
+            if (whole[i])
+                tile_product_whole(w, tiles, (int32_t *)(limbs + LIMBS * i * columns), steps + i * groups, its, out);
+            else
+                tiles_product(w, tiles, ordered + i * columns, its, out, end - i, pairs);
         }
-#endif
-        for (int at = 0; at < 16; at += LANES)
-            FOR_ROWS(rows, tile_product(w, tiles, at, ordered + FROM * columns, sums + FROM * groups,
-                                        y + FROM * 16 * w->tiles, ROWS))
     }
     free(ordered);
     return 0;

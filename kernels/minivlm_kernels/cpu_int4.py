@@ -102,7 +102,8 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows.
 
     For x in bf16 the table is rounded to bf16 too, except with AVX-512 that has no bf16 instructions; sums are in fp32.
-    With AVX2, whole numbers times bf16 are multiplied as integers, if what is lost of x is below fp32's rounding of it.
+    With AVX2, or AVX512_VNNI without bf16 instructions, whole numbers times bf16 are multiplied as integers, if what is
+    lost of x is below fp32's rounding of it.
     """
     table, library = _table(weight), _library()
     half = library.bf16_tables() if x.dtype == torch.bfloat16 else 0

@@ -159,4 +159,6 @@ def instruction_sets() -> tuple[str, ...]:
         allowed = [name for name in allowed if name in ("avx2", "fma")]
     if least in ("AVX512_CORE", "AVX512_CORE_VNNI"):
         allowed = [name for name in allowed if name not in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")]
+    if least == "AVX512_CORE":
+        allowed = [name for name in allowed if name != "avx512_vnni"]
     return tuple(allowed if capability.startswith("AVX") else ())

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 from minivlm_kernels import compiled
 
-OPTIONS = {"native": (), "AVX2": ("-mno-avx512f",), "AVX-512": ("-mno-avx512bf16", "-mno-avx512vbmi")}
+OPTIONS = {
+    "native": (),
+    "AVX2": ("-mno-avx512f",),
+    "AVX-512": ("-mno-avx512bf16", "-mno-avx512vbmi", "-mno-avx512vnni"),
+    "VNNI": ("-mno-avx512bf16", "-mno-avx512vbmi"),
+}
 
 
 def each_instruction_set(module: ModuleType, *names: str) -> Any:

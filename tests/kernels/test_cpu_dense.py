@@ -9,7 +9,7 @@ from minivlm_kernels import cpu_dense, processor
 from minivlm.modules.layers import RMSNorm
 
 needs_compiler = pytest.mark.skipif(not cpu_dense.available(), reason="no GCC, or no AVX: products stay with torch")
-library = each_instruction_set(cpu_dense)
+library = each_instruction_set(cpu_dense, "native", "AVX2", "AVX-512")
 
 
 @needs_compiler
