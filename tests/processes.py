@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+MINIVLM = "import sys; from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"  # what `minivlm …` does
 FORKS = sys.platform == "linux"  # elsewhere libraries of the system do not survive it
 
 
@@ -69,6 +70,13 @@ class Program:
     def kill(self) -> None:
         """End it and what it has started."""
         self.send_signal(signal.SIGKILL)
+
+
+def start(code: str, *argv: str, **options: Any) -> Any:
+    """A running program; where none can be forked, a subprocess.Popen."""
+    if FORKS:
+        return Program(code, *argv, **options)
+    return subprocess.Popen([sys.executable, "-c", code, *argv], start_new_session=True, **options)
 
 
 def run(
