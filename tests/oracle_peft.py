@@ -26,16 +26,15 @@ NOTEBOOK = {
 }
 
 
-def reference(family: str, seed: int = 0, layers: int | None = None) -> Any:
-    """A tiny random reference model, its text part of so many layers. IDEFICS without added tokens, of which the
-    reference has no loss."""
+def reference(family: str, seed: int = 0) -> Any:
+    """A tiny random reference model with two decoder layers. IDEFICS without added tokens, of which the reference has
+    no loss."""
     config, build = {
         "idefics2": (oracle.idefics2_config(), oracle.random_reference),
         "llava_next": (oracle_llava.llava_config(), oracle_llava.random_llava),
         "idefics": (oracle_idefics.idefics_config(added=0), oracle_idefics.random_reference),
     }[family]
-    if layers is not None:
-        config.get_text_config().num_hidden_layers = layers
+    config.get_text_config().num_hidden_layers = 2
     return build(config, seed)
 
 

@@ -19,8 +19,7 @@ TIMED = ("input_ids", "attention_mask", "image_attention_mask")  # (B, T, …)
 @pytest.fixture(scope="module", params=oracle_peft.FAMILIES)
 def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict, dict]:
     """(model, a batch with images, the same without towers: text alone, for IDEFICS with its images' vectors)."""
-    theirs = oracle_peft.reference(request.param, layers=2)  # the compiler follows every layer anew
-    model = oracle_peft.ours(theirs, tmp_path_factory.mktemp("model"))
+    model = oracle_peft.ours(oracle_peft.reference(request.param), tmp_path_factory.mktemp("model"))
     inputs = oracle_peft.inputs(request.param)
     text = {name: inputs[name] for name in TIMED if name in inputs}
     if request.param == "idefics":
