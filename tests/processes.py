@@ -9,6 +9,7 @@ What depends on how the interpreter starts (the locale, what is not installed, m
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -89,11 +90,11 @@ def run(
             command, input=input, timeout=timeout, check=check, capture_output=True, text=True, **options
         )
     (given, writes), *pipes = os.pipe(), os.pipe(), os.pipe()
-    os.write(writes, input.encode())  # it fits into the pipe
     program = Program(code, *argv, stdin=given, stdout=pipes[0][1], stderr=pipes[1][1], **options)
-    for descriptor in (given, writes, pipes[0][1], pipes[1][1]):
+    for descriptor in (given, pipes[0][1], pipes[1][1]):
         os.close(descriptor)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(_write, writes, input)
         out, err = (pool.submit(_text, reads) for reads, _ in pipes)
         try:
             status = program.wait(timeout)
@@ -103,6 +104,11 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def _write(descriptor: int, text: str) -> None:
+    with contextlib.suppress(BrokenPipeError), open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _text(descriptor: int) -> str:
