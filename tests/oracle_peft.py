@@ -26,15 +26,16 @@ NOTEBOOK = {
 }
 
 
-def reference(family: str, seed: int = 0) -> Any:
-    """A tiny random reference model with two decoder layers. IDEFICS without added tokens, of which the reference has
-    no loss."""
+def reference(family: str, seed: int = 0, layers: int = 2) -> Any:
+    """A tiny random reference model with so many decoder layers, and two in the tower. IDEFICS without added tokens, of
+    which the reference has no loss."""
     config, build = {
         "idefics2": (oracle.idefics2_config(), oracle.random_reference),
         "llava_next": (oracle_llava.llava_config(), oracle_llava.random_llava),
         "idefics": (oracle_idefics.idefics_config(added=0), oracle_idefics.random_reference),
     }[family]
-    config.get_text_config().num_hidden_layers = 2
+    config.get_text_config().num_hidden_layers = layers
+    config.vision_config.num_hidden_layers = 2
     return build(config, seed)
 
 
