@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import copy
+import functools
 import gc
 import json
 import shutil
@@ -22,6 +24,16 @@ if not torch.cuda.is_available():
 
 CHROMIUM = Path("/usr/bin/chromium")
 SHARED = Path(__file__).parents[2] / "shared" / "hub" / "llava-hf"  # beside the repository; see `llava`
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Nothing that is imported for the tests is garbage: it need not be searched again and again meanwhile."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -92,6 +104,23 @@ def reference(checkpoint: Callable[[str], Path]):
 
 
 @pytest.fixture(scope="session")
+def processor_of() -> Callable[..., Any]:
+    """`processor_of(Idefics2Processor, folder)`: a processor to be changed at will. Its vocabulary alone, which takes
+    long to read, is read once and shared."""
+
+    @functools.cache
+    def read(kind: Any, folder: Path) -> Any:
+        return kind.from_pretrained(folder)
+
+    def fresh(kind: Any, folder: Path) -> Any:
+        made = read(kind, folder)
+        backend = made.tokenizer.backend
+        return copy.deepcopy(made, {id(backend): backend})
+
+    return fresh
+
+
+@pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`llava("llava-v1.6-mistral-7b-hf")`: a folder with its processor files.
 
@@ -118,6 +147,18 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def llava_reference(llava: Callable[[str], Path]):
+    """transformers' LLaVA-NeXT processor, with the Pillow backend likewise."""
+    from transformers import AutoProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    folder = llava("llava-v1.6-mistral-7b-hf")
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(folder)
+    return processor
 
 
 @pytest.fixture

@@ -26,13 +26,17 @@ NOTEBOOK = {
 }
 
 
-def reference(family: str, seed: int = 0) -> Any:
-    """A tiny random reference model. IDEFICS without added tokens, of which the reference has no loss."""
-    if family == "idefics2":
-        return oracle.random_reference(oracle.idefics2_config(), seed)
-    if family == "llava_next":
-        return oracle_llava.random_llava(oracle_llava.llava_config(), seed)
-    return oracle_idefics.random_reference(oracle_idefics.idefics_config(added=0), seed)
+def reference(family: str, seed: int = 0, layers: int = 2) -> Any:
+    """A tiny random reference model with so many decoder layers, and two in the tower. IDEFICS without added tokens, of
+    which the reference has no loss."""
+    config, build = {
+        "idefics2": (oracle.idefics2_config(), oracle.random_reference),
+        "llava_next": (oracle_llava.llava_config(), oracle_llava.random_llava),
+        "idefics": (oracle_idefics.idefics_config(added=0), oracle_idefics.random_reference),
+    }[family]
+    config.get_text_config().num_hidden_layers = layers
+    config.vision_config.num_hidden_layers = 2
+    return build(config, seed)
 
 
 def inputs(family: str) -> dict[str, Tensor]:

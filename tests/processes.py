@@ -9,6 +9,7 @@ What depends on how the interpreter starts (the locale, what is not installed, m
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+MINIVLM = "import sys; from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"  # what `minivlm …` does
 FORKS = sys.platform == "linux"  # elsewhere libraries of the system do not survive it
 
 
@@ -71,6 +73,13 @@ class Program:
         self.send_signal(signal.SIGKILL)
 
 
+def start(code: str, *argv: str, **options: Any) -> Any:
+    """A running program; where none can be forked, a subprocess.Popen."""
+    if FORKS:
+        return Program(code, *argv, **options)
+    return subprocess.Popen([sys.executable, "-c", code, *argv], start_new_session=True, **options)
+
+
 def run(
     code: str, *argv: str, input: str = "", timeout: float = 300, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess:
@@ -81,11 +90,11 @@ def run(
             command, input=input, timeout=timeout, check=check, capture_output=True, text=True, **options
         )
     (given, writes), *pipes = os.pipe(), os.pipe(), os.pipe()
-    os.write(writes, input.encode())  # it fits into the pipe
     program = Program(code, *argv, stdin=given, stdout=pipes[0][1], stderr=pipes[1][1], **options)
-    for descriptor in (given, writes, pipes[0][1], pipes[1][1]):
+    for descriptor in (given, pipes[0][1], pipes[1][1]):
         os.close(descriptor)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(_write, writes, input)
         out, err = (pool.submit(_text, reads) for reads, _ in pipes)
         try:
             status = program.wait(timeout)
@@ -95,6 +104,11 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def _write(descriptor: int, text: str) -> None:
+    with contextlib.suppress(BrokenPipeError), open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _text(descriptor: int) -> str:

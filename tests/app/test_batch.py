@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import processes
@@ -393,9 +391,7 @@ def test_a_whole_run_through_pipes(pictures):
     question = {"question": "What number is written?", "image": "docs/shapes.png"}
     text = f"{json.dumps(question)}\nnonsense\n"
     argv = ["batch", "-", "--out", "-", "--device", "cpu", "--verbose"]
-    done = subprocess.run(
-        [sys.executable, "-m", "minivlm", *argv], input=text, capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    done = processes.run(processes.MINIVLM, *argv, input=text, cwd=ROOT)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1
     assert found[0] == {"line": 1, "answer": "47.", "finish_reason": "stop"}

@@ -259,11 +259,10 @@ def test_help_of_a_verb_has_examples_and_defaults(verb, capsys):
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint, pictures):
-    code = "import sys; from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
     argv = ["ask", *map(str, pictures), "q", "--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "9"]
     reads, writes = os.pipe()
     with tempfile.TemporaryFile() as err:
-        program = processes.Program(code, *argv, stdout=writes, stderr=err.fileno())
+        program = processes.Program(processes.MINIVLM, *argv, stdout=writes, stderr=err.fileno())
         os.close(writes)
         os.close(reads)
         assert program.wait(120) == 1

@@ -240,9 +240,8 @@ def test_a_report_survives_cp1252(run_in):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 @pytest.mark.parametrize("argv", [["ask", "hello", "--device", "cpu"], ["help"]])
 def test_a_full_disk_under_stdout_is_one_line(argv):
-    code = "import sys; from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
     with open("/dev/full", "w") as full, tempfile.TemporaryFile("w+") as err:
-        assert processes.Program(code, *argv, stdout=full.fileno(), stderr=err.fileno()).wait(120) == 1
+        assert processes.Program(processes.MINIVLM, *argv, stdout=full.fileno(), stderr=err.fileno()).wait(120) == 1
         err.seek(0)
         text = err.read()
     assert text.splitlines()[-1] == "minivlm: error: No space left on device"

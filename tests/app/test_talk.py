@@ -5,11 +5,11 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import tiny_chat
 from PIL import Image
@@ -219,7 +219,6 @@ def test_keys_at_a_real_terminal(tmp_path, hidden):
     code = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + (
         "sys.modules['readline'] = None\n" if hidden else ""
     )
-    code += "from minivlm.app import cli; sys.exit(cli.main(sys.argv[1:]))"
     argv = [
         "chat",
         str(Path(__file__).parents[2] / "docs" / "shapes.png"),
@@ -231,13 +230,8 @@ def test_keys_at_a_real_terminal(tmp_path, hidden):
         "min_new_tokens=300",
     ]
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "TRITON_INTERPRET": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-        start_new_session=True,
+    process = processes.start(
+        code + processes.MINIVLM, *argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     )
     os.close(theirs)
     try:

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from minivlm.checkpoint import files, hub, journal
@@ -115,8 +114,7 @@ def test_a_process_that_is_killed(renames: int, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(journal, "PATIENCE", 0)
     for name in "abc":
         (tmp_path / name).write_text("old")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), str(renames)], env=environment, timeout=120)
+    result = processes.run(KILL, str(tmp_path), str(renames))
     assert result.returncode == -signal.SIGKILL
     with pytest.warns(UserWarning, match="it is finished now"):
         journal.finish(tmp_path)

@@ -20,7 +20,7 @@ from PIL import Image
 from minivlm.processing import fetch
 from minivlm.processing.images import load_image
 
-SECONDS = 1.0
+SECONDS = 0.5
 PNG = io.BytesIO()
 Image.new("RGB", (3, 2), "red").save(PNG, "PNG")
 PNG = PNG.getvalue()
@@ -151,8 +151,8 @@ CASES = {
     "/endless": "OSError: .*(more than 32 MiB|not finished)",
     "/endless_redirect": "picture",
     "/silent": "OSError: .*(not finished|timed out)",
-    "/drops": "OSError: .*not finished after 1 s",
-    "/header_drops": "OSError: .*not finished after 1 s",
+    "/drops": "OSError: .*not finished after 0.5 s",
+    "/header_drops": "OSError: .*not finished after 0.5 s",
     "/go_on": "OSError: .*(not finished|more than)",
     "/headers_without_end": "OSError: .*(got more than 100 headers|not finished)",
     "/rubbish": "OSError: .*",
@@ -241,7 +241,7 @@ def test_odd_server(server, child, url):
     endless = "not finished" in CASES[url]
     start = time.monotonic()
     how, found = child.run(visit, given, server, SECONDS if endless else 20.0)
-    assert not endless or time.monotonic() - start < 10 * SECONDS  # on a busy machine
+    assert not endless or time.monotonic() - start < 20 * SECONDS  # on a busy machine
     if how == "returned":
         assert "picture" in CASES[url].split("|"), found
         assert found == (3, 2)

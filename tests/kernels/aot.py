@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import processes
+
 # Bytes a program may have: CUDA programming guide, "shared memory per thread block"; 64 KiB of LDS on AMD.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 TYPES = {
@@ -100,16 +102,9 @@ def assert_fit(jobs: list[Job]) -> None:
 def compile_kernels(jobs: list[Job], *, ptx: bool = False, timeout: float = 600) -> list[Compiled]:
     """Compile `jobs` in one child process. Without `ptx` the assembly, which may be megabytes, stays there."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     request = json.dumps({"jobs": [asdict(job) for job in jobs], "ptx": ptx})
-    child = subprocess.run(
-        [sys.executable, __file__],
-        input=request,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=timeout,
-    )
+    code = f"import sys; sys.path[:0] = {list(map(str, Path(__file__).parents[:2]))}; import aot; aot.main()"
+    child = processes.run(code, input=request, env=environment, timeout=timeout)
     assert child.returncode == 0, child.stderr[-4000:]
     return [Compiled(**answer) for answer in json.loads(child.stdout.splitlines()[-1])]
 
@@ -174,13 +169,9 @@ def _amd_usage(compiled: Any) -> Compiled:
     return Compiled(compiled.metadata.shared, registers, scratch, assembly)
 
 
-def _main() -> None:
+def main() -> None:
     request = json.loads(sys.stdin.read())
     answers = [asdict(_compile(Job(**job))) for job in request["jobs"]]
     if not request["ptx"]:
         answers = [answer | {"ptx": ""} for answer in answers]
     print(json.dumps(answers))
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,6 +1,6 @@
 """What the compiler makes of the main configurations, without a GPU: the table in kernels/README.md.
 
-    PYTHONPATH=.:kernels python tests/kernels/inspect_kernels.py [--arch 90]
+    PYTHONPATH=.:kernels:tests python tests/kernels/inspect_kernels.py [--arch 90]
 
 Registers, spills and shared memory are read from the machine code. Loops are counted in PTX: all instructions of the
 first innermost loop (tiles that need no comparison), and among them comparisons and selections; then those of the next

@@ -1,7 +1,9 @@
 """What all kernels share: they can be imported and their references read where there is no triton."""
 
-import subprocess
+import os
 import sys
+
+import processes
 
 SCRIPT = """
 import sys
@@ -34,6 +36,5 @@ for call in (
 
 
 def test_without_triton() -> None:
-    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
-    child = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, encoding="utf-8")
+    child = processes.run(SCRIPT, env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     assert child.returncode == 0, child.stderr

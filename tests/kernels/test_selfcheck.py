@@ -1,8 +1,6 @@
 """A kernel is used where it gave its reference's numbers; one that fails, differs or hangs costs a warning."""
 
-import json
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -19,7 +17,7 @@ MATMUL = "    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)\n"
 FAULTS = {
     "wrong numbers": (MATMUL, MATMUL + "    sums += 0.5\n", "differs by"),
     "does not compile": (MATMUL, MATMUL + "    tl.no_such_function(sums)\n", "no_such_function"),
-    "hangs": ("import torch\n", "import torch\nwhile True: pass\n", "no result within"),
+    "hangs": ("import torch\n", "import time\ntime.sleep(1000)\n", "no result within"),
     "dies": ("import torch\n", "import torch, os\nos.abort()\n", "status -6"),
 }
 
@@ -60,7 +58,7 @@ def test_planted_faults(fault: str, place: Path, monkeypatch: pytest.MonkeyPatch
     assert right in text
     source.write_text(text.replace(right, wrong, 1), encoding="utf-8")
     monkeypatch.setattr(selfcheck, "ROOT", place)
-    monkeypatch.setattr(selfcheck, "SECONDS", 5 if fault == "hangs" else 120)
+    monkeypatch.setattr(selfcheck, "SECONDS", 1 if fault == "hangs" else 120)
     assert words in selfcheck.result("four bits", torch.float16, CPU)
     monkeypatch.setattr(selfcheck, "_in_child", None)  # kept: there is no second child
     assert words in selfcheck.result("four bits", torch.float16, CPU)
@@ -124,10 +122,3 @@ def test_a_kernel_is_preferred_where_it_was_measured(monkeypatch: pytest.MonkeyP
     assert not selfcheck.preferred("four bits", gpu)
     monkeypatch.setenv("MINIVLM_TRITON", "1")
     assert selfcheck.preferred("four bits", gpu)
-
-
-def test_the_child_speaks_json(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["", "four bits", "float16", "cpu", "0"])
-    monkeypatch.setattr(selfcheck.os, "_exit", lambda status: None)
-    selfcheck.main()
-    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {"result": PASSED, "lasting": True}

@@ -62,8 +62,9 @@ def test_a_recording_and_ours_as_side_a_know_it_too(llama: Path, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def encoded(llama: Path) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
-    """`encoded("what?")`: what minivlm and transformers make of a question; transformers' processor is read once."""
+    """`encoded("what?")`: what minivlm and transformers make of a question; the processors are read once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoProcessor, "from_pretrained", functools.cache(AutoProcessor.from_pretrained))
         patch.setattr(sides, "processor_of", functools.cache(sides.processor_of))
         yield lambda prompt: [sides.encode(Side(llama, code), [drawn_image()], prompt) for code in sides.CODES]
 
@@ -85,7 +86,7 @@ def test_any_prompt(llama: Path, encoded: Any, prompt: str) -> None:
 @pytest.mark.parametrize("fault", ["another word", "a lost word", "another spelling", "a lost blank before a word"])
 def test_what_else_differs_counts(llama: Path, encoded: Any, fault: str) -> None:
     ours, theirs = encoded("what is this?")
-    backend = AutoProcessor.from_pretrained(llama).tokenizer.backend
+    backend = sides.processor_of(Side(llama)).tokenizer.backend
     ids = ours["input_ids"][0].tolist()
     place = ids.index(backend.token_to_id("▁is"))
     new = {

@@ -1,6 +1,7 @@
 """Options of one call, and the names that other tools expect of processors: equal to transformers 5.23."""
 
 import base64
+import copy
 import io
 import json
 
@@ -36,15 +37,11 @@ def processor(request):
 
 
 @pytest.fixture
-def pair(llava):
+def pair(processor_of, llava, llava_reference):
     """LLaVA-NeXT's processors, ours and transformers' (whose Idefics2 one uses some options for half a call)."""
-    from transformers import AutoProcessor as Theirs
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    folder = llava("llava-v1.6-mistral-7b-hf")
-    theirs = Theirs.from_pretrained(folder)
-    theirs.image_processor = LlavaNextImageProcessorPil.from_pretrained(folder)
-    return LlavaNextProcessor.from_pretrained(folder), theirs
+    theirs = copy.copy(llava_reference)
+    theirs.image_processor = copy.deepcopy(llava_reference.image_processor)
+    return processor_of(LlavaNextProcessor, llava("llava-v1.6-mistral-7b-hf")), theirs
 
 
 def assert_equal(ours, theirs) -> None:
@@ -88,9 +85,10 @@ def test_pinpoints_for_one_call(pair):
 
 
 @pytest.mark.parametrize("splitting", [False, True])
-def test_splitting_for_one_call(checkpoint, reference, splitting):
+def test_splitting_for_one_call(processor_of, checkpoint, reference, splitting):
     """Pixels and tokens; transformers' processor changes the pixels alone, and its model then fails."""
-    processor = Idefics2Processor.from_pretrained(checkpoint("idefics2-8b"), do_image_splitting=not splitting)
+    processor = processor_of(Idefics2Processor, checkpoint("idefics2-8b"))
+    processor.image_processor.do_image_splitting = not splitting
     arguments = {"text": "<image>", "images": noise(60, 50), "return_tensors": "pt"}
     inputs = processor(**arguments, do_image_splitting=splitting)
     reference.image_processor.do_image_splitting = splitting

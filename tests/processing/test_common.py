@@ -29,10 +29,10 @@ REFUSED = [
 
 
 @pytest.fixture(params=["idefics2", "llava_next"])
-def processor(request, checkpoint, llava):
+def processor(request, processor_of, checkpoint, llava):
     if request.param == "idefics2":
-        return Idefics2Processor.from_pretrained(checkpoint("idefics2-8b"))
-    return LlavaNextProcessor.from_pretrained(llava("llava-v1.6-mistral-7b-hf"))
+        return processor_of(Idefics2Processor, checkpoint("idefics2-8b"))
+    return processor_of(LlavaNextProcessor, llava("llava-v1.6-mistral-7b-hf"))
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
@@ -51,7 +51,7 @@ def test_wrong_types_and_names(processor):
         processor(text="<image>", images="gone.png")
 
 
-def test_a_prompt_in_the_place_of_pictures(llava):
-    processor = LlavaNextProcessor.from_pretrained(llava("llava-v1.6-mistral-7b-hf"))
+def test_a_prompt_in_the_place_of_pictures(processor_of, llava):
+    processor = processor_of(LlavaNextProcessor, llava("llava-v1.6-mistral-7b-hf"))
     with pytest.raises(ValueError, match="0 images for 1 <image>"):
         processor(images="<image> What?")

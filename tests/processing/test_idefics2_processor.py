@@ -25,8 +25,8 @@ FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 
 
 @pytest.fixture
-def processor(checkpoint):
-    return Idefics2Processor.from_pretrained(checkpoint("idefics2-8b"))
+def processor(processor_of, checkpoint):
+    return processor_of(Idefics2Processor, checkpoint("idefics2-8b"))
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -1,5 +1,6 @@
 """LLaVA-NeXT's processor against recorded transformers 4.57.6 outputs and against transformers 5.23 side by side."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -8,7 +9,7 @@ import numpy as np
 import oracle_llava
 import pytest
 import torch
-from committed import PHOTOGRAPHS
+from committed import LLAVA, PHOTOGRAPHS
 from PIL import Image
 
 from minivlm.checkpoint import hub
@@ -30,19 +31,13 @@ SMALL = {"crop_size": {"height": 18, "width": 18}, "image_grid_pinpoints": [[18,
 
 
 @pytest.fixture
-def processor(llava):
-    return LlavaNextProcessor.from_pretrained(llava(MISTRAL))
+def processor(processor_of, llava):
+    return processor_of(LlavaNextProcessor, llava(MISTRAL))
 
 
-@pytest.fixture(scope="module")
-def reference(llava):
-    """transformers' processor, with the Pillow backend whether or not torchvision is installed."""
-    from transformers import AutoProcessor
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    processor = AutoProcessor.from_pretrained(llava(MISTRAL))
-    processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(llava(MISTRAL))
-    return processor
+@pytest.fixture
+def reference(llava_reference):
+    return llava_reference
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -69,9 +64,9 @@ def unpacked(row: list) -> list[int]:
 
 
 @pytest.mark.parametrize("number", range(7))
-def test_recorded_cases(llava, data, pictures, number):
+def test_recorded_cases(processor_of, llava, data, pictures, number):
     case = recorded(data)[number]
-    processor = LlavaNextProcessor.from_pretrained(llava(case["checkpoint"].split("/")[1]))
+    processor = processor_of(LlavaNextProcessor, llava(case["checkpoint"].split("/")[1]))
     images = [pictures / name for name in case["images"]]
     inputs = processor(text=case["text"], images=images, return_tensors="pt", **case["kwargs"])
     assert inputs.input_ids.tolist() == [unpacked(row) for row in case["input_ids"]]
@@ -260,12 +255,13 @@ ADDED = {
 }
 
 
-@pytest.fixture
-def speaker(llava, data):
+@pytest.fixture(scope="module")
+def speaker(llava):
     """`speaker(name)`: a processor with that checkpoint's template and special tokens, over Mistral's vocabulary."""
 
+    @functools.cache
     def make(name: str) -> LlavaNextProcessor:
-        folder = data / "hub" / "llava-hf" / name
+        folder = LLAVA / name
         tokenizer = Tokenizer.from_pretrained(llava(MISTRAL))
         tokenizer.add_tokens(ADDED.get(name, []), special=True)
         template = chat.find_template(hub.source(folder), {}, {})

@@ -291,7 +291,7 @@ def test_peak_memory_while_loading(saved: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc to see private memory")
     config = oracle.idefics2_config().to_dict()
-    config["text_config"] |= {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 128}
+    config["text_config"] |= {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4, "head_dim": 128}
     torch.manual_seed(0)
     model = transformers.Idefics2ForConditionalGeneration(transformers.Idefics2Config(**config))
     oracle.save(model, tmp_path)

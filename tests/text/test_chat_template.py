@@ -72,7 +72,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("name", chat.KNOWN)
-def test_known_templates_write_what_the_released_ones_do(processor, tmp_path, name, add):
+def test_known_templates_write_what_the_released_ones_do(processor, name, add):
     for checkpoint in RELEASED[name]:
         (folder,) = (HUB if name == "idefics2" else LLAVA).glob(checkpoint)
         source = hub.source(folder)
@@ -81,6 +81,10 @@ def test_known_templates_write_what_the_released_ones_do(processor, tmp_path, na
             options = {"add_generation_prompt": add}
             theirs = processor.apply_chat_template(conversation, chat_template=released, **options)
             assert processor.apply_chat_template(conversation, chat_template=name, **options) == theirs
+
+
+@pytest.mark.parametrize("name", chat.KNOWN)
+def test_known_templates_are_saved_in_full(processor, tmp_path, name):
     processor = copy.deepcopy(processor)
     processor.chat_template = name
     processor.save_pretrained(tmp_path)

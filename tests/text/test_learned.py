@@ -27,7 +27,8 @@ def processor(checkpoint):
 
 @pytest.fixture(scope="module")
 def llava_next(llava):
-    return LlavaNextProcessor.from_pretrained(llava("llava-v1.6-mistral-7b-hf"))
+    small = {"crop_size": {"height": 28, "width": 28}, "image_grid_pinpoints": [[28, 56], [56, 28]]}
+    return LlavaNextProcessor.from_pretrained(llava("llava-v1.6-mistral-7b-hf"), **small)
 
 
 def say(role: str, *content) -> dict:
@@ -195,16 +196,14 @@ def reference_of(processor, reference):
 
 
 @pytest.mark.parametrize("answer", ["A cat.", " A  cat \n", "🙂é", "<b>", "A\n\nB"])
-def test_generation_blocks_of_vicuna(llava_next, llava, answer):
-    from transformers import AutoProcessor as Theirs
-
+def test_generation_blocks_of_vicuna(processor_of, llava, llava_reference, answer):
     folder = LLAVA / "llava-v1.6-vicuna-7b-hf"
     template = chat.find_template(hub.source(folder), {}, {})
-    theirs = Theirs.from_pretrained(llava("llava-v1.6-mistral-7b-hf"))
+    ours = processor_of(LlavaNextProcessor, llava("llava-v1.6-mistral-7b-hf"))
     messages = [say("user", IMAGE, "What?"), say("assistant", answer), say("user", "Sure?")]
     options = {**OPTIONS, "chat_template": template}
-    inputs = llava_next.apply_chat_template(messages, **options)
-    expected = theirs.apply_chat_template(messages, **options)
+    inputs = ours.apply_chat_template(messages, **options)
+    expected = llava_reference.apply_chat_template(messages, **options)
     assert inputs.input_ids == expected["input_ids"]
     assert inputs.assistant_masks == expected["assistant_masks"]
 

@@ -39,19 +39,22 @@ def labelled(inputs: Any) -> dict[str, Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> Path:
     """Three families with four batches each, of which one has no images where a family can do without; and a chat."""
     folder = tmp_path_factory.mktemp("fsdp")
-    config = oracle_llava.llava_config()
+    few = {"idefics2": oracle.idefics2_config(), "llava_next": oracle_llava.llava_config()}
+    few |= {"idefics": oracle_idefics.idefics_config()}
+    for config in few.values():  # every layer is cut, gathered and kept apart, which takes its time
+        config.get_text_config().num_hidden_layers = config.vision_config.num_hidden_layers = 2
     images = [[[(12, 12)], []], [[(12, 12)]], [[(10, 30)], [(12, 12)]], [[(20, 10)]]]
     cases = {
         "idefics2": (
-            oracle.random_reference(oracle.idefics2_config()),
+            oracle.random_reference(few["idefics2"]),
             [oracle.random_inputs(counts, 4, seed) for seed, counts in enumerate([(2, 0), (0,), (1, 3), (1,)])],
         ),
         "llava_next": (
-            oracle_llava.random_llava(config),
-            [oracle_llava.llava_inputs(rows, config) for rows in images],
+            oracle_llava.random_llava(few["llava_next"]),
+            [oracle_llava.llava_inputs(rows, few["llava_next"]) for rows in images],
         ),
         "idefics": (
-            oracle_idefics.random_reference(oracle_idefics.idefics_config()),
+            oracle_idefics.random_reference(few["idefics"]),
             [oracle_idefics.random_inputs(counts) for counts in [(2, 1), (1,), (1, 2), (2,)]],
         ),
     }
@@ -59,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> Path:
         reference.save_pretrained(folder / name)
         torch.save([labelled(batch) for batch in batches], folder / name / "batches.pt")
     for part in tiny_chat.idefics2(
-        checkpoint("idefics2-8b"), splitting=False, max_position_embeddings=200, num_hidden_layers=2
+        checkpoint("idefics2-8b"), splitting=False, max_position_embeddings=200, num_hidden_layers=1
     ):
         part.save_pretrained(folder / "chat")
     Image.new("RGB", (20, 27), "red").save(folder / "red.png")

@@ -79,11 +79,10 @@ class _Rows(torch.utils.data.Dataset):
         return index
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_losses_rates_and_norms_are_those_of_trainer(tiny: Any, tmp_path: Path, schedule: str) -> None:
+def test_losses_rates_and_norms_are_those_of_trainer(tiny: Any, tmp_path: Path) -> None:
     """Accumulating micro-batches of unequal lengths; the last one of an epoch is short."""
     folder, processor, rows = tiny
-    recipe = Recipe(batch=2, accumulate=3, steps=8, lr=5e-3, schedule=schedule, warmup=2, decay=0.1, shuffle=False)
+    recipe = Recipe(batch=2, accumulate=3, steps=8, lr=5e-3, schedule="cosine", warmup=2, decay=0.1, shuffle=False)
     model = fresh(tiny, bias="all", modules_to_save=("lm_head", "norm"))
     adapters.save(model, tmp_path / "adapter", base=str(folder))
     found = list(loop.finetune(model, processor, rows, recipe))
@@ -109,7 +108,7 @@ def test_losses_rates_and_norms_are_those_of_trainer(tiny: Any, tmp_path: Path, 
         gradient_accumulation_steps=3,
         max_steps=8,
         learning_rate=5e-3,
-        lr_scheduler_type=schedule,
+        lr_scheduler_type="cosine",
         warmup_steps=2,
         weight_decay=0.1,
         logging_steps=1,
@@ -146,7 +145,7 @@ def test_schedules_are_those_of_transformers() -> None:
 
 
 def test_accumulating_is_one_large_batch(tiny: Any) -> None:
-    common = {"steps": 5, "lr": 5e-3, "warmup": 0}
+    common = {"steps": 3, "lr": 5e-3, "warmup": 0}
     found = [losses(tiny, Recipe(batch=batch, accumulate=12 // batch, **common)) for batch in (12, 4, 1)]
     assert found[0][-1] < found[0][0]
     for other in found[1:]:
@@ -180,7 +179,7 @@ def test_every_trained_number_has_a_gradient_with_and_without_checkpointing(
             memory.checkpoint_layers(model)
         found.append(gradients(model, dict(inputs)))
     unused = [name for name, gradient in found[0].items() if gradient is None]
-    assert all("vision_tower.encoder.layers.3." in name for name in unused), unused  # LLaVA-NeXT stops before its last
+    assert all("vision_tower.encoder.layers.1." in name for name in unused), unused  # LLaVA-NeXT stops before its last
     for name, gradient in found[0].items():
         if gradient is not None:
             assert gradient.any(), name
