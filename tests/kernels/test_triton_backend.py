@@ -120,8 +120,8 @@ def test_a_preferred_kernel_serves_what_asks_for_the_best(preferred: bool, monke
     q = SimpleNamespace(is_cuda=True, requires_grad=False)
     for kernel, queries in (("attention", 20), ("decode attention", 1)):
         mask = Mask(queries, 20, causal=True)
-        assert attending.kernel(q, q, q, mask, requested=False) == (kernel if preferred else None)
-        assert attending.kernel(q, q, q, mask, requested=True) == kernel
+        assert attending.kernel(q, q, q, mask, requested=None) == (kernel if preferred else None)
+        assert attending.kernel(q, q, q, mask, requested="triton") == kernel
 
 
 def test_a_kernel_that_fails_its_check_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
