@@ -22,10 +22,11 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any, requested: str | None) ->
     """
     if requested == "compiled" and q.is_cpu:
         return requested if cpu_attention.suits(q, k, v, mask) else None
-    if not (requested == "triton" or q.is_cuda):
+    triton = requested == "triton"
+    if not (triton or q.is_cuda):
         return None
     names = kernels(q, k, v, mask)
-    wanted = requested == "triton" or preferred(q, names[0])
+    wanted = triton or preferred(q, names[0])
     return names[0] if wanted and addressable(q, k, v, mask.valid, mask.filled) and work(names, q) else None
 
 

@@ -25,7 +25,7 @@ FORBIDDEN = {  # what keeps gcc from using an instruction set
     "avx512_bf16": "-mno-avx512bf16",
     "avx512_vnni": "-mno-avx512vnni",
 }
-SECONDS = 60  # for each of gcc's two steps, which take about a second
+SECONDS = 60  # for each of gcc's two steps, which take some seconds together
 
 
 def library(source: Path) -> ctypes.CDLL | None:

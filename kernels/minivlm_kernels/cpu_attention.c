@@ -1,5 +1,5 @@
 // Attention of many queries on a CPU with AVX-512; cpu_attention.py says what the arguments are. As in flash_attention.py,
-// scores are never written to memory: a block of keys meets ROWS queries, its weights are summed up, and on it goes.
+// scores stay in the first cache: a block of keys meets ROWS queries, its weights are summed up, and on it goes.
 //
 // All numbers are packed as words of 32 bits. With bf16 instructions a word is two bf16 numbers, neighbours in what is
 // summed over, whose products one instruction adds to an fp32 sum; else it is one fp32 number. `in_pairs` says which.
@@ -18,7 +18,8 @@ enum {
     ROWS = 6, WIDE = 4, // sums in registers: so many queries times so many registers of keys, or of columns of v
     KEYS = WIDE * LANES, // in a block
     QUERIES = 48,        // that meet a block while it is in the first cache
-    PACKED = 1 << 22,    // words of packed keys and values at a time: memory that malloc keeps costs no page faults
+    PACKED = 1 << 22,    // words of keys and values packed at a time, about: 16 MiB, which glibc keeps from call to call,
+                         // so that the pages of it are not made anew each time
 };
 
 typedef struct {
@@ -114,21 +115,21 @@ INLINE void store_weights(__m512 weights, float *row, int64_t c, const int in_pa
     _mm512_storeu_ps(row + c * LANES, weights);
 }
 
-// Which of LANES keys from `slot` on a query does not attend to: those after its limit and padding, but never its own.
+// Which of LANES keys from `slot` on are hidden from a query: keys after its limit, and padding; its own slot never.
 INLINE __mmask16 hidden_of(const Room *room, int64_t query, int64_t slot) {
     const int64_t seen = room->limits[query] - slot, left = room->keys - slot;
     const __mmask16 late = seen >= LANES ? 0 : seen <= 0 ? 0xffff : 0xffff << seen;
     if (!room->valid) return late;
-    const __mmask16 there = left >= LANES ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
+    const __mmask16 there = left >= LANES ? 0xffff : (1 << left) - 1;
     const __m128i valid = _mm_maskz_loadu_epi8(there, room->valid + slot);
     const __mmask16 own = seen > 0 && seen <= LANES ? 1 << (seen - 1) : 0;
     return (late | _mm_testn_epi8_mask(valid, valid)) & ~own;
 }
 
 // Queries `first` … meet `wide` registers of keys, the first of these `slot`. k: (words, KEYS); v: (keys as words,
-// columns). masked: whether some queries do not attend to all of these keys.
+// columns). Fewer registers than WIDE are keys of which some are hidden.
 INLINE void meet(const Room *room, int64_t first, const float *k, const float *v, int64_t slot, int64_t words,
-                 int64_t columns, float scale, const int masked, const int rows, const int wide, const int in_pairs) {
+                 int64_t columns, float scale, const int rows, const int wide, const int in_pairs) {
     __m512 sums[ROWS * WIDE];
     float kept[ROWS];
 #pragma GCC unroll 24
@@ -137,7 +138,7 @@ INLINE void meet(const Room *room, int64_t first, const float *k, const float *v
 #pragma GCC unroll 24
     for (int i = 0; i < rows * wide; i++) {
         const __m512 scores = _mm512_mul_ps(sums[i], _mm512_set1_ps(scale));
-        const __mmask16 hidden = masked ? hidden_of(room, first + i / wide, slot + i % wide * LANES) : 0;
+        const __mmask16 hidden = wide < WIDE ? hidden_of(room, first + i / wide, slot + i % wide * LANES) : 0;
         _mm512_storeu_ps(room->scores + i / wide * KEYS + i % wide * LANES,
                          _mm512_mask_mov_ps(scores, hidden, _mm512_set1_ps(-INFINITY)));
     }
@@ -176,11 +177,11 @@ INLINE void meet(const Room *room, int64_t first, const float *k, const float *v
 INLINE void meet_block(const Room *room, int64_t first, const float *k, const float *v, int64_t slot, int64_t words,
                        int64_t columns, float scale, const int rows, const int in_pairs) {
     if (slot + KEYS <= room->limits[first] && !(room->valid && memchr(room->valid + slot, 0, KEYS))) {
-        meet(room, first, k, v, slot, words, columns, scale, 0, rows, WIDE, in_pairs);
+        meet(room, first, k, v, slot, words, columns, scale, rows, WIDE, in_pairs);
         return;
     }
     for (int64_t i = 0; i < KEYS && slot + i < room->limits[first + rows - 1]; i += LANES)
-        meet(room, first, k + i, v + (i >> in_pairs) * columns, slot + i, words, columns, scale, 1, rows, 1, in_pairs);
+        meet(room, first, k + i, v + (i >> in_pairs) * columns, slot + i, words, columns, scale, rows, 1, in_pairs);
 }
 
 INLINE float pair_of(bf16 first, bf16 second) {
@@ -265,7 +266,8 @@ INLINE int run(const Attention *a, const int half, const int in_pairs) {
     const int64_t for_thread = QUERIES * (words + columns + LANES + 1) + 2 * ROWS * KEYS;
     const int64_t all = a->batch * a->kv_heads, fit = PACKED / (blocks * (for_keys + for_values)) + 1;
     const int64_t most = fit < all ? fit : all; // heads packed at a time
-    float *keys = malloc((most * blocks * (for_keys + for_values) + a->threads * for_thread) * sizeof *keys);
+    // Whole registers, so that none crosses a line of the cache: all sizes are multiples of LANES.
+    float *keys = aligned_alloc(64, (most * blocks * (for_keys + for_values) + a->threads * for_thread) * sizeof *keys);
     if (!keys) return 1;
     float *values = keys + most * blocks * for_keys, *rooms = values + most * blocks * for_values;
 #pragma omp parallel num_threads(a->threads)

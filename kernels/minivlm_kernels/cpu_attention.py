@@ -34,11 +34,11 @@ def suits(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
     """Whether `attention` serves these and is faster than torch: many queries that attend to all keys, or to all up to
     their own slot but padding; without gradients. mask: as in `attending`."""
     windowed = mask.window is not None and mask.keys > mask.window
-    padded = mask.valid is not None
     return (
         mask.filled is None
-        and not (mask.causal and windowed)
-        and not (padded and not (mask.causal and mask.valid.ndim == 2))
+        and not windowed
+        and (mask.valid is None or (mask.causal and mask.valid.shape == (k.shape[0], k.shape[2])))
+        and not (mask.causal and q.shape[2] > k.shape[2])
         and q.shape[2] >= QUERIES
         and q.shape[2] * q.shape[1] >= SHARED * k.shape[1]
         and q.shape[2] * k.shape[2] >= LEAST
@@ -50,7 +50,11 @@ def suits(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
         and v.is_cpu
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and v.shape == k.shape
+        and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+        and k.shape[1] > 0
+        and q.shape[1] % k.shape[1] == 0
         and q.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
         and addresses.addressable(q, k, v, mask.valid)
         and available()
         and not _faster_in_torch(q.dtype)
@@ -67,6 +71,7 @@ def attention(
 ) -> Tensor:
     """softmax(q·kᵀ·scale)·v. q (B, H, T, D), k and v (B, K, S, D) → (B, H, T, D), (B, T, H, D) in memory.
 
+    For what `suits` allows: the C checks no shapes.
     causal: the queries are the last T of S slots. valid: with `causal`, (B, S) bool, False for padding, to which no
     query attends but its own. fp32 or bf16; scores, weights and sums are in fp32, but in bf16, with bf16 instructions,
     a weight is rounded before it is multiplied. MemoryError without room for a copy of k and v.

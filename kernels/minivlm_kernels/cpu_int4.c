@@ -356,7 +356,7 @@ INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t 
     }
     for (int half = 0; half < 2; half++) *(floats *)(y + tile->number * 16 + 8 * half) = total[half];
 }
-#else // no instruction that multiplies bytes: never called
+#else // not written for AVX-512 without VNNI, and never called there
 #define WHOLE 0
 INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const int32_t *limbs, const float *steps,
                                const float *sums, float *y) {}
@@ -516,13 +516,16 @@ INLINE void tiles_product(const Weight *w, const Tile *tiles, const float *x, co
                           const int pairs) {
     const int64_t columns = w->columns, groups = columns / w->group;
 #ifndef __AVX512F__
-    for (int64_t i = 0; pairs && i < rows; i += 2) { // so many sums as there are registers
-        float *out = y + i * 16 * w->tiles;
-        if (i + 1 < rows) tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 2);
-        else tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 1);
+    if (pairs) {
+        for (int64_t i = 0; i < rows; i += 2) { // so many sums as there are registers
+            float *out = y + i * 16 * w->tiles;
+            if (i + 1 < rows) tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 2);
+            else tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 1);
+        }
+        return;
     }
 #endif
-    for (int at = 0; !pairs && at < 16; at += LANES)
+    for (int at = 0; at < 16; at += LANES)
         FOR_ROWS(rows, tile_product(w, tiles, at, x + FROM * columns, sums + FROM * groups, y + FROM * 16 * w->tiles, ROWS))
 }
 

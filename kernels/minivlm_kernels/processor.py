@@ -25,7 +25,7 @@ from minivlm_kernels.addresses import outside_modes
 SETS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 CLEAR = 1.5  # times slower: what a trial has to show before it overrules what is expected
 ROWS, WIDTH = 128, 1024  # of the trial's products: 0.3 G operations
-QUERIES, HEADS, HEAD = 512, 2, 64  # of the trial's attention: 0.13 G operations
+TOKENS, HEADS, HEAD_DIM = 512, 2, 64  # of the trial's attention: 0.13 G operations
 TURNS, REPEATS = 6, 3  # of each product in a trial; of a trial that contradicts the instruction sets
 
 
@@ -50,7 +50,11 @@ class Abilities:
 @functools.cache
 def abilities() -> Abilities:
     """As kept for this processor and these versions, else found now."""
-    about = (description(), torch.__version__, instruction_sets(), os.environ.get("DNNL_MAX_CPU_ISA"), CLEAR)
+    from minivlm_kernels import cpu_attention, cpu_dense  # which ask this module
+
+    sources = [page.SOURCE.read_text(encoding="utf-8") for page in (cpu_attention, cpu_dense)]
+    held_back = os.environ.get("DNNL_MAX_CPU_ISA")
+    about = (description(), torch.__version__, instruction_sets(), held_back, CLEAR, sources)
     path = kept.folder() / f"processor-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
     try:
         return Abilities(**kept.read(path))
@@ -110,7 +114,7 @@ def trial() -> dict[str, float]:
             products[f"{name} row"] = functools.partial(F.linear, *row)
             if cpu_dense.available():
                 products[f"{name} row in C"] = functools.partial(cpu_dense.dense_rows, *row)
-            heads = weight[:QUERIES].view(1, QUERIES, WIDTH // HEAD, HEAD)[:, :, :HEADS].transpose(1, 2)
+            heads = weight[:TOKENS].view(1, TOKENS, -1, HEAD_DIM)[:, :, :HEADS].transpose(1, 2)
             products[f"{name} attention"] = functools.partial(F.scaled_dot_product_attention, heads, heads, heads)
             if cpu_attention.available():
                 products[f"{name} attention in C"] = functools.partial(

@@ -54,22 +54,27 @@ PLAIN = {fast: plain for plain, fast in FASTER.items()}
 def apply(model: Model) -> Model:
     """Exchange the layers that can be faster, where this machine gains by it; returns the same model."""
     if pays():
-        _exchange(model, FASTER, None, "compiled")
+        _exchange(model, FASTER)
+        if getattr(model, "attn_implementation", "") is None:
+            _attend(model, None, "compiled")
     return model
 
 
 def remove(model: Model) -> Model:
-    """Undo `apply`: every layer is again of the class it was."""
-    _exchange(model, PLAIN, "compiled", None)
+    """Undo `apply`: every layer is again of the class it was, and attention is torch's."""
+    _exchange(model, PLAIN)
+    _attend(model, "compiled", None)
     return model
 
 
-def _exchange(
-    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]], before: str | None, after: str | None
-) -> None:
+def _exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
     for module in model.modules():
         if type(module) in classes:
             module.__class__ = classes[type(module)]  # the same object with another `forward`: nothing is copied
+
+
+def _attend(model: nn.Module, before: str | None, after: str | None) -> None:
+    for module in model.modules():  # a model with a head contains one without
         if getattr(module, "attn_implementation", "") == before:
             module.attn_implementation = after
 

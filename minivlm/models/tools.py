@@ -187,8 +187,9 @@ class Tools:
     # ---- Other names ----
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """ValueError for a name that is not known."""
-        self.attn_implementation = check_implementation(attn_implementation)
+        """Of the whole model. ValueError for a name that is not known."""
+        for model in {self, self.base_model}:
+            model.attn_implementation = check_implementation(attn_implementation)
         self.config._attn_implementation = attn_implementation
 
     def get_image_features(
@@ -199,6 +200,7 @@ class Tools:
         Arguments as of `encode_images` of the model without a head; IDEFICS has none, as in the reference.
         """
         model = self.base_model
+        inputs.setdefault("attn_implementation", self.attn_implementation)
         if not isinstance(getattr(model, "connector", None), nn.Module):
             return Inputs(pooler_output=model.encode_images(pixel_values, **inputs))
         vectors = model.encode_images(pixel_values, pixel_attention_mask, **inputs)  # (images, Q, C)

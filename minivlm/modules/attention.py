@@ -123,7 +123,7 @@ def attention(
 
 def check_implementation(name: str | None) -> str | None:
     """The implementation for a value of `attn_implementation`, None = the best. Raises ValueError for unknown names."""
-    if name is not None and name not in IMPLEMENTATIONS:
+    if name is not None and (not isinstance(name, str) or name not in IMPLEMENTATIONS):
         raise ValueError(f"attn_implementation={name!r} is not supported; known: {', '.join(IMPLEMENTATIONS)}")
     return None if name == "flash_attention_2" else name
 

@@ -89,7 +89,10 @@ def test_loading_asks_for_it_and_can_be_told_not_to(monkeypatch: pytest.MonkeyPa
     assert fast.attn_implementation == fast.model.attn_implementation == "compiled"
     assert plain.attn_implementation is None
     assert fast_cpu.remove(fast).attn_implementation is None
-    assert load("shapes-idefics2", attn_implementation="sdpa").attn_implementation == "sdpa"
+    chosen = load("shapes-idefics2", attn_implementation="eager")
+    assert chosen.attn_implementation == chosen.model.attn_implementation == "eager"
+    fast_cpu.apply(fast).set_attn_implementation("sdpa")
+    assert fast.attn_implementation == fast.model.attn_implementation == "sdpa"
     assert not any(type(module) in (FastLinear, FastRMSNorm) for module in plain.modules())
 
 

@@ -158,6 +158,14 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not suits(q, k, v.mT.contiguous().mT)
         assert not suits(q.to("meta"), k, v)
         assert not suits(q, k, v[..., :8])
+        assert not suits(q, k[..., :8], v[..., :8])  # these torch broadcasts or refuses
+        assert not suits(q.expand(2, -1, -1, -1), k, v)
+        assert not suits(q[:, :3], k, v)
+        assert not suits(q, k, v, mask=Mask(64, 64, causal=True, valid=valid[:, :60]))
+        assert not suits(q, k[:, :, :60], v[:, :, :60], mask=Mask(64, 60, causal=True))
+        assert not suits(q, k, v, mask=Mask(64, 64, window=63))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not suits(q, k, v)
         abilities = dataclasses.replace(abilities, fp32_attention_in_torch=True)
         assert not suits(q, k, v)
         assert suits(*half)

@@ -1,6 +1,8 @@
 """A kernel is used where it gave its reference's numbers; one that fails, differs or hangs costs a warning."""
 
+import json
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -17,7 +19,7 @@ MATMUL = "    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)\n"
 FAULTS = {
     "wrong numbers": (MATMUL, MATMUL + "    sums += 0.5\n", "differs by"),
     "does not compile": (MATMUL, MATMUL + "    tl.no_such_function(sums)\n", "no_such_function"),
-    "hangs": ("import torch\n", "import time\ntime.sleep(1000)\n", "no result within"),
+    "hangs": ("import torch\n", "import torch\nwhile True: pass\n", "no result within"),
     "dies": ("import torch\n", "import torch, os\nos.abort()\n", "status -6"),
 }
 
@@ -122,3 +124,10 @@ def test_a_kernel_is_preferred_where_it_was_measured(monkeypatch: pytest.MonkeyP
     assert not selfcheck.preferred("four bits", gpu)
     monkeypatch.setenv("MINIVLM_TRITON", "1")
     assert selfcheck.preferred("four bits", gpu)
+
+
+def test_the_child_speaks_json(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "four bits", "float16", "cpu", "0"])
+    monkeypatch.setattr(selfcheck.os, "_exit", lambda status: None)
+    selfcheck.main()
+    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == {"result": PASSED, "lasting": True}
