@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import processes
 import pytest
 import reading_path
 import walk
@@ -80,3 +81,12 @@ def test_readme_is_short_and_names_every_room() -> None:
     tree = re.search(r"```\nminivlm/\n(.*?)```", text, re.S)[1]
     rooms = [path.name for path in (ROOT / "minivlm").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert sorted(re.findall(r"^  (\w+)/", tree, re.M)) == sorted(rooms)
+
+
+def test_the_readme_s_main_job() -> None:
+    """Its question about its image, as a program of its own."""
+    command = re.search(
+        r"minivlm ask (docs/shapes.png) \"(.*)\"\n# (.*)\n", (ROOT / "README.md").read_text(encoding="utf-8")
+    )
+    done = processes.run(processes.MINIVLM, "ask", command[1], command[2], cwd=ROOT)
+    assert done.stdout.strip() == command[3]

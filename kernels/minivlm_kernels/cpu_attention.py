@@ -1,7 +1,7 @@
 """Attention of many queries on a CPU with AVX-512, in C (`cpu_attention.c`): the pictures and prompts of a prefill.
 
-torch's kernel writes a tile of scores to memory and calls a matrix product for each half of the work; in bf16 it spends
-half of the time outside of products. Here a tile never leaves the registers and the first cache.
+torch's kernel calls a matrix product for each half of the work and passes a tile of scores between them through memory.
+Here a tile never leaves the registers and the first cache.
 """
 
 import ctypes
@@ -35,11 +35,11 @@ def suits(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
     their own slot but padding; without gradients. mask: as in `attending`."""
     windowed = mask.window is not None and mask.keys > mask.window
     return (
-        mask.filled is None
+        q.shape[2] >= QUERIES  # first: a decode step ends here
+        and mask.filled is None
         and not windowed
         and (mask.valid is None or (mask.causal and mask.valid.shape == (k.shape[0], k.shape[2])))
         and not (mask.causal and q.shape[2] > k.shape[2])
-        and q.shape[2] >= QUERIES
         and q.shape[2] * q.shape[1] >= SHARED * k.shape[1]
         and q.shape[2] * k.shape[2] >= LEAST
         and not torch.is_grad_enabled()

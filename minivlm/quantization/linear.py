@@ -45,7 +45,10 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def held(self) -> Tensors:
-        """The tensors as they are held now: on a CPU, four bits have an order of their own (`products.pack`)."""
+        """The tensors as they are held now: on a CPU, four bits have an order of their own (`products.pack`).
+
+        Read from the module's dict: every product needs them, and `getattr` looks in three places first.
+        """
         return {name: self._buffers[name] for name in self._names}
 
     @property
