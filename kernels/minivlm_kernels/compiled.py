@@ -20,6 +20,7 @@ from minivlm_kernels import kept, processor
 
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-Wno-psabi")
 FORBIDDEN = {  # what keeps gcc from using an instruction set
+    "avx_vnni": "-mno-avxvnni",
     "avx512f": "-mno-avx512f",
     "avx512vbmi": "-mno-avx512vbmi",
     "avx512_bf16": "-mno-avx512bf16",

@@ -14,7 +14,6 @@ enum { LANES = 8 };
 #endif
 enum { PARTS = 16 / LANES };
 enum { AHEAD = 1024 }; // prefetch distance in bytes: hardware prefetching stops at the end of a page
-enum { LIMBS = 3 };    // pieces of seven bits into which `cut` splits a number of x
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
@@ -46,7 +45,7 @@ INLINE floats of_fp16(const void *at) { return (floats)_mm256_cvtph_ps(_mm_loadu
 enum { FLOAT32, BFLOAT16, FLOAT16, NESTED }; // what a scale is
 
 typedef struct {
-    const uint8_t *stream;                  // tiles of 16 outputs: scales, zeros, codes
+    const uint8_t *stream;                  // tiles of 16 outputs, whose groups are scales, zeros, codes
     const float *table;                     // 16 values
     const float *nested_map, *nested_absmax; // a nested scale: nested_map[byte] · nested_absmax, one for 256, + offset
     const uint8_t *nested_bytes;            // the map as four tables: all first bytes, all second ones, …
@@ -55,8 +54,9 @@ typedef struct {
 } Weight;
 
 typedef struct {
-    const uint8_t *scales, *zeros, *codes;
-    int64_t number, first; // its first scale's number in the order of the format
+    const uint8_t *groups;        // the first of them
+    int64_t zeros, codes, bytes;  // of a group: where they begin, and its size
+    int64_t number, first;        // its first scale's number in the order of the format
 } Tile;
 
 // The map as four tables, at `bytes`.
@@ -66,10 +66,12 @@ static void split_map(Weight *w, uint8_t *bytes) {
 }
 
 static inline Tile tile_at(const Weight *w, int64_t number) {
-    const int64_t count = 16 * w->columns / w->group, each = w->kind == FLOAT32 ? 4 : w->kind == NESTED ? 1 : 2;
-    const uint8_t *scales = w->stream + number * (count * (each + w->zeros) + 8 * w->columns);
-    return (Tile){scales, scales + count * each, scales + count * (each + w->zeros), number, number * count};
+    const int64_t groups = w->columns / w->group, each = w->kind == FLOAT32 ? 4 : w->kind == NESTED ? 1 : 2;
+    const int64_t zeros = 16 * each, codes = zeros + 16 * w->zeros, bytes = codes + 8 * w->group;
+    return (Tile){w->stream + number * groups * bytes, zeros, codes, bytes, number, 16 * number * groups};
 }
+
+INLINE const uint8_t *codes_of(const Tile *tile, int64_t group) { return tile->groups + group * tile->bytes + tile->codes; }
 
 enum { GROUPS = 4 }; // of nested scales looked up at once
 
@@ -87,9 +89,11 @@ static __attribute__((noinline)) void read_absmax(const Weight *w, const Tile *t
 }
 
 #ifdef __AVX512F__
-// The first factor of GROUPS groups. Bytes after the last scale are codes.
+// The first factor of GROUPS groups, or of those that are left.
 static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
-    const uint8_t *held = tile->scales + 16 * group;
+    uint8_t held[16 * GROUPS] = {0};
+    for (int64_t i = 0; i < GROUPS && group + i < w->columns / w->group; i++)
+        memcpy(held + 16 * i, tile->groups + (group + i) * tile->bytes, 16);
 #ifdef __AVX512VBMI__ // an instruction looks up 64 bytes in 128: a table for each byte of the numbers, in two halves
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // undone by unpacking
     const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(held));
@@ -119,10 +123,11 @@ static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *t
 
 // Scales of one group, from lane `at` on, groups asked for in order.
 INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at, Nested *nested) {
-    const int64_t place = 16 * group + at, both = w->columns / w->group | 256;
-    if (w->kind == FLOAT32) return *(const floats *)(tile->scales + 4 * place);
-    if (w->kind == BFLOAT16) return (floats)(of_halves(tile->scales + 2 * place) << 16);
-    if (w->kind == FLOAT16) return of_fp16(tile->scales + 2 * place);
+    const uint8_t *held = tile->groups + group * tile->bytes;
+    const int64_t both = w->columns / w->group | 256;
+    if (w->kind == FLOAT32) return *(const floats *)(held + 4 * at);
+    if (w->kind == BFLOAT16) return (floats)(of_halves(held + 2 * at) << 16);
+    if (w->kind == FLOAT16) return of_fp16(held + 2 * at);
 #ifdef __AVX512F__
     if (group % GROUPS == 0) read_nested(w, tile, group, nested);
 #endif
@@ -132,7 +137,7 @@ INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at
 #else
     floats products;
 #pragma GCC unroll 8
-    for (int i = 0; i < LANES; i++) products[i] = w->nested_map[tile->scales[place + i]];
+    for (int i = 0; i < LANES; i++) products[i] = w->nested_map[held[at + i]];
 #endif
     products *= *(const floats *)(nested->absmax + at);
     __asm__("" : "+x"(products)); // rounded before the sum, as elsewhere: not to become one operation
@@ -141,7 +146,7 @@ INLINE floats scales_of(const Weight *w, const Tile *tile, int64_t group, int at
 
 // 8 - zero: values are (table[code] + 8 - zero) * scale, table[code] being code - 8 where there are zeros.
 INLINE floats shifts_of(const Tile *tile, int64_t group, int at) {
-    return 8 - of_bytes(tile->zeros + 16 * group + at);
+    return 8 - of_bytes(tile->groups + group * tile->bytes + tile->zeros + at);
 }
 
 // The lowest 4 bits of each word say which of 16 values it becomes.
@@ -167,15 +172,15 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
     for (int i = 0; i < count; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
         for (int i = 0; i < count * ways; i++) part[i] = (floats){0};
-        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
+        for (int64_t k = 0; k < w->group; k += 8) {
             words eight[TILES]; // codes of each output
-            for (int t = 0; t < TILES; t++) eight[t] = *(const words *)(tiles[t].codes + 8 * k + 4 * at);
+            for (int t = 0; t < TILES; t++) eight[t] = *(const words *)(codes_of(tiles + t, g) + 8 * k + 4 * at);
 #pragma GCC unroll 8
             for (int s = 0; s < 8; s++)
                 for (int t = 0; t < TILES; t++) {
                     const floats values = look_up(table, eight[t] >> 4 * s);
                     for (int i = 0; i < rows; i++)
-                        part[(t * rows + i) * ways + s % ways] += values * x[i * w->columns + k + s];
+                        part[(t * rows + i) * ways + s % ways] += values * x[i * w->columns + g * w->group + k + s];
                 }
         }
 #pragma GCC unroll 2
@@ -194,218 +199,245 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
         for (int i = 0; i < rows; i++) *(floats *)(y + (i * w->tiles + tiles[t].number) * 16 + at) = total[t * rows + i];
 }
 
-#ifndef __AVX512F__
-// The same for tables of bf16 numbers: a shuffle looks up 32 bytes, so that two give 32 values, which become the upper
-// halves of floats in pairs. A lane is then half of one output, and two neighbours are added at a group's end.
-// x: the eight inputs of a word as pairs of lanes meet them, (0, 4), (2, 6), (1, 5), (3, 7).
-INLINE void tile_product_bytes(const Weight *w, const Tile *tile, const float *x, const float *sums, float *y,
-                               const int rows) {
-    const int64_t groups = w->columns / w->group;
-    const __m256i four = _mm256_set1_epi8(15), high = _mm256_set1_epi32(0xffff0000);
-    __m128i first = _mm_setzero_si128(), second = first; // the bytes of the table's numbers
-    for (int i = 0; i < 16; i++) {
-        ((uint8_t *)&first)[i] = ((const uint8_t *)(w->table + i))[2];
-        ((uint8_t *)&second)[i] = ((const uint8_t *)(w->table + i))[3];
-    }
-    const __m256i lower = _mm256_broadcastsi128_si256(first), upper = _mm256_broadcastsi128_si256(second);
-    floats total[4];
-    __m256 part[8];
-    Nested nested;
-    for (int i = 0; i < 2 * rows; i++) total[i] = (floats){0};
-    for (int64_t g = 0; g < groups; g++) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 4 * rows; i++) part[i] = _mm256_setzero_ps();
-        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8)
+// The same in whole numbers, for tables whose values are multiples of a unit: int4's of 1, FP4's of 1 / 192, NF4's in bf16 of
+// 2^-11. A number of x becomes one of 16 bits, its limb; an instruction multiplies 16 or 32 of them and adds the products in
+// pairs. What limbs leave of a group's smallest numbers is multiplied in fp32 if it is of few, and else as a second limb.
+enum { FEW = 8 };                     // one in so many
+enum { SHORTEST = 14, LONGEST = 15 }; // bits of a limb; two limbs of 14 lose less of x than fp32's rounding (2^-24), …
+enum { MOST = 512 };                  // … if a group has no more inputs
+
+typedef struct {
+    float values[16];  // whole · unit
+    int16_t whole[16];
+    float unit;
+    int bits; // of a limb, so that sums over a group stay below 2^31; 0: there is no such unit
+} Table;
+
+typedef struct {
+    float step; // the value of the lowest bit of a group's limbs
+    int32_t limbs, end; // 1 or 2; where its part of `rest` ends
+} Group;
+
+typedef struct {
+    int32_t place; // in its group
+    float value;
+} Rest;
+
+typedef struct {
+    float *x, *sums;   // (columns,), as the codes in a word; (groups,), sums of x
+    int16_t *limbs[2]; // (columns,), as `decode` gives the codes
+    Group *groups;
+    Rest *rest;
+    int whole; // else there are only x and sums
+} Row;
+
+#ifdef __AVX512F__
+typedef __m512i wholes;
+INLINE wholes read_wholes(const void *at) { return _mm512_loadu_si512(at); }
+INLINE wholes dot(wholes sum, wholes a, wholes b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+// Codes s and s + 4 of each output. Shifted to the end of 16 bits, bit 4 belongs to the next code: the table is there twice.
+INLINE void decode(wholes eight, const wholes *table, wholes *values, const int numbers) {
 #pragma GCC unroll 4
-            for (int part_of = 0; part_of < 4; part_of++) { // the lower and the upper codes of 8 outputs, and of 8 others
-                const int half = part_of / 2, odd = part_of % 2;
-                const __m256i eight = _mm256_loadu_si256((const void *)(tile->codes + 8 * k + 32 * half));
-                const __m256i codes = _mm256_and_si256(odd ? _mm256_srli_epi16(eight, 4) : eight, four);
-                const __m256i one = _mm256_shuffle_epi8(lower, codes), two = _mm256_shuffle_epi8(upper, codes);
-                const __m256i pairs[2] = {_mm256_unpacklo_epi8(one, two), _mm256_unpackhi_epi8(one, two)};
+    for (int s = 0; s < 4; s++) values[s] = _mm512_permutexvar_epi16(_mm512_srli_epi16(eight, 4 * s), table[0]);
+}
+INLINE wholes given(const int16_t *x, int s, const int numbers) { return _mm512_set1_epi32(((const int32_t *)x)[s]); }
+INLINE floats joined(const wholes *sums, const int numbers) {
+    return (floats)_mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
+}
+INLINE void read_table(const int16_t *whole, wholes *table) {
+    table[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)whole));
+}
+enum { NUMBERS = 0 };
+#else
+typedef __m256i wholes;
+INLINE wholes read_wholes(const void *at) { return _mm256_loadu_si256(at); }
+INLINE wholes dot(wholes sum, wholes a, wholes b) {
+#ifdef __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+
+// numbers: the codes themselves, s and s + 4 of each output, of odd s times 16. Else values of codes 0, 2 and 4, 6 in two lanes,
+// of half the outputs, of the other half; then those of odd codes.
+INLINE void decode(wholes eight, const wholes *table, wholes *values, const int numbers) {
+    if (numbers) {
+        const wholes low = _mm256_set1_epi16(15), high = _mm256_set1_epi16(240), upper = _mm256_srli_epi16(eight, 8);
+        values[0] = _mm256_and_si256(eight, low);
+        values[1] = _mm256_and_si256(eight, high);
+        values[2] = _mm256_and_si256(upper, low);
+        values[3] = _mm256_and_si256(upper, high);
+    } else {
 #pragma GCC unroll 2
-                for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-                    for (int p = 0; p < 2; p++) {
-                        const double *given = (const double *)(x + i * w->columns + k + 4 * odd);
-                        __m256 *sum = part + 4 * i + 2 * half + p;
-                        *sum = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(pairs[p], 16), (__m256)_mm256_broadcast_sd(given), *sum);
-                        *sum = _mm256_fmadd_ps((__m256)_mm256_and_si256(pairs[p], high), (__m256)_mm256_broadcast_sd(given + 1), *sum);
-                    }
-            }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const floats scales = scales_of(w, tile, g, 8 * half, &nested);
-            const floats shifts = w->zeros ? shifts_of(tile, g, 8 * half) : (floats){0};
-#pragma GCC unroll 2
-            for (int i = 0; i < rows; i++) {
-                const floats sum = (floats)_mm256_hadd_ps(part[4 * i + 2 * half], part[4 * i + 2 * half + 1]);
-                total[2 * i + half] += (sum + shifts * sums[i * groups + g]) * scales;
-            }
+        for (int odd = 0; odd < 2; odd++) {
+            const wholes codes = _mm256_and_si256(odd ? _mm256_srli_epi16(eight, 4) : eight, _mm256_set1_epi8(15));
+            const wholes first = _mm256_shuffle_epi8(table[0], codes), second = _mm256_shuffle_epi8(table[1], codes);
+            values[2 * odd] = _mm256_unpacklo_epi8(first, second);
+            values[2 * odd + 1] = _mm256_unpackhi_epi8(first, second);
         }
     }
-    for (int i = 0; i < 2 * rows; i++)
-        *(floats *)(y + (i / 2 * w->tiles + tile->number) * 16 + 8 * (i % 2)) = total[i];
 }
+INLINE wholes given(const int16_t *x, int s, const int numbers) {
+    return numbers ? _mm256_set1_epi32(((const int32_t *)x)[s]) : _mm256_set1_epi64x(((const int64_t *)x)[s / 2]);
+}
+INLINE floats joined(const wholes *sums, const int numbers) {
+    return (floats)_mm256_cvtepi32_ps(numbers ? _mm256_add_epi32(sums[0], _mm256_srai_epi32(sums[1], 4))
+                                              : _mm256_hadd_epi32(sums[0], sums[1]));
+}
+INLINE void read_table(const int16_t *whole, wholes *table) {
+    const __m256i sixteen = _mm256_loadu_si256((const void *)whole);
+    const __m256i bytes = _mm256_set1_epi16(255), upper = _mm256_srli_epi16(sixteen, 8);
+    table[0] = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(sixteen, bytes), _mm256_setzero_si256()), 0x88);
+    table[1] = _mm256_permute4x64_epi64(_mm256_packus_epi16(upper, _mm256_setzero_si256()), 0x88);
+}
+enum { NUMBERS = 1 };
 #endif
 
-// Whether all are finite and bf16 numbers.
-static int in_bf16(const float *numbers, int64_t count) {
-    uint32_t others = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t bits = ((const uint32_t *)numbers)[i];
-        others |= (bits & 0xffff) | ((bits & 0x7f800000) == 0x7f800000);
+// A group times its limbs, in steps. codes: of two registers of outputs.
+INLINE void group_product(const uint8_t *const *codes, const wholes *table, const int16_t *const *x, int64_t group,
+                          const int bits, floats *products, const int limbs, const int numbers) {
+    wholes sums[2][2][2]; // limb, register, even or odd s: sums that do not wait for each other
+    for (int i = 0; i < 4 * limbs; i++) sums[i / 4][i / 2 % 2][i % 2] = (wholes){0};
+    for (int64_t k = 0; k < group; k += 8)
+#pragma GCC unroll 2
+        for (int u = 0; u < 2; u++) {
+            wholes values[4];
+            _mm_prefetch(codes[u] + 8 * k + AHEAD, _MM_HINT_T0);
+            decode(read_wholes(codes[u] + 8 * k), table, values, numbers);
+#pragma GCC unroll 2
+            for (int i = 0; i < limbs; i++)
+#pragma GCC unroll 4
+                for (int s = 0; s < 4; s++)
+                    sums[i][u][s % 2] = dot(sums[i][u][s % 2], values[s], given(x[i] + k, s, numbers));
+        }
+    for (int u = 0; u < 2; u++) {
+        products[u] = joined(sums[0][u], numbers);
+        if (limbs == 2) products[u] += joined(sums[1][u], numbers) * ldexpf(1, -bits);
     }
-    return !others;
 }
 
-// The same in integers, for codes that are whole numbers and x in bf16, split into LIMBS of seven bits: an instruction
-// multiplies codes of four or two inputs with limbs and adds the products. A lane is one output; its sums hold the two lower
-// limbs together of up to LONGEST inputs: 15 · 64 · (128 + 1) each.
-// limbs: for every eight inputs, four of even and four of odd numbers, the highest limbs first.
-// steps (groups): the value of the lowest bit.  sums (groups): of x.
-enum { LONGEST = 16384 };
-
-#if defined(__AVX512VNNI__)
-#define WHOLE 1
-INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const int32_t *limbs, const float *steps,
-                               const float *sums, float *y) {
-    const int64_t groups = w->columns / w->group;
-    const __m512i four = _mm512_set1_epi8(15);
-    floats total[TILES] = {{0}};
+INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const Table *table, const Row *row, float *y,
+                               const int numbers) {
+    wholes held[2];
+    floats values[PARTS], total[2] = {{0}};
     Nested nested[TILES];
-    for (int64_t g = 0; g < groups; g++) {
-        __m512i sum[TILES][2][LIMBS]; // of even and of odd numbers, which do not wait for each other
-        for (int i = 0; i < 2 * LIMBS * TILES; i++) sum[i / (2 * LIMBS)][i / LIMBS % 2][i % LIMBS] = _mm512_setzero_si512();
-        for (int64_t eights = g * w->group / 8; eights < (g + 1) * w->group / 8; eights++)
-#pragma GCC unroll 2
-            for (int t = 0; t < TILES; t++) {
-                const char *codes = (const char *)tiles[t].codes + 64 * eights;
-                const __m512i eight = _mm512_loadu_si512(codes), even = _mm512_and_si512(eight, four);
-                const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(eight, 4), four);
-                _mm_prefetch(codes + AHEAD, _MM_HINT_T0);
-#pragma GCC unroll 3
-                for (int i = 0; i < LIMBS; i++) {
-                    const int32_t *given = limbs + 2 * (LIMBS * eights + i);
-                    sum[t][0][i] = _mm512_dpbusd_epi32(sum[t][0][i], even, _mm512_set1_epi32(given[0]));
-                    sum[t][1][i] = _mm512_dpbusd_epi32(sum[t][1][i], odd, _mm512_set1_epi32(given[1]));
-                }
+    read_table(table->whole, held);
+    for (int p = 0; p < PARTS; p++) values[p] = ((const floats *)table->values)[p];
+    for (int64_t g = 0, rest = 0; g < w->columns / w->group; g++) {
+        const Group group = row->groups[g];
+        const int16_t *const x[2] = {row->limbs[0] + g * w->group, row->limbs[1] + g * w->group};
+        const uint8_t *const codes[2] = {codes_of(tiles, g), LANES == 16 ? codes_of(tiles + 1, g) : codes_of(tiles, g) + 32};
+        floats products[2];
+        if (group.limbs == 2) group_product(codes, held, x, w->group, table->bits, products, 2, numbers);
+        else group_product(codes, held, x, w->group, table->bits, products, 1, numbers);
+        for (int u = 0; u < 2; u++) products[u] *= group.step;
+        for (; rest < group.end; rest++) {
+            const Rest left = row->rest[rest];
+            for (int u = 0; u < 2; u++) {
+                const words eight = *(const words *)(codes[u] + 64 * (left.place / 8));
+                products[u] += look_up(values, eight >> 4 * (left.place % 8)) * left.value;
             }
+        }
 #pragma GCC unroll 2
-        for (int t = 0; t < TILES; t++) {
-            const floats scales = scales_of(w, tiles + t, g, 0, nested + t), shifts = shifts_of(tiles + t, g, 0) - 8;
-            __m512i whole[LIMBS];
-            for (int i = 0; i < LIMBS; i++) whole[i] = _mm512_add_epi32(sum[t][0][i], sum[t][1][i]);
-            const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(whole[1], 7), whole[2]);
-            const floats products = (floats)_mm512_cvtepi32_ps(whole[0]) * 16384 + (floats)_mm512_cvtepi32_ps(low);
-            total[t] += (products * steps[g] + shifts * sums[g]) * scales;
+        for (int u = 0; u < 2; u++) {
+            const Tile *tile = tiles + u / PARTS;
+            const int at = u % PARTS * LANES;
+            const floats scales = scales_of(w, tile, g, at, nested + u / PARTS);
+            const floats shifts = w->zeros ? shifts_of(tile, g, at) - (float)(8 * numbers) : (floats){0};
+            total[u] += (products[u] + shifts * row->sums[g]) * scales;
         }
     }
-    for (int t = 0; t < TILES; t++) *(floats *)(y + tiles[t].number * 16) = total[t];
+    for (int u = 0; u < 2; u++) *(floats *)(y + tiles[u / PARTS].number * 16 + u % PARTS * LANES) = total[u];
 }
-#elif !defined(__AVX512F__)
-#define WHOLE 1
-// Sums of 16 bits for up to SHORT inputs, of which eight add 2 · 2 · 15 · 64 = 3,840 at most, then of 32.
-enum { SHORT = 64 };
 
-INLINE void tile_product_whole(const Weight *w, const Tile *tile, const int32_t *limbs, const float *steps,
-                               const float *sums, float *y) {
-    const int64_t groups = w->columns / w->group, some = w->group % SHORT ? 32 : SHORT;
-    const __m256i four = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    floats total[2] = {{0}};
-    Nested nested;
-    for (int64_t g = 0; g < groups; g++) {
-        __m256i sum[2][LIMBS];
-        for (int i = 0; i < 2 * LIMBS; i++) sum[i / LIMBS][i % LIMBS] = _mm256_setzero_si256();
-        for (int64_t start = g * w->group; start < (g + 1) * w->group; start += some) {
-            __m256i part[2][LIMBS];
-            for (int i = 0; i < 2 * LIMBS; i++) part[i / LIMBS][i % LIMBS] = _mm256_setzero_si256();
-            for (int64_t eights = start / 8; eights < (start + some) / 8; eights++) {
-                const __m256i *codes = (const __m256i *)tile->codes + 2 * eights;
-                _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-                __m256i even[2], odd[2];
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; half++) {
-                    const __m256i eight = _mm256_loadu_si256(codes + half);
-                    even[half] = _mm256_and_si256(eight, four);
-                    odd[half] = _mm256_and_si256(_mm256_srli_epi16(eight, 4), four);
-                }
-#pragma GCC unroll 3
-                for (int i = 0; i < LIMBS; i++) {
-                    const int32_t *given = limbs + 2 * (LIMBS * eights + i);
-                    const __m256i first = _mm256_set1_epi32(given[0]), second = _mm256_set1_epi32(given[1]);
-#pragma GCC unroll 2
-                    for (int half = 0; half < 2; half++) {
-                        part[half][i] = _mm256_add_epi16(part[half][i], _mm256_maddubs_epi16(even[half], first));
-                        part[half][i] = _mm256_add_epi16(part[half][i], _mm256_maddubs_epi16(odd[half], second));
-                    }
-                }
-            }
-            for (int i = 0; i < 2 * LIMBS; i++)
-                sum[i / LIMBS][i % LIMBS] =
-                    _mm256_add_epi32(sum[i / LIMBS][i % LIMBS], _mm256_madd_epi16(part[i / LIMBS][i % LIMBS], ones));
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const floats scales = scales_of(w, tile, g, 8 * half, &nested);
-            const floats shifts = shifts_of(tile, g, 8 * half) - 8;
-            const __m256i low = _mm256_add_epi32(_mm256_slli_epi32(sum[half][1], 7), sum[half][2]);
-            const floats products = (floats)_mm256_cvtepi32_ps(sum[half][0]) * 16384 + (floats)_mm256_cvtepi32_ps(low);
-            total[half] += (products * steps[g] + shifts * sums[g]) * scales;
-        }
+// Whether the table's values are multiples of `unit`, but for fp32's rounding.
+static int in_units(Table *table, float unit) {
+    table->unit = unit;
+    for (int i = 0; i < 16; i++) {
+        const float number = rintf(table->values[i] / unit);
+        if (!(fabsf(number) <= INT16_MAX)) return 0;
+        if (fabsf(table->values[i] - number * unit) > fabsf(table->values[i]) * 0x1p-23f) return 0;
+        table->whole[i] = (int16_t)number;
     }
-    for (int half = 0; half < 2; half++) *(floats *)(y + tile->number * 16 + 8 * half) = total[half];
+    return 1;
 }
-#else // not written for AVX-512 without VNNI, and never called there
-#define WHOLE 0
-INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const int32_t *limbs, const float *steps,
-                               const float *sums, float *y) {}
-#endif
 
-// The lowest bytes of eight numbers, those of even ones first.
-INLINE void store_bytes(__m256i numbers, int8_t *out) {
-    const __m256i order = _mm256_setr_epi8(0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                                           -1, -1, 0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1);
-    const __m256i apart = _mm256_shuffle_epi8(numbers, order);
-    _mm_storel_epi64((void *)out, _mm_or_si128(_mm256_castsi256_si128(apart), _mm256_extracti128_si256(apart, 1)));
+static float in_bf16(float value) { // finite ones: to nearest, ties to even
+    union { float value; uint32_t bits; } number = {value};
+    number.bits = (number.bits + 0x7fff + (number.bits >> 16 & 1)) & 0xffff0000;
+    return number.value;
+}
+
+// half: values may be rounded to bf16.
+static Table read_values(const Weight *w, int half) {
+    Table table = {.bits = LONGEST};
+    const int numbers = NUMBERS && w->zeros;
+    float least = INFINITY, most = 0;
+    for (int i = 0; i < 16; i++) {
+        const float value = table.values[i] = numbers ? (float)i : w->table[i];
+        if (value) least = fminf(least, fabsf(value));
+    }
+    int found = in_units(&table, least);
+    for (int i = 0; i < 16; i++) {
+        if (half && !found) table.values[i] = in_bf16(table.values[i]);
+        most = fmaxf(most, fabsf(table.values[i]));
+    }
+    found = found || (half && in_units(&table, ldexpf(1, ilogbf(most) - 11)));
+    const float largest = numbers ? 128 : rintf(most / table.unit); // 128: 15 · 16, in half of the places
+    while (largest * w->group * ldexpf(1, table.bits) > 0x1p31f) table.bits--;
+    if (!found || table.bits < SHORTEST || w->group > MOST) table.bits = 0;
+    return table;
 }
 
 INLINE float total_of(__m256 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
-// A row as whole multiples of a power of two, one power for each group, so that the group's largest number has
-// 7 · LIMBS - 1 bits; bf16 numbers down to 2^-12 of it are exact. Returns whether the rest of the row loses less than
-// fp32's rounding of the row (2^-24 of its norm).
-static int cut(const Weight *w, const float *x, int8_t *limbs, float *steps, float *sums) {
-    double lost = 0, whole = 0; // sums of squares
+// Eight numbers rounded to limbs, in the order in which `decode` gives the codes. Returns what is left.
+INLINE __m256 store_limbs(__m256 numbers, __m256i most, int16_t *out, const int codes_are_numbers) {
+    const __m128i pairs = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m128i apart = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i whole = _mm256_max_epi32(_mm256_min_epi32(_mm256_cvtps_epi32(numbers), most), _mm256_sub_epi32(_mm256_setzero_si256(), most));
+    const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storeu_si128((void *)out, _mm_shuffle_epi8(eight, LANES == 16 || codes_are_numbers ? pairs : apart));
+    return numbers - _mm256_cvtepi32_ps(whole);
+}
+
+// Returns whether the numbers are finite and far from denormal ones, so that each product of a power of two is exact.
+static int cut(const Weight *w, const Table *table, Row *row) {
+    const int numbers = NUMBERS && w->zeros, above = 1 << table->bits;
+    const __m256i most_of_limb = _mm256_set1_epi32(above - 1);
+    int32_t count = 0;
     for (int64_t g = 0; g < w->columns / w->group; g++) {
+        const int64_t from = g * w->group, to = from + w->group;
         uint32_t most = 0; // the bits of absolute values are in order
-        for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
-            const uint32_t size = ((const uint32_t *)x)[k] & 0x7fffffff;
+        for (int64_t k = from; k < to; k++) {
+            const uint32_t size = ((const uint32_t *)row->x)[k] & 0x7fffffff;
             most = size > most ? size : most;
         }
-        const int exponent = (int)(most >> 23) - 127 - (7 * LIMBS - 2), power = exponent < -126 ? -126 : exponent;
-        const float inverse = ldexpf(1, -power);
-        __m256 squares = {0}, errors = {0}, sum = {0};
-        steps[g] = ldexpf(1, power);
-        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
-            const __m256 eight = _mm256_loadu_ps(x + k), scaled = eight * inverse;
-            __m256i number = _mm256_cvtps_epi32(scaled);
-            const __m256 error = scaled - _mm256_cvtepi32_ps(number);
-            sum += eight;
-            squares += scaled * scaled;
-            errors += error * error;
-            for (int i = LIMBS - 1; i > 0; i--) {
-                const __m256i above = _mm256_srai_epi32(_mm256_add_epi32(number, _mm256_set1_epi32(64)), 7);
-                store_bytes(_mm256_sub_epi32(number, _mm256_slli_epi32(above, 7)), limbs + LIMBS * k + 8 * i);
-                number = above;
+        const int exponent = most ? (int)(most >> 23) - 127 : 0;
+        if (exponent < -60 || exponent > 127) return 0;
+        const float inverse = ldexpf(1, table->bits - 1 - exponent), step = table->unit * ldexpf(1, exponent + 1 - table->bits);
+        const int32_t before = count;
+        for (int64_t k = from; k < to; k += 8) {
+            const __m256 left = store_limbs(_mm256_loadu_ps(row->x + k) * inverse, most_of_limb, row->limbs[0] + k, numbers);
+            store_limbs(left * (float)above, most_of_limb, row->limbs[1] + k, numbers);
+            for (int some = _mm256_movemask_ps(left != 0); some; some &= some - 1) {
+                const int i = __builtin_ctz(some);
+                row->rest[count++] = (Rest){(int32_t)(k - from) + i, left[i] / inverse};
             }
-            store_bytes(number, limbs + LIMBS * k);
         }
-        sums[g] = total_of(sum);
-        whole += ldexp(total_of(squares), 2 * power);
-        lost += ldexp(total_of(errors), 2 * power);
+        const int few = count - before <= w->group / FEW;
+        count = few ? count : before;
+        row->groups[g] = (Group){step, few ? 1 : 2, count};
     }
-    return lost <= whole * 0x1p-48;
+    return 1;
 }
 
 #ifdef __AVX512BF16__
@@ -423,11 +455,11 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
     for (int i = 0; i < count; i++) total[i] = (floats){0};
     for (int64_t g = 0; g < groups; g++) {
         for (int i = 0; i < count * ways; i++) part[i] = _mm512_setzero_ps();
-        for (int64_t k = g * w->group; k < (g + 1) * w->group; k += 8) {
+        for (int64_t k = 0; k < w->group; k += 8) {
             __m512i eight[4];
             for (int t = 0; t < many; t++) {
-                eight[t] = _mm512_loadu_si512(tiles[t].codes + 8 * k);
-                _mm_prefetch(tiles[t].codes + 8 * k + AHEAD, _MM_HINT_T0);
+                eight[t] = _mm512_loadu_si512(codes_of(tiles + t, g) + 8 * k);
+                _mm_prefetch(codes_of(tiles + t, g) + 8 * k + AHEAD, _MM_HINT_T0);
             }
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++)
@@ -436,7 +468,7 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
 #pragma GCC unroll 8
                     for (int i = 0; i < rows; i++) {
                         __m512 *sum = part + (t * rows + i) * ways + s % ways;
-                        const __m512i pair = _mm512_set1_epi32((int)x[(i * w->columns + k) / 2 + s]);
+                        const __m512i pair = _mm512_set1_epi32((int)x[(i * w->columns + g * w->group + k) / 2 + s]);
                         *sum = _mm512_dpbf16_ps(*sum, (__m512bh)values, (__m512bh)pair);
                     }
                 }
@@ -458,11 +490,9 @@ INLINE void tile_product_bf16(const Weight *w, const Tile *tiles, const uint32_t
 }
 #endif
 
-// 2: `product_bf16` can be called; 1: `product` is faster for a table of bf16 numbers; 0: neither.
-int bf16_tables(void) {
-#if defined(__AVX512BF16__)
-    return 2;
-#elif !defined(__AVX512F__)
+// Whether `product_bf16` can be called.
+int multiplies_bf16(void) {
+#ifdef __AVX512BF16__
     return 1;
 #else
     return 0;
@@ -511,34 +541,19 @@ int product_bf16(Weight *w, const uint16_t *x, const uint16_t *codes, float *y, 
 #endif
 }
 
-// Rows of x that are not cut. pairs: x is in the order that `tile_product_bytes` wants.
-INLINE void tiles_product(const Weight *w, const Tile *tiles, const float *x, const float *sums, float *y, int64_t rows,
-                          const int pairs) {
+// x: (rows, inputs).  y: (rows, 16 * tiles).  half: x is in bf16.  Returns 1 where there is no memory, else 0.
+int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t half) {
     const int64_t columns = w->columns, groups = columns / w->group;
-#ifndef __AVX512F__
-    if (pairs) {
-        for (int64_t i = 0; i < rows; i += 2) { // so many sums as there are registers
-            float *out = y + i * 16 * w->tiles;
-            if (i + 1 < rows) tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 2);
-            else tile_product_bytes(w, tiles, x + i * columns, sums + i * groups, out, 1);
-        }
-        return;
-    }
-#endif
-    for (int at = 0; at < 16; at += LANES)
-        FOR_ROWS(rows, tile_product(w, tiles, at, x + FROM * columns, sums + FROM * groups, y + FROM * 16 * w->tiles, ROWS))
-}
-
-// x: (rows, inputs).  y: (rows, 16 * tiles).  Returns 1 where there is no memory, else 0.
-int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
-    const int64_t columns = w->columns, groups = columns / w->group;
-    const int pairs = LANES == 8 && in_bf16(w->table, 16), whole_codes = WHOLE && w->zeros && w->group % 32 == 0;
-    float *ordered = malloc(rows * ((columns + 2 * groups) * sizeof(float) + LIMBS * columns + 1));
-    float *sums = ordered + rows * columns, *steps = sums + rows * groups;
-    int8_t *limbs = (int8_t *)(steps + rows * groups), *whole = limbs + LIMBS * rows * columns; // whole[i]: is row i cut
-    if (!ordered) return 1;
+    const Table table = read_values(w, (int)half);
+    const int numbers = NUMBERS && w->zeros;
+    Row *each = malloc(rows * (sizeof(Row) + columns * (2 * sizeof(float) + sizeof(Rest)) + groups * (sizeof(float) + sizeof(Group))));
+    if (!each) return 1;
+    float *ordered = (float *)(each + rows), *sums = ordered + rows * columns, *limbs = sums + rows * groups;
+    Rest *rest = (Rest *)(limbs + rows * columns);
+    Group *held = (Group *)(rest + rows * columns);
     uint8_t bytes[1024];
     split_map(w, bytes);
+    if (!numbers) w->table = table.values;
     for (int64_t i = 0; i < rows; i++) { // filled up to whole groups, in the order of the codes in a word
         float *row = ordered + i * columns, *its = sums + i * groups;
         memcpy(row, x + i * inputs, inputs * sizeof *row);
@@ -548,30 +563,30 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs) {
             row[k] = row[k + 1];
             row[k + 1] = first;
         }
-        whole[i] = whole_codes && w->group <= LONGEST && in_bf16(row, columns)
-                   && cut(w, row, limbs + LIMBS * i * columns, steps + i * groups, its);
-        if (whole[i]) continue;
-        memset(its, 0, groups * sizeof *its);
-        for (int64_t k = 0; w->zeros && k < columns; k++) its[k / w->group] += row[k];
-        for (float *eight = row; pairs && eight < row + columns; eight += 8) {
-            const float given[8] = {eight[0], eight[4], eight[2], eight[6], eight[1], eight[5], eight[3], eight[7]};
-            memcpy(eight, given, sizeof given);
+        for (int64_t g = 0; g < groups; g++) {
+            __m256 sum = {0};
+            for (int64_t k = g * w->group; w->zeros && k < (g + 1) * w->group; k += 8) sum += _mm256_loadu_ps(row + k);
+            its[g] = total_of(sum);
         }
+        int16_t *halves = (int16_t *)(limbs + i * columns);
+        each[i] = (Row){row, its, {halves, halves + columns}, held + i * groups, rest + i * columns, 0};
+        each[i].whole = table.bits && cut(w, &table, each + i);
     }
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = 0; number < w->tiles; number += TILES) {
         const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
         for (int64_t i = 0, end; i < rows; i = end) {
-            const float *its = sums + i * groups;
             float *out = y + i * 16 * w->tiles;
-            for (end = i + 1; !whole[i] && end < rows && !whole[end];) end++;
-            if (whole[i])
-                tile_product_whole(w, tiles, (int32_t *)(limbs + LIMBS * i * columns), steps + i * groups, its, out);
+            for (end = i + 1; !each[i].whole && end < rows && !each[end].whole;) end++;
+            if (each[i].whole && numbers) tile_product_whole(w, tiles, &table, each + i, out, 1);
+            else if (each[i].whole) tile_product_whole(w, tiles, &table, each + i, out, 0);
             else
-                tiles_product(w, tiles, ordered + i * columns, its, out, end - i, pairs);
+                for (int at = 0; at < 16; at += LANES)
+                    FOR_ROWS(end - i, tile_product(w, tiles, at, each[i].x + FROM * columns, each[i].sums + FROM * groups,
+                                                   out + FROM * 16 * w->tiles, ROWS))
         }
     }
-    free(ordered);
+    free(each);
     return 0;
 }
 
@@ -596,10 +611,11 @@ void dequantize(Weight *w, int64_t first, int64_t last, void *out, int64_t bf16)
             for (int64_t g = 0; g < w->columns / w->group; g++) {
                 const floats scales = scales_of(w, &tile, g, at, &nested);
                 const floats shifts = w->zeros ? shifts_of(&tile, g, at) : (floats){0};
-                for (int64_t k = g * w->group; k < (g + 1) * w->group; k++) {
-                    const words eight = *(const words *)(tile.codes + 64 * (k / 8) + 4 * at);
+                for (int64_t k = 0; k < w->group; k++) {
+                    const words eight = *(const words *)(codes_of(&tile, g) + 64 * (k / 8) + 4 * at);
                     const floats values = look_up(table, eight >> 4 * ((k ^ w->high_first) % 8));
-                    store((values + shifts) * scales, out, (k * (last - first) + number - first) * 16 + at, bf16);
+                    store((values + shifts) * scales, out,
+                          ((g * w->group + k) * (last - first) + number - first) * 16 + at, bf16);
                 }
             }
         }

@@ -4,11 +4,11 @@ A decode step reads every weight once, so it should take as long as reading them
 weights up in a table of 16 numbers, as NF4 and FP4 need.
 
 A weight (N, K) is repacked once (`pack`), so that 16 outputs lie in the 16 lanes of a register, and a product reads one
-sequential stream. It holds, for each tile of 16 outputs (the last one padded):
+sequential stream. It holds, for each tile of 16 outputs (the last one padded) and each of its G groups:
 
-    scales   (G, 16), as the format holds them: fp32, bf16, fp16, or the bytes of double quantisation
-    zeros    (G, 16) uint8, of formats with zero points
-    codes    (K/8, 16) words of 32 bits: eight inputs of each output, in the order of the format's own bytes
+    scales   (16,), as the format holds them: fp32, bf16, fp16, or the bytes of double quantisation
+    zeros    (16,) uint8, of formats with zero points
+    codes    (group/8, 16) words of 32 bits: eight inputs of each output, in the order of the format's own bytes
 """
 
 import ctypes
@@ -26,7 +26,6 @@ from minivlm_kernels.addresses import outside_modes
 SOURCE = Path(__file__).with_suffix(".c")
 LANES, WORD = 16, 8  # outputs in a tile, codes in a word
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # in the order of the C's `kind`
-BF16_PRODUCTS = 2  # what `bf16_tables` of the C says where x and the table are multiplied in bf16
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,14 @@ class _Weight(ctypes.Structure):
 def pack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
     """Bytes of two codes (N, ⌈K/2⌉), scales (N, G) and zeros (N, G) → the stream (tiles, bytes). Loses nothing."""
     rows, groups = scales.shape
-    tiles, words = -(-rows // LANES), groups * group // WORD
-    parts = [(scales, groups), *([] if zeros is None else [(zeros, groups)]), (qweight, words)]
-    sizes = [LANES * count * (4 if part is qweight else part.itemsize) for part, count in parts]
-    stream = pages.empty((tiles, sum(sizes)), torch.uint8)
-    for (part, count), target in zip(parts, stream.split(sizes, dim=1), strict=True):
-        if part is qweight:
-            part = _filled(part, tiles * LANES, words * 4).view(torch.int32)
-        else:
-            part = _filled(part, tiles * LANES, groups)
-        target.view(part.dtype).unflatten(1, (count, LANES)).copy_(part.view(tiles, LANES, count).transpose(1, 2))
+    tiles, words = -(-rows // LANES), group // WORD
+    qweight = _filled(qweight, tiles * LANES, groups * words * 4).view(torch.int32)
+    parts = [_filled(part, tiles * LANES, groups) for part in (scales, zeros) if part is not None] + [qweight]
+    sizes = _sizes(scales.dtype, zeros is not None, group)
+    stream = pages.empty((tiles, groups * sum(sizes)), torch.uint8)
+    for part, target in zip(parts, stream.unflatten(1, (groups, -1)).split(sizes, dim=2), strict=True):
+        given = part.view(tiles, LANES, groups, -1).permute(0, 2, 3, 1)
+        target.view(part.dtype).view(given.shape).copy_(given)
     return stream
 
 
@@ -80,15 +77,19 @@ def unpack(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of `pack`: qweight, scales and zeros."""
     rows, columns = shape
-    groups = -(-columns // group)
-    parts = [(scales, groups), *([(torch.uint8, groups)] if zeros else []), (torch.int32, groups * group // WORD)]
-    sources = stream.split([LANES * count * dtype.itemsize for dtype, count in parts], dim=1)
+    dtypes = [scales, *([torch.uint8] if zeros else []), torch.int32]
+    parts = stream.unflatten(1, (-(-columns // group), -1)).split(_sizes(scales, zeros, group), dim=2)
     found = []
-    for (dtype, count), source in zip(parts, sources, strict=True):
-        part = source.view(dtype).unflatten(1, (count, LANES)).transpose(1, 2)
-        found.append(part.reshape(len(stream) * LANES, count)[:rows].contiguous())
+    for dtype, part in zip(dtypes, parts, strict=True):
+        part = part.view(dtype).unflatten(2, (-1, LANES)).permute(0, 3, 1, 2)  # (tiles, 16, G, each)
+        found.append(part.flatten(2).flatten(0, 1)[:rows].contiguous())
     qweight = found[-1].view(torch.uint8)[:, : -(-columns // 2)].contiguous()
     return qweight, found[0], found[1] if zeros else None
+
+
+def _sizes(scales: torch.dtype, zeros: bool, group: int) -> list[int]:
+    """Bytes of a group's scales, zeros and codes."""
+    return [LANES * scales.itemsize, *([LANES] if zeros else []), LANES * group // 2]
 
 
 def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
@@ -106,14 +107,14 @@ def product(x: Tensor, weight: Tiles) -> Tensor:
     lost of x is below fp32's rounding of it.
     """
     table, library = _table(weight), _library()
-    half = library.bf16_tables() if x.dtype == torch.bfloat16 else 0
+    half, described = x.dtype == torch.bfloat16, _described(weight, table)
     y = x.new_empty(x.shape[0], weight.stream.shape[0] * LANES, dtype=torch.float32)
-    if half == BF16_PRODUCTS:
+    if half and library.multiplies_bf16():
         x, codes = x.contiguous(), table.bfloat16()
-        failed = library.product_bf16(_described(weight, table), x.data_ptr(), codes.data_ptr(), y.data_ptr(), *x.shape)
+        failed = library.product_bf16(described, x.data_ptr(), codes.data_ptr(), y.data_ptr(), *x.shape)
     else:
-        x, table = x.float().contiguous(), table.bfloat16().float() if half else table
-        failed = library.product(_described(weight, table), x.data_ptr(), y.data_ptr(), *x.shape)
+        x = x.float().contiguous()
+        failed = library.product(described, x.data_ptr(), y.data_ptr(), *x.shape, half)
     if failed:
         raise MemoryError(f"no memory for {x.shape[0]:,} rows of {x.shape[1]:,} numbers")
     return y[:, : weight.shape[0]]
@@ -175,7 +176,7 @@ def _library() -> ctypes.CDLL | None:
     found = compiled.library(SOURCE)
     if found is not None:
         weight, tensor, number = ctypes.POINTER(_Weight), ctypes.c_void_p, ctypes.c_int64
-        found.product.argtypes = (weight, tensor, tensor, number, number)
+        found.product.argtypes = (weight, tensor, tensor, number, number, number)
         found.product_bf16.argtypes = (weight, tensor, tensor, tensor, number, number)
         found.dequantize.argtypes = (weight, number, number, tensor, number)
         found.quantize.argtypes = (*(tensor,) * 5, number, number)

@@ -9,7 +9,8 @@ from minivlm_kernels import compiled
 
 OPTIONS = {
     "native": (),
-    "AVX2": ("-mno-avx512f",),
+    "AVX2": ("-mno-avx512f", "-mno-avxvnni"),
+    "AVX-VNNI": ("-mno-avx512f",),
     "AVX-512": ("-mno-avx512bf16", "-mno-avx512vbmi", "-mno-avx512vnni"),
     "VNNI": ("-mno-avx512bf16", "-mno-avx512vbmi"),
 }
