@@ -89,14 +89,18 @@ static __attribute__((noinline)) void read_absmax(const Weight *w, const Tile *t
 }
 
 #ifdef __AVX512F__
-// The first factor of GROUPS groups, or of those that are left.
+// The first factor of GROUPS groups; after the last group, of that one again.
 static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *tile, int64_t group, Nested *nested) {
-    uint8_t held[16 * GROUPS] = {0};
-    for (int64_t i = 0; i < GROUPS && group + i < w->columns / w->group; i++)
-        memcpy(held + 16 * i, tile->groups + (group + i) * tile->bytes, 16);
+    const int64_t last = w->columns / w->group - 1;
+    const uint8_t *held[GROUPS];
+    for (int64_t i = 0; i < GROUPS; i++) held[i] = tile->groups + (group + i < last ? group + i : last) * tile->bytes;
 #ifdef __AVX512VBMI__ // an instruction looks up 64 bytes in 128: a table for each byte of the numbers, in two halves
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); // undone by unpacking
-    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(held));
+    __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128((const void *)held[0]));
+    bytes = _mm512_inserti32x4(bytes, _mm_loadu_si128((const void *)held[1]), 1);
+    bytes = _mm512_inserti32x4(bytes, _mm_loadu_si128((const void *)held[2]), 2);
+    bytes = _mm512_inserti32x4(bytes, _mm_loadu_si128((const void *)held[3]), 3);
+    bytes = _mm512_permutexvar_epi32(order, bytes);
     const __mmask64 upper = _mm512_movepi8_mask(bytes);
     __m512i found[4];
 #pragma GCC unroll 4
@@ -114,7 +118,7 @@ static __attribute__((noinline)) void read_nested(const Weight *w, const Tile *t
     _mm512_storeu_si512(nested->values + 48, _mm512_unpackhi_epi16(low_next, high_next));
 #else
     for (int i = 0; i < 16 * GROUPS; i++) {
-        nested->values[i] = w->nested_map[held[i]];
+        nested->values[i] = w->nested_map[held[i / 16][i % 16]];
         __asm__(""); // keeps the loop as it is: a gather is slower on many processors
     }
 #endif
@@ -200,40 +204,45 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
 }
 
 // The same in whole numbers, for tables whose values are multiples of a unit: int4's of 1, FP4's of 1 / 192, NF4's in bf16 of
-// 2^-11. A number of x becomes one of 16 bits, its limb; an instruction multiplies 16 or 32 of them and adds the products in
-// pairs. What limbs leave of a group's smallest numbers is multiplied in fp32 if it is of few, and else as a second limb.
-enum { FEW = 8 };                     // one in so many
-enum { SHORTEST = 14, LONGEST = 15 }; // bits of a limb; two limbs of 14 lose less of x than fp32's rounding (2^-24), …
-enum { MOST = 512 };                  // … if a group has no more inputs
+// 2^-11. A number of x becomes a whole number of 16 bits, a limb; one instruction multiplies 16 or 32 of them and adds the
+// products in pairs. What that leaves of a group's smallest numbers is multiplied in fp32 if it is of few of them, and else as
+// a second limb.
+enum { FEW = 8 };                      // one number in so many
+enum { SHORTEST = 14, LONGEST = 15 };  // bits of a limb: two lose less of x than fp32's rounding, …
+enum { MOST = 512 };                   // … if a group has no more inputs
+enum { SHARED = LANES == 16 ? 4 : 2 }; // limbs for which a code is decoded once: their sums are registers
 
 typedef struct {
-    float values[16];  // whole · unit
-    int16_t whole[16];
-    float unit;
-    int bits; // of a limb, so that sums over a group stay below 2^31; 0: there is no such unit
+    float values[16], unit;
+    int16_t whole[16]; // values / unit
+    int bits;          // of a limb, so that sums over a group stay below 2^31; 0: there is no unit
+    int numbers;       // the codes themselves are the whole numbers
 } Table;
 
 typedef struct {
-    float step; // the value of the lowest bit of a group's limbs
-    int32_t limbs, end; // 1 or 2; where its part of `rest` ends
+    float step; // the value of the lowest bit of a first limb times the table's unit
+    int32_t limbs, end; // how many; where the group's part of `rest` ends
 } Group;
 
 typedef struct {
-    int32_t place; // in its group
     float value;
+    int32_t place; // in its group
 } Rest;
 
 typedef struct {
-    float *x, *sums;   // (columns,), as the codes in a word; (groups,), sums of x
-    int16_t *limbs[2]; // (columns,), as `decode` gives the codes
+    float *x, *sums;   // (columns,), in the order of the codes in a word; (groups,): sums of x
+    int16_t *limbs[2]; // (columns,), in the order in which `decode` gives the codes
     Group *groups;
-    Rest *rest;
-    int whole; // else there are only x and sums
+    Rest *rest; // of groups of one limb
+    int whole;  // else there are only x and sums
 } Row;
 
 #ifdef __AVX512F__
+enum { MASKED = 0 }; // whether numbers 0 to 15 are had by a mask: else by a table, as others
 typedef __m512i wholes;
+
 INLINE wholes read_wholes(const void *at) { return _mm512_loadu_si512(at); }
+
 INLINE wholes dot(wholes sum, wholes a, wholes b) {
 #ifdef __AVX512VNNI__
     return _mm512_dpwssd_epi32(sum, a, b);
@@ -242,22 +251,27 @@ INLINE wholes dot(wholes sum, wholes a, wholes b) {
 #endif
 }
 
+INLINE void read_table(const Table *table, wholes *held) {
+    held[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)table->whole));
+}
+
 // Codes s and s + 4 of each output. Shifted to the end of 16 bits, bit 4 belongs to the next code: the table is there twice.
 INLINE void decode(wholes eight, const wholes *table, wholes *values, const int numbers) {
 #pragma GCC unroll 4
     for (int s = 0; s < 4; s++) values[s] = _mm512_permutexvar_epi16(_mm512_srli_epi16(eight, 4 * s), table[0]);
 }
+
 INLINE wholes given(const int16_t *x, int s, const int numbers) { return _mm512_set1_epi32(((const int32_t *)x)[s]); }
+
 INLINE floats joined(const wholes *sums, const int numbers) {
     return (floats)_mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
 }
-INLINE void read_table(const int16_t *whole, wholes *table) {
-    table[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)whole));
-}
-enum { NUMBERS = 0 };
 #else
+enum { MASKED = 1 };
 typedef __m256i wholes;
+
 INLINE wholes read_wholes(const void *at) { return _mm256_loadu_si256(at); }
+
 INLINE wholes dot(wholes sum, wholes a, wholes b) {
 #ifdef __AVXVNNI__
     return _mm256_dpwssd_avx_epi32(sum, a, b);
@@ -266,8 +280,16 @@ INLINE wholes dot(wholes sum, wholes a, wholes b) {
 #endif
 }
 
-// numbers: the codes themselves, s and s + 4 of each output, of odd s times 16. Else values of codes 0, 2 and 4, 6 in two lanes,
-// of half the outputs, of the other half; then those of odd codes.
+// The lower bytes, and the upper ones.
+INLINE void read_table(const Table *table, wholes *held) {
+    const __m256i whole = _mm256_loadu_si256((const void *)table->whole), lower = _mm256_set1_epi16(255);
+    const __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(whole, lower), _mm256_srli_epi16(whole, 8));
+    held[0] = _mm256_permute4x64_epi64(bytes, 0x88);
+    held[1] = _mm256_permute4x64_epi64(bytes, 0xdd);
+}
+
+// numbers: codes s and s + 4 of each output, times 16 where s is odd. Else a lane is half of an output: values of codes 0 and 2
+// or 4 and 6 of half of the outputs, of the other half, and the same of odd codes.
 INLINE void decode(wholes eight, const wholes *table, wholes *values, const int numbers) {
     if (numbers) {
         const wholes low = _mm256_set1_epi16(15), high = _mm256_set1_epi16(240), upper = _mm256_srli_epi16(eight, 8);
@@ -275,87 +297,108 @@ INLINE void decode(wholes eight, const wholes *table, wholes *values, const int 
         values[1] = _mm256_and_si256(eight, high);
         values[2] = _mm256_and_si256(upper, low);
         values[3] = _mm256_and_si256(upper, high);
-    } else {
+        return;
+    }
 #pragma GCC unroll 2
-        for (int odd = 0; odd < 2; odd++) {
-            const wholes codes = _mm256_and_si256(odd ? _mm256_srli_epi16(eight, 4) : eight, _mm256_set1_epi8(15));
-            const wholes first = _mm256_shuffle_epi8(table[0], codes), second = _mm256_shuffle_epi8(table[1], codes);
-            values[2 * odd] = _mm256_unpacklo_epi8(first, second);
-            values[2 * odd + 1] = _mm256_unpackhi_epi8(first, second);
-        }
+    for (int odd = 0; odd < 2; odd++) {
+        const wholes codes = _mm256_and_si256(odd ? _mm256_srli_epi16(eight, 4) : eight, _mm256_set1_epi8(15));
+        const wholes lower = _mm256_shuffle_epi8(table[0], codes), upper = _mm256_shuffle_epi8(table[1], codes);
+        values[2 * odd] = _mm256_unpacklo_epi8(lower, upper);
+        values[2 * odd + 1] = _mm256_unpackhi_epi8(lower, upper);
     }
 }
+
 INLINE wholes given(const int16_t *x, int s, const int numbers) {
     return numbers ? _mm256_set1_epi32(((const int32_t *)x)[s]) : _mm256_set1_epi64x(((const int64_t *)x)[s / 2]);
 }
+
 INLINE floats joined(const wholes *sums, const int numbers) {
-    return (floats)_mm256_cvtepi32_ps(numbers ? _mm256_add_epi32(sums[0], _mm256_srai_epi32(sums[1], 4))
-                                              : _mm256_hadd_epi32(sums[0], sums[1]));
+    const __m256i odd = numbers ? _mm256_srai_epi32(sums[1], 4) : sums[1];
+    return (floats)_mm256_cvtepi32_ps(numbers ? _mm256_add_epi32(sums[0], odd) : _mm256_hadd_epi32(sums[0], odd));
 }
-INLINE void read_table(const int16_t *whole, wholes *table) {
-    const __m256i sixteen = _mm256_loadu_si256((const void *)whole);
-    const __m256i bytes = _mm256_set1_epi16(255), upper = _mm256_srli_epi16(sixteen, 8);
-    table[0] = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(sixteen, bytes), _mm256_setzero_si256()), 0x88);
-    table[1] = _mm256_permute4x64_epi64(_mm256_packus_epi16(upper, _mm256_setzero_si256()), 0x88);
-}
-enum { NUMBERS = 1 };
 #endif
 
-// A group times its limbs, in steps. codes: of two registers of outputs.
-INLINE void group_product(const uint8_t *const *codes, const wholes *table, const int16_t *const *x, int64_t group,
-                          const int bits, floats *products, const int limbs, const int numbers) {
-    wholes sums[2][2][2]; // limb, register, even or odd s: sums that do not wait for each other
-    for (int i = 0; i < 4 * limbs; i++) sums[i / 4][i / 2 % 2][i % 2] = (wholes){0};
+// A group of two registers of outputs, whose codes are `apart` bytes apart, times `count` limbs.  products: (count, 2).
+INLINE void limbs_product(const uint8_t *codes, int64_t apart, const wholes *table, const int16_t *const *limbs, int64_t group,
+                          floats *products, const int count, const int numbers) {
+    wholes sums[SHARED][2][2]; // of even and odd s, which do not wait for each other
+    for (int i = 0; i < 4 * count; i++) sums[i / 4][i / 2 % 2][i % 2] = (wholes){0};
     for (int64_t k = 0; k < group; k += 8)
 #pragma GCC unroll 2
         for (int u = 0; u < 2; u++) {
+            const uint8_t *eight = codes + 8 * k + u * apart;
             wholes values[4];
-            _mm_prefetch(codes[u] + 8 * k + AHEAD, _MM_HINT_T0);
-            decode(read_wholes(codes[u] + 8 * k), table, values, numbers);
-#pragma GCC unroll 2
-            for (int i = 0; i < limbs; i++)
+            if (u < TILES) _mm_prefetch(eight + AHEAD, _MM_HINT_T0);
+            decode(read_wholes(eight), table, values, numbers);
+#pragma GCC unroll 4
+            for (int i = 0; i < count; i++)
 #pragma GCC unroll 4
                 for (int s = 0; s < 4; s++)
-                    sums[i][u][s % 2] = dot(sums[i][u][s % 2], values[s], given(x[i] + k, s, numbers));
+                    sums[i][u][s % 2] = dot(sums[i][u][s % 2], values[s], given(limbs[i] + k, s, numbers));
         }
-    for (int u = 0; u < 2; u++) {
-        products[u] = joined(sums[0][u], numbers);
-        if (limbs == 2) products[u] += joined(sums[1][u], numbers) * ldexpf(1, -bits);
-    }
+    for (int i = 0; i < 2 * count; i++) products[i] = joined(sums[i / 2][i % 2], numbers);
 }
 
-INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const Table *table, const Row *row, float *y,
-                               const int numbers) {
+// Group g times all limbs of `count` rows.
+INLINE void group_product(const Weight *w, const uint8_t *codes, int64_t apart, const wholes *table, const Row *rows, int64_t g,
+                          floats *products, const int count, const int numbers) {
+    const int16_t *limbs[2 * SHARED];
+    int left = 0;
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < rows[i].groups[g].limbs; j++) limbs[left++] = rows[i].limbs[j] + g * w->group;
+    const int16_t *const *next = limbs;
+    do {
+#define LIMBS(number) limbs_product(codes, apart, table, next, w->group, products, number, numbers)
+        if (SHARED > 3 && left > 3) LIMBS(4);
+        else if (SHARED > 2 && left > 2) LIMBS(3);
+        else if (left > 1) LIMBS(2);
+        else LIMBS(1);
+#undef LIMBS
+        next += SHARED;
+        products += 2 * SHARED;
+        left -= SHARED;
+    } while (left > 0);
+}
+
+// rows: `count` of them, SHARED at most.
+INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const Table *table, const Row *rows, float *y,
+                               const int count, const int numbers) {
+    const int64_t groups = w->columns / w->group, apart = LANES == 16 ? tiles[1].groups - tiles[0].groups : 32;
+    const float below = ldexpf(1, -table->bits); // of a second limb's lowest bit
     wholes held[2];
-    floats values[PARTS], total[2] = {{0}};
+    floats values[PARTS], total[2 * SHARED] = {{0}};
     Nested nested[TILES];
-    read_table(table->whole, held);
+    int32_t rest[SHARED] = {0};
+    read_table(table, held);
     for (int p = 0; p < PARTS; p++) values[p] = ((const floats *)table->values)[p];
-    for (int64_t g = 0, rest = 0; g < w->columns / w->group; g++) {
-        const Group group = row->groups[g];
-        const int16_t *const x[2] = {row->limbs[0] + g * w->group, row->limbs[1] + g * w->group};
-        const uint8_t *const codes[2] = {codes_of(tiles, g), LANES == 16 ? codes_of(tiles + 1, g) : codes_of(tiles, g) + 32};
-        floats products[2];
-        if (group.limbs == 2) group_product(codes, held, x, w->group, table->bits, products, 2, numbers);
-        else group_product(codes, held, x, w->group, table->bits, products, 1, numbers);
-        for (int u = 0; u < 2; u++) products[u] *= group.step;
-        for (; rest < group.end; rest++) {
-            const Rest left = row->rest[rest];
-            for (int u = 0; u < 2; u++) {
-                const words eight = *(const words *)(codes[u] + 64 * (left.place / 8));
-                products[u] += look_up(values, eight >> 4 * (left.place % 8)) * left.value;
-            }
-        }
-#pragma GCC unroll 2
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t *codes = codes_of(tiles, g);
+        floats products[4 * SHARED], *product = products, scales[2], shifts[2];
+        group_product(w, codes, apart, held, rows, g, products, count, numbers);
         for (int u = 0; u < 2; u++) {
             const Tile *tile = tiles + u / PARTS;
-            const int at = u % PARTS * LANES;
-            const floats scales = scales_of(w, tile, g, at, nested + u / PARTS);
-            const floats shifts = w->zeros ? shifts_of(tile, g, at) - (float)(8 * numbers) : (floats){0};
-            total[u] += (products[u] + shifts * row->sums[g]) * scales;
+            scales[u] = scales_of(w, tile, g, u % PARTS * LANES, nested + u / PARTS);
+            shifts[u] = w->zeros ? shifts_of(tile, g, u % PARTS * LANES) - (float)(8 * numbers) : (floats){0};
+        }
+        for (int i = 0; i < count; i++) {
+            const Group group = rows[i].groups[g];
+            floats sums[2] = {product[0], product[1]};
+            for (int u = 0; group.limbs == 2 && u < 2; u++) sums[u] += product[2 + u] * below;
+            for (int u = 0; u < 2; u++) sums[u] *= group.step;
+            for (; rest[i] < group.end; rest[i]++) {
+                const Rest left = rows[i].rest[rest[i]];
+                for (int u = 0; u < 2; u++) {
+                    const words eight = *(const words *)(codes + u * apart + 64 * (left.place / 8));
+                    sums[u] += look_up(values, eight >> 4 * (left.place % 8)) * left.value;
+                }
+            }
+            for (int u = 0; u < 2; u++) total[2 * i + u] += (sums[u] + shifts[u] * rows[i].sums[g]) * scales[u];
+            product += 2 * group.limbs;
         }
     }
-    for (int u = 0; u < 2; u++) *(floats *)(y + tiles[u / PARTS].number * 16 + u % PARTS * LANES) = total[u];
+    for (int i = 0; i < count; i++)
+        for (int u = 0; u < 2; u++)
+            *(floats *)(y + (i * w->tiles + tiles[u / PARTS].number) * 16 + u % PARTS * LANES) = total[2 * i + u];
 }
 
 // Whether the table's values are multiples of `unit`, but for fp32's rounding.
@@ -364,7 +407,7 @@ static int in_units(Table *table, float unit) {
     for (int i = 0; i < 16; i++) {
         const float number = rintf(table->values[i] / unit);
         if (!(fabsf(number) <= INT16_MAX)) return 0;
-        if (fabsf(table->values[i] - number * unit) > fabsf(table->values[i]) * 0x1p-23f) return 0;
+        if (fabsf(table->values[i] - number * unit) > fabsf(table->values[i]) * 0x1p-22f) return 0;
         table->whole[i] = (int16_t)number;
     }
     return 1;
@@ -378,12 +421,11 @@ static float in_bf16(float value) { // finite ones: to nearest, ties to even
 
 // half: values may be rounded to bf16.
 static Table read_values(const Weight *w, int half) {
-    Table table = {.bits = LONGEST};
-    const int numbers = NUMBERS && w->zeros;
-    float least = INFINITY, most = 0;
+    Table table = {.bits = LONGEST, .numbers = MASKED && w->zeros};
+    float least = 1, most = 0;
     for (int i = 0; i < 16; i++) {
-        const float value = table.values[i] = numbers ? (float)i : w->table[i];
-        if (value) least = fminf(least, fabsf(value));
+        table.values[i] = table.numbers ? (float)i : w->table[i];
+        if (table.values[i]) least = fminf(least, fabsf(table.values[i]));
     }
     int found = in_units(&table, least);
     for (int i = 0; i < 16; i++) {
@@ -391,51 +433,50 @@ static Table read_values(const Weight *w, int half) {
         most = fmaxf(most, fabsf(table.values[i]));
     }
     found = found || (half && in_units(&table, ldexpf(1, ilogbf(most) - 11)));
-    const float largest = numbers ? 128 : rintf(most / table.unit); // 128: 15 · 16, in half of the places
+    const float largest = table.numbers ? 128 : rintf(most / table.unit); // 128: above 15 · 16, of every other code
     while (largest * w->group * ldexpf(1, table.bits) > 0x1p31f) table.bits--;
     if (!found || table.bits < SHORTEST || w->group > MOST) table.bits = 0;
     return table;
 }
 
-INLINE float total_of(__m256 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
-
-// Eight numbers rounded to limbs, in the order in which `decode` gives the codes. Returns what is left.
-INLINE __m256 store_limbs(__m256 numbers, __m256i most, int16_t *out, const int codes_are_numbers) {
+// Eight numbers rounded to limbs, in the order in which `decode` gives the codes. Returns what is left of them.
+INLINE __m256 store_limbs(__m256 x, int bits, int16_t *out, int numbers) {
     const __m128i pairs = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-    const __m128i apart = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    const __m256i whole = _mm256_max_epi32(_mm256_min_epi32(_mm256_cvtps_epi32(numbers), most), _mm256_sub_epi32(_mm256_setzero_si256(), most));
+    const __m128i fours = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const int32_t most = (1 << bits) - 1;
+    __m256i whole = _mm256_cvtps_epi32(x);
+    whole = _mm256_max_epi32(_mm256_min_epi32(whole, _mm256_set1_epi32(most)), _mm256_set1_epi32(-most));
     const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    _mm_storeu_si128((void *)out, _mm_shuffle_epi8(eight, LANES == 16 || codes_are_numbers ? pairs : apart));
-    return numbers - _mm256_cvtepi32_ps(whole);
+    _mm_storeu_si128((void *)out, _mm_shuffle_epi8(eight, LANES == 16 || numbers ? pairs : fours));
+    return x - _mm256_cvtepi32_ps(whole);
 }
 
-// Returns whether the numbers are finite and far from denormal ones, so that each product of a power of two is exact.
+// A row as whole multiples of a power of two, one power for each group. Returns whether all is finite and far from denormal
+// numbers, so that nothing is lost by powers of two.
 static int cut(const Weight *w, const Table *table, Row *row) {
-    const int numbers = NUMBERS && w->zeros, above = 1 << table->bits;
-    const __m256i most_of_limb = _mm256_set1_epi32(above - 1);
     int32_t count = 0;
     for (int64_t g = 0; g < w->columns / w->group; g++) {
-        const int64_t from = g * w->group, to = from + w->group;
+        const float *x = row->x + g * w->group;
+        int16_t *first = row->limbs[0] + g * w->group, *second = row->limbs[1] + g * w->group;
         uint32_t most = 0; // the bits of absolute values are in order
-        for (int64_t k = from; k < to; k++) {
-            const uint32_t size = ((const uint32_t *)row->x)[k] & 0x7fffffff;
+        for (int64_t k = 0; k < w->group; k++) {
+            const uint32_t size = ((const uint32_t *)x)[k] & 0x7fffffff;
             most = size > most ? size : most;
         }
-        const int exponent = most ? (int)(most >> 23) - 127 : 0;
+        const int exponent = most ? (int)(most >> 23) - 127 : 0, before = count;
         if (exponent < -60 || exponent > 127) return 0;
-        const float inverse = ldexpf(1, table->bits - 1 - exponent), step = table->unit * ldexpf(1, exponent + 1 - table->bits);
-        const int32_t before = count;
-        for (int64_t k = from; k < to; k += 8) {
-            const __m256 left = store_limbs(_mm256_loadu_ps(row->x + k) * inverse, most_of_limb, row->limbs[0] + k, numbers);
-            store_limbs(left * (float)above, most_of_limb, row->limbs[1] + k, numbers);
+        const float step = ldexpf(1, exponent + 1 - table->bits), inverse = ldexpf(1, table->bits - 1 - exponent);
+        for (int64_t k = 0; k < w->group; k += 8) {
+            const __m256 left = store_limbs(_mm256_loadu_ps(x + k) * inverse, table->bits, first + k, table->numbers);
+            store_limbs(left * (float)(1 << table->bits), table->bits, second + k, table->numbers);
             for (int some = _mm256_movemask_ps(left != 0); some; some &= some - 1) {
                 const int i = __builtin_ctz(some);
-                row->rest[count++] = (Rest){(int32_t)(k - from) + i, left[i] / inverse};
+                row->rest[count++] = (Rest){left[i] * step, (int32_t)k + i};
             }
         }
         const int few = count - before <= w->group / FEW;
-        count = few ? count : before;
-        row->groups[g] = (Group){step, few ? 1 : 2, count};
+        if (!few) count = before;
+        row->groups[g] = (Group){step * table->unit, few ? 1 : 2, count};
     }
     return 1;
 }
@@ -541,49 +582,62 @@ int product_bf16(Weight *w, const uint16_t *x, const uint16_t *codes, float *y, 
 #endif
 }
 
+// x (inputs,), filled up to whole groups.
+static void read_row(const Weight *w, const float *x, int64_t inputs, Row *row) {
+    memcpy(row->x, x, inputs * sizeof *x);
+    memset(row->x + inputs, 0, (w->columns - inputs) * sizeof *x);
+    for (int64_t k = 0; w->high_first && k < w->columns; k += 2) {
+        const float first = row->x[k];
+        row->x[k] = row->x[k + 1];
+        row->x[k + 1] = first;
+    }
+    for (int64_t g = 0; g < w->columns / w->group; g++) {
+        __m256 v = {0};
+        for (int64_t k = 0; w->zeros && k < w->group; k += 8) v += _mm256_loadu_ps(row->x + g * w->group + k);
+        row->sums[g] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    }
+}
+
+// Rows that are alike: `count` whole ones, SHARED at most, or others.
+INLINE void tiles_product(const Weight *w, const Tile *tiles, const Table *table, const Row *rows, float *y, int64_t count,
+                          const int numbers) {
+    if (rows[0].whole && count == 1) tile_product_whole(w, tiles, table, rows, y, 1, numbers); // its sums are registers
+    else if (rows[0].whole) tile_product_whole(w, tiles, table, rows, y, (int)count, numbers);
+    else
+        for (int at = 0; at < 16; at += LANES)
+            FOR_ROWS(count, tile_product(w, tiles, at, rows[FROM].x, rows[FROM].sums, y + FROM * 16 * w->tiles, ROWS))
+}
+
 // x: (rows, inputs).  y: (rows, 16 * tiles).  half: x is in bf16.  Returns 1 where there is no memory, else 0.
 int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t half) {
     const int64_t columns = w->columns, groups = columns / w->group;
+    const int64_t numbers = 2 * sizeof(float) + sizeof(Rest), sums = sizeof(float) + sizeof(Group); // bytes of each
     const Table table = read_values(w, (int)half);
-    const int numbers = NUMBERS && w->zeros;
-    Row *each = malloc(rows * (sizeof(Row) + columns * (2 * sizeof(float) + sizeof(Rest)) + groups * (sizeof(float) + sizeof(Group))));
+    Row *each = malloc(rows * (sizeof *each + columns * numbers + groups * sums));
     if (!each) return 1;
-    float *ordered = (float *)(each + rows), *sums = ordered + rows * columns, *limbs = sums + rows * groups;
-    Rest *rest = (Rest *)(limbs + rows * columns);
+    float *ordered = (float *)(each + rows), *their = ordered + rows * columns; // those of all rows one after another
+    int16_t *limbs = (int16_t *)(their + rows * groups);
+    Rest *rest = (Rest *)(limbs + 2 * rows * columns);
     Group *held = (Group *)(rest + rows * columns);
     uint8_t bytes[1024];
     split_map(w, bytes);
-    if (!numbers) w->table = table.values;
-    for (int64_t i = 0; i < rows; i++) { // filled up to whole groups, in the order of the codes in a word
-        float *row = ordered + i * columns, *its = sums + i * groups;
-        memcpy(row, x + i * inputs, inputs * sizeof *row);
-        memset(row + inputs, 0, (columns - inputs) * sizeof *row);
-        for (int64_t k = 0; w->high_first && k < columns; k += 2) {
-            const float first = row[k];
-            row[k] = row[k + 1];
-            row[k + 1] = first;
-        }
-        for (int64_t g = 0; g < groups; g++) {
-            __m256 sum = {0};
-            for (int64_t k = g * w->group; w->zeros && k < (g + 1) * w->group; k += 8) sum += _mm256_loadu_ps(row + k);
-            its[g] = total_of(sum);
-        }
-        int16_t *halves = (int16_t *)(limbs + i * columns);
-        each[i] = (Row){row, its, {halves, halves + columns}, held + i * groups, rest + i * columns, 0};
+    if (!table.numbers) w->table = table.values;
+    for (int64_t i = 0; i < rows; i++) {
+        int16_t *first = limbs + 2 * i * columns;
+        each[i] = (Row){.x = ordered + i * columns, .sums = their + i * groups, .limbs = {first, first + columns},
+                        .groups = held + i * groups, .rest = rest + i * columns};
+        read_row(w, x + i * inputs, inputs, each + i);
         each[i].whole = table.bits && cut(w, &table, each + i);
     }
 #pragma omp parallel for schedule(static) num_threads(w->threads)
     for (int64_t number = 0; number < w->tiles; number += TILES) {
         const Tile tiles[2] = {tile_at(w, number), tile_at(w, number + 1 < w->tiles ? number + 1 : number)};
         for (int64_t i = 0, end; i < rows; i = end) {
+            const int64_t most = each[i].whole && i + SHARED < rows ? i + SHARED : rows;
+            for (end = i + 1; end < most && each[end].whole == each[i].whole;) end++;
             float *out = y + i * 16 * w->tiles;
-            for (end = i + 1; !each[i].whole && end < rows && !each[end].whole;) end++;
-            if (each[i].whole && numbers) tile_product_whole(w, tiles, &table, each + i, out, 1);
-            else if (each[i].whole) tile_product_whole(w, tiles, &table, each + i, out, 0);
-            else
-                for (int at = 0; at < 16; at += LANES)
-                    FOR_ROWS(end - i, tile_product(w, tiles, at, each[i].x + FROM * columns, each[i].sums + FROM * groups,
-                                                   out + FROM * 16 * w->tiles, ROWS))
+            if (table.numbers) tiles_product(w, tiles, &table, each + i, out, end - i, MASKED);
+            else tiles_product(w, tiles, &table, each + i, out, end - i, 0);
         }
     }
     free(each);

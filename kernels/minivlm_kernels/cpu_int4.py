@@ -102,9 +102,9 @@ def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
 def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows.
 
-    For x in bf16 the table is rounded to bf16 too, except with AVX-512 that has no bf16 instructions; sums are in fp32.
-    With AVX2, or AVX512_VNNI without bf16 instructions, whole numbers times bf16 are multiplied as integers, if what is
-    lost of x is below fp32's rounding of it.
+    For x in bf16 the table is rounded to bf16 too, but FP4's without bf16 instructions; sums are in fp32. Without these
+    instructions, products of tables whose values are multiples of a unit are of whole numbers, and lose less of x than
+    fp32's rounding of it.
     """
     table, library = _table(weight), _library()
     half, described = x.dtype == torch.bfloat16, _described(weight, table)
@@ -199,5 +199,8 @@ def _is_right() -> bool:
     values = table[torch.stack((codes >> 4, codes & 15), 2).flatten(1).long()].view(3, 4, 64)
     expected = (values * scales[..., None]).flatten(1)
     x = torch.randn(1, 256, generator=generator, dtype=torch.float32)
-    exact = torch.allclose(dequantize(weight, torch.float32), expected.T, rtol=1e-6, atol=1e-6)
-    return exact and torch.allclose(product(x, weight), x @ expected.T, rtol=1e-4, atol=1e-4)
+    whole = Tiles(pack(codes, scales, codes[:, :4] % 16, 64), None, (3, 256), 64, torch.float32)
+    return torch.allclose(dequantize(weight, torch.float32), expected.T, rtol=1e-6, atol=1e-6) and all(
+        torch.allclose(product(x, tiles), x.float() @ dequantize(tiles, torch.float32), rtol=1e-4, atol=1e-3)
+        for x, tiles in ((x, weight), (x, whole), (x.bfloat16(), whole))
+    )

@@ -22,7 +22,18 @@ import torch.nn.functional as F
 from minivlm_kernels import kept
 from minivlm_kernels.addresses import outside_modes
 
-SETS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+SETS = (
+    "avx2",
+    "fma",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512vbmi",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+)
 CLEAR = 1.5  # times slower: what a trial has to show before it overrules what is expected
 ROWS, WIDTH = 128, 1024  # of the trial's products: 0.3 G operations
 TOKENS, HEADS, HEAD_DIM = 512, 2, 64  # of the trial's attention: 0.13 G operations
@@ -160,7 +171,9 @@ def instruction_sets() -> tuple[str, ...]:
     least = os.environ.get("DNNL_MAX_CPU_ISA", "ALL").upper()
     allowed = [name for name in SETS if name in flags]
     if not capability.startswith("AVX512") or least in ("SSE41", "AVX", "AVX2", "AVX2_VNNI"):
-        allowed = [name for name in allowed if name in ("avx2", "fma")]
+        allowed = [name for name in allowed if name in ("avx2", "fma", "avx_vnni")]
+    if least in ("SSE41", "AVX", "AVX2"):
+        allowed = [name for name in allowed if name != "avx_vnni"]
     if least in ("AVX512_CORE", "AVX512_CORE_VNNI"):
         allowed = [name for name in allowed if name not in ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")]
     if least == "AVX512_CORE":

@@ -28,7 +28,13 @@ CASES = [
 
 
 def weight(
-    rows: int, columns: int, held: torch.dtype, zero_points: bool, group: int, half: bool = False
+    rows: int,
+    columns: int,
+    held: torch.dtype,
+    zero_points: bool,
+    group: int,
+    half: bool = False,
+    table: Tensor | None = None,
 ) -> tuple[Tiles, Tensor]:
     """A random weight, and its values (N, K) in fp64, worked out one scale at a time. half: its table is in bf16."""
     torch.manual_seed(rows + columns)
@@ -38,7 +44,7 @@ def weight(
     halves = (codes[:, 1::2], codes[:, ::2]) if zero_points else (codes[:, ::2], codes[:, 1::2])
     qweight = (halves[0] * 16 + halves[1]).to(torch.uint8)
     zeros = torch.randint(17, (rows, groups), dtype=torch.uint8) if zero_points else None
-    table = torch.arange(16.0) if zero_points else torch.randn(16)
+    table = torch.arange(16.0) if zero_points else torch.randn(16) if table is None else table
     table = table.bfloat16().float() if half else table
     nested = None
     if held == torch.uint8:
@@ -87,22 +93,57 @@ def test_products_of_bf16(case: tuple, rows: int, library: None) -> None:
     bounds.assert_within(product(x.float(), packed), expected, bound, case)  # the slow twin
 
 
-@needs_compiler
-def test_bf16_of_very_different_sizes(library: None) -> None:
-    """Few large numbers among tiny ones, zeros, the smallest and the largest; and what is not finite stays so."""
-    packed, exact = weight(33, 256, torch.float32, True, 32)
-    x = torch.randn(6, 256).bfloat16()
+def sizes() -> Tensor:
+    """Rows (9, 256) of bf16: few large numbers among tiny ones, zeros, the smallest and the largest, and mixtures."""
+    x = torch.randn(9, 256).bfloat16()
     x[0, ::40] *= 4096
     x[1] *= 2.0 ** torch.randint(-20, 20, (256,))
     x[2] = 0
     x[3] *= 2.0**-112  # not denormal: AVX512_BF16 takes those for zero
     x[4] = torch.randn(256).sign() * torch.finfo(torch.bfloat16).max / 2**20
+    x[5] = torch.randn(256).bfloat16() ** 5
+    x[6, 128:] *= 2.0**-50
+    x[7] *= (torch.arange(256) % 9 > 0) + 2.0**-9  # one number in nine is small
+    return x
+
+
+WHOLE = {"int4": None, **{kind: codebook.codebook(kind) for kind in CODES}}
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_numbers_of_very_different_sizes(kind: str, rows: int, library: None) -> None:
+    """In bf16, and in fp32 with all 24 bits of a number. What is not finite stays so."""
+    group = 64 if WHOLE[kind] is not None else 32
+    packed, exact = weight(33, 256, torch.float32, WHOLE[kind] is None, group, table=WHOLE[kind])
+    half, exact_half = weight(33, 256, torch.float32, WHOLE[kind] is None, group, WHOLE[kind] is not None, WHOLE[kind])
     largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
-    expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)
-    bounds.assert_within(product(x, packed), expected, bound + torch.finfo(torch.float32).tiny)
+    for shift in range(0, 9, rows):
+        x = sizes()[shift : shift + rows]
+        for given, tiles, values in ((x, half, exact_half), (x * (1 + 2.0**-13 * torch.randn(256)), packed, exact)):
+            expected, bound = bounds.linear(given, values, dtype=torch.float32, terms=largest)
+            bounds.assert_within(product(given, tiles), expected, bound + torch.finfo(torch.float32).tiny)
     for value in (math.inf, -math.inf, math.nan):
-        x[5, 7] = value
-        assert not product(x, packed)[5].isfinite().any()
+        x[-1, 7] = value
+        assert not product(x, packed)[-1].isfinite().any()
+
+
+@needs_compiler
+def test_the_table_of_nf4_in_bf16(library: None) -> None:
+    """NF4's table is rounded for x in bf16, as in prefill; FP4's need not be where products are of whole numbers."""
+    for kind in CODES:
+        table = codebook.codebook(kind)
+        packed, exact = weight(33, 256, torch.float32, False, 64, table=table)
+        _, rounded = weight(33, 256, torch.float32, False, 64, True, table)
+        x = torch.randn(2, 256).bfloat16()
+        found, largest = product(x, packed).double(), exact.abs().amax(1, keepdim=True).expand_as(exact)
+        errors = []
+        for values in (exact, rounded):
+            expected, bound = bounds.linear(x, values, dtype=torch.float32, terms=largest)
+            errors.append(((found - expected).abs() / bound).max().item())
+        assert min(errors) < 1 < max(errors)
+        assert kind == "fp4" or errors[1] < 1
 
 
 @needs_compiler
@@ -118,6 +159,26 @@ def test_the_largest_sums_of_whole_numbers(group: int, mantissa: int, library: N
             size = x.double().sum()
             bound = bounds.certain(2 * group, 16 * size) + torch.finfo(torch.float32).tiny
             bounds.assert_within(product(x, packed), (15 - zero) * size, bound)
+
+
+LARGE = torch.tensor(
+    [1 / 2048, -1.0, 1.0] + 13 * [0.0]
+)  # its sums of a group are 2^31 if x is rounded to a power of two
+LARGEST = {**{kind: codebook.codebook(kind) for kind in CODES}, "large": LARGE}
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", LARGEST)
+@pytest.mark.parametrize("mantissa", [129, 254, 255, 256 - 2**-16])
+def test_the_largest_sums_of_tables(kind: str, mantissa: float, library: None) -> None:
+    """As above, where all values are 1 or −1; the last number is not one of bf16, and rounded to 16 bits it is 256."""
+    table = LARGEST[kind]
+    for code in (table.argmax().item(), table.argmin().item()):
+        codes = torch.full((3, 32), 17 * code, dtype=torch.uint8)
+        packed = Tiles(pack(codes, torch.ones(3, 1), None, 64), table, (3, 64), 64, torch.float32, True)
+        for number in (mantissa, -mantissa):
+            x = torch.full((1, 64), number).to(torch.float32 if mantissa % 1 else torch.bfloat16)
+            bounds.assert_within(product(x, packed), table[code] * x.double().sum(), bounds.certain(64, 64 * 256.0))
 
 
 @needs_compiler

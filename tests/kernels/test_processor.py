@@ -86,6 +86,14 @@ def test_stand_ins_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> Non
     pretend(monkeypatch, "avx2 fma avx512f avx512_bf16", capability="AVX2")
     assert processor.instruction_sets() == ("avx2", "fma")
     assert "-mno-avx512f" in compiled._options()
+    pretend(monkeypatch, "avx2 fma avx_vnni")
+    for least in ("AVX2_VNNI", "ALL"):
+        monkeypatch.setenv("DNNL_MAX_CPU_ISA", least)
+        assert processor.instruction_sets() == ("avx2", "fma", "avx_vnni")
+        assert "-mno-avxvnni" not in compiled._options()
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    assert processor.instruction_sets() == ("avx2", "fma")
+    assert "-mno-avxvnni" in compiled._options()
     pretend(monkeypatch, "avx2 fma", capability="DEFAULT")
     assert processor.instruction_sets() == ()
 
