@@ -8,8 +8,10 @@ import argparse
 import importlib
 import re
 import sys
+from functools import partial
+from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from minivlm import __version__
 from minivlm.app import launch, terminal
@@ -118,12 +120,23 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, which suggest the option that was meant."""
+    """argparse with errors of one line, which suggest the option that was meant. Names and paths cannot be empty."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", None, partial(_given, str))
+        self.register("type", Path, partial(_given, Path))  # Path("") is the current folder
 
     def error(self, message: str) -> NoReturn:
         mistyped = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         close = suggestion(mistyped[1], self._option_string_actions) if mistyped else ""
         self.exit(2, f"minivlm: error: {message}{close}; see `{self.prog} --help`\n")
+
+
+def _given(kind: type, text: str) -> Any:
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty (a shell variable that is not set?)")
+    return kind(text)
 
 
 def _summary(module: ModuleType) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from minivlm.app import images
 from minivlm.app.terminal import one_line
+from minivlm.checkpoint.hub import no_doubles
 from minivlm.text.messages import make_message, normalise
 from minivlm.text.shown import short
 
@@ -95,9 +96,9 @@ def read_row(line: int, text: bytes, folder: Path | None = None) -> Row:
     folder: where relative image paths start (None: the current folder).
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=no_doubles)
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from error
+        raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"a line is a JSON object, found {text[:80].decode(errors='replace')}")
     return row_of(line, values, folder)

@@ -355,7 +355,7 @@ def _read(path: Path) -> bytes:
 def parse_json(content: bytes, where: str | Path) -> dict[str, Any]:
     """A JSON object from bytes; see `read_json`. `where` begins the message of an error."""
     try:
-        value = json.loads(content.decode(), parse_constant=_no_number, object_pairs_hook=_no_doubles)
+        value = json.loads(content.decode(), parse_constant=_no_number, object_pairs_hook=no_doubles)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
@@ -376,7 +376,8 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(…, object_pairs_hook=)`: ValueError for a name twice in one object (Python takes the last)."""
     values = dict(pairs)
     if len(values) < len(pairs):
         counts = Counter(name for name, _ in pairs)

@@ -63,7 +63,7 @@ def save_pretrained(
             "(minivlm.training.lora.merge)"
         )
     folder = Path(folder)
-    shards = _named(_split(_tensors(model, state_dict), in_bytes(max_shard_size, "max_shard_size")))
+    shards = _named(_split(_tensors(model, state_dict), in_bytes(max_shard_size, "max_shard_size", least=1)))
     with files.saving() as save:
         save.json(folder / hub.CONFIG, _config(model, _dtype(model, state_dict)), sort_keys=True)
         settings = getattr(model, "generation_config", None)  # a bare model generates nothing

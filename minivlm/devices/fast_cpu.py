@@ -56,14 +56,16 @@ def apply(model: Model) -> Model:
     if pays():
         _exchange(model, FASTER)
         if getattr(model, "attn_implementation", "") is None:
-            _attend(model, None, "compiled")
+            _attend(model)
     return model
 
 
 def remove(model: Model) -> Model:
-    """Undo `apply`: every layer is again of the class it was, and attention is torch's."""
+    """Undo `apply`: every layer is again of the class it was, and attention is torch's unless a user chose another."""
     _exchange(model, PLAIN)
-    _attend(model, "compiled", None)
+    for module in model.modules():
+        if vars(module).pop("attends_fast", False) and module.attn_implementation == "compiled":
+            module.attn_implementation = None
     return model
 
 
@@ -73,10 +75,11 @@ def _exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]])
             module.__class__ = classes[type(module)]  # the same object with another `forward`: nothing is copied
 
 
-def _attend(model: nn.Module, before: str | None, after: str | None) -> None:
+def _attend(model: nn.Module) -> None:
     for module in model.modules():  # a model with a head contains one without
-        if getattr(module, "attn_implementation", "") == before:
-            module.attn_implementation = after
+        if getattr(module, "attn_implementation", "") is None:
+            module.attn_implementation = "compiled"
+            module.attends_fast = True  # `remove` takes off what was put on here, and no user's choice
 
 
 def pays() -> bool:

@@ -36,9 +36,10 @@ def free(device: torch.device) -> int | None:
     return None
 
 
-def in_bytes(size: int | str, name: str) -> int:
+def in_bytes(size: int | str, name: str, least: int = 0) -> int:
     """A number of bytes, or a string such as "20GiB", in bytes. ValueError for anything else; name: of the option."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
-    if not found or found[2] not in UNITS:
-        raise ValueError(f'{name} should be a number of bytes or a string such as "20GiB", found {size!r:.80}')
-    return int(float(found[1]) * UNITS[found[2]])
+    count = int(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else -1
+    if count < least:
+        raise ValueError(f'{name} should be {least} or more bytes (10**9) or a string ("20GiB"), found {size!r:.80}')
+    return count

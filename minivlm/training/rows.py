@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minivlm.checkpoint.hub import no_doubles
 from minivlm.text.messages import normalise
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -69,17 +70,20 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path.name}, line {number}"
-                try:
-                    values = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where} is not JSON ({error})") from error
-                yield where, values
+                yield where, _parsed(line, where)
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    values = json.loads(path.read_bytes())
+    values = _parsed(path.read_bytes(), path.name)
     for number, row in enumerate(values if isinstance(values, list) else [values], 1):
         yield f"{path.name}, row {number}", row
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=no_doubles)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({error})") from error
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -107,7 +111,7 @@ def _tar(path: Path) -> Iterator[tuple[str, Any]]:
     for key, files in samples.items():
         if "json" not in files:
             raise ValueError(f"{path}: {key.strip('/')} has no .json beside {', '.join(files)}")
-        values = json.loads(files["json"].read())
+        values = _parsed(files["json"].read(), f"{path.name}, {key.strip('/')}")
         images = [files[ending] for ending in sorted(files) if f".{ending}".lower().endswith(SUFFIXES)]
         if images and isinstance(values, dict):
             values = {name: value for name, value in values.items() if name != "image"} | {"images": images}

@@ -122,7 +122,8 @@ def test_batches_are_of_like_length(pair, pictures, tmp_path, monkeypatch):
 
 
 BAD = [
-    ("{", "not JSON: Expecting property name"),
+    ("{", "not valid JSON: Expecting property name"),
+    ('{"question": "a", "question": "b"}', "not valid JSON: 'question' is given twice"),
     ('"what?"', "a line is a JSON object"),
     ({"question": "a", "picture": "x"}, "unknown key 'picture'"),
     ({"images": []}, 'either "messages"'),
@@ -395,8 +396,8 @@ def test_a_whole_run_through_pipes(pictures):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1
     assert found[0] == {"line": 1, "answer": "47.", "finish_reason": "stop"}
-    assert "not JSON" in found[1]["error"]
-    assert "line 2: not JSON" in done.stderr
+    assert "not valid JSON" in found[1]["error"]
+    assert "line 2: not valid JSON" in done.stderr
     assert "1 answered, 1 failed, 0 cut" in done.stderr
     assert "first token after" in done.stderr
 

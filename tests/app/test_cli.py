@@ -152,6 +152,13 @@ def test_ask_names_the_default_model_on_stderr(pictures, capsys, monkeypatch, ch
         (["ask", "RED", "q", "--max-new-tokens", "0"], "expected a whole number above 0, found '0'"),
         (["ask", "RED", "q", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["ask", "RED", "q", "--colour"], "unrecognized arguments: --colour"),
+        (["ask", "RED", "q", "--model", ""], "argument --model: the value is empty"),
+        (["ask", "RED", "q", "--device="], "argument --device: the value is empty"),
+        (["ask", "", "q"], "argument IMAGE… QUESTION: the value is empty"),
+        (["inspect", "x", "--image", ""], "argument --image: the value is empty"),
+        (["parity", "--prompt", ""], "argument --prompt: the value is empty"),
+        (["quantize", "x", ""], "argument out: the value is empty"),
+        (["batch", ".", "--out", "y", "--question", ""], "the question is empty"),
         (["inspect"], "required: model"),
     ],
 )

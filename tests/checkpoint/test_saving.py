@@ -320,7 +320,10 @@ def test_other_tensors_than_the_models_own(model: Any, tmp_path: Path) -> None:
         ({"safe_serialization": False}, ValueError, "safe_serialization=False .* safetensors"),
         ({"variant": "fp16"}, ValueError, "variant='fp16'"),
         ({"max_shard": "5GB"}, TypeError, "max_shard.*did you mean 'max_shard_size'"),
-        ({"max_shard_size": "5 parsec"}, ValueError, "max_shard_size"),
+        *(
+            ({"max_shard_size": size}, ValueError, "max_shard_size should be 1 or more bytes .*20GiB")
+            for size in ("5 parsec", "5XB", "", "0GB", 0, -1, None, True)
+        ),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], words: str, model: Any, tmp_path: Path) -> None:

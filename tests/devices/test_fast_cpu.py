@@ -91,6 +91,8 @@ def test_loading_asks_for_it_and_can_be_told_not_to(monkeypatch: pytest.MonkeyPa
     assert fast_cpu.remove(fast).attn_implementation is None
     chosen = load("shapes-idefics2", attn_implementation="eager")
     assert chosen.attn_implementation == chosen.model.attn_implementation == "eager"
+    chosen = load("shapes-idefics2", attn_implementation="compiled")
+    assert fast_cpu.remove(chosen).attn_implementation == chosen.model.attn_implementation == "compiled"
     fast_cpu.apply(fast).set_attn_implementation("sdpa")
     assert fast.attn_implementation == fast.model.attn_implementation == "sdpa"
     assert not any(type(module) in (FastLinear, FastRMSNorm) for module in plain.modules())

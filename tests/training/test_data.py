@@ -183,6 +183,7 @@ def test_parquet_files(families: Any, image: Path, tmp_path: Path) -> None:
 
 BAD = {
     "not JSON": ('{"messages": [', "line 2.*JSON"),
+    "a name twice": ('{"messages": [], "messages": []}', "line 2.*'messages' is given twice"),
     "no messages": ({"text": "hello"}, "line 2.*messages"),
     "too few images": ({"messages": [QUESTION, ANSWER]}, "line 2.*1 places.*0 images"),
     "too many images": ({"messages": [QUESTION, ANSWER], "images": ["a.png", "b.png"]}, "line 2.*1 places.*2 images"),
@@ -196,6 +197,16 @@ def test_rows_that_cannot_be_read(tmp_path: Path, fault: str) -> None:
     row, message = BAD[fault]
     with pytest.raises(ValueError, match=message):
         read_rows(write(tmp_path, {"messages": [ANSWER]}, row))
+
+
+@pytest.mark.parametrize("text", ["{", '{"messages": [], "messages": []}'])
+def test_files_that_are_not_valid_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with tarfile.open(tmp_path / "rows.tar", "w") as archive:
+        archive.add(tmp_path / "rows.json", "7.json")
+    for name, where in (("rows.json", "rows.json"), ("rows.tar", "rows.tar, 7")):
+        with pytest.raises(ValueError, match=f"^{where} is not valid JSON"):
+            read_rows(tmp_path / name)
 
 
 def test_unknown_and_empty_files(tmp_path: Path) -> None:

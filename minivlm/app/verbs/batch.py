@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     asked = arguments.question is not None
     if (folder and not asked) or (asked and not folder and not table):
         raise UsageError("--question and a folder (or parquet file) of images go together")
+    if asked and not arguments.question.strip():
+        raise UsageError("the question is empty")
     settings = options.generation_settings(arguments)
 
     from minivlm.app import launch, lock, parts
