@@ -28,7 +28,6 @@ FORBIDDEN = {  # what keeps gcc from using an instruction set
     "avx512_vnni": "-mno-avx512vnni",
 }
 SECONDS = 60  # for each of gcc's two steps, which take some seconds together
-FOUND: dict[Path, ctypes.CDLL | None] = {}  # the libraries of this process, None where one cannot be built
 LOCK = threading.Lock()  # of threads that need a library at once, one compiles and the others wait
 
 
@@ -36,16 +35,19 @@ def library(source: Path) -> ctypes.CDLL | None:
     """The compiled library; None if it cannot be built. Numbers are passed as 64 bits, tensors by address."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
-    path = source  # until the one of the library is known
-    with LOCK:
-        try:
-            path = _path(source)
-            if path not in FOUND:
-                FOUND[path] = _loaded(source, path)
-        except Exception as error:  # whatever the error, torch can compute instead
-            _say(f"{source.name} cannot be compiled, so torch computes instead: {_line(error)}")
-            FOUND[path] = None
-        return FOUND[path]
+    try:
+        path = _path(source)
+        with LOCK:
+            if path.exists():
+                try:
+                    return ctypes.CDLL(str(path))
+                except OSError:  # truncated, or from another system: rebuild it
+                    path.unlink()
+            _compile(source, path)
+            return ctypes.CDLL(str(path))
+    except Exception as error:  # whatever the error, torch can compute instead
+        _say(f"{source.name} cannot be compiled, so torch computes instead: {_line(error)}")
+        return None
 
 
 def agrees(source: Path, check: Callable[[], bool]) -> bool:
@@ -57,16 +59,6 @@ def agrees(source: Path, check: Callable[[], bool]) -> bool:
     if found is not None:
         _say(f"{source.name} fails its check, so torch computes instead: {found}")
     return found is None
-
-
-def _loaded(source: Path, path: Path) -> ctypes.CDLL:
-    if path.exists():
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # truncated, or from another system: rebuild it
-            path.unlink()
-    _compile(source, path)
-    return ctypes.CDLL(str(path))
 
 
 def _path(source: Path) -> Path:

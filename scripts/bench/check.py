@@ -1,7 +1,7 @@
 """Compares the ratios of a new run with those of docs/speed.md, and names the rows that fell.
 
     python scripts/bench/generate.py --family idefics2 | tee now.md
-    python scripts/bench/check.py now.md --kind "with bf16" [--table docs/speed.md] [--slack 0.1]
+    python scripts/bench/check.py now.md --kind "Zen 4" [--table docs/speed.md] [--slack 0.1]
 
 A row is found by the family and dtype of its table and its own name. --kind: words of the heading over the tables of
 this kind of processor. Below the stored ratio by more than `slack` of it, or below 1.0 where the stored one is not,

@@ -86,16 +86,13 @@ def test_several_processes_compile_at_once_and_the_next_one_does_not(tmp_path: P
 
 
 @needs_compiler
-@pytest.mark.parametrize("text", ["int one() { return 1; }", "not C"])
 def test_of_several_threads_one_compiles(
-    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "page.c"
-    source.write_text(text, encoding="utf-8")
+    source.write_text("int one() { return 1; }", encoding="utf-8")
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(compiled.library, [source] * 4))
-    told = capfd.readouterr().err
-    assert [library is None for library in found] == [text == "not C"] * 4
-    assert told.count("compiling page.c") == 1
-    assert told.count("cannot be compiled") == (text == "not C")
+    assert [library.one() for library in found] == [1] * 4
+    assert capfd.readouterr().err.count("compiling page.c") == 1
