@@ -1,4 +1,4 @@
-"""Multiplies few rows by a 32- or 16-bit weight on a CPU, and computes RMSNorm, in C (`cpu_dense.c`).
+"""Multiplies few rows by a 32-, 16- or 8-bit weight on a CPU, and computes RMSNorm, in C (`cpu_dense.c`).
 
 A decode step reads every weight once, so it should take as long as reading them. torch takes longer, above all in bf16;
 and between large products its small operators take longer to call than to compute.
@@ -18,6 +18,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 WORTH = {torch.float32: (2**17, 1), torch.bfloat16: (2**13, 8)}
 NEVER = (float("inf"), 0)
 MOST_NUMBERS = 2**18  # of x: for more, starting torch's threads pays off
+INT8_BLOCK = 64  # inputs of an int8 weight come in whole blocks
 
 
 def suits_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -62,6 +63,20 @@ def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """x (M, K), a few rows, times codes (N, K) int8 · scales (N,) fp32 → (M, N) fp32, in fp32. K: see `INT8_BLOCK`."""
+    rows, columns = codes.shape
+    x, codes, scales, y = (
+        x.float().contiguous(),
+        codes.contiguous(),
+        scales.contiguous(),
+        scales.new_empty(len(x), rows),
+    )
+    pointers = (tensor.data_ptr() for tensor in (codes, scales, x, y))
+    _library().matvec_int8(*pointers, len(x), rows, columns, torch.get_num_threads())
+    return y
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (…, C) / rms(x) · weight (C,), where `suits` allows it. In bf16, x / rms(x) is rounded first."""
     x, columns = x.contiguous(), len(weight)
@@ -76,6 +91,7 @@ def _library() -> ctypes.CDLL | None:
     found = compiled.library(SOURCE)
     if found is not None:
         found.matvec_dense.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 5
+        found.matvec_int8.argtypes = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 4
         found.rms_norm.argtypes = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 3 + (ctypes.c_double,)
     return found
 
@@ -92,8 +108,10 @@ def _is_right() -> bool:
     x, weight = (torch.randn(rows, 64, generator=generator, dtype=torch.float32) for rows in (2, 3))
     half = dense_rows(x.bfloat16(), weight.bfloat16()).float()
     normed = torch.rms_norm(x, (64,), weight[0], 1e-6)
+    codes = (40 * weight).clamp(-127, 127).to(torch.int8)
     return (
         torch.allclose(dense_rows(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
         and torch.allclose(half, x.bfloat16().float() @ weight.bfloat16().float().T, rtol=1e-2, atol=1e-2)
+        and torch.allclose(int8_rows(x, codes, weight[:, 0]), x @ (codes * weight[:, :1]).T, rtol=1e-4, atol=1e-3)
         and torch.allclose(rms_norm(x, weight[0], 1e-6), normed, rtol=1e-5, atol=1e-5)
     )

@@ -5,9 +5,9 @@ measured to be faster (`selfcheck.AHEAD`, or MINIVLM_TRITON=1) and pass their ch
 
 On a CPU, four-bit weights are repacked for a page of C (`minivlm_kernels/cpu_int4.py`) where there is a compiler;
 up to `FEW` rows of x it multiplies, for more it writes the weight out, some outputs at a time, for a large product.
-int8 has an operator of torch for few rows of bf16. What is left is dequantised by the definitions and multiplied: four
-bits without a compiler, NF4 and FP4 with blocks of scales that straddle outputs (K no multiple of 64, as Idefics2's
-4304), int8 in fp32 and of many rows.
+int8 has another page of C (`cpu_dense.py`) for few rows, and for those of bf16 an operator of torch. What is left is
+dequantised by the definitions and multiplied: formats without a compiler, NF4 and FP4 with blocks of scales that
+straddle outputs (K no multiple of 64, as Idefics2's 4304), int8 of many rows.
 
 `python scripts/bench/int4_cpu.py` compares these ways, and torch's own operator for int4.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from minivlm_kernels import cpu_int4, has_triton, selfcheck
+from minivlm_kernels import cpu_dense, cpu_int4, has_triton, selfcheck
 from minivlm_kernels.addresses import addressable
 from minivlm_kernels.processor import multiplies
 from torch import Tensor
@@ -81,6 +81,8 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
         y = rows.new_empty(len(rows), shape[0])
         for some, weight in _pieces(tensors, format, shape, rows.dtype):
             torch.mm(rows, weight, out=y[:, some])
+    elif isinstance(format, Int8) and _c_serves_int8(rows):
+        y = cpu_dense.int8_rows(rows, tensors["qweight"], tensors["scales"] / 127)
     elif isinstance(format, Int8) and x.dtype == torch.bfloat16 and len(rows) <= FEW_INT8 and shape[1] % 16 == 0:
         # The operator would take bf16 scales: it gets ones, and the real ones come after. It reads rows by 16 inputs,
         # and past the end of a row that is not a multiple (torch 2.13).
@@ -89,6 +91,13 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
     else:
         y = F.linear(rows.to(_wide(x.dtype)), format.dequantize(tensors, shape, _wide(x.dtype)))
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], shape[0])
+
+
+def _c_serves_int8(x: Tensor) -> bool:
+    few = (
+        1 if x.dtype == torch.bfloat16 else FEW
+    )  # of bf16, torch's operator is as fast for one row and faster for more
+    return 0 < len(x) <= few and x.shape[1] % cpu_dense.INT8_BLOCK == 0 and cpu_dense.available()
 
 
 def backward(gradient: Tensor, tensors: Tensors, format: Format, shape: Shape) -> Tensor:

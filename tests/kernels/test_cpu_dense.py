@@ -84,3 +84,22 @@ def test_norms_are_those_of_the_layer(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float) -> None:
     x, weight = torch.full((1, 64), value, dtype=dtype), torch.ones(9, 64, dtype=dtype)
     torch.testing.assert_close(cpu_dense.dense_rows(x, weight), x @ weight.T, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (333, 640)])
+def test_few_rows_times_a_weight_of_8_bits(
+    dtype: torch.dtype, count: int, rows: int, columns: int, library: None
+) -> None:
+    """Exact products of x and the codes, sums in fp32, one rounding of the product with the scale."""
+    torch.manual_seed(0)
+    codes, scales = torch.randint(-128, 128, (rows, columns), dtype=torch.int8), torch.rand(rows) / 100
+    for x in (torch.randn(count, columns).to(dtype), torch.randn(columns, count).to(dtype).T):
+        expected, bound = bounds.linear(x, codes.double() * scales[:, None], dtype=torch.float32)
+        bounds.assert_within(cpu_dense.int8_rows(x, codes, scales), expected, bound)
+    x[0, 5] = torch.nan
+    found = cpu_dense.int8_rows(x, codes, scales).isfinite()
+    assert not found[0].any()
+    assert found[1:].all()

@@ -6,7 +6,7 @@ import bounds
 import processes
 import pytest
 import torch
-from minivlm_kernels import cpu_int4
+from minivlm_kernels import cpu_dense, cpu_int4
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from wrapped import Wrapped
@@ -48,11 +48,12 @@ def check(made: QuantizedLinear, weight: Tensor, x: Tensor) -> None:
 def test_product(format: Format, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
         monkeypatch.setattr(cpu_int4, "available", lambda: False)
+        monkeypatch.setattr(cpu_dense, "available", lambda: False)
     for shape in SHAPES:
         made = layer(shape, format).to(dtype)
         weight = made.dequantize(torch.float32).double()
-        for rows in (1, 3, 130):
-            check(made, weight, torch.randn(2, rows, shape[1]).to(dtype))
+        for rows in ((1, 1), (2, 1), (2, 3), (2, 130)):
+            check(made, weight, torch.randn(*rows, shape[1]).to(dtype))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
