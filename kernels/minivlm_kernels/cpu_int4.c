@@ -13,7 +13,7 @@ enum { LANES = 16 };
 enum { LANES = 8 };
 #endif
 enum { PARTS = 16 / LANES };
-enum { AHEAD = 1024 }; // prefetch distance in bytes: hardware prefetching stops at the end of a page
+enum { AHEAD = 2048 }; // prefetch distance in bytes: hardware prefetching stops at the end of a page
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
