@@ -15,6 +15,8 @@ enum { LANES = 8, CHUNK = 2 * LANES };
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(1)));
 
+enum { FAR = 2048 }; // prefetch distance in bytes, of weights whose bytes take longer to multiply than fp32's
+
 static inline float sum(floats v) {
 #ifdef __AVX512F__
     v += __builtin_shuffle(v, (words){8, 9, 10, 11, 12, 13, 14, 15});
@@ -51,6 +53,7 @@ static inline __attribute__((always_inline)) void dots(const char *weight, const
         for (int i = 0; i < many; i++) {
             const void *w = weight + (lines > 1 ? i : 0) * size;
             const floats *given = x + 2 * ((count > 1 ? i : 0) * chunks + c);
+            if (half && (lines > 1 || i == 0)) __builtin_prefetch((const words *)w + c + FAR / (4 * LANES), 0, 0);
             const floats first = half ? lower(((const words *)w)[c]) : ((const floats *)w)[2 * c];
             const floats second = half ? upper(((const words *)w)[c]) : ((const floats *)w)[2 * c + 1];
             even[i] += first * given[0];
@@ -171,7 +174,7 @@ static inline floats numbers(const int8_t *codes) {
 #endif
 }
 
-enum { BLOCK = 64, FAR = 1024 }; // codes of a cache line; prefetch distance in bytes
+enum { BLOCK = 64 }; // codes of a cache line
 
 // A row of codes times `count` rows of x.
 static inline __attribute__((always_inline)) void codes_dots(const int8_t *codes, const float *x, float *sums, int64_t columns,
