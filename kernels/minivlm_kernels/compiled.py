@@ -19,7 +19,7 @@ import torch
 
 from minivlm_kernels import kept, processor
 
-OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-Wno-psabi")
+OPTIONS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC", "-Wno-psabi")
 FORBIDDEN = {  # what keeps gcc from using an instruction set
     "avx_vnni": "-mno-avxvnni",
     "avx512f": "-mno-avx512f",

@@ -205,23 +205,24 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
 
 // The same in whole numbers, for tables whose values are multiples of a unit: int4's of 1, FP4's of 1 / 192, NF4's in bf16 of
 // 2^-11. A number of x becomes a whole number of 16 bits, a limb; one instruction multiplies 16 or 32 of them and adds the
-// products in pairs. What that leaves of a group's smallest numbers is multiplied in fp32 if it is of few of them, and else as
-// a second limb.
+// products in pairs. If that leaves something of more than a few numbers of a group, they get a second limb. What is left
+// then is multiplied in fp32, so that nothing of x is lost.
 enum { FEW = 8 };                      // one number in so many
-enum { SHORTEST = 14, LONGEST = 15 };  // bits of a limb: two lose less of x than fp32's rounding, …
-enum { MOST = 512 };                   // … if a group has no more inputs
+enum { SHORTEST = 14, LONGEST = 15 };  // bits of a limb: fewer would leave too much
+enum { MOST = 512 };                   // inputs of a group: more would do so too, and sums of masked codes might overflow
 enum { SHARED = LANES == 16 ? 4 : 2 }; // limbs for which a code is decoded once: their sums are registers
 
 typedef struct {
     float values[16], unit;
     int16_t whole[16]; // values / unit
     int bits;          // of a limb, so that sums over a group stay below 2^31; 0: there is no unit
-    int numbers;       // the codes themselves are the whole numbers
+    int masked;        // the whole numbers are the codes, and values are 8 less
 } Table;
 
 typedef struct {
     float step; // the value of the lowest bit of a first limb times the table's unit
     int32_t limbs, end; // how many; where the group's part of `rest` ends
+    int32_t sums[2]; // of each limb
 } Group;
 
 typedef struct {
@@ -233,15 +234,16 @@ typedef struct {
     float *x, *sums;   // (columns,), in the order of the codes in a word; (groups,): sums of x
     int16_t *limbs[2]; // (columns,), in the order in which `decode` gives the codes
     Group *groups;
-    Rest *rest; // of groups of one limb
+    Rest *rest; // what limbs leave
     int whole;  // else there are only x and sums
 } Row;
 
 #ifdef __AVX512F__
-enum { MASKED = 0 }; // whether numbers 0 to 15 are had by a mask: else by a table, as others
+enum { MASKED = 0 }; // whether a mask gives the numbers 0 to 15, and not the table
 typedef __m512i wholes;
 
 INLINE wholes read_wholes(const void *at) { return _mm512_loadu_si512(at); }
+INLINE wholes all_of(int32_t number) { return _mm512_set1_epi32(number); }
 
 INLINE wholes dot(wholes sum, wholes a, wholes b) {
 #ifdef __AVX512VNNI__
@@ -256,14 +258,14 @@ INLINE void read_table(const Table *table, wholes *held) {
 }
 
 // Codes s and s + 4 of each output. Shifted to the end of 16 bits, bit 4 belongs to the next code: the table is there twice.
-INLINE void decode(wholes eight, const wholes *table, wholes *values, const int numbers) {
+INLINE void decode(wholes eight, const wholes *table, wholes *values, const int masked) {
 #pragma GCC unroll 4
     for (int s = 0; s < 4; s++) values[s] = _mm512_permutexvar_epi16(_mm512_srli_epi16(eight, 4 * s), table[0]);
 }
 
-INLINE wholes given(const int16_t *x, int s, const int numbers) { return _mm512_set1_epi32(((const int32_t *)x)[s]); }
+INLINE wholes given(const int16_t *x, int s, const int masked) { return _mm512_set1_epi32(((const int32_t *)x)[s]); }
 
-INLINE floats joined(const wholes *sums, const int numbers) {
+INLINE floats joined(const wholes *sums, const int masked) {
     return (floats)_mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
 }
 #else
@@ -271,6 +273,7 @@ enum { MASKED = 1 };
 typedef __m256i wholes;
 
 INLINE wholes read_wholes(const void *at) { return _mm256_loadu_si256(at); }
+INLINE wholes all_of(int32_t number) { return _mm256_set1_epi32(number); }
 
 INLINE wholes dot(wholes sum, wholes a, wholes b) {
 #ifdef __AVXVNNI__
@@ -288,10 +291,12 @@ INLINE void read_table(const Table *table, wholes *held) {
     held[1] = _mm256_permute4x64_epi64(bytes, 0xdd);
 }
 
-// numbers: codes s and s + 4 of each output, times 16 where s is odd. Else a lane is half of an output: values of codes 0 and 2
-// or 4 and 6 of half of the outputs, of the other half, and the same of odd codes.
-INLINE void decode(wholes eight, const wholes *table, wholes *values, const int numbers) {
-    if (numbers) {
+// Of each 16 bytes of codes, which are four outputs. A lane is two numbers, of the codes (input of output):
+//     masked        0 and 4 of all outputs; 1 and 5, times 16; 2 and 6; 3 and 7, times 16
+//     by the table  0, 2 of the first | 4, 6 of the first | 0, 2 of the second | 4, 6 of the second; the same of the third and
+//                   the fourth; then 1, 3 and 5, 7 of all these
+INLINE void decode(wholes eight, const wholes *table, wholes *values, const int masked) {
+    if (masked) {
         const wholes low = _mm256_set1_epi16(15), high = _mm256_set1_epi16(240), upper = _mm256_srli_epi16(eight, 8);
         values[0] = _mm256_and_si256(eight, low);
         values[1] = _mm256_and_si256(eight, high);
@@ -308,90 +313,101 @@ INLINE void decode(wholes eight, const wholes *table, wholes *values, const int 
     }
 }
 
-INLINE wholes given(const int16_t *x, int s, const int numbers) {
-    return numbers ? _mm256_set1_epi32(((const int32_t *)x)[s]) : _mm256_set1_epi64x(((const int64_t *)x)[s / 2]);
+INLINE wholes given(const int16_t *x, int s, const int masked) {
+    return masked ? _mm256_set1_epi32(((const int32_t *)x)[s]) : _mm256_set1_epi64x(((const int64_t *)x)[s / 2]);
 }
 
-INLINE floats joined(const wholes *sums, const int numbers) {
-    const __m256i odd = numbers ? _mm256_srai_epi32(sums[1], 4) : sums[1];
-    return (floats)_mm256_cvtepi32_ps(numbers ? _mm256_add_epi32(sums[0], odd) : _mm256_hadd_epi32(sums[0], odd));
+INLINE floats joined(const wholes *sums, const int masked) {
+    const __m256i odd = masked ? _mm256_srai_epi32(sums[1], 4) : sums[1];
+    return (floats)_mm256_cvtepi32_ps(masked ? _mm256_add_epi32(sums[0], odd) : _mm256_hadd_epi32(sums[0], odd));
 }
 #endif
 
 // A group of two registers of outputs, whose codes are `apart` bytes apart, times `count` limbs.  products: (count, 2).
+// starts: −8 times the sum of each limb, which makes masked codes the table's values.
 INLINE void limbs_product(const uint8_t *codes, int64_t apart, const wholes *table, const int16_t *const *limbs, int64_t group,
-                          floats *products, const int count, const int numbers) {
+                          const int32_t *starts, floats *products, const int count, const int masked) {
     wholes sums[SHARED][2][2]; // of even and odd s, which do not wait for each other
-    for (int i = 0; i < 4 * count; i++) sums[i / 4][i / 2 % 2][i % 2] = (wholes){0};
+    for (int i = 0; i < count; i++)
+        for (int u = 0; u < 2; u++) {
+            sums[i][u][0] = masked ? all_of(starts[i]) : all_of(0);
+            sums[i][u][1] = all_of(0);
+        }
     for (int64_t k = 0; k < group; k += 8)
 #pragma GCC unroll 2
         for (int u = 0; u < 2; u++) {
             const uint8_t *eight = codes + 8 * k + u * apart;
             wholes values[4];
             if (u < TILES) _mm_prefetch(eight + AHEAD, _MM_HINT_T0);
-            decode(read_wholes(eight), table, values, numbers);
+            decode(read_wholes(eight), table, values, masked);
 #pragma GCC unroll 4
             for (int i = 0; i < count; i++)
 #pragma GCC unroll 4
                 for (int s = 0; s < 4; s++)
-                    sums[i][u][s % 2] = dot(sums[i][u][s % 2], values[s], given(limbs[i] + k, s, numbers));
+                    sums[i][u][s % 2] = dot(sums[i][u][s % 2], values[s], given(limbs[i] + k, s, masked));
         }
-    for (int i = 0; i < 2 * count; i++) products[i] = joined(sums[i / 2][i % 2], numbers);
+    for (int i = 0; i < 2 * count; i++) products[i] = joined(sums[i / 2][i % 2], masked);
 }
 
 // Group g times all limbs of `count` rows.
 INLINE void group_product(const Weight *w, const uint8_t *codes, int64_t apart, const wholes *table, const Row *rows, int64_t g,
-                          floats *products, const int count, const int numbers) {
+                          floats *products, const int count, const int masked) {
     const int16_t *limbs[2 * SHARED];
-    int left = 0;
+    int32_t starts[2 * SHARED];
+    int all = 0, at = 0;
     for (int i = 0; i < count; i++)
-        for (int j = 0; j < rows[i].groups[g].limbs; j++) limbs[left++] = rows[i].limbs[j] + g * w->group;
-    const int16_t *const *next = limbs;
-    do {
-#define LIMBS(number) limbs_product(codes, apart, table, next, w->group, products, number, numbers)
-        if (SHARED > 3 && left > 3) LIMBS(4);
-        else if (SHARED > 2 && left > 2) LIMBS(3);
-        else if (left > 1) LIMBS(2);
+        for (int j = 0; j < rows[i].groups[g].limbs; j++) {
+            starts[all] = -8 * rows[i].groups[g].sums[j];
+            limbs[all++] = rows[i].limbs[j] + g * w->group;
+        }
+    do { // so many as share a code, and those that remain
+#define LIMBS(number) limbs_product(codes, apart, table, limbs + at, w->group, starts + at, products + 2 * at, number, masked)
+        if (SHARED > 3 && all - at > 3) LIMBS(4);
+        else if (SHARED > 2 && all - at > 2) LIMBS(3);
+        else if (all - at > 1) LIMBS(2);
         else LIMBS(1);
 #undef LIMBS
-        next += SHARED;
-        products += 2 * SHARED;
-        left -= SHARED;
-    } while (left > 0);
+    } while ((at += SHARED) < all);
+}
+
+// Sums of two registers of outputs, and what limbs have left of a group: numbers `next` of the row's rest to the group's last.
+INLINE void add_rest(const uint8_t *codes, int64_t apart, const floats *values, const Row *row, int32_t end, int32_t *next,
+                     floats *sums) {
+    for (; *next < end; ++*next) {
+        const Rest left = row->rest[*next];
+        for (int u = 0; u < 2; u++) {
+            const words eight = *(const words *)(codes + u * apart + 64 * (left.place / 8));
+            sums[u] += look_up(values, eight >> 4 * (left.place % 8)) * left.value;
+        }
+    }
 }
 
 // rows: `count` of them, SHARED at most.
 INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const Table *table, const Row *rows, float *y,
-                               const int count, const int numbers) {
+                               const int count, const int masked) {
     const int64_t groups = w->columns / w->group, apart = LANES == 16 ? tiles[1].groups - tiles[0].groups : 32;
-    const float below = ldexpf(1, -table->bits); // of a second limb's lowest bit
+    const float below = ldexpf(1, -table->bits); // a second limb's lowest bit beside the first's
     wholes held[2];
     floats values[PARTS], total[2 * SHARED] = {{0}};
     Nested nested[TILES];
-    int32_t rest[SHARED] = {0};
+    int32_t next[SHARED] = {0}; // of each row's rest
     read_table(table, held);
     for (int p = 0; p < PARTS; p++) values[p] = ((const floats *)table->values)[p];
     for (int64_t g = 0; g < groups; g++) {
         const uint8_t *codes = codes_of(tiles, g);
         floats products[4 * SHARED], *product = products, scales[2], shifts[2];
-        group_product(w, codes, apart, held, rows, g, products, count, numbers);
+        group_product(w, codes, apart, held, rows, g, products, count, masked);
         for (int u = 0; u < 2; u++) {
             const Tile *tile = tiles + u / PARTS;
             scales[u] = scales_of(w, tile, g, u % PARTS * LANES, nested + u / PARTS);
-            shifts[u] = w->zeros ? shifts_of(tile, g, u % PARTS * LANES) - (float)(8 * numbers) : (floats){0};
+            shifts[u] = w->zeros ? shifts_of(tile, g, u % PARTS * LANES) : (floats){0};
         }
         for (int i = 0; i < count; i++) {
             const Group group = rows[i].groups[g];
             floats sums[2] = {product[0], product[1]};
             for (int u = 0; group.limbs == 2 && u < 2; u++) sums[u] += product[2 + u] * below;
             for (int u = 0; u < 2; u++) sums[u] *= group.step;
-            for (; rest[i] < group.end; rest[i]++) {
-                const Rest left = rows[i].rest[rest[i]];
-                for (int u = 0; u < 2; u++) {
-                    const words eight = *(const words *)(codes + u * apart + 64 * (left.place / 8));
-                    sums[u] += look_up(values, eight >> 4 * (left.place % 8)) * left.value;
-                }
-            }
+            add_rest(codes, apart, values, rows + i, group.end, next + i, sums);
             for (int u = 0; u < 2; u++) total[2 * i + u] += (sums[u] + shifts[u] * rows[i].sums[g]) * scales[u];
             product += 2 * group.limbs;
         }
@@ -401,7 +417,7 @@ INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const Table *
             *(floats *)(y + (i * w->tiles + tiles[u / PARTS].number) * 16 + u % PARTS * LANES) = total[2 * i + u];
 }
 
-// Whether the table's values are multiples of `unit`, but for fp32's rounding.
+// Whether the table's values are multiples of `unit`, but for three roundings to fp32: of both, and of their product.
 static int in_units(Table *table, float unit) {
     table->unit = unit;
     for (int i = 0; i < 16; i++) {
@@ -419,64 +435,76 @@ static float in_bf16(float value) { // finite ones: to nearest, ties to even
     return number.value;
 }
 
-// half: values may be rounded to bf16.
+// half: values are rounded to bf16 if they have no unit as they are.
 static Table read_values(const Weight *w, int half) {
-    Table table = {.bits = LONGEST, .numbers = MASKED && w->zeros};
+    Table table = {.masked = MASKED && w->zeros};
     float least = 1, most = 0;
-    for (int i = 0; i < 16; i++) {
-        table.values[i] = table.numbers ? (float)i : w->table[i];
+    memcpy(table.values, w->table, sizeof table.values);
+    for (int i = 0; i < 16; i++)
         if (table.values[i]) least = fminf(least, fabsf(table.values[i]));
-    }
     int found = in_units(&table, least);
     for (int i = 0; i < 16; i++) {
         if (half && !found) table.values[i] = in_bf16(table.values[i]);
         most = fmaxf(most, fabsf(table.values[i]));
     }
+    if (least < 0x1p-40f || w->group > MOST) return table; // the first, lest a step be denormal
     found = found || (half && in_units(&table, ldexpf(1, ilogbf(most) - 11)));
-    const float largest = table.numbers ? 128 : rintf(most / table.unit); // 128: above 15 · 16, of every other code
-    while (largest * w->group * ldexpf(1, table.bits) > 0x1p31f) table.bits--;
-    if (!found || table.bits < SHORTEST || w->group > MOST) table.bits = 0;
+    int bits = LONGEST;
+    while (!table.masked && rintf(most / table.unit) * w->group * ldexpf(1, bits) > 0x1p31f) bits--;
+    table.bits = found && bits >= SHORTEST ? bits : 0;
     return table;
 }
 
 // Eight numbers rounded to limbs, in the order in which `decode` gives the codes. Returns what is left of them.
-INLINE __m256 store_limbs(__m256 x, int bits, int16_t *out, int numbers) {
+INLINE __m256 store_limbs(__m256 x, const Table *table, int16_t *out, __m256i *sum) {
     const __m128i pairs = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
     const __m128i fours = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    const int32_t most = (1 << bits) - 1;
+    const int32_t most = (1 << table->bits) - 1;
     __m256i whole = _mm256_cvtps_epi32(x);
     whole = _mm256_max_epi32(_mm256_min_epi32(whole, _mm256_set1_epi32(most)), _mm256_set1_epi32(-most));
     const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    _mm_storeu_si128((void *)out, _mm_shuffle_epi8(eight, LANES == 16 || numbers ? pairs : fours));
+    _mm_storeu_si128((void *)out, _mm_shuffle_epi8(eight, LANES == 16 || table->masked ? pairs : fours));
+    *sum = _mm256_add_epi32(*sum, whole);
     return x - _mm256_cvtepi32_ps(whole);
 }
 
-// A row as whole multiples of a power of two, one power for each group. Returns whether all is finite and far from denormal
-// numbers, so that nothing is lost by powers of two.
+// A group as one limb or two, whose lowest bit is `step`, and the rest.
+static Group cut_group(const float *x, int64_t inputs, const Table *table, float step, int limbs, int16_t *const *out, Rest *rest,
+                       int32_t count) {
+    const float inverse = 1 / step, above = (float)(1 << table->bits), below = limbs == 2 ? step / above : step;
+    __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t k = 0; k < inputs; k += 8) {
+        __m256 left = store_limbs(_mm256_loadu_ps(x + k) * inverse, table, out[0] + k, sums);
+        if (limbs == 2) left = store_limbs(left * above, table, out[1] + k, sums + 1);
+        for (int some = _mm256_movemask_ps(left != 0); some; some &= some - 1) {
+            const int i = __builtin_ctz(some);
+            rest[count++] = (Rest){left[i] * below, (int32_t)k + i};
+        }
+    }
+    Group group = {step * table->unit, limbs, count, {0, 0}};
+    for (int i = 0; i < 16; i++) group.sums[i / 8] += ((__v8si)sums[i / 8])[i % 8];
+    return group;
+}
+
+// A row as whole multiples of a power of two, one power for each group. Returns whether all is finite and no group so small
+// that what is left of it is denormal.
 static int cut(const Weight *w, const Table *table, Row *row) {
     int32_t count = 0;
     for (int64_t g = 0; g < w->columns / w->group; g++) {
         const float *x = row->x + g * w->group;
-        int16_t *first = row->limbs[0] + g * w->group, *second = row->limbs[1] + g * w->group;
+        int16_t *const limbs[2] = {row->limbs[0] + g * w->group, row->limbs[1] + g * w->group};
         uint32_t most = 0; // the bits of absolute values are in order
         for (int64_t k = 0; k < w->group; k++) {
             const uint32_t size = ((const uint32_t *)x)[k] & 0x7fffffff;
             most = size > most ? size : most;
         }
-        const int exponent = most ? (int)(most >> 23) - 127 : 0, before = count;
+        const int exponent = most ? (int)(most >> 23) - 127 : 0;
         if (exponent < -60 || exponent > 127) return 0;
-        const float step = ldexpf(1, exponent + 1 - table->bits), inverse = ldexpf(1, table->bits - 1 - exponent);
-        for (int64_t k = 0; k < w->group; k += 8) {
-            const __m256 left = store_limbs(_mm256_loadu_ps(x + k) * inverse, table->bits, first + k, table->numbers);
-            store_limbs(left * (float)(1 << table->bits), table->bits, second + k, table->numbers);
-            for (int some = _mm256_movemask_ps(left != 0); some; some &= some - 1) {
-                const int i = __builtin_ctz(some);
-                row->rest[count++] = (Rest){left[i] * step, (int32_t)k + i};
-            }
-        }
-        const int few = count - before <= w->group / FEW;
-        if (!few) count = before;
-        row->groups[g] = (Group){step * table->unit, few ? 1 : 2, count};
+        const float step = ldexpf(1, exponent + 1 - table->bits);
+        Group *group = row->groups + g;
+        *group = cut_group(x, w->group, table, step, 1, limbs, row->rest, count);
+        if (group->end - count > w->group / FEW) *group = cut_group(x, w->group, table, step, 2, limbs, row->rest, count);
+        count = group->end;
     }
     return 1;
 }
@@ -600,9 +628,9 @@ static void read_row(const Weight *w, const float *x, int64_t inputs, Row *row) 
 
 // Rows that are alike: `count` whole ones, SHARED at most, or others.
 INLINE void tiles_product(const Weight *w, const Tile *tiles, const Table *table, const Row *rows, float *y, int64_t count,
-                          const int numbers) {
-    if (rows[0].whole && count == 1) tile_product_whole(w, tiles, table, rows, y, 1, numbers); // its sums are registers
-    else if (rows[0].whole) tile_product_whole(w, tiles, table, rows, y, (int)count, numbers);
+                          const int masked) {
+    if (rows[0].whole && count == 1) tile_product_whole(w, tiles, table, rows, y, 1, masked); // known, so that sums are registers
+    else if (rows[0].whole) tile_product_whole(w, tiles, table, rows, y, (int)count, masked);
     else
         for (int at = 0; at < 16; at += LANES)
             FOR_ROWS(count, tile_product(w, tiles, at, rows[FROM].x, rows[FROM].sums, y + FROM * 16 * w->tiles, ROWS))
@@ -611,9 +639,9 @@ INLINE void tiles_product(const Weight *w, const Tile *tiles, const Table *table
 // x: (rows, inputs).  y: (rows, 16 * tiles).  half: x is in bf16.  Returns 1 where there is no memory, else 0.
 int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t half) {
     const int64_t columns = w->columns, groups = columns / w->group;
-    const int64_t numbers = 2 * sizeof(float) + sizeof(Rest), sums = sizeof(float) + sizeof(Group); // bytes of each
+    const int64_t per_input = 2 * sizeof(float) + sizeof(Rest), per_group = sizeof(float) + sizeof(Group);
     const Table table = read_values(w, (int)half);
-    Row *each = malloc(rows * (sizeof *each + columns * numbers + groups * sums));
+    Row *each = malloc(rows * (sizeof *each + columns * per_input + groups * per_group));
     if (!each) return 1;
     float *ordered = (float *)(each + rows), *their = ordered + rows * columns; // those of all rows one after another
     int16_t *limbs = (int16_t *)(their + rows * groups);
@@ -621,7 +649,7 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs, i
     Group *held = (Group *)(rest + rows * columns);
     uint8_t bytes[1024];
     split_map(w, bytes);
-    if (!table.numbers) w->table = table.values;
+    w->table = table.values;
     for (int64_t i = 0; i < rows; i++) {
         int16_t *first = limbs + 2 * i * columns;
         each[i] = (Row){.x = ordered + i * columns, .sums = their + i * groups, .limbs = {first, first + columns},
@@ -636,7 +664,7 @@ int product(Weight *w, const float *x, float *y, int64_t rows, int64_t inputs, i
             const int64_t most = each[i].whole && i + SHARED < rows ? i + SHARED : rows;
             for (end = i + 1; end < most && each[end].whole == each[i].whole;) end++;
             float *out = y + i * 16 * w->tiles;
-            if (table.numbers) tiles_product(w, tiles, &table, each + i, out, end - i, MASKED);
+            if (table.masked) tiles_product(w, tiles, &table, each + i, out, end - i, MASKED);
             else tiles_product(w, tiles, &table, each + i, out, end - i, 0);
         }
     }

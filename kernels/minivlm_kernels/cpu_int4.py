@@ -102,9 +102,8 @@ def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
 def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows.
 
-    For x in bf16 the table is rounded to bf16 too, but FP4's without bf16 instructions; sums are in fp32. Without these
-    instructions, products of tables whose values are multiples of a unit are of whole numbers, and lose less of x than
-    fp32's rounding of it.
+    For x in bf16 the table is rounded to bf16 too, but FP4's without bf16 instructions. Products are exact and sums are in
+    fp32, or, without these instructions and for tables whose values are multiples of a unit, in whole numbers.
     """
     table, library = _table(weight), _library()
     half, described = x.dtype == torch.bfloat16, _described(weight, table)
@@ -191,16 +190,21 @@ def available() -> bool:
 
 @outside_modes
 def _is_right() -> bool:
+    """Values against the formula, then products against those with the values: of each way that the C has."""
     generator = torch.Generator("cpu").manual_seed(0)
-    codes = torch.randint(256, (3, 128), dtype=torch.uint8, generator=generator)
-    scales = torch.rand(3, 4, generator=generator, dtype=torch.float32)
-    table = torch.randn(16, generator=generator, dtype=torch.float32)
-    weight = Tiles(pack(codes, scales, None, 64), table, (3, 256), 64, torch.float32, high_first=True)
-    values = table[torch.stack((codes >> 4, codes & 15), 2).flatten(1).long()].view(3, 4, 64)
-    expected = (values * scales[..., None]).flatten(1)
+    codes = torch.randint(256, (17, 128), dtype=torch.uint8, generator=generator)
+    scales, nested = torch.rand(17, 4, generator=generator, dtype=torch.float32), codes[:, :4].contiguous()
+    table, units = torch.randn(16, generator=generator, dtype=torch.float32), _whole_numbers() / 8
+    absmax = torch.ones(1, dtype=torch.float32)
+    first = Tiles(pack(codes, scales, None, 64), table, (17, 256), 64, torch.float32, high_first=True)
+    values = table[torch.stack((codes >> 4, codes & 15), 2).flatten(1).long()].view(17, 4, 64)
+    if not torch.allclose(dequantize(first, torch.float32), (values * scales[..., None]).flatten(1).T, 1e-6, 1e-6):
+        return False
+    whole = Tiles(pack(codes, scales, nested % 16, 64), None, (17, 256), 64, torch.float32)
+    both = (scales.new_tensor(range(256)) / 256, absmax, 0.25)
+    last = Tiles(pack(codes, nested, None, 64), units, (17, 256), 64, torch.uint8, True, both)
     x = torch.randn(1, 256, generator=generator, dtype=torch.float32)
-    whole = Tiles(pack(codes, scales, codes[:, :4] % 16, 64), None, (3, 256), 64, torch.float32)
-    return torch.allclose(dequantize(weight, torch.float32), expected.T, rtol=1e-6, atol=1e-6) and all(
-        torch.allclose(product(x, tiles), x.float() @ dequantize(tiles, torch.float32), rtol=1e-4, atol=1e-3)
-        for x, tiles in ((x, weight), (x, whole), (x.bfloat16(), whole))
+    return all(
+        torch.allclose(product(given, tiles), given.float() @ dequantize(tiles, torch.float32), rtol=1e-4, atol=1e-3)
+        for given, tiles in ((x, first), (x, whole), (x.bfloat16(), whole), (x.bfloat16(), last))
     )

@@ -13,9 +13,14 @@ from torch import Tensor
 
 from minivlm.modules.attention import Mask, attention
 
-needs_compiler = pytest.mark.skipif(not cpu_attention.available(), reason="no GCC, or no AVX-512: torch attends")
+needs_compiler = pytest.mark.skipif(cpu_attention._library() is None, reason="no GCC, or no AVX-512: torch attends")
 library = each_instruction_set(cpu_attention, "native", "AVX-512")
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@needs_compiler
+def test_the_page_passes_its_own_check(library: None) -> None:
+    assert cpu_attention._is_right()
 
 
 def heads(B: int, H: int, K: int, T: int, S: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,13 @@ from minivlm_kernels import cpu_dense, processor
 
 from minivlm.modules.layers import RMSNorm
 
-needs_compiler = pytest.mark.skipif(not cpu_dense.available(), reason="no GCC, or no AVX: products stay with torch")
+needs_compiler = pytest.mark.skipif(cpu_dense._library() is None, reason="no GCC, or no AVX: products stay with torch")
 library = each_instruction_set(cpu_dense, "native", "AVX2", "AVX-512")
+
+
+@needs_compiler
+def test_the_page_passes_its_own_check(library: None) -> None:
+    assert cpu_dense._is_right()
 
 
 @needs_compiler

@@ -13,8 +13,13 @@ from torch import Tensor
 from minivlm.quantization import codebook
 from minivlm.quantization.codebook import CODES
 
-needs_compiler = pytest.mark.skipif(not cpu_int4.available(), reason="no GCC, or no AVX: products stay with torch")
+needs_compiler = pytest.mark.skipif(cpu_int4._library() is None, reason="no GCC, or no AVX: products stay with torch")
 library = each_instruction_set(cpu_int4)
+
+
+@needs_compiler
+def test_the_page_passes_its_own_check(library: None) -> None:
+    assert cpu_int4._is_right()
 
 
 # Outputs, inputs, what scales are held as, zero points, inputs of a scale. Outputs that fill no tile; inputs that fill
@@ -127,6 +132,55 @@ def test_numbers_of_very_different_sizes(kind: str, rows: int, library: None) ->
     for value in (math.inf, -math.inf, math.nan):
         x[-1, 7] = value
         assert not product(x, packed)[-1].isfinite().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize(("rows", "columns"), [(33, 384), (50, 1152), (33, 576)])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_nested_scales_of_tables_in_units(kind: str, rows: int, columns: int, count: int, library: None) -> None:
+    """Of several tiles at once; a group's scale is that of a block of 256 groups, which begins within a row."""
+    table = codebook.codebook(kind)
+    for half, dtype in ((kind == "nf4", torch.bfloat16), (False, torch.float32)):
+        packed, exact = weight(rows, columns, torch.uint8, False, 64, half, table)
+        x = torch.randn(count, columns).to(dtype)
+        largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
+        expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)
+        if half or dtype == torch.float32:
+            bounds.assert_within(product(x, packed), expected, bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize("group", [32, 1024])
+@pytest.mark.parametrize("count", [2, 9])
+def test_rows_that_are_not_cut(group: int, count: int, library: None) -> None:
+    """Numbers near the smallest, and groups too long for whole sums: zero points and several rows in fp32."""
+    packed, exact = weight(33, 2048, torch.float32, True, group)
+    largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = (torch.randn(count, 2048) * 2.0**-80).to(dtype)
+        expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)
+        bounds.assert_within(product(x, packed), expected, bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("power", [4, 10, 14, 18, 22, 40])
+def test_nothing_is_lost_beside_an_outlier(kind: str, power: int, library: None) -> None:
+    """One number is far larger than the others of its group, and its weight is zero: the others count in full."""
+    table = torch.arange(-8.0, 8) if WHOLE[kind] is None else WHOLE[kind].bfloat16().float()
+    codes = torch.randint(16, (17, 64), generator=torch.Generator().manual_seed(power))
+    codes[:, 20] = (table == 0).nonzero()[0]
+    halves = (codes[:, 1::2], codes[:, ::2]) if WHOLE[kind] is None else (codes[:, ::2], codes[:, 1::2])
+    zeros = torch.full((17, 1), 8, dtype=torch.uint8) if WHOLE[kind] is None else None
+    stream = pack((halves[0] * 16 + halves[1]).to(torch.uint8), torch.ones(17, 1), zeros, 64)
+    packed = Tiles(stream, None if zeros is not None else table, (17, 64), 64, torch.float32, zeros is None)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(3, 64).to(dtype)
+        x[:, 20] = 2.0**power
+        values = table.double()[codes]
+        size = x.double().abs().where(values[:, None] != 0, 0) * values[:, None].abs()  # (17, 3, 64)
+        bounds.assert_within(product(x, packed), x.double() @ values.T, bounds.certain(128, size.sum(2).T))
 
 
 @needs_compiler
