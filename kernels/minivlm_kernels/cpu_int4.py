@@ -102,8 +102,8 @@ def _filled(tensor: Tensor, rows: int, columns: int) -> Tensor:
 def product(x: Tensor, weight: Tiles) -> Tensor:
     """x (M, K) → (M, N) fp32. Each decoded weight is multiplied with up to eight rows.
 
-    For x in bf16 the table is rounded to bf16 too, but FP4's without bf16 instructions. Products are exact and sums are in
-    fp32, or, without these instructions and for tables whose values are multiples of a unit, in whole numbers.
+    For x in bf16 the table is rounded to bf16 too, but FP4's without bf16 instructions. Products are exact and sums are
+    in fp32, or, without these instructions and for tables whose values are multiples of a unit, in whole numbers.
     """
     table, library = _table(weight), _library()
     half, described = x.dtype == torch.bfloat16, _described(weight, table)
