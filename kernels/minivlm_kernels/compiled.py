@@ -68,9 +68,10 @@ def _path(source: Path) -> Path:
 
 
 def _options() -> tuple[str, ...]:
-    """Those of this processor, but for what a user has told torch or oneDNN not to use."""
-    sets = processor.instruction_sets()
-    return (*OPTIONS, *(option for name, option in FORBIDDEN.items() if name not in sets))
+    """Those of this processor, but for what a user has told torch or oneDNN not to use. Of a set that the processor
+    lacks there is nothing to say, and an older GCC may not know its name."""
+    held_back = set(processor.own_sets()) - set(processor.instruction_sets())
+    return (*OPTIONS, *(option for name, option in FORBIDDEN.items() if name in held_back))
 
 
 def _threads() -> list[str]:

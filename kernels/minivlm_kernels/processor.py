@@ -164,12 +164,17 @@ def name() -> str:
     return found[0] if found else platform.processor() or platform.machine()
 
 
+def own_sets() -> tuple[str, ...]:
+    """Those of `SETS` that this processor has."""
+    flags = set(" ".join(line for line in description().split("\n") if line.startswith("flags")).split())
+    return tuple(name for name in SETS if name in flags)
+
+
 def instruction_sets() -> tuple[str, ...]:
     """Those of `SETS` that this processor has, and that torch and oneDNN may use."""
-    flags = set(" ".join(line for line in description().split("\n") if line.startswith("flags")).split())
     capability = torch.backends.cpu.get_cpu_capability()
     least = os.environ.get("DNNL_MAX_CPU_ISA", "ALL").upper()
-    allowed = [name for name in SETS if name in flags]
+    allowed = list(own_sets())
     if not capability.startswith("AVX512") or least in ("SSE41", "AVX", "AVX2", "AVX2_VNNI"):
         allowed = [name for name in allowed if name in ("avx2", "fma", "avx_vnni")]
     if least in ("SSE41", "AVX", "AVX2"):

@@ -96,6 +96,8 @@ def test_stand_ins_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "-mno-avxvnni" in compiled._options()
     pretend(monkeypatch, "avx2 fma", capability="DEFAULT")
     assert processor.instruction_sets() == ()
+    pretend(monkeypatch, "avx2 fma", capability="AVX2")
+    assert compiled._options() == compiled.OPTIONS  # older compilers do not know the names of newer sets
 
 
 def test_found_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
