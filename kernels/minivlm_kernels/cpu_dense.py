@@ -66,12 +66,8 @@ def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def int8_rows(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """x (M, K), a few rows, times codes (N, K) int8 · scales (N,) fp32 → (M, N) fp32, in fp32. K: see `INT8_BLOCK`."""
     rows, columns = codes.shape
-    x, codes, scales, y = (
-        x.float().contiguous(),
-        codes.contiguous(),
-        scales.contiguous(),
-        scales.new_empty(len(x), rows),
-    )
+    codes, scales, x = codes.contiguous(), scales.contiguous(), x.float().contiguous()
+    y = x.new_empty(len(x), rows)
     pointers = (tensor.data_ptr() for tensor in (codes, scales, x, y))
     _library().matvec_int8(*pointers, len(x), rows, columns, torch.get_num_threads())
     return y

@@ -208,8 +208,8 @@ INLINE void tile_product(const Weight *w, const Tile *tiles, int at, const float
 // products in pairs. If that leaves something of more than a few numbers of a group, they get a second limb. What is left
 // then is multiplied in fp32, so that nothing of x is lost.
 enum { FEW = 8 };                      // one number in so many
-enum { SHORTEST = 14, LONGEST = 15 };  // bits of a limb: fewer would leave too much
-enum { MOST = 512 };                   // inputs of a group: more would do so too, and sums of masked codes might overflow
+enum { SHORTEST = 14, LONGEST = 15 };  // bits of a limb: fewer would leave too much for fp32
+enum { MOST = 512 };                   // inputs of a group: sums of masked codes stay below 2^31
 enum { SHARED = LANES == 16 ? 4 : 2 }; // limbs for which a code is decoded once: their sums are registers
 
 typedef struct {
@@ -417,7 +417,7 @@ INLINE void tile_product_whole(const Weight *w, const Tile *tiles, const Table *
             *(floats *)(y + (i * w->tiles + tiles[u / PARTS].number) * 16 + u % PARTS * LANES) = total[2 * i + u];
 }
 
-// Whether the table's values are multiples of `unit`, but for three roundings to fp32: of both, and of their product.
+// Whether the table's values are multiples of `unit`, but for three roundings to fp32: of a value, the unit and a product.
 static int in_units(Table *table, float unit) {
     table->unit = unit;
     for (int i = 0; i < 16; i++) {
@@ -447,7 +447,7 @@ static Table read_values(const Weight *w, int half) {
         if (half && !found) table.values[i] = in_bf16(table.values[i]);
         most = fmaxf(most, fabsf(table.values[i]));
     }
-    if (least < 0x1p-40f || w->group > MOST) return table; // the first, lest a step be denormal
+    if (least < 0x1p-40f || w->group > MOST) return table; // the step of so small a unit may be denormal
     found = found || (half && in_units(&table, ldexpf(1, ilogbf(most) - 11)));
     int bits = LONGEST;
     while (!table.masked && rintf(most / table.unit) * w->group * ldexpf(1, bits) > 0x1p31f) bits--;

@@ -94,9 +94,7 @@ def linear(x: Tensor, tensors: Tensors, format: Format, shape: Shape, bias: Tens
 
 
 def _c_serves_int8(x: Tensor) -> bool:
-    few = (
-        1 if x.dtype == torch.bfloat16 else FEW
-    )  # of bf16, torch's operator is as fast for one row and faster for more
+    few = 1 if x.dtype == torch.bfloat16 else FEW  # torch's operator is faster for several rows of bf16
     return 0 < len(x) <= few and x.shape[1] % cpu_dense.INT8_BLOCK == 0 and cpu_dense.available()
 
 

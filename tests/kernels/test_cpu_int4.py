@@ -141,13 +141,12 @@ def test_numbers_of_very_different_sizes(kind: str, rows: int, library: None) ->
 def test_nested_scales_of_tables_in_units(kind: str, rows: int, columns: int, count: int, library: None) -> None:
     """Of several tiles at once; a group's scale is that of a block of 256 groups, which begins within a row."""
     table = codebook.codebook(kind)
-    for half, dtype in ((kind == "nf4", torch.bfloat16), (False, torch.float32)):
+    for half, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         packed, exact = weight(rows, columns, torch.uint8, False, 64, half, table)
         x = torch.randn(count, columns).to(dtype)
         largest = exact.abs().amax(1, keepdim=True).expand_as(exact)
         expected, bound = bounds.linear(x, exact, dtype=torch.float32, terms=largest)
-        if half or dtype == torch.float32:
-            bounds.assert_within(product(x, packed), expected, bound)
+        bounds.assert_within(product(x, packed), expected, bound)
 
 
 @needs_compiler
@@ -168,14 +167,15 @@ def test_rows_that_are_not_cut(group: int, count: int, library: None) -> None:
 @pytest.mark.parametrize("power", [4, 10, 14, 18, 22, 40])
 def test_nothing_is_lost_beside_an_outlier(kind: str, power: int, library: None) -> None:
     """One number is far larger than the others of its group, and its weight is zero: the others count in full."""
-    table = torch.arange(-8.0, 8) if WHOLE[kind] is None else WHOLE[kind].bfloat16().float()
+    exact = torch.arange(-8.0, 8) if WHOLE[kind] is None else WHOLE[kind]
     codes = torch.randint(16, (17, 64), generator=torch.Generator().manual_seed(power))
-    codes[:, 20] = (table == 0).nonzero()[0]
+    codes[:, 20] = (exact == 0).nonzero()[0]
     halves = (codes[:, 1::2], codes[:, ::2]) if WHOLE[kind] is None else (codes[:, ::2], codes[:, 1::2])
     zeros = torch.full((17, 1), 8, dtype=torch.uint8) if WHOLE[kind] is None else None
     stream = pack((halves[0] * 16 + halves[1]).to(torch.uint8), torch.ones(17, 1), zeros, 64)
-    packed = Tiles(stream, None if zeros is not None else table, (17, 64), 64, torch.float32, zeros is None)
     for dtype in (torch.bfloat16, torch.float32):
+        table = exact.to(dtype).float()
+        packed = Tiles(stream, None if zeros is not None else table, (17, 64), 64, torch.float32, zeros is None)
         x = torch.randn(3, 64).to(dtype)
         x[:, 20] = 2.0**power
         values = table.double()[codes]
@@ -215,9 +215,8 @@ def test_the_largest_sums_of_whole_numbers(group: int, mantissa: int, library: N
             bounds.assert_within(product(x, packed), (15 - zero) * size, bound)
 
 
-LARGE = torch.tensor(
-    [1 / 2048, -1.0, 1.0] + 13 * [0.0]
-)  # its sums of a group are 2^31 if x is rounded to a power of two
+# "large": sums of a group are 2^31 if x is rounded to a power of two.
+LARGE = torch.tensor([1 / 2048, -1.0, 1.0] + 13 * [0.0])
 LARGEST = {**{kind: codebook.codebook(kind) for kind in CODES}, "large": LARGE}
 
 
